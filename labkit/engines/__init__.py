@@ -1,0 +1,24 @@
+"""Engines run vCPUs. They are chosen by name here and nowhere else; everybody above asks for capabilities."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from labkit.arch.x86_cpu import CpuModel
+from labkit.engines.base import Capability, EngineVm
+from labkit.errors import NotAvailable
+
+__all__ = ["BACKENDS", "Capability", "open_engine"]
+
+BACKENDS = ("unicorn",)
+
+
+def open_engine(backend: str, arch: str, cpu: CpuModel) -> EngineVm:
+    """A new VM of the engine called backend; raises NotAvailable, with what to do, when it cannot be had."""
+    if backend not in BACKENDS:
+        raise NotAvailable(f"backend {backend!r} is not part of this labkit, only {', '.join(BACKENDS)}", backend=backend)
+    if find_spec("unicorn") is None:
+        raise NotAvailable("the unicorn package is not installed: run `make setup`", backend=backend)
+    from labkit.engines.unicorn import UnicornVm
+
+    return UnicornVm(arch, cpu)

@@ -1,0 +1,188 @@
+"""What every engine offers, and the exits it can end a run with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = [
+    "BudgetExit", "Capability", "DebugExit", "EngineVcpu", "EngineVm", "Exit", "HaltExit", "HypercallExit",
+    "InternalErrorExit", "InterruptExit", "MmioExit", "PioExit", "Regs", "ShutdownExit", "Trace", "Watch",
+]
+
+Regs = dict[str, int]
+Watch = Callable[[int, int, int, int, int], None]  # (step of the VM, vCPU, gpa, size, value written)
+Trace = Callable[[str, dict[str, object]], None]  # (kind, facts): what an engine reports without ending the run
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Why a vCPU came back to the host; `end` is the word that `labkit run` prints."""
+
+    end = "exit"
+
+    def __str__(self) -> str:
+        facts = (f"{k}={v:#x}" if type(v) is int else f"{k}={v}" for k, v in vars(self).items())
+        return f"{type(self).__name__.removesuffix('Exit').lower()} {' '.join(facts)}".strip()
+
+
+@dataclass(frozen=True)
+class PioExit(Exit):
+    """IN or OUT (KVM_EXIT_IO); the instruction is complete, an IN has read 0 until `complete()` says otherwise."""
+
+    port: int
+    size: int  # bytes
+    is_write: bool
+    data: int
+    end = "pio"
+
+
+@dataclass(frozen=True)
+class MmioExit(Exit):
+    """An access to a GPA without memslot (KVM_EXIT_MMIO); a read ends at the next run with what `complete()` gave."""
+
+    gpa: int
+    size: int  # bytes
+    is_write: bool
+    data: int
+    end = "mmio"
+
+
+@dataclass(frozen=True)
+class HaltExit(Exit):
+    """HLT at CPL0 (KVM_EXIT_HLT); the program counter is behind it."""
+
+    end = "halted"
+
+
+@dataclass(frozen=True)
+class ShutdownExit(Exit):
+    """Triple fault (KVM_EXIT_SHUTDOWN, SDM 3A 6.15 #DF): which vectors led there, and the page-fault address."""
+
+    vectors: tuple[int, ...]
+    pc: int
+    cr2: int
+    why: str
+    end = "shutdown"
+
+    def __str__(self) -> str:
+        return f"triple fault at pc {self.pc:#x}: {self.why} (vectors {list(self.vectors)}, cr2 {self.cr2:#x})"
+
+
+@dataclass(frozen=True)
+class HypercallExit(Exit):
+    """VMCALL or VMMCALL; the result register holds -KVM_ENOSYS until `complete()` says otherwise."""
+
+    nr: int
+    args: tuple[int, ...]
+    end = "hypercall"
+
+
+@dataclass(frozen=True)
+class DebugExit(Exit):
+    """A breakpoint: the instruction at `pc` has not run yet (KVM_EXIT_DEBUG)."""
+
+    pc: int
+    end = "debug"
+
+
+@dataclass(frozen=True)
+class BudgetExit(Exit):
+    """The instruction budget of this run is used up."""
+
+    insns: int
+    end = "budget"
+
+
+@dataclass(frozen=True)
+class InterruptExit(Exit):
+    """Ctrl-C; the caller records what there is to record and raises KeyboardInterrupt."""
+
+    end = "interrupted"
+
+
+@dataclass(frozen=True)
+class InternalErrorExit(Exit):
+    """The engine cannot go on faithfully (KVM_EXIT_INTERNAL_ERROR): what, where, and the bytes it would not run."""
+
+    why: str
+    pc: int
+    data: bytes = b""
+    disassembly: str = ""
+    end = "internal-error"
+
+    def __str__(self) -> str:
+        shown = f": {self.disassembly} ({self.data.hex(' ')})" if self.data else ""
+        return f"{self.why} at pc {self.pc:#x}{shown}"
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One thing an engine can or cannot do, with the reason; `labkit doctor` prints them."""
+
+    name: str
+    have: bool
+    why: str = ""
+
+
+class EngineVcpu(Protocol):
+    """One virtual CPU; the caller owns guest memory."""
+
+    insns: int  # retired so far: one instruction, one REP iteration or one exception delivery each
+    exact: bool  # insns is exact; a very long unbounded run is not counted to the end
+
+    def get_regs(self) -> Regs:
+        """All registers by their architectural names."""
+
+    def set_regs(self, regs: Mapping[str, int]) -> None:
+        """Set the named registers; raises InvalidState for a name or a value that does not fit."""
+
+    def read_reg(self, name: str) -> int:
+        """One register."""
+
+    def run(self, insns: int | None = None) -> Exit:
+        """Run until an exit; with `insns`, until that many instructions retired (BudgetExit)."""
+
+    def complete(self, value: int) -> None:
+        """Give the value that the last IN, MMIO read or hypercall returns."""
+
+    def set_breakpoints(self, gvas: frozenset[int]) -> None:
+        """Stop with DebugExit before the instructions at these addresses."""
+
+    def save(self) -> bytes:
+        """The whole CPU state, to be given to `restore` of any vCPU of the same engine."""
+
+    def restore(self, state: bytes) -> None:
+        """Put a saved state back, bit for bit."""
+
+    def close(self) -> None:
+        """Release what the engine holds."""
+
+
+class EngineVm(Protocol):
+    """The engine's side of one VM: memory slots in, vCPUs out."""
+
+    name: str
+    capabilities: tuple[Capability, ...]
+
+    def add_memslot(self, gpa: int, hva: int, size: int) -> None:
+        """Let the guest see host memory at `gpa`; the caller keeps it alive."""
+
+    def create_vcpu(self, index: int, trace: Trace) -> EngineVcpu:
+        """Make one vCPU in its reset state."""
+
+    def watch(self, gpa: int, size: int, watch: Watch) -> None:
+        """Report every guest write that begins in this range; called before the first vCPU is created."""
+
+    def check_interrupt(self) -> None:
+        """Raise the KeyboardInterrupt that a run held back until its exit was recorded."""
+
+    def retired(self) -> int:
+        """Instructions retired by all vCPUs: the VM's clock."""
+
+    def memory_written(self, gpa: int, size: int) -> None:
+        """The host wrote guest memory: forget translations and translated code that depend on it."""
+
+    def close(self) -> None:
+        """Release what the engine holds."""

@@ -1,0 +1,85 @@
+"""Which x86-64 instructions must not run inside Unicorn, and why.
+
+Some are the host's business (IN, HLT, CPUID, MSRs), some Unicorn carries out wrongly without a word: SYSCALL only moves on,
+RDTSC and RDRAND answer with the host's, an unknown RDMSR reads 0, 128-bit VEX computes something else.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from labkit.engines.disasm import decoder
+
+__all__ = ["Trap", "scan"]
+
+
+@dataclass(frozen=True)
+class Trap:
+    """A sensitive instruction: `kind` names its handler; only `stops` ones are taken out of Unicorn's hands."""
+
+    kind: str
+    gva: int
+    data: bytes
+    mnemonic: str
+    op_str: str
+
+    @property
+    def stops(self) -> bool:
+        """Ends the run before the instruction; the others only correct the count."""
+        return self.kind not in ("rep", "shadow")
+
+
+_KINDS = {
+    "pio": "in out", "string_pio": "insb insw insd outsb outsw outsd", "halt": "hlt", "cpuid": "cpuid", "rdtsc": "rdtsc rdtscp",
+    "rdmsr": "rdmsr", "wrmsr": "wrmsr", "xgetbv": "xgetbv", "xsetbv": "xsetbv", "hypercall": "vmcall vmmcall",
+    "random": "rdrand rdseed", "syscall": "syscall", "sysenter": "sysenter sysexit", "icebp": "int1",
+    "undefined": "vmrun vmload vmsave stgi clgi skinit invlpga vmxon vmlaunch vmresume vmread vmwrite vmptrld vmptrst vmclear "
+                 "rdpmc monitor mwait monitorx mwaitx rsm getsec",
+    "refused": "xsave xsave64 xsaveopt xsaveopt64 xsavec xsavec64 xsaves xsaves64 xrstor xrstor64 xrstors xrstors64",
+}
+_BY_MNEMONIC = {mnemonic: kind for kind, names in _KINDS.items() for mnemonic in names.split()}
+_PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
+_STRING = re.compile(r"(?:movs|stos|lods|cmps|scas)[bwdq]$")
+# Every byte sequence that can begin or be part of one of them; a block without a match needs no decoding
+_SUSPECT = re.compile(
+    rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xc4\xc5\x62\x8f\xf1]|[\xf2\xf3][\x40-\x4f\x66\x67]*[\xa4-\xa7\xaa-\xaf]"
+    rb"|\x0f[\x00\x01\x05\x30-\x37\x78\x79\xa2\xaa\xae\xc7]|\x8e[\x10-\x17\x50-\x57\x90-\x97\xd0-\xd7]", re.DOTALL)
+_ENDS = re.compile(r"j|ret|iret|call|loop|syscall|sysret|hlt|ud2|int")
+
+
+def _kind(data: bytes, mnemonic: str, op_str: str) -> str | None:
+    words = mnemonic.split()
+    if words[-1] in _BY_MNEMONIC:
+        return _BY_MNEMONIC[words[-1]]
+    if words[0] in ("rep", "repe", "repne") and _STRING.match(words[-1]):
+        return "rep"
+    if words[-1] == "mov" and op_str.startswith("ss,"):
+        return "shadow"
+    opcode = next((b for b in data if b not in _PREFIXES), 0)
+    if opcode in (0xC4, 0xC5, 0x62) or (opcode == 0x8F and words[-1] != "pop"):
+        return "vector"
+    return None
+
+
+def scan(data: bytes, gva: int, whole: bool) -> dict[int, Trap]:
+    """The sensitive instructions of one block by gva; with `whole` all of data is the block, else it ends at the first jump.
+
+    Bytes inside a block that capstone cannot decode though Unicorn went on behind them are refused too ("unknown").
+    """
+    found: dict[int, Trap] = {}
+    if not _SUSPECT.search(data):
+        return found
+    end = gva
+    for at, size, mnemonic, op_str in decoder("x86_64").disasm_lite(data, gva):
+        end = at + size
+        raw = data[at - gva:end - gva]
+        if (kind := _kind(raw, mnemonic, op_str)) is not None:
+            found[at] = Trap(kind, at, raw, mnemonic, op_str)
+        if not whole and _ENDS.match(mnemonic):
+            return found
+    rest = data[end - gva:]
+    if whole and rest:
+        opcode = next((b for b in rest if b not in _PREFIXES), 0)
+        found[end] = Trap("vector" if opcode in (0xC4, 0xC5, 0x62) else "unknown", end, rest[:15], ".byte", rest[:15].hex(" "))
+    return found

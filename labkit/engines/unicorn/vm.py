@@ -1,0 +1,107 @@
+"""A VM of the default engine: memslots shared without a copy, vCPUs one after the other on the caller's thread."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING
+
+from labkit.arch.x86_cpu import CpuModel
+from labkit.engines.base import Capability, Trace, Watch
+from labkit.engines.interrupt import Shield
+from labkit.engines.unicorn.vcpu import COUNT_FOR, UnicornVcpu
+from labkit.engines.unicorn.x86 import X86
+from labkit.errors import InvalidState, NotAvailable
+
+if TYPE_CHECKING:
+    from labkit.engines.unicorn.vcpu import Quirks
+
+__all__ = ["CAPABILITIES", "UnicornVm"]
+
+_QUIRKS: dict[str, Callable[[UnicornVcpu], Quirks]] = {"x86_64": X86}
+
+CAPABILITIES = (
+    Capability("step", True, "one instruction, one REP iteration, one exception delivery"),
+    Capability("snapshot", True, "bit-exact, memory and CPU"),
+    Capability("deterministic", True, "one thread, a virtual clock, seeded random numbers"),
+    Capability("breakpoints", True, "any number, exact"),
+    Capability("parallel_vcpus", False, "locked instructions are not atomic between two Unicorn engines on two threads"),
+    Capability("native_speed", False, "an emulator"),
+    Capability("avx", False, "Unicorn executes VEX instructions wrongly; they are refused"),
+)
+
+
+@cache
+def shield() -> Shield:
+    """The process's one guard against Ctrl-C inside native code."""
+    return Shield()
+
+
+class UnicornVm:
+    """The engine's side of one VM."""
+
+    name = "unicorn"
+    capabilities = CAPABILITIES
+
+    def __init__(self, arch: str, cpu: CpuModel) -> None:
+        if arch not in _QUIRKS:
+            raise NotAvailable(f"the unicorn engine has no {arch} yet, only {', '.join(_QUIRKS)}", arch=arch)
+        self.arch, self.cpu, self.shield = arch, cpu, shield()
+        self.quirks = _QUIRKS[arch]
+        self.slots: list[tuple[int, int, int]] = []
+        self.vcpus: list[UnicornVcpu] = []
+        self.runner: UnicornVcpu | None = None
+        self.watches: list[tuple[int, int, Watch]] = []
+        self.count_for = COUNT_FOR
+
+    def add_memslot(self, gpa: int, hva: int, size: int) -> None:
+        """Let the guest see host memory at `gpa`; the caller keeps it alive."""
+        self.slots.append((gpa, hva, size))
+        for vcpu in self.vcpus:
+            vcpu.map(gpa, hva, size)
+
+    def create_vcpu(self, index: int, trace: Trace) -> UnicornVcpu:
+        """Make one vCPU in its reset state."""
+        vcpu = UnicornVcpu(self, index, trace)
+        self.vcpus.append(vcpu)
+        return vcpu
+
+    def watch(self, gpa: int, size: int, watch: Watch) -> None:
+        """Report every guest write that begins in this range; called before the first vCPU is created."""
+        if self.vcpus:
+            raise InvalidState("a range is watched from the first vCPU on, or not at all")
+        self.watches.append((gpa, size, watch))
+
+    def memory_written(self, gpa: int, size: int) -> None:
+        """The host wrote guest memory: translations may be stale, and code if it lay there."""
+        first, last = gpa & -4096, gpa + size - 1
+        for vcpu in self.vcpus:
+            vcpu.stale_tlb = True
+            if not vcpu.stale_code and any(first <= page <= last for page in vcpu.code_pages):
+                vcpu.stale_code = True
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Guest memory by gpa, as far as memslots go."""
+        for start, hva, length in self.slots:
+            if start <= gpa < start + length:
+                return ctypes.string_at(hva + gpa - start, min(size, start + length - gpa))
+        return b""
+
+    def overlaps(self, gpa: int, size: int) -> bool:
+        """Whether a range touches a memslot."""
+        return any(gpa < start + length and start < gpa + size for start, _, length in self.slots)
+
+    def check_interrupt(self) -> None:
+        """Raise the KeyboardInterrupt that a run held back until its exit was recorded."""
+        if self.shield.interrupted:
+            self.shield.check()
+
+    def retired(self) -> int:
+        """Instructions retired by all vCPUs: the VM's clock."""
+        return sum(vcpu.insns for vcpu in self.vcpus)
+
+    def close(self) -> None:
+        """Release every vCPU."""
+        for vcpu in self.vcpus:
+            vcpu.close()

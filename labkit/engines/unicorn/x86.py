@@ -1,0 +1,307 @@
+"""x86-64 on Unicorn: what the host does at each sensitive instruction, as KVM does at a VM exit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from unicorn import unicorn_const as uc
+
+from labkit.arch.x86_cpu import IA32_TSC, IA32_TSC_ADJUST, XCR0_SUPPORTED
+from labkit.engines.base import Exit, HaltExit, HypercallExit, PioExit
+from labkit.engines.unicorn.lib import RegBatch
+from labkit.engines.unicorn.traps import Trap, scan
+from labkit.engines.unicorn.x86_events import DB, GP, UD, X86Events
+from labkit.engines.unicorn.x86_regs import NATIVE_MSRS, X86Registers
+from labkit.errors import InvalidState
+
+if TYPE_CHECKING:
+    from labkit.engines.unicorn.vcpu import UnicornVcpu
+
+__all__ = ["X86"]
+
+MASK64 = (1 << 64) - 1
+KVM_ENOSYS = -1000  # include/uapi/linux/kvm_para.h
+_OSXSAVE, _TSD = 1 << 18, 1 << 2  # CR4
+_NATIVE = {index: name for name, index in NATIVE_MSRS.items()}
+_BASES = {0xC000_0100: "fs_base", 0xC000_0101: "gs_base"}
+_POINTERS = frozenset({0x175, 0x176, 0xC000_0082, 0xC000_0083, 0xC000_0100, 0xC000_0101, 0xC000_0102})  # MSRs that hold a gva
+_SIZES = {"b": 1, "w": 2, "d": 4}
+
+
+class X86(X86Events):
+    """The quirks of x86-64, one per vCPU."""
+
+    uc_arch, uc_mode = uc.UC_ARCH_X86, uc.UC_MODE_64
+
+    def __init__(self, vcpu: UnicornVcpu) -> None:
+        super().__init__(vcpu)
+        self.cpu = vcpu.vm.cpu
+        self.extra = {"xcr0": 1}
+        self.regs = X86Registers(vcpu.handle, self.extra)
+        self.msrs: dict[int, int] = {}  # written so far; reset values are the VM's
+        self.tsc_offset = self.tsc_reads = 0
+        self.random = random.Random(f"labkit {vcpu.index}")
+        self._hot = RegBatch(self.regs.batch.ids[16:17])
+        self.read, self.read_all = self.regs.read, self.regs.read_all
+        self.write_many: Callable[[Mapping[str, int]], None] = self.regs.write_many
+
+    # --- what the run loop asks
+
+    def pc(self) -> int:
+        """RIP."""
+        return int(self.handle.read_batch(self._hot)[0])
+
+    def set_pc(self, gva: int) -> None:
+        """Set RIP."""
+        self._hot.values[0] = gva & MASK64
+        self.handle.write_batch(self._hot)
+
+    def is_drained(self) -> bool:
+        """RCX is zero: a REP instruction has no iteration left."""
+        return self.regs.read("rcx") == 0
+
+    def scan(self, data: bytes, gva: int, whole: bool) -> dict[int, Trap]:
+        """Find the sensitive instructions of a block."""
+        return scan(data, gva, whole)
+
+    def trap(self, trap: Trap) -> Exit | None:
+        """Carry out one sensitive instruction; None when the run goes on."""
+        handler: Callable[[Trap], Exit | None] = getattr(self, f"_do_{trap.kind}")
+        return handler(trap)
+
+    def extra_state(self) -> dict[str, object]:
+        """What save() must keep beside Unicorn's own state."""
+        return {**self.extra, "msrs": {str(k): v for k, v in self.msrs.items()}, "tsc": [self.tsc_offset, self.tsc_reads],
+                "random": list(self.random.getstate()[1]), "pending": list(self.pending)}
+
+    def set_extra_state(self, state: dict[str, object]) -> None:
+        """Put `extra_state` back."""
+        facts: dict[str, list[int]] = state  # type: ignore[assignment]
+        self.extra["xcr0"] = state["xcr0"]  # type: ignore[assignment]
+        self.msrs = {int(k): v for k, v in state["msrs"].items()}  # type: ignore[attr-defined]
+        self.tsc_offset, self.tsc_reads = facts["tsc"]
+        self.random.setstate((3, tuple(facts["random"]), None))
+        self.pending = list(facts["pending"])
+
+    # --- small words for the handlers
+
+    def _retire(self, trap: Trap, **regs: int) -> None:
+        self.vcpu.insns += 1
+        if regs:
+            self.regs.write_many({name: value & MASK64 for name, value in regs.items()})
+        self.set_pc(trap.gva + len(trap.data))
+
+    def _privileged(self) -> bool:
+        return self.regs.read("cs") & 3 == 0
+
+    # --- one handler per kind
+
+    def _do_pio(self, trap: Trap) -> Exit | None:
+        """IN and OUT (SDM vol. 1 18.5)."""
+        opcode = next(b for b in trap.data if b not in b"\x66\xf2\xf3\x40\x48")
+        size = 1 if not opcode & 1 else 2 if b"\x66" in trap.data[:-1] else 4
+        port = trap.data[-1] if opcode < 0xE8 else self.regs.read("rdx") & 0xFFFF
+        if not self._privileged() and not self._port_allowed(port, size):
+            return self.deliver(GP, 0)
+        rax = self.regs.read("rax")
+        if opcode & 2:
+            self._retire(trap)
+            return PioExit(port, size, True, rax & (1 << 8 * size) - 1)
+
+        def complete(value: int) -> None:
+            keep = 0 if size == 4 else rax & ~((1 << 8 * size) - 1)
+            self.regs.write("rax", keep | value & (1 << 8 * size) - 1)
+
+        self._retire(trap)
+        complete(0)
+        self.vcpu.completion = complete
+        return PioExit(port, size, False, 0)
+
+    def _port_allowed(self, port: int, size: int) -> bool:
+        if self.regs.read("rflags") >> 12 & 3 == 3:
+            return True
+        base, limit = self.regs.read("tr_base"), self.regs.read("tr_limit")
+        offset = self.vcpu.vmem_read(base + 0x66, 2)
+        if offset is None:
+            return False
+        at = int.from_bytes(offset, "little") + port // 8
+        bits = self.vcpu.vmem_read(base + at, 2) if at + 1 <= limit else None
+        return bits is not None and not int.from_bytes(bits, "little") >> port % 8 & (1 << size) - 1
+
+    def _do_string_pio(self, trap: Trap) -> Exit | None:
+        """INS and OUTS, one iteration a step."""
+        word = trap.mnemonic.split()[-1]
+        size, port, rep = _SIZES[word[-1]], self.regs.read("rdx") & 0xFFFF, trap.mnemonic.startswith("rep")
+        if not self._privileged() and not self._port_allowed(port, size):
+            return self.deliver(GP, 0)
+        rcx = self.regs.read("rcx")
+        if rep and rcx == 0:
+            return self._retire(trap)
+        pointer = "rdi" if word.startswith("in") else "rsi"
+        gva, down = self.regs.read(pointer), self.regs.read("rflags") >> 10 & 1
+        access = uc.UC_PROT_WRITE if pointer == "rdi" else uc.UC_PROT_READ
+        data = self.vcpu.vmem_read(gva, size)
+        if self.vcpu.translate(gva, access) is None or data is None:
+            return self.page_fault(gva, write=pointer == "rdi")
+        self._retire(trap, **{pointer: gva + (-size if down else size)}, **({"rcx": rcx - 1} if rep else {}))
+        if rep and rcx > 1:
+            self.set_pc(trap.gva)
+        if pointer == "rsi":
+            return PioExit(port, size, True, int.from_bytes(data, "little"))
+
+        def complete(value: int) -> None:
+            self.vcpu.vmem_write(gva, (value & (1 << 8 * size) - 1).to_bytes(size, "little"))
+
+        complete(0)
+        self.vcpu.completion = complete
+        return PioExit(port, size, False, 0)
+
+    def _do_halt(self, trap: Trap) -> Exit | None:
+        if not self._privileged():
+            return self.deliver(GP, 0)
+        self._retire(trap)
+        return HaltExit()
+
+    def _do_cpuid(self, trap: Trap) -> None:
+        leaf, sub = self.regs.read("rax") & 0xFFFFFFFF, self.regs.read("rcx") & 0xFFFFFFFF
+        a, b, c, d = self.cpu.leaf(leaf, sub)
+        cr4 = self.regs.read("cr4")
+        if leaf == 1:
+            b = b & 0x00FFFFFF | self.vcpu.index << 24
+            c = c & ~(1 << 27) | (1 << 27 if cr4 & _OSXSAVE else 0)
+        self._retire(trap, rax=a, rbx=b, rcx=c, rdx=d)
+
+    def _tsc(self) -> int:
+        if not self.vcpu.exact:
+            self.tsc_reads += 1000  # time must go on for a guest that waits for it, counted or not
+        return (self.vcpu.vm.retired() + self.tsc_reads + self.tsc_offset) & MASK64
+
+    def _do_rdtsc(self, trap: Trap) -> Exit | None:
+        """RDTSC and RDTSCP under the virtual clock: one cycle an instruction of the whole VM."""
+        if self.regs.read("cr4") & _TSD and not self._privileged():
+            return self.deliver(GP, 0)
+        tsc = self._tsc()
+        aux = {"rcx": self.msrs.get(0xC000_0103, 0)} if trap.mnemonic == "rdtscp" else {}
+        return self._retire(trap, rax=tsc & 0xFFFFFFFF, rdx=tsc >> 32, **aux)
+
+    def _read_msr(self, index: int) -> int | None:
+        if index == IA32_TSC:
+            return self._tsc()
+        if index == IA32_TSC_ADJUST:
+            return self.tsc_offset & MASK64
+        if index in _NATIVE or index in _BASES:
+            return self.regs.read(_NATIVE.get(index) or _BASES[index])
+        return self.msrs.get(index, self.cpu.msrs.get(index))
+
+    def _write_msr(self, index: int, value: int) -> bool:
+        if index == IA32_TSC:
+            self.tsc_offset += value - self._tsc()
+        elif index == IA32_TSC_ADJUST:
+            self.tsc_offset = value
+        elif index in _POINTERS and not _canonical(value):
+            return False
+        elif index == NATIVE_MSRS["efer"]:
+            return self._write_efer(value)
+        elif index in _NATIVE or index in _BASES:
+            self.regs.write(_NATIVE.get(index) or _BASES[index], value)
+        elif index in self.cpu.msrs and index not in self.cpu.read_only_msrs:
+            self.msrs[index] = value
+        else:
+            return False
+        return True
+
+    def _write_efer(self, value: int) -> bool:
+        """Reserved bits, and LME while paging is on, give #GP (SDM vol. 3A 4.1.1)."""
+        before = self.regs.read("efer")
+        if value & ~0xD01 or (value ^ before) & 0x100:
+            return False
+        self.regs.write("efer", value & ~0x400 | before & 0x400)
+        return True
+
+    def _do_rdmsr(self, trap: Trap) -> Exit | None:
+        value = self._read_msr(self.regs.read("rcx") & 0xFFFFFFFF) if self._privileged() else None
+        if value is None:
+            return self.deliver(GP, 0)
+        return self._retire(trap, rax=value & 0xFFFFFFFF, rdx=value >> 32)
+
+    def _do_wrmsr(self, trap: Trap) -> Exit | None:
+        value = (self.regs.read("rdx") & 0xFFFFFFFF) << 32 | self.regs.read("rax") & 0xFFFFFFFF
+        if not self._privileged() or not self._write_msr(self.regs.read("rcx") & 0xFFFFFFFF, value):
+            return self.deliver(GP, 0)
+        return self._retire(trap)
+
+    def _do_xgetbv(self, trap: Trap) -> Exit | None:
+        if not self.regs.read("cr4") & _OSXSAVE:
+            return self.deliver(UD)
+        if self.regs.read("rcx") & 0xFFFFFFFF:
+            return self.deliver(GP, 0)
+        return self._retire(trap, rax=self.extra["xcr0"] & 0xFFFFFFFF, rdx=self.extra["xcr0"] >> 32)
+
+    def _do_xsetbv(self, trap: Trap) -> Exit | None:
+        """SDM vol. 2C XSETBV: x87 always, only what CPUID leaf 0xD offers."""
+        if not self.regs.read("cr4") & _OSXSAVE:
+            return self.deliver(UD)
+        value = (self.regs.read("rdx") & 0xFFFFFFFF) << 32 | self.regs.read("rax") & 0xFFFFFFFF
+        wrong = self.regs.read("rcx") & 0xFFFFFFFF or not value & 1 or value & ~XCR0_SUPPORTED
+        if wrong or not self._privileged():
+            return self.deliver(GP, 0)
+        self.extra["xcr0"] = value
+        return self._retire(trap)
+
+    def _do_hypercall(self, trap: Trap) -> Exit | None:
+        """VMCALL and VMMCALL both reach the host, as under KVM, which patches one into the other."""
+        if not self._privileged():
+            return self._retire(trap, rax=-1)  # -KVM_EPERM
+        nr, *args = (self.regs.read(name) for name in ("rax", "rbx", "rcx", "rdx", "rsi"))
+        self._retire(trap, rax=KVM_ENOSYS)
+        self.vcpu.completion = lambda value: self.regs.write("rax", value & MASK64)
+        return HypercallExit(nr, tuple(args))
+
+    def _do_random(self, trap: Trap) -> Exit | None:
+        """RDRAND and RDSEED from a seeded generator, so that runs repeat; CF says that there was a number."""
+        name = trap.op_str
+        bits = 32 if name.endswith("d") or name.startswith("e") else 64 if name.startswith("r") and not name.endswith("w") else 16
+        wide = "r" + name[1:] if name[0] == "e" else name.rstrip("dw") if name[1:2].isdigit() else name if bits == 64 else "r" + name
+        value, keep = self.random.getrandbits(bits), self.regs.read(wide) & ~0xFFFF if bits == 16 else 0
+        flags = self.regs.read("rflags") & ~0x8D5 | 1
+        return self._retire(trap, **{wide: keep | value}, rflags=flags)
+
+    def _do_syscall(self, trap: Trap) -> Exit | None:
+        """SYSCALL in long mode (SDM vol. 2B): Unicorn alone would only step over it."""
+        if not self.regs.read("efer") & 1:
+            return self.deliver(UD)
+        star, flags = self.regs.read("star"), self.regs.read("rflags")
+        selector = star >> 32 & 0xFFFC
+        self._retire(trap, rcx=trap.gva + len(trap.data), r11=flags, rflags=flags & ~self.regs.read("sfmask") & ~0x10000 | 2,
+                     cs=selector, ss=selector + 8)
+        self.set_pc(self.regs.read("lstar"))
+        return None
+
+    def _do_sysenter(self, trap: Trap) -> Exit | None:
+        return self.vcpu.refuse("SYSENTER and SYSEXIT are not modelled (AMD CPUs have none in long mode)")
+
+    def _do_icebp(self, trap: Trap) -> Exit | None:
+        self._retire(trap)
+        self.vcpu.insns -= 1
+        return self.deliver(DB)
+
+    def _do_undefined(self, trap: Trap) -> Exit | None:
+        return self.deliver(UD)
+
+    _do_unknown = _do_undefined
+
+    def _do_vector(self, trap: Trap) -> Exit | None:
+        return self.vcpu.refuse("a VEX, EVEX or XOP instruction, which Unicorn executes wrongly without a word; "
+                                "CPUID announces no AVX: compile the guest without it")
+
+    def _do_refused(self, trap: Trap) -> Exit | None:
+        if not self.regs.read("cr4") & _OSXSAVE:
+            return self.deliver(UD)
+        return self.vcpu.refuse("the XSAVE family, whose state components Unicorn does not keep as XCR0 says")
+
+
+def _canonical(value: int) -> bool:
+    return value >> 47 in (0, 0x1FFFF)
+

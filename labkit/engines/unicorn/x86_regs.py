@@ -1,0 +1,112 @@
+"""x86-64 registers by their architectural names, over libunicorn."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from unicorn import x86_const as x86
+
+from labkit.engines.unicorn.lib import Mmr, Msr, RegBatch, check
+from labkit.errors import InvalidState
+
+if TYPE_CHECKING:
+    from labkit.engines.unicorn.lib import Handle
+
+__all__ = ["GPRS", "NATIVE_MSRS", "X86Registers"]
+
+GPRS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags")
+_SEGMENTS = ("cs", "ss", "ds", "es", "fs", "gs")
+_CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "dr0", "dr1", "dr2", "dr3", "dr6", "dr7")
+_PLAIN = {name: getattr(x86, f"UC_X86_REG_{name.upper()}") for name in (*GPRS, *_SEGMENTS, *_CONTROL, "fs_base", "gs_base", "mxcsr")}
+_TABLES = {"gdt": x86.UC_X86_REG_GDTR, "idt": x86.UC_X86_REG_IDTR, "tr": x86.UC_X86_REG_TR, "ldt": x86.UC_X86_REG_LDTR}
+_VECTORS = {f"xmm{i}": getattr(x86, f"UC_X86_REG_XMM{i}") for i in range(16)}
+# MSRs that live in the emulated CPU; every other one is kept by the engine
+NATIVE_MSRS = {
+    "efer": 0xC000_0080, "star": 0xC000_0081, "lstar": 0xC000_0082, "cstar": 0xC000_0083, "sfmask": 0xC000_0084,
+    "kernel_gs_base": 0xC000_0102, "sysenter_cs": 0x174, "sysenter_esp": 0x175, "sysenter_eip": 0x176,
+}
+# Descriptor tables before segments (a segment write reads the GDT through paging), paging before both, bases after segments
+_ORDER = ("efer", "cr4", "cr3", "gdt_base", "gdt_limit", "idt_base", "idt_limit", "cr0")
+
+
+class _Xmm(ctypes.Structure):
+    _fields_ = [("low", ctypes.c_uint64), ("high", ctypes.c_uint64)]
+
+
+def _order(name: str) -> int:
+    if name in _ORDER:
+        return _ORDER.index(name)
+    return 20 + (name in _SEGMENTS) if name in _SEGMENTS or name.startswith("tr") else 30
+
+
+class X86Registers:
+    """Reads and writes one CPU's registers; `extra` holds those that libunicorn lacks (xcr0)."""
+
+    def __init__(self, handle: Handle, extra: dict[str, int]) -> None:
+        self.handle, self.extra = handle, extra
+        self.batch = RegBatch(tuple(_PLAIN.values()))
+        self.names = (*_PLAIN, *(f"{t}_{part}" for t in ("gdt", "idt") for part in ("base", "limit")), "tr", "tr_base", "tr_limit",
+                      "ldt", *NATIVE_MSRS, *_VECTORS, *extra)
+
+    def read_all(self) -> dict[str, int]:
+        """Every register by name."""
+        values = dict(zip(_PLAIN, self.handle.read_batch(self.batch), strict=True))
+        return {name: values[name] if name in values else self.read(name) for name in self.names}
+
+    def read(self, name: str) -> int:
+        """One register; raises InvalidState for a name that x86-64 does not have."""
+        if name in _PLAIN:
+            return self.handle.read(_PLAIN[name])
+        if name in self.extra:
+            return self.extra[name]
+        if name in NATIVE_MSRS:
+            return self.msr(NATIVE_MSRS[name])
+        if name in _VECTORS:
+            xmm = self.handle.read_struct(_VECTORS[name], _Xmm())
+            return int(xmm.high << 64 | xmm.low)
+        table, _, part = name.partition("_")
+        if table in _TABLES and part in ("", "base", "limit"):
+            return int(getattr(self.handle.read_struct(_TABLES[table], Mmr()), part or "selector"))
+        raise InvalidState(f"x86-64 has no register {name!r}", name=name)
+
+    def write_many(self, regs: Mapping[str, int]) -> None:
+        """Set several registers in an order that the CPU accepts, whatever order they come in."""
+        for name in sorted(regs, key=_order):
+            self.write(name, regs[name])
+
+    def write(self, name: str, value: int) -> None:
+        """Set one register; raises InvalidState for a name x86-64 lacks or a value the CPU refuses."""
+        width = 128 if name in _VECTORS else 16 if name in _SEGMENTS else 64
+        if not 0 <= value < 1 << width:
+            raise InvalidState(f"{name} takes {width} bits, not {value:#x}", name=name, value=value)
+        if name in _PLAIN:
+            status = self.handle.write(_PLAIN[name], value)
+        elif name in self.extra:
+            self.extra[name], status = value, 0
+        elif name in NATIVE_MSRS:
+            status = self.set_msr(NATIVE_MSRS[name], value)
+        elif name in _VECTORS:
+            status = self.handle.write_struct(_VECTORS[name], _Xmm(value & (1 << 64) - 1, value >> 64))
+        else:
+            status = self._write_table(name, value)
+        check(status, f"{name} = {value:#x}")
+
+    def _write_table(self, name: str, value: int) -> int:
+        table, _, part = name.partition("_")
+        if table not in _TABLES or part not in ("", "base", "limit"):
+            raise InvalidState(f"x86-64 has no register {name!r}", name=name)
+        mmr = self.handle.read_struct(_TABLES[table], Mmr())
+        setattr(mmr, part or "selector", value)
+        if table == "tr":
+            mmr.flags = 0x8B00  # busy 64-bit TSS
+        return self.handle.write_struct(_TABLES[table], mmr)
+
+    def msr(self, index: int) -> int:
+        """An MSR that libunicorn holds."""
+        return int(self.handle.read_struct(x86.UC_X86_REG_MSR, Msr(index, 0)).value)
+
+    def set_msr(self, index: int, value: int) -> int:
+        """Set an MSR that libunicorn holds; returns its status."""
+        return self.handle.write_struct(x86.UC_X86_REG_MSR, Msr(index, value))

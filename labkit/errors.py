@@ -1,0 +1,66 @@
+"""The whole exception tree on one page: everything labkit raises is a LabError, and its facts are attributes."""
+
+from __future__ import annotations
+
+__all__ = [
+    "BudgetExceeded", "CompileError", "ElfError", "GuestAssertFailed", "GuestCrashed", "InvalidState", "LabError",
+    "MemoryFault", "NotAvailable", "OutOfMemory", "PageFault", "SymbolNotFound",
+]
+
+
+class LabError(Exception):
+    """Root of every error labkit raises on purpose; keyword facts become attributes."""
+
+    def __init__(self, message: str, **facts: object) -> None:
+        super().__init__(message)
+        self.facts = facts
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return self.__dict__["facts"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class NotAvailable(LabError):
+    """Something this machine or this build lacks; the message says what and what to do about it."""
+
+
+class InvalidState(LabError):
+    """An argument or a call that the VM's present state does not allow."""
+
+
+class CompileError(LabError):
+    """The C compiler refused the guest; the message is the compiler's own (facts: command, output)."""
+
+
+class ElfError(LabError):
+    """An ELF file that cannot be a guest (facts: path, what, found)."""
+
+
+class SymbolNotFound(LabError):
+    """The program has no such symbol (facts: name, near)."""
+
+
+class MemoryFault(LabError):
+    """A guest-physical access outside every memslot (facts: gpa, size)."""
+
+
+class PageFault(LabError):
+    """A guest-virtual access that the page tables do not allow (facts: gva, walk)."""
+
+
+class OutOfMemory(LabError):
+    """No free guest-physical pages are left (facts: nr_pages, free)."""
+
+
+class GuestAssertFailed(LabError):
+    """The guest reported ABORT (facts: vcpu, ucall, file, line, expr)."""
+
+
+class GuestCrashed(LabError):
+    """The guest ended without DONE: shutdown, halt, hole, refused instruction (facts: vcpu, exit)."""
+
+
+class BudgetExceeded(LabError):
+    """The instruction budget ran out before the guest was done (facts: vcpu, insns)."""

@@ -1,0 +1,91 @@
+"""Running guests to an end: one after the other, all under a schedule, with every ucall on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from labkit.engines.base import BudgetExit, Exit, HypercallExit
+from labkit.errors import BudgetExceeded, GuestAssertFailed, GuestCrashed, InvalidState
+from labkit.machine.schedule import Schedule
+from labkit.ucall.pool import BadUcallExit, Ucall
+
+__all__ = ["RUNNABLE", "Runnable", "collect", "goes_on", "run_scheduled", "stream"]
+
+RUNNABLE = ("not started", "running")
+Came = Ucall | Exit
+
+
+class Runnable(Protocol):
+    """What a schedule needs of a vCPU."""
+
+    index: int
+    state: str
+
+    @property
+    def step_count(self) -> int: ...
+    def run(self, max_insns: int | None = None) -> Came: ...
+    def where(self) -> str: ...
+
+
+def run_scheduled(vcpus: list[Any], schedule: Schedule, max_insns: int | None) -> Came:
+    """Run until the next ucall or exit of any vCPU; BudgetExit after max_insns instructions in all."""
+    left = max_insns
+    while True:
+        runnable = [v.index for v in vcpus if v.state in RUNNABLE]
+        if not runnable:
+            raise InvalidState(f"no vCPU can run: {', '.join(f'vCPU {v.index} {v.state}' for v in vcpus) or 'there is none'}")
+        index, quantum = schedule.pick(runnable)
+        vcpu, before = vcpus[index], vcpus[index].step_count
+        limits = [n for n in (quantum, left) if n is not None]
+        came = vcpu.run(min(limits) if limits else None)
+        ran = vcpu.step_count - before
+        schedule.ran(ran)
+        left = None if left is None else left - ran
+        if not isinstance(came, BudgetExit):
+            return came
+        if left is not None and left <= 0:
+            return BudgetExit(max_insns or 0)
+
+
+def goes_on(came: Came) -> bool:
+    """Whether a guest can be expected to go on after this: a ucall that ends it, a crash and a used-up pool say no."""
+    match came:
+        case Ucall(cmd=cmd):
+            return cmd not in ("ABORT", "UNHANDLED")
+        case BadUcallExit(kind=kind):
+            return kind != "exhausted"  # the others are reported, nothing was read through them
+        case _:
+            return isinstance(came, HypercallExit)
+
+
+def stream(run: Callable[[int | None], Came], done: Callable[[], bool], clock: Callable[[], int],
+           max_insns: int | None) -> Iterator[Came]:
+    """Every ucall and exit until done, until one that a guest does not survive, or until the budget is used up."""
+    start = clock()
+    while not done():
+        came = run(None if max_insns is None else max(0, max_insns - (clock() - start)))
+        yield came
+        if not goes_on(came):
+            return
+
+
+def collect(coming: Iterator[Came], whereabouts: Callable[[], str]) -> list[Ucall]:
+    """The ucalls of a stream that ends well; raises GuestAssertFailed, BudgetExceeded or GuestCrashed for one that does not."""
+    ucalls: list[Ucall] = []
+    for came in coming:
+        if isinstance(came, Ucall):
+            ucalls.append(came)
+        if goes_on(came):
+            continue
+        match came:
+            case Ucall(cmd="ABORT"):
+                raise GuestAssertFailed(f"vCPU {came.vcpu}: {came.text} ({came.file}:{came.line})", vcpu=came.vcpu, ucall=came,
+                                        file=came.file, line=came.line, expr=came.expr, ucalls=ucalls)
+            case Ucall():
+                raise GuestCrashed(f"vCPU {came.vcpu}: {came.text}", vcpu=came.vcpu, ucall=came, exit=None, ucalls=ucalls)
+            case BudgetExit():
+                raise BudgetExceeded(f"the budget of instructions is used up: {whereabouts()}", insns=came.insns, ucalls=ucalls)
+            case _:
+                raise GuestCrashed(f"{came}; {whereabouts()}", exit=came, ucalls=ucalls)
+    return ucalls

@@ -1,0 +1,150 @@
+"""One virtual CPU as people hold it: run, step, look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from labkit.arch.model import Arch
+from labkit.engines.base import BudgetExit, Exit
+from labkit.errors import InvalidState
+from labkit.explore.listing import Listing
+from labkit.explore.running import collect, stream
+from labkit.explore.stepping import step_line
+from labkit.guest.program import Program
+from labkit.machine.vcpu import Registers
+from labkit.machine.vm import Machine
+from labkit.ucall.pool import Ucall
+
+if TYPE_CHECKING:
+    from labkit.explore.inspect import VcpuSnapshot
+    from labkit.guest.lines import Line
+
+__all__ = ["Host", "Vcpu"]
+
+
+class Host(Protocol):
+    """What a vCPU needs of its VM."""
+
+    machine: Machine
+    program: Program | None
+
+    @property
+    def arch(self) -> Arch: ...
+    def arrived(self, vcpu: Vcpu, exit: Exit) -> Ucall | Exit: ...
+    def changed(self) -> None: ...
+    def gva_of(self, place: str | int) -> int: ...
+    def places(self, place: str | int) -> Sequence[int]: ...
+
+
+class Vcpu:
+    """One virtual CPU of a VM."""
+
+    def __init__(self, vm: Host, index: int) -> None:
+        self.vm, self.index, self.state = vm, index, "not started"
+        self._cpu = vm.machine.vcpus[index]
+        self.regs = Registers(vm.arch, self._cpu, vm.changed)
+        self.breakpoints: frozenset[int] = frozenset()
+
+    @property
+    def step_count(self) -> int:
+        """Instructions this vCPU retired; a lower bound once a very long run went uncounted (`exact`)."""
+        return self._cpu.insns
+
+    @property
+    def exact(self) -> bool:
+        """Whether every instruction so far was counted."""
+        return self._cpu.exact
+
+    @property
+    def pc(self) -> int:
+        """Address of the instruction that runs next."""
+        return self._cpu.read_reg(self.vm.arch.pc)
+
+    def run(self, max_insns: int | None = None) -> Ucall | Exit:
+        """Run this vCPU alone until a ucall or another exit; with max_insns at most that far (BudgetExit)."""
+        return self.vm.arrived(self, self._cpu.run(max_insns))
+
+    def run_until_done(self, max_insns: int | None = None) -> list[Ucall]:
+        """Run this vCPU alone to its DONE and return every ucall on the way.
+
+        Raises GuestAssertFailed on ABORT, BudgetExceeded, and GuestCrashed on anything else that ends a guest.
+        """
+        return collect(stream(self.run, lambda: self.state == "done", lambda: self.step_count, max_insns), lambda: repr(self)[1:-1])
+
+    def step(self, count: int = 1) -> Ucall | Exit | None:
+        """Run count instructions; a ucall or an exit on the way ends it early and is returned."""
+        if count < 1:
+            raise InvalidState(f"vCPU {self.index}: cannot step {count} instructions")
+        came = self.run(count)
+        return None if isinstance(came, BudgetExit) else came
+
+    def step_line(self, max_insns: int = 1_000_000) -> Ucall | Exit | None:
+        """Run to the start of another source line, into calls too; raises BudgetExceeded when none comes."""
+        result: Ucall | Exit | None = step_line(self, max_insns)
+        return result
+
+    def complete(self, value: int) -> None:
+        """What the IN, MMIO read or hypercall that just exited shall return."""
+        self._cpu.complete(value)
+        self.vm.changed()
+
+    def args_set(self, *values: int) -> None:
+        """Set the arguments of the entry function (vcpu_args_set)."""
+        self.vm.machine.set_arguments(self.index, values)
+        self.vm.changed()
+
+    def set_entry(self, entry: str | int) -> None:
+        """Begin anew at another function, with a fresh stack and the vCPU's index as argument (vcpu_arch_set_entry_point)."""
+        self.vm.machine.reset_vcpu(self.index, self.vm.gva_of(entry))
+        self.state = "not started"
+        self.vm.changed()
+
+    def break_at(self, *places: str | int) -> None:
+        """Add breakpoints at symbols, "file.c:12" or gvas."""
+        self.set_breakpoints(self.breakpoints | {gva for place in places for gva in self.vm.places(place)})
+
+    def set_breakpoints(self, gvas: frozenset[int] | set[int]) -> None:
+        """Stop before the instructions at exactly these addresses."""
+        self.breakpoints = frozenset(gvas)
+        self._cpu.set_breakpoints(self.breakpoints)
+        self.vm.changed()
+
+    def read(self, gva: int, size: int) -> bytes:
+        """Guest-virtual memory through this vCPU's page tables; raises PageFault with the walk."""
+        return self.vm.machine.space.read(gva, size, self._root())
+
+    def write(self, gva: int, data: bytes) -> None:
+        """Write guest-virtual memory as a debugger does, read-only pages included; raises PageFault."""
+        self.vm.machine.space.write(gva, data, self._root())
+        self.vm.changed()
+
+    def _root(self) -> int:
+        return self._cpu.read_reg("cr3")
+
+    def disassemble(self, gva: int | str | None = None, count: int = 12) -> Listing:
+        """Instructions from gva (or a symbol) on; without one, those around the program counter."""
+        program, pc = self.vm.program, self.pc
+        if gva is None:
+            return Listing.around(self.vm.arch.name, program, self.read, pc, count // 3, count - count // 3 - 1)
+        return Listing.at(self.vm.arch.name, program, self.read, self.vm.gva_of(gva), count, pc)
+
+    def source_line(self) -> Line | None:
+        """The source line of the program counter; None without debug information."""
+        return self.vm.program.line_at(self.pc) if self.vm.program else None
+
+    def where(self) -> str:
+        """The program counter as symbol+offset, with the source line when there is one."""
+        if self.vm.program is None:
+            return f"{self.pc:#x}"
+        line = self.source_line()
+        return self.vm.program.describe(self.pc) + (f" ({line.file}:{line.line})" if line else "")
+
+    def look(self) -> VcpuSnapshot:
+        """Registers, code, stack and what the next instruction touches, as one snapshot that shows itself."""
+        from labkit.explore.inspect import inspect_vcpu
+
+        return inspect_vcpu(self)
+
+    def __repr__(self) -> str:
+        return f"<Vcpu {self.index} {self.state}, step {self.step_count}{'' if self.exact else '+'}, at {self.where()}>"

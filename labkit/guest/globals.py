@@ -1,0 +1,120 @@
+"""Guest globals, read and written from the host.
+
+As in the kernel selftests a global exists once on the host and once in every VM; each VM's copy is its own. The functions
+take the VM's access to guest-virtual memory as a callable, so that this room needs no VM.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from labkit.errors import InvalidState
+from labkit.guest.program import Program
+from labkit.guest.types import is_signed_int
+
+__all__ = ["GlobalVar", "HostGlobals", "Value", "global_var", "read_guest_global", "write_guest_global"]
+
+Value = int | bytes
+Read = Callable[[int, int], bytes]  # read(gva, size)
+Write = Callable[[int, bytes], object]  # write(gva, data), in one piece
+
+INT_SIZES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class GlobalVar:
+    """A global variable: numbers are ints in Python, everything else is bytes. signed is None when the type is not known."""
+
+    name: str
+    gva: int
+    size: int
+    is_int: bool
+    signed: bool | None
+
+    def decode(self, data: bytes) -> Value:
+        """The value of its bytes in memory."""
+        return int.from_bytes(data, "little", signed=bool(self.signed)) if self.is_int else bytes(data)
+
+    def encode(self, value: object) -> bytes:
+        """The bytes of a value; raises InvalidState when it does not fit."""
+        if isinstance(value, bytes | bytearray | memoryview):
+            if len(value) != self.size:
+                raise InvalidState(f"{self.name} has {self.size} bytes, not {len(value)}", name=self.name, size=self.size)
+            return bytes(value)
+        try:
+            number = operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            what = "a number or " if self.is_int else ""
+            raise InvalidState(f"{self.name} takes {what}{self.size} bytes, not {value!r}", name=self.name) from None
+        bits = 8 * self.size
+        low = 0 if self.signed is False else -(1 << bits - 1)
+        high = (1 << bits - 1) - 1 if self.signed else (1 << bits) - 1
+        if not self.is_int or not low <= number <= high:
+            sign = {None: "", True: "signed ", False: "unsigned "}[self.signed]
+            what = f"a {bits}-bit {sign}number" if self.is_int else "no number"
+            raise InvalidState(f"{number} does not fit: {self.name} is {what} ({self.size} bytes)", name=self.name, value=number)
+        return (number & (1 << bits) - 1).to_bytes(self.size, "little")
+
+
+def global_var(program: Program, name: str) -> GlobalVar:
+    """Where a global is and what it holds; raises SymbolNotFound, or InvalidState for a function or a name without a size."""
+    symbol = program.symbol(name)
+    if symbol.kind == "func" or not symbol.size:
+        why = "it is a function" if symbol.kind == "func" else "nobody says how large it is"
+        raise InvalidState(f"{name} is no variable: {why}", name=name)
+    try:
+        signed = is_signed_int(program.image, symbol.gva) if symbol.size in INT_SIZES else None
+        is_int = signed is not None
+    except LookupError:
+        signed, is_int = None, symbol.size in INT_SIZES
+    return GlobalVar(name, symbol.gva, symbol.size, is_int, signed)
+
+
+def write_guest_global(program: Program, name: str, value: object, write: Write) -> None:
+    """Set one VM's copy of a global (write_guest_global() in C)."""
+    var = global_var(program, name)
+    write(var.gva, var.encode(value))
+
+
+def read_guest_global(program: Program, name: str, read: Read) -> Value:
+    """One VM's copy of a global."""
+    var = global_var(program, name)
+    return var.decode(read(var.gva, var.size))
+
+
+class HostGlobals:
+    """The host's own copy of a program's globals: `host["x"] = 5`, then to_guest("x", ...) for each VM that shall see it."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._data: dict[str, bytes] = {}
+
+    def __getitem__(self, name: str) -> Value:
+        var = global_var(self._program, name)
+        return var.decode(self._bytes(var))
+
+    def __setitem__(self, name: str, value: object) -> None:
+        self._data[name] = global_var(self._program, name).encode(value)
+
+    def to_guest(self, name: str, write: Write) -> None:
+        """Copy the host's value into a VM (sync_global_to_guest() in C)."""
+        var = global_var(self._program, name)
+        write(var.gva, self._bytes(var))
+
+    def from_guest(self, name: str, read: Read) -> Value:
+        """Copy a VM's value to the host (sync_global_from_guest() in C) and return it."""
+        var = global_var(self._program, name)
+        self._data[name] = bytes(read(var.gva, var.size))
+        return var.decode(self._data[name])
+
+    def _bytes(self, var: GlobalVar) -> bytes:
+        """The host's bytes; before anybody set them, those that the ELF file starts with."""
+        if var.name not in self._data:
+            segment = self._program.segment_at(var.gva)
+            if segment is None or var.gva + var.size > segment.end:
+                raise InvalidState(f"{var.name} at 0x{var.gva:x} lies outside the program's segments", name=var.name, gva=var.gva)
+            at = var.gva - segment.gva
+            self._data[var.name] = segment.data[at:at + var.size].ljust(var.size, b"\0")
+        return self._data[var.name]

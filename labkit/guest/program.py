@@ -1,0 +1,136 @@
+"""A guest program: bytes at fixed addresses, the names of those addresses, and the source lines behind them."""
+
+from __future__ import annotations
+
+import difflib
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from labkit.errors import ElfError, SymbolNotFound
+from labkit.guest.elf import Segment, Symbol, read_elf
+from labkit.guest.lines import Line, LineTable, SourceFiles
+
+__all__ = ["Line", "Program", "Segment", "Symbol"]
+
+MAX_IMAGE = 1 << 28  # bytes of an ELF file
+
+
+class Program:
+    """A guest that can be loaded into any number of VMs; it never changes.
+
+    Attributes: arch ("x86_64"), name, path (None when it was compiled from text), image (the ELF file), entry (gva, 0: none),
+    segments (sorted by gva), compiler_output (warnings, "" for loaded files).
+    """
+
+    def __init__(self, image: bytes, name: str, path: Path | None = None, sources: Mapping[str, str] | None = None,
+                 compiler_output: str = "") -> None:
+        facts = read_elf(image, name)
+        self.image, self.name, self.path = image, name, path
+        self.arch, self.entry, self.segments = facts.arch, facts.entry, facts.segments
+        self.compiler_output = compiler_output
+        self.symbols: dict[str, Symbol] = {symbol.name: symbol for symbol in facts.symbols}
+        self._all_symbols = facts.symbols
+        self._files = SourceFiles(sources or {}, path)
+
+    @classmethod
+    def load(cls, path_or_bytes: str | Path | bytes, name: str | None = None) -> Program:
+        """Load an ELF file linked at fixed addresses, a kernel selftest's binary included; raises ElfError for any other."""
+        if isinstance(path_or_bytes, bytes | bytearray | memoryview):
+            return cls(bytes(path_or_bytes), name or "guest")
+        path = Path(path_or_bytes)
+        try:
+            if not path.is_file():
+                raise ElfError(f"{path}: no such file" if not path.exists() else f"{path}: not a regular file", path=str(path))
+            with path.open("rb") as file:
+                image = file.read(MAX_IMAGE + 1)
+        except (OSError, ValueError) as error:
+            raise ElfError(f"{path}: cannot be read ({error})", path=str(path)) from error
+        if len(image) > MAX_IMAGE:
+            raise ElfError(f"{path}: larger than 0x{MAX_IMAGE:x} bytes", path=str(path))
+        return cls(image, name or path.name, path)
+
+    @classmethod
+    def compile(cls, source_or_path: str | Path, arch: str = "x86_64", compiler: str | None = None, opt: str = "-O1",
+                defines: Sequence[str] = (), name: str | None = None) -> Program:
+        """Compile a guest written in C; see labkit.guest.compile.compile_guest."""
+        from labkit.guest.compile import compile_guest
+
+        return compile_guest(source_or_path, arch, compiler, opt, defines, name)
+
+    def __repr__(self) -> str:
+        size = sum(s.memsz for s in self.segments)
+        return f"Program({self.name!r}, {self.arch}, {len(self.segments)} segments of {size} bytes at 0x{self.segments[0].gva:x})"
+
+    # --- names ---
+
+    def symbol(self, name: str) -> Symbol:
+        """The symbol of that name; raises SymbolNotFound with the names that come near."""
+        try:
+            return self.symbols[name]
+        except KeyError:
+            near = difflib.get_close_matches(name, self.symbols, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else "" if self.symbols else "; it has no symbols at all"
+            raise SymbolNotFound(f"{self.name} has no symbol {name!r}{hint}", name=name, near=tuple(near)) from None
+
+    @cached_property
+    def _by_gva(self) -> tuple[list[int], list[Symbol], list[int]]:
+        """Symbols by address, one for each; with each the address up to which it or an earlier one reaches."""
+        best: dict[int, Symbol] = {}
+        for symbol in sorted(self._all_symbols, key=lambda s: (s.kind != "notype", s.size > 0)):
+            best[symbol.gva] = symbol
+        symbols = [best[gva] for gva in sorted(best)]
+        return [s.gva for s in symbols], symbols, [s.gva + s.size for s in symbols]
+
+    def symbol_at(self, gva: int) -> tuple[Symbol, int] | None:
+        """The symbol that covers an address and how far into it the address is; None when none does."""
+        gvas, symbols, ends = self._by_gva
+        segment = self.segment_at(gva)
+        at = bisect_right(gvas, gva) - 1
+        if segment is None:
+            return None
+        for i in range(at, max(at - 8, -1), -1):  # a nested symbol may end before its outer one
+            if gva < ends[i] or (i == at and not symbols[i].size and gvas[i] >= segment.gva):
+                return symbols[i], gva - gvas[i]
+        return None
+
+    def segment_at(self, gva: int) -> Segment | None:
+        """The segment that an address lies in."""
+        return next((s for s in self.segments if s.gva <= gva < s.end), None)
+
+    def describe(self, gva: int) -> str:
+        """An address in words: "ucall_alloc+0x2c", or its digits where no symbol is."""
+        found = self.symbol_at(gva)
+        if found is None:
+            return f"0x{gva:x}"
+        symbol, offset = found
+        return f"{symbol.name}+0x{offset:x}" if offset else symbol.name
+
+    # --- source ---
+
+    @cached_property
+    def _lines(self) -> LineTable:
+        return LineTable.read(self.image, self.segments)
+
+    def line_at(self, gva: int) -> Line | None:
+        """The source line that an instruction belongs to, None when the debug information does not say."""
+        found = self._lines.at(gva)
+        if found is None:
+            return None
+        file, line = found
+        source = self.source(file)
+        return Line(file, line, source[line - 1] if source and line <= len(source) else None)
+
+    def gva_of_line(self, file: str, line: int) -> tuple[int, ...]:
+        """Where the code of a source line begins, one address for each place it was compiled to; () when it has no code."""
+        return self._lines.starts(file, line)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The source files that have code, as the debug information names them."""
+        return self._lines.files
+
+    def source(self, file: str) -> list[str] | None:
+        """The lines of a source file, None when it is nowhere to be found."""
+        return self._files.lines(file)

@@ -1,0 +1,384 @@
+"""The front door: Vm and Vcpu, composed of the rooms below. The only file that knows them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from labkit.arch import find_arch
+from labkit.arch.x86_cpu import CpuModel
+from labkit.bits import align_up
+from labkit.engines import Capability, open_engine
+from labkit.engines.base import BudgetExit, Exit, InterruptExit, PioExit, Trace
+from labkit.errors import InvalidState, NotAvailable
+from labkit.explore.events import Event, events_frame
+from labkit.explore.running import collect, run_scheduled, stream
+from labkit.explore.vcpu import Vcpu
+from labkit.guest.globals import HostGlobals, write_guest_global
+from labkit.guest.loader import kernel_globals, load_program, program_string
+from labkit.machine.memory import PAGE, Memory
+from labkit.machine.schedule import Schedule
+from labkit.machine.vm import STACK_PAGES, Machine, MachineState
+from labkit.paging.scan import PageTable, scan
+from labkit.ucall.abi import BITMAP_BYTES, HEADER_SIZE
+from labkit.ucall.pool import BadUcallExit, Pool, PoolSnapshot, Ucall
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from labkit.explore.inspect import MemoryMap, VmSnapshot
+    from labkit.guest.program import Program
+
+__all__ = ["Vcpu", "Vm", "VmState"]
+
+DEFAULT_MEMORY = 8 << 20
+_SPARE = 2 << 20  # beside program, stacks and pool: page tables and what a guest or a test allocates
+_FINAL = {"DONE": "done", "ABORT": "aborted", "UNHANDLED": "unhandled"}
+
+
+@dataclass(frozen=True)
+class VmState:
+    """A snapshot of a VM: memory, CPUs, allocators, pool history, schedule and events."""
+
+    step: int
+    machine: MachineState
+    pool: dict[str, object] | None
+    schedule: tuple[Any, ...]
+    events: tuple[Event, ...]
+    states: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        size = sum(len(data) for _, data in self.machine.slots) >> 10
+        return f"<VmState step {self.step}, {len(self.states)} vCPUs, {size} KiB, {len(self.events)} events>"
+
+
+class Vm:
+    """One virtual machine; `Vm.create` makes one with a program, page tables, a ucall pool and vCPUs."""
+
+    def __init__(self, machine: Machine, program: Program | None, backend: str, name: str, schedule: str, cpu: CpuModel) -> None:
+        self.machine, self.program, self.backend, self.name = machine, program, backend, name
+        self.arch, self.memory, self.cpu = machine.arch, machine.memory, cpu
+        self.schedule = Schedule.named(schedule)
+        self.vcpus: list[Vcpu] = []
+        self.protect: str | None = None
+        self._pool: Pool | None = None
+        self._events: list[Event] = []
+        self._observers: list[Callable[[], None]] = []
+        self._host = HostGlobals(program) if program else None
+        self._seen_pool: PoolSnapshot | None = None
+
+    # --- making VMs
+
+    @classmethod
+    def create(cls, program: Program, entry: str = "guest_code", nr_vcpus: int = 1, backend: str = "unicorn",
+               protect: str | None = None, ucall: str | None = "pool", memory: int | None = None,
+               schedule: str = "round_robin", name: str | None = None, cpu: CpuModel | None = None) -> Vm:
+        """A VM that is ready to run `entry` on every vCPU (vm_create_with_vcpus); memory in bytes.
+
+        Raises NotAvailable for a backend or a protection this labkit or machine lacks, SymbolNotFound, InvalidState.
+        """
+        if protect is not None:
+            raise NotAvailable(f"protect={protect!r}: encrypted guests are not part of this labkit yet", protect=protect)
+        if ucall not in ("pool", None):
+            raise NotAvailable(f"ucall={ucall!r}: there is only \"pool\", or None for a VM without ucalls", ucall=ucall)
+        if nr_vcpus < 1:
+            raise InvalidState(f"a VM needs at least one vCPU, not {nr_vcpus}")
+        start = program.symbol(entry).gva
+        size = memory or _memory_for(program, nr_vcpus)
+        vm = cls._bare(program.arch, backend, [(0, size)], program, name or program.name, schedule, cpu)
+        load_program(program, vm.machine.space)
+        vm.machine.boot()
+        kernel_globals(program, vm.machine, vm.cpu)
+        if ucall == "pool":
+            vm._make_pool()
+        for _ in range(nr_vcpus):
+            vm._add_vcpu(start)
+        return vm
+
+    @classmethod
+    def create_barebones(cls, arch: str = "x86_64", backend: str = "unicorn", memory: int = DEFAULT_MEMORY) -> Vm:
+        """A VM with memory and nothing else (vm_create_barebones): no program, no tables, no pool."""
+        return cls._bare(arch, backend, [(0, memory)], None, "barebones", "round_robin", None)
+
+    @classmethod
+    def _bare(cls, arch: str, backend: str, slots: list[tuple[int, int]], program: Program | None, name: str, schedule: str,
+              cpu: CpuModel | None) -> Vm:
+        cpu = cpu.copy() if cpu else CpuModel()
+        engine = open_engine(backend, arch, cpu)
+        memory = Memory()
+        for gpa, size in slots:
+            memory.add(gpa, align_up(size, PAGE))
+        return cls(Machine(find_arch(arch), engine, memory), program, backend, name, schedule, cpu)
+
+    def _make_pool(self) -> None:
+        space = self.machine.space
+        gva = self.alloc_shared(HEADER_SIZE, kind="ucall pool")
+        gpa = space.walk(gva).require()
+        self._attach_pool(Pool(self.memory, gpa, gva))
+        self.memory.write(gpa, Pool.image(self.memory.hva(gpa)))
+        if self.program is not None and "ucall_pool" in self.program.symbols:
+            self.write_guest_global("ucall_pool", gva)
+
+    def _attach_pool(self, pool: Pool) -> None:
+        self._pool = pool
+        self.machine.engine.watch(pool.gpa, BITMAP_BYTES, pool.log)
+
+    def _add_vcpu(self, entry: int) -> Vcpu:
+        index = len(self.vcpus)
+        self.machine.create_vcpu(entry, self._tracer(index))
+        self.vcpus.append(Vcpu(self, index))
+        return self.vcpus[-1]
+
+    def _tracer(self, index: int) -> Trace:
+        return lambda kind, facts: self._record(index, kind, **facts)
+
+    def add_vcpu(self, entry: str | int) -> Vcpu:
+        """One more vCPU (vm_vcpu_add)."""
+        vcpu = self._add_vcpu(self.gva_of(entry))
+        self.changed()
+        return vcpu
+
+    # --- running
+
+    @property
+    def step(self) -> int:
+        """The VM's clock: instructions retired by all vCPUs together."""
+        return self.machine.engine.retired()
+
+    def arrived(self, vcpu: Vcpu, exit: Exit) -> Ucall | Exit:
+        """An engine's exit becomes a ucall when it is one; it is recorded, and a held-back Ctrl-C is raised."""
+        came: Ucall | Exit = exit
+        if isinstance(exit, PioExit) and exit.port == self.arch.ucall.number:
+            value = vcpu._cpu.read_reg(self.arch.ucall.register)
+            came = self._take(value, vcpu.index)
+        if isinstance(came, Ucall):
+            vcpu.state = _FINAL.get(came.cmd, "running")
+            self._events.append(Event(came.step, vcpu.index, "ucall", came, None))
+        elif isinstance(came, BudgetExit | InterruptExit):
+            vcpu.state = "running"
+        else:
+            ends = {"halted": "halted", "shutdown": "shutdown", "internal-error": "stuck"}
+            vcpu.state = ends.get(came.end, "running")
+            self._record(vcpu.index, came.end, exit=came, where=vcpu.where())
+        if self._observers:
+            self.changed()
+        self.machine.engine.check_interrupt()
+        return came
+
+    def _take(self, value: int, vcpu: int) -> Ucall | BadUcallExit:
+        step = self.step
+        if value == 0:
+            return Ucall("NONE", (0,) * 7, None, vcpu, None, step)
+        if self._pool is None:
+            return BadUcallExit(value, "no pool", "this VM was created without a ucall pool")
+        return self._pool.take(value, vcpu, step, self._string)
+
+    def _string(self, gva: int) -> str | None:
+        return program_string(self.program, gva) if self.program else None
+
+    def run(self, max_insns: int | None = None) -> Ucall | Exit:
+        """Run all vCPUs under the schedule until the next ucall or exit of any; at most max_insns in all (BudgetExit)."""
+        return run_scheduled(self.vcpus, self.schedule, max_insns)
+
+    def stream(self, max_insns: int | None = None) -> Iterator[Ucall | Exit]:
+        """Every ucall and exit until all vCPUs are done, one of them fails, or the budget is used up (then BudgetExit last)."""
+        return stream(self.run, self._all_done, lambda: self.step, max_insns)
+
+    def _all_done(self) -> bool:
+        return all(vcpu.state == "done" for vcpu in self.vcpus)
+
+    def run_until_done(self, max_insns: int | None = None) -> list[Ucall]:
+        """Run all vCPUs to their DONE under the schedule; returns every ucall, raises as Vcpu.run_until_done does."""
+        return collect(self.stream(max_insns), self._whereabouts)
+
+    def _whereabouts(self) -> str:
+        return ", ".join(f"vCPU {v.index} {v.state} at {v.where()}" for v in self.vcpus)
+
+    # --- memory
+
+    def gva2gpa(self, gva: int) -> int:
+        """Translate through the VM's page tables (addr_gva2gpa); raises PageFault with who, where and what was found."""
+        return self.machine.space.walk(gva).require()
+
+    def gpa2hva(self, gpa: int) -> int:
+        """The host address of a gpa (addr_gpa2hva); raises MemoryFault for a hole."""
+        return self.memory.hva(gpa)
+
+    def alloc(self, size: int, min_gva: int = 0x2000, kind: str = "alloc") -> int:
+        """Zeroed, mapped memory for the guest, in bytes (vm_vaddr_alloc, __vm_alloc); returns its gva."""
+        gva = self.machine.space.alloc(size, kind, min_gva)
+        self.changed()
+        return gva
+
+    def alloc_shared(self, size: int, min_gva: int = 0x2000, kind: str = "shared") -> int:
+        """The same, but never encrypted (vm_vaddr_alloc_shared); without protection there is no difference."""
+        return self.alloc(size, min_gva, kind)
+
+    def read(self, gva: int, size: int) -> bytes:
+        """Guest-virtual memory through the VM's own page tables."""
+        return self.machine.space.read(gva, size)
+
+    def write(self, gva: int, data: bytes) -> None:
+        """Write guest-virtual memory, read-only pages included, as a debugger does."""
+        self.machine.space.write(gva, data)
+        self.changed()
+
+    # --- globals: one copy per VM
+
+    def write_guest_global(self, name: str, value: int | bytes) -> None:
+        """Set this VM's copy of a global in one store (write_guest_global)."""
+        write_guest_global(self._need_program(), name, value, self.write)
+
+    def sync_global_to_guest(self, name: str) -> None:
+        """Copy the host's value of a global into this VM (sync_global_to_guest)."""
+        self.host_globals.to_guest(name, self.write)
+
+    def sync_global_from_guest(self, name: str) -> int | bytes:
+        """Copy this VM's value of a global to the host and return it (sync_global_from_guest)."""
+        return self.host_globals.from_guest(name, self.read)
+
+    @property
+    def host_globals(self) -> HostGlobals:
+        """The host's own copy of the program's globals: `vm.host_globals["x"] = 5`, then sync it to the guest."""
+        self._need_program()
+        assert self._host is not None
+        return self._host
+
+    def install_exception_handler(self, vector: int, handler: str | int) -> None:
+        """Let a guest function handle an exception (vm_install_exception_handler)."""
+        if not 0 <= vector < self.arch.nr_vectors:
+            raise InvalidState(f"{self.arch.name} has no exception {vector}, only 0 to {self.arch.nr_vectors - 1}")
+        self.write(self.machine.handlers_gva + 8 * vector, self.gva_of(handler).to_bytes(8, "little"))
+
+    def _need_program(self) -> Program:
+        if self.program is None:
+            raise InvalidState(f"{self.name} has no program, so it has no symbols")
+        return self.program
+
+    def gva_of(self, place: str | int) -> int:
+        return place if isinstance(place, int) else self._need_program().symbol(place).gva
+
+    def places(self, place: str | int) -> Sequence[int]:
+        if isinstance(place, str) and ":" in place:
+            file, _, line = place.rpartition(":")
+            found = self._need_program().gva_of_line(file, int(line) if line.isdecimal() else -1)
+            if not found:
+                raise InvalidState(f"no code at {place}; lines with code are those of {', '.join(self._need_program().files)}")
+            return found
+        return (self.gva_of(place),)
+
+    # --- looking
+
+    @property
+    def pool(self) -> PoolSnapshot:
+        """The ucall pool now; changes are marked against the last time this was asked."""
+        if self._pool is None:
+            raise InvalidState(f"{self.name} was created without a ucall pool")
+        self._seen_pool = self._look_at_pool(self._seen_pool)
+        return self._seen_pool
+
+    def _look_at_pool(self, seen: PoolSnapshot | None) -> PoolSnapshot:
+        assert self._pool is not None
+        done = frozenset(v.index for v in self.vcpus if v.state == "done")
+        return self._pool.snapshot(self.step, done, seen)
+
+    def page_table(self) -> PageTable:
+        """The whole address space as it is mapped now: df, walk(gva), maps(gpa), diff(other)."""
+        return scan(self.memory.read, self.arch.mode, self.machine.space.root_gpa, self.step, self._label)
+
+    def _label(self, gva: int) -> str:
+        from labkit.explore.inspect import label_gva
+
+        return label_gva(self, gva)
+
+    def memory_map(self) -> MemoryMap:
+        """What lies where in guest-physical memory."""
+        from labkit.explore.inspect import memory_map
+
+        return memory_map(self)
+
+    def look(self, vcpu: int = 0) -> VmSnapshot:
+        """All of the VM as one snapshot that shows itself; `vcpu` is the one in front."""
+        from labkit.explore.inspect import inspect_vm
+
+        return inspect_vm(self, vcpu)
+
+    def show(self) -> object:
+        """The dashboard: a live widget in JupyterLab, a picture in a saved notebook, text in a terminal."""
+        from labkit.views.widget import show
+
+        return show(self)
+
+    @property
+    def events(self) -> pd.DataFrame:
+        """Everything that happened: seq, step, vcpu, kind, what, and the facts of each kind."""
+        return events_frame(self._events)
+
+    def _record(self, vcpu: int, kind: str, **facts: object) -> None:
+        self._events.append(Event(self.step, vcpu, kind, None, facts))
+
+    def observe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call back after every change; returns a function that ends it."""
+        self._observers.append(callback)
+        return lambda: self._observers.remove(callback)
+
+    def changed(self) -> None:
+        for tell in list(self._observers):
+            tell()
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What this VM's engine can do, and why not."""
+        return self.machine.engine.capabilities
+
+    # --- snapshots
+
+    def snapshot(self) -> VmState:
+        """The whole VM, bit for bit."""
+        return VmState(self.step, self.machine.state(), self._pool.state() if self._pool else None, self.schedule.save(),
+                       tuple(self._events), tuple(v.state for v in self.vcpus))
+
+    def restore(self, state: VmState) -> None:
+        """Go back (or on) to a snapshot of this VM; raises InvalidState for one of a VM of another shape."""
+        self.machine.set_state(state.machine)
+        if self._pool is not None and state.pool is not None:
+            self._pool.set_state(state.pool)
+        self.schedule = Schedule.restored(state.schedule)
+        self._events = list(state.events)
+        for vcpu, was in zip(self.vcpus, state.states, strict=True):
+            vcpu.state = was
+        self.changed()
+
+    def fork(self) -> Vm:
+        """An independent VM that goes on from here; its pool keeps the addresses that this one handed out."""
+        state = self.snapshot()
+        twin = self._bare(self.arch.name, self.backend, [(slot.gpa, slot.size) for slot in self.memory.slots], self.program,
+                          f"{self.name} (fork)", self.schedule.name, self.cpu)
+        if self._pool is not None:
+            twin._attach_pool(Pool(twin.memory, self._pool.gpa, self._pool.gva))
+        for vcpu in self.vcpus:
+            twin.machine.adopt_vcpu(twin._tracer(vcpu.index))
+            twin.vcpus.append(Vcpu(twin, vcpu.index))
+        twin.restore(state)
+        return twin
+
+    def close(self) -> None:
+        """Release the engine; the VM cannot run afterwards."""
+        self.machine.close()
+
+    def __enter__(self) -> Vm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        states = ", ".join(f"vCPU {v.index} {v.state}" for v in self.vcpus) or "no vCPU"
+        return f"<Vm {self.name}: {self.arch.name} on {self.backend}, step {self.step}, {states}>"
+
+
+def _memory_for(program: Program, nr_vcpus: int) -> int:
+    """Bytes for slot 0 when nobody said: 8 MiB, or what program, stacks and pool need and some to spare."""
+    wanted = sum(align_up(s.memsz, PAGE) + PAGE for s in program.segments) + nr_vcpus * STACK_PAGES * PAGE + HEADER_SIZE + _SPARE
+    return max(DEFAULT_MEMORY, align_up(wanted, 1 << 21))

@@ -1,0 +1,109 @@
+"""Guest-physical memory: memslots, one anonymous mmap each, shared with the engine without a copy."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from labkit.bits import is_aligned
+from labkit.errors import InvalidState, MemoryFault
+
+__all__ = ["Memory", "Memslot"]
+
+PAGE = 4096
+LIMIT = 1 << 40  # MAXPHYADDR of the default machine
+
+
+@dataclass(frozen=True)
+class Memslot:
+    """One region of guest memory (struct kvm_userspace_memory_region)."""
+
+    gpa: int
+    size: int  # bytes
+    hva: int
+    data: mmap.mmap
+
+    def __repr__(self) -> str:
+        return f"<Memslot gpa {self.gpa:#x}-{self.gpa + self.size - 1:#x}, {self.size >> 10} KiB at hva {self.hva:#x}>"
+
+
+class Memory:
+    """The memslots of one VM; `on_write(gpa, size)` is told of every write that the host makes."""
+
+    def __init__(self) -> None:
+        self.slots: list[Memslot] = []
+        self.on_write: list[Callable[[int, int], None]] = []
+
+    def add(self, gpa: int, size: int) -> Memslot:
+        """Add a zeroed memslot; raises InvalidState when it is not page aligned, too high, or overlaps another."""
+        if size <= 0 or not is_aligned(gpa, PAGE) or not is_aligned(size, PAGE) or gpa < 0 or gpa + size > LIMIT:
+            raise InvalidState(f"memslot of {size:#x} bytes at gpa {gpa:#x}: it must be page aligned and end below {LIMIT:#x}")
+        for slot in self.slots:
+            if gpa < slot.gpa + slot.size and slot.gpa < gpa + size:
+                raise InvalidState(f"memslot of {size:#x} bytes at gpa {gpa:#x} overlaps {slot!r}")
+        try:
+            data = mmap.mmap(-1, size)
+        except (OSError, ValueError) as err:
+            raise InvalidState(f"this machine cannot give a memslot of {size:#x} bytes: {err}") from err
+        slot = Memslot(gpa, size, ctypes.addressof(ctypes.c_char.from_buffer(data)), data)
+        self.slots.append(slot)
+        return slot
+
+    def slot(self, gpa: int) -> Memslot | None:
+        """The memslot that holds gpa."""
+        for slot in self.slots:
+            if slot.gpa <= gpa < slot.gpa + slot.size:
+                return slot
+        return None
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """size bytes from gpa on; raises MemoryFault at the first byte that no memslot holds."""
+        slot = self.slot(gpa)
+        if slot is None or size < 0:
+            raise self._fault("read", gpa, size)
+        offset = gpa - slot.gpa
+        if offset + size <= slot.size:
+            return slot.data[offset:offset + size]
+        head = slot.size - offset
+        return slot.data[offset:] + self.read(gpa + head, size - head)
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Write data at gpa; raises MemoryFault, with nothing written, when it does not fit into memslots."""
+        size, at = len(data), gpa
+        parts: list[tuple[Memslot, int, int]] = []
+        while at < gpa + size:
+            slot = self.slot(at)
+            if slot is None:
+                raise self._fault("write", at, gpa + size - at)
+            count = min(gpa + size, slot.gpa + slot.size) - at
+            parts.append((slot, at - slot.gpa, count))
+            at += count
+        done = 0
+        for slot, offset, count in parts:
+            slot.data[offset:offset + count] = data[done:done + count]
+            done += count
+        for tell in self.on_write:
+            tell(gpa, size)
+
+    def hva(self, gpa: int) -> int:
+        """The host address of gpa (addr_gpa2hva); raises MemoryFault for a hole."""
+        slot = self.slot(gpa)
+        if slot is None:
+            raise self._fault("hva", gpa, 1)
+        return slot.hva + gpa - slot.gpa
+
+    def gpa(self, hva: int) -> int:
+        """The gpa of a host address inside a memslot (addr_hva2gpa); raises MemoryFault for any other."""
+        for slot in self.slots:
+            if slot.hva <= hva < slot.hva + slot.size:
+                return slot.gpa + hva - slot.hva
+        raise MemoryFault(f"hva {hva:#x} lies in no memslot of this VM", hva=hva)
+
+    def _fault(self, what: str, gpa: int, size: int) -> MemoryFault:
+        slots = ", ".join(f"{s.gpa:#x}-{s.gpa + s.size - 1:#x}" for s in self.slots) or "none"
+        return MemoryFault(f"{what} of {size} bytes at gpa {gpa:#x}: no memslot there (memslots: {slots})", gpa=gpa, size=size)
+
+    def __repr__(self) -> str:
+        return f"<Memory {len(self.slots)} memslots, {sum(s.size for s in self.slots) >> 10} KiB>"

@@ -1,0 +1,136 @@
+"""Memory, page tables and vCPUs put together: allocation, translation, and the machine's own tables."""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass
+
+from labkit.arch.desc import PagingMode
+from labkit.bits import align_up
+from labkit.errors import InvalidState, OutOfMemory, PageFault
+from labkit.machine.memory import PAGE, Memory
+from labkit.machine.sparsebit import Sparsebit
+from labkit.paging.build import PageTableBuilder
+from labkit.paging.walk import Walk, walk
+
+__all__ = ["AddressSpace", "Use"]
+
+MIN_GVA = 0x2000  # KVM_UTIL_MIN_VADDR
+MIN_PFN = 2  # KVM_UTIL_MIN_PFN
+TABLES_GPA = 0x180000  # KVM_GUEST_PAGE_TABLE_MIN_PADDR, a hint
+
+
+@dataclass(frozen=True, order=True)
+class Use:
+    """What some guest-physical pages were allocated for."""
+
+    gpa: int
+    nr_pages: int
+    kind: str
+
+
+class AddressSpace:
+    """Physical pages, virtual ranges and the page tables between them, as the selftests' kvm_util keeps them."""
+
+    def __init__(self, memory: Memory, mode: PagingMode) -> None:
+        self.memory, self.mode = memory, mode
+        self.used = Sparsebit()  # pfns
+        self.valid = Sparsebit()  # virtual page numbers that something lies at
+        self.uses: list[Use] = []
+        self.tables: set[int] = set()
+        self.builder = PageTableBuilder(memory.read, memory.write, self._alloc_table, mode)
+
+    @property
+    def root_gpa(self) -> int:
+        """The root table, for CR3."""
+        return self.builder.root_gpa
+
+    def alloc_pages(self, nr_pages: int, kind: str, min_gpa: int = MIN_PFN * PAGE) -> int:
+        """Physical pages in a row (vm_phy_pages_alloc); raises OutOfMemory when there is no such gap."""
+        if nr_pages < 1:
+            raise InvalidState(f"{nr_pages} pages cannot be allocated")
+        pfn = self._gap(nr_pages, min_gpa // PAGE)
+        if pfn is None and min_gpa > MIN_PFN * PAGE:
+            pfn = self._gap(nr_pages, MIN_PFN)
+        if pfn is None:
+            free = sum(s.size for s in self.memory.slots) // PAGE - len(self.used)
+            raise OutOfMemory(f"no {nr_pages} free guest pages in a row for {kind} ({free} are free in all; "
+                              f"give the VM more: memory=)", nr_pages=nr_pages, free=free)
+        self.used.set(pfn, nr_pages)
+        insort(self.uses, Use(pfn * PAGE, nr_pages, kind))
+        return pfn * PAGE
+
+    def _gap(self, nr_pages: int, min_pfn: int) -> int | None:
+        for slot in self.memory.slots:
+            pfn = self.used.next_clear(max(min_pfn, slot.gpa // PAGE), nr_pages)
+            if (pfn + nr_pages) * PAGE <= slot.gpa + slot.size:
+                return pfn
+        return None
+
+    def _alloc_table(self) -> int:
+        gpa = self.alloc_pages(1, "page tables", TABLES_GPA)
+        self.memory.write(gpa, bytes(PAGE))
+        self.tables.add(gpa)
+        return gpa
+
+    def unused_gva(self, nr_pages: int, min_gva: int = MIN_GVA) -> int:
+        """A free virtual range (vm_vaddr_unused_gap); raises OutOfMemory when the lower half has none."""
+        vpn = self.valid.next_clear(align_up(min_gva, PAGE) // PAGE, nr_pages)
+        if (vpn + nr_pages) * PAGE > 1 << (self.mode.va_bits - 1):
+            raise OutOfMemory(f"no {nr_pages} free virtual pages in a row from gva {min_gva:#x} on", nr_pages=nr_pages)
+        return vpn * PAGE
+
+    def alloc(self, size: int, kind: str = "alloc", min_gva: int = MIN_GVA, writable: bool = True, nx: bool = True,
+              **flags: bool) -> int:
+        """Zeroed memory of at least size bytes, mapped page by page (vm_vaddr_alloc); returns its gva."""
+        if size < 1:
+            raise InvalidState(f"alloc of {size} bytes")
+        nr_pages = align_up(size, PAGE) // PAGE
+        gva = self.unused_gva(nr_pages, min_gva)
+        gpa = self.alloc_pages(nr_pages, kind)
+        self.map(gva, gpa, nr_pages, writable=writable, nx=nx, **flags)
+        self.memory.write(gpa, bytes(nr_pages * PAGE))
+        return gva
+
+    def map(self, gva: int, gpa: int, nr_pages: int = 1, page_size: int = PAGE, writable: bool = True, nx: bool = False,
+            **flags: bool) -> None:
+        """Map physical pages (virt_map); raises InvalidState for a range that is mapped already."""
+        self.builder.map(gva, gpa, nr_pages, page_size, writable=writable, nx=nx, **flags)
+        self.valid.set(gva // PAGE, nr_pages * page_size // PAGE)
+
+    def walk(self, gva: int, root_gpa: int | None = None) -> Walk:
+        """How gva is translated now; never raises."""
+        return walk(self.memory.read, self.mode, self.root_gpa if root_gpa is None else root_gpa, gva)
+
+    def pieces(self, gva: int, size: int, root_gpa: int | None) -> list[tuple[int, int]]:
+        """(gpa, bytes) of a virtual range, page by page; raises PageFault at the first page that is not there."""
+        parts: list[tuple[int, int]] = []
+        while size > 0:
+            found = self.walk(gva, root_gpa)
+            gpa = found.require()
+            count = min(size, PAGE - gva % PAGE)
+            if self.memory.slot(gpa) is None:
+                raise PageFault(f"gva {gva:#x} is mapped to gpa {gpa:#x}, where no memslot is", gva=gva, walk=found)
+            parts.append((gpa, count))
+            gva, size = gva + count, size - count
+        return parts
+
+    def read(self, gva: int, size: int, root_gpa: int | None = None) -> bytes:
+        """Guest-virtual memory; raises PageFault with the walk when a page is not there."""
+        return b"".join(self.memory.read(gpa, count) for gpa, count in self.pieces(gva, size, root_gpa))
+
+    def write(self, gva: int, data: bytes, root_gpa: int | None = None) -> None:
+        """Write guest-virtual memory, read-only pages included, as a debugger does; raises PageFault, nothing written."""
+        done = 0
+        for gpa, count in self.pieces(gva, len(data), root_gpa):
+            self.memory.write(gpa, data[done:done + count])
+            done += count
+
+    def state(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[Use], set[int], int]:
+        """What the allocators know, for a snapshot."""
+        return list(self.used.ranges()), list(self.valid.ranges()), list(self.uses), set(self.tables), self.root_gpa
+
+    def set_state(self, state: tuple[list[tuple[int, int]], list[tuple[int, int]], list[Use], set[int], int]) -> None:
+        """Put `state` back."""
+        used, valid, uses, tables, self.builder.root_gpa = state
+        self.used, self.valid, self.uses, self.tables = Sparsebit(used), Sparsebit(valid), list(uses), set(tables)

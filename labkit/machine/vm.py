@@ -1,0 +1,111 @@
+"""One machine: memory, address space and vCPUs on an engine, booted into the state that the selftests' guests expect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from labkit.arch.model import Arch, BootTables
+from labkit.engines.base import EngineVcpu, EngineVm, Trace
+from labkit.errors import InvalidState
+from labkit.machine.memory import PAGE, Memory
+from labkit.machine.space import AddressSpace
+
+__all__ = ["Machine", "MachineState"]
+
+STACK_PAGES = 5  # DEFAULT_STACK_PGS
+MAX_VCPUS = 512  # KVM_MAX_VCPUS of the selftests: one pool slot each
+
+
+@dataclass(frozen=True)
+class MachineState:
+    """Everything that makes a machine what it is, bit for bit."""
+
+    slots: tuple[tuple[int, bytes], ...]  # (gpa, contents)
+    cpus: tuple[bytes, ...]
+    space: Any
+    stacks: tuple[int, ...]
+
+
+class Machine:
+    """A machine without ucalls: what the selftests call a barebones VM."""
+
+    def __init__(self, arch: Arch, engine: EngineVm, memory: Memory) -> None:
+        self.arch, self.engine, self.memory = arch, engine, memory
+        for slot in memory.slots:
+            engine.add_memslot(slot.gpa, slot.hva, slot.size)
+        memory.on_write.append(engine.memory_written)
+        self.space = AddressSpace(memory, arch.mode)
+        self.vcpus: list[EngineVcpu] = []
+        self.stacks: list[int] = []  # gva of each vCPU's stack, lowest byte
+        self.tables_gva = self.idt_gva = self.handlers_gva = 0
+
+    def boot(self) -> None:
+        """Allocate the machine's own tables (GDT, TSS, IDT) and the table of guest exception handlers."""
+        if self.arch.nr_vectors:
+            self.tables_gva = self.space.alloc(PAGE, "tables")
+            self.space.write(self.tables_gva, self.arch.tables(self.tables_gva))
+            self.idt_gva = self.space.alloc(PAGE, "tables")
+            self.handlers_gva = self.space.alloc(PAGE, "tables")
+
+    def install_handlers(self, handlers: Sequence[int]) -> None:
+        """Point the exception table at the guest's own entry stubs."""
+        self.space.write(self.idt_gva, self.arch.idt(handlers))
+
+    def create_vcpu(self, entry: int, trace: Trace) -> EngineVcpu:
+        """Add a vCPU with a stack of its own that will begin at `entry` with its index as first argument."""
+        index = len(self.vcpus)
+        if index >= MAX_VCPUS:
+            raise InvalidState(f"a VM has at most {MAX_VCPUS} vCPUs, as the selftests' KVM_MAX_VCPUS")
+        self.stacks.append(self.space.alloc(STACK_PAGES * PAGE, "stacks"))
+        vcpu = self.engine.create_vcpu(index, trace)
+        self.vcpus.append(vcpu)
+        self.reset_vcpu(index, entry)
+        return vcpu
+
+    def adopt_vcpu(self, trace: Trace) -> None:
+        """Add a vCPU whose state will come from a snapshot."""
+        self.vcpus.append(self.engine.create_vcpu(len(self.vcpus), trace))
+
+    def reset_vcpu(self, index: int, entry: int) -> None:
+        """Bring a vCPU back to its reset state at `entry` (vcpu_arch_set_entry_point() and more)."""
+        arch, top = self.arch, self.stacks[index] + STACK_PAGES * PAGE
+        tables = BootTables(self.space.root_gpa, self.tables_gva, self.idt_gva, self.tables_gva + arch.tss_offset)
+        regs = arch.reset(tables) | {arch.pc: entry, arch.sp: top - arch.stack_bias, arch.arguments[0]: index}
+        self.vcpus[index].set_regs(regs)
+
+    def set_arguments(self, index: int, values: Sequence[int]) -> None:
+        """Set the integer arguments of the entry function (vcpu_args_set)."""
+        names = self.arch.arguments
+        if not 1 <= len(values) <= len(names):
+            raise InvalidState(f"args_set takes 1 to {len(names)} values on {self.arch.name}, not {len(values)}")
+        self.vcpus[index].set_regs({name: value & (1 << 64) - 1 for name, value in zip(names, values, strict=False)})
+
+    def stack_of(self, gva: int) -> int | None:
+        """The vCPU whose stack a gva lies in."""
+        return next((i for i, base in enumerate(self.stacks) if base <= gva < base + STACK_PAGES * PAGE), None)
+
+    def state(self) -> MachineState:
+        """All memory, CPU and allocator state."""
+        slots = tuple((slot.gpa, slot.data[:]) for slot in self.memory.slots)
+        return MachineState(slots, tuple(vcpu.save() for vcpu in self.vcpus), (self.space.state(), self.tables_gva, self.idt_gva,
+                                                                              self.handlers_gva), tuple(self.stacks))
+
+    def set_state(self, state: MachineState) -> None:
+        """Put a state back; raises InvalidState when it is of a machine with other memslots or vCPUs."""
+        mine = [(slot.gpa, slot.size) for slot in self.memory.slots]
+        if mine != [(gpa, len(data)) for gpa, data in state.slots] or len(self.vcpus) != len(state.cpus):
+            raise InvalidState(f"the snapshot is of a machine with {len(state.cpus)} vCPUs and memslots "
+                               f"{[(hex(gpa), hex(len(data))) for gpa, data in state.slots]}, not of this one")
+        for gpa, data in state.slots:
+            self.memory.write(gpa, data)
+        for vcpu, blob in zip(self.vcpus, state.cpus, strict=True):
+            vcpu.restore(blob)
+        space, self.tables_gva, self.idt_gva, self.handlers_gva = state.space
+        self.space.set_state(space)
+        self.stacks = list(state.stacks)
+
+    def close(self) -> None:
+        """Release the engine; memory goes with the last reference."""
+        self.engine.close()

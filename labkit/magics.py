@@ -1,0 +1,58 @@
+"""The %%guest cell magic: a cell of C becomes a Program. `%load_ext labkit.magics` turns it on."""
+
+from __future__ import annotations
+
+import argparse
+import keyword
+import shlex
+from typing import Any, NoReturn
+
+from labkit.errors import InvalidState, LabError
+from labkit.guest.program import Program
+
+__all__ = ["guest", "load_ipython_extension"]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InvalidState(f"%%guest: {message}\n{self.format_usage().strip()}")
+
+
+def _arguments(line: str) -> argparse.Namespace:
+    parser = _Parser(prog="%%guest", add_help=False)
+    parser.add_argument("name", help="the Python variable that gets the Program")
+    parser.add_argument("--arch", default="x86_64")
+    parser.add_argument("--compiler", default=None)
+    parser.add_argument("--opt", default="-O1")
+    try:
+        arguments = parser.parse_args(shlex.split(line))
+    except ValueError as error:  # an open quote
+        raise InvalidState(f"%%guest: {error}") from error
+    if not arguments.name.isidentifier() or keyword.iskeyword(arguments.name):
+        raise InvalidState(f"%%guest: {arguments.name!r} cannot be the name of a variable", name=arguments.name)
+    return arguments
+
+
+def guest(line: str, cell: str) -> tuple[str, Program]:
+    """Compile one cell; the magic's own line counts as the first, so that messages and steps carry the cell's line numbers."""
+    arguments = _arguments(line)
+    text = f"// %%guest {arguments.name}\n{cell}"
+    return arguments.name, Program.compile(text, arguments.arch, arguments.compiler, arguments.opt, name=f"{arguments.name}.c")
+
+
+def load_ipython_extension(ipython: Any) -> None:
+    """Register %%guest NAME [--arch A] [--compiler C] [--opt=-O1] with this IPython."""
+
+    def run(line: str, cell: str) -> Program:
+        try:
+            name, program = guest(line, cell)
+        except LabError as error:
+            text = str(error)  # what the compiler said is the whole story; Python's own traceback would bury it
+            error.__dict__["_render_traceback_"] = lambda *_: text.splitlines()
+            raise
+        if program.compiler_output:
+            print(program.compiler_output)
+        ipython.user_ns[name] = program
+        return program
+
+    ipython.register_magic_function(run, magic_kind="cell", magic_name="guest")

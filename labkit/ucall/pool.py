@@ -1,0 +1,232 @@
+"""The ucall pool as the host sees it: which slot is taken, by whom, since when, and what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from struct import Struct
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from labkit.engines.base import Exit
+from labkit.errors import MemoryFault
+from labkit.machine.memory import Memory
+from labkit.ucall.abi import (
+    BITMAP_BYTES, GUEST_ERROR_STRING, GUEST_FILE, GUEST_LINE, GUEST_UCALL_FAILED, HEADER, HEADER_SIZE, NR_SLOTS, OFFSET_BUFFER,
+    UCALL_BUFFER_LEN, UCALL_MAX_ARGS, UCALL_SIZE, UcallCmd, cmd_name, decode_text, has_text,
+)
+
+__all__ = ["BadUcallExit", "Pool", "PoolSnapshot", "Slot", "SlotState", "Ucall"]
+
+SlotState = Literal["free", "held", "done", "leaked"]
+Strings = Callable[[int], str | None]  # gva of a string constant -> its text, from the program and not from the guest
+MASK64 = (1 << 64) - 1
+_FIELDS = Struct(f"<{1 + UCALL_MAX_ARGS}Q")
+
+
+class Ucall(NamedTuple):
+    """One call of a guest to its host, copied out of its slot."""
+
+    cmd: str  # SYNC PRINTF ABORT DONE NONE UNHANDLED, or "0x17?" for a number that is no command
+    args: tuple[int, ...]  # seven u64
+    text: str | None  # of a PRINTF, an ABORT, an UNHANDLED
+    vcpu: int
+    slot: int | None
+    step: int = 0
+    file: str | None = None  # of an ABORT, as are line and expr
+    line: int | None = None
+    expr: str | None = None
+
+    def __repr__(self) -> str:
+        args = list(self.args)
+        while args and not args[-1]:
+            args.pop()
+        said = "" if self.text is None else f" {self.text!r}"
+        where = f" at {self.file}:{self.line}: {self.expr}" if self.file else ""
+        return f"<Ucall vCPU {self.vcpu} {self.cmd}{said}{where} args [{', '.join(map(hex, args))}] slot {self.slot}>"
+
+
+@dataclass(frozen=True)
+class BadUcallExit(Exit):
+    """A ucall exit with a value that is no slot in use: nothing was read through it."""
+
+    value: int
+    kind: str  # "exhausted" "stale" "unaligned" "foreign" "no pool"
+    why: str
+    end = "bad-ucall"
+
+    def __str__(self) -> str:
+        return f"{self.kind} ucall: {self.why}"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One struct ucall of the pool, decoded by position and never by a pointer that the guest wrote."""
+
+    index: int
+    state: SlotState  # "done": holds a DONE ucall, never freed by design; "leaked": its vCPU is done and forgot it
+    vcpu: int | None  # owner, None when the host never saw who took it
+    since: int | None  # step at which the slot was taken
+    cmd: str  # SYNC, PRINTF, ... or "0x17?" for a number that is no command
+    args: tuple[int, ...]  # seven u64
+    text: str | None  # buffer, only for PRINTF and ABORT: it is stale otherwise
+    gva: int
+    gpa: int
+    hva: int  # as stored in the guest
+    hva_ok: bool  # the stored hva is this slot's
+
+
+@dataclass(frozen=True)
+class PoolSnapshot:
+    """What the pool looked like at one step; arrays have one element per slot."""
+
+    step: int
+    nr_slots: int
+    gva: int  # of struct ucall_header
+    gpa: int
+    slot_size: int  # bytes
+    slots_offset: int  # bytes from gva to slot 0
+    nr_pages: int
+    in_use: NDArray[np.bool_]
+    owner: NDArray[np.int16]  # -1: none or not known
+    since: NDArray[np.int64]  # step, -1: none
+    done: NDArray[np.bool_]
+    leaked: NDArray[np.bool_]
+    changed: NDArray[np.bool_]  # bit differs from the last state the user looked at
+    changed_since: int | None  # the step of that state
+    uses: NDArray[np.int32]  # how often the slot was taken so far
+    held: tuple[Slot, ...]  # slots in use, and free ones that were ever used, by index
+    next_slot: int | None = None  # what the next instruction will take, if it is about to
+
+
+class Pool:
+    """The host's side of one VM's pool: makes it, looks up what a guest hands over, and keeps the history of its bits."""
+
+    def __init__(self, memory: Memory, gpa: int, gva: int) -> None:
+        self.memory, self.gpa, self.gva = memory, gpa, gva
+        self.hva = memory.hva(gpa)  # of the header, as written into the guest; a forked VM keeps its parent's
+        slot = memory.slot(gpa)
+        assert slot is not None
+        self._data, self._offset = slot.data, gpa - slot.gpa
+        self.owner = np.full(NR_SLOTS, -1, np.int16)
+        self.since = np.full(NR_SLOTS, -1, np.int64)
+        self.uses = np.zeros(NR_SLOTS, np.int32)
+        self.done = np.zeros(NR_SLOTS, np.bool_)
+        self._words = [0] * (NR_SLOTS // 64)  # the bitmap, as far as the log was replayed
+        self._log: list[tuple[int, int, int, int, int]] = []  # (step, vCPU, gpa, size, value) of guest writes to the bitmap
+
+    @staticmethod
+    def image(hva: int) -> bytes:
+        """The first contents of a pool at this hva: all slots free, each with its own address (ucall_init() in C)."""
+        header = np.zeros((), HEADER)
+        header["ucalls"]["hva"] = hva + BITMAP_BYTES + UCALL_SIZE * np.arange(NR_SLOTS, dtype=np.uint64)
+        return header.tobytes()
+
+    def log(self, step: int, vcpu: int, gpa: int, size: int, value: int) -> None:
+        """A guest wrote to the bitmap; cheap, because a ucall does it twice."""
+        self._log.append((step, vcpu, gpa, size, value))
+
+    def take(self, value: int, vcpu: int, step: int, strings: Strings) -> Ucall | BadUcallExit:
+        """The ucall behind the value that a guest left in its register, or what is wrong with that value.
+
+        The value is only ever compared with the addresses that the host gave out, never used as one.
+        """
+        index, rest = divmod(value - self.hva - BITMAP_BYTES, UCALL_SIZE)
+        if rest or not 0 <= index < NR_SLOTS:
+            return self._refuse(value, index, rest)
+        at = self._offset + BITMAP_BYTES + UCALL_SIZE * index
+        if not self._data[self._offset + (index >> 3)] >> (index & 7) & 1:
+            return BadUcallExit(value, "stale", f"slot {index} is not in use: its bit in in_use is clear")
+        cmd, *args = _FIELDS.unpack_from(self._data, at)
+        name = cmd_name(cmd)
+        if cmd == UcallCmd.DONE:
+            self._log.append((step, vcpu, -1, index, 0))
+        if not has_text(cmd):
+            return Ucall(name, tuple(args), None, vcpu, index, step)
+        text = decode_text(self._data[at + OFFSET_BUFFER:at + OFFSET_BUFFER + UCALL_BUFFER_LEN])
+        if cmd != UcallCmd.ABORT:
+            return Ucall(name, tuple(args), text, vcpu, index, step)
+        return Ucall(name, tuple(args), text, vcpu, index, step, strings(args[GUEST_FILE]), args[GUEST_LINE], strings(args[GUEST_ERROR_STRING]))
+
+    def _refuse(self, value: int, index: int, rest: int) -> Ucall | BadUcallExit:
+        if value == GUEST_UCALL_FAILED:
+            taken = int(self.bits().sum())
+            return BadUcallExit(value, "exhausted", f"the guest found no free slot ({taken} of {NR_SLOTS} are in use) "
+                                                    f"and handed over the kernel's magic -1")
+        if 0 <= index < NR_SLOTS:
+            return BadUcallExit(value, "unaligned", f"{value:#x} lies {rest} bytes behind the start of slot {index}")
+        try:
+            where = f"this VM's guest memory (gpa {self.memory.gpa(value):#x}), but not a slot"
+        except MemoryFault:
+            where = "no memory of this VM: forged, or another VM's"
+        end = self.hva + HEADER_SIZE - 1
+        return BadUcallExit(value, "foreign", f"{value:#x} is {where}; this VM's pool is at hva {self.hva:#x} to {end:#x}")
+
+    def bits(self) -> NDArray[np.bool_]:
+        """in_use, one bool a slot, as it lies in memory now."""
+        raw = np.frombuffer(self.memory.read(self.gpa, BITMAP_BYTES), np.uint8)
+        return np.unpackbits(raw, bitorder="little").astype(np.bool_)
+
+    def _replay(self, now: int) -> NDArray[np.bool_]:
+        """Bring the history up to date with the log, then with what the host or nobody we know wrote."""
+        for step, vcpu, gpa, size, value in self._log:
+            if gpa < 0:  # a DONE: `size` is its slot
+                self.done[size] = True
+                continue
+            at = gpa - self.gpa
+            word, shift = at >> 3, 8 * (at & 7)
+            mask = (1 << 8 * size) - 1 << shift
+            self._set_word(word, self._words[word] & ~mask | (value << shift & mask) & MASK64, vcpu, step)
+        self._log.clear()
+        raw = self.memory.read(self.gpa, BITMAP_BYTES)
+        for word, value in enumerate(np.frombuffer(raw, "<u8").tolist()):
+            self._set_word(word, value, -1, now)
+        return self.bits()
+
+    def _set_word(self, word: int, value: int, vcpu: int, step: int) -> None:
+        changed = self._words[word] ^ value
+        self._words[word] = value
+        while changed:
+            bit = (changed & -changed).bit_length() - 1
+            changed &= changed - 1
+            index, taken = 64 * word + bit, value >> bit & 1
+            self.owner[index], self.since[index] = (vcpu, step) if taken else (-1, -1)
+            self.uses[index] += taken
+            if not taken:
+                self.done[index] = False
+
+    def snapshot(self, step: int, finished: frozenset[int], seen: PoolSnapshot | None = None) -> PoolSnapshot:
+        """The pool now; `finished` are the vCPUs at their DONE, `seen` the state that changes are marked against."""
+        in_use = self._replay(step)
+        done = self.done & in_use
+        leaked = in_use & ~done & np.isin(self.owner, list(finished))
+        indices = np.flatnonzero(in_use | (self.uses > 0)).tolist()
+        header = np.frombuffer(self.memory.read(self.gpa, HEADER_SIZE), HEADER)[0]
+        slots = tuple(self._slot(i, header["ucalls"][i], bool(in_use[i]), bool(done[i]), bool(leaked[i])) for i in indices)
+        changed = np.zeros(NR_SLOTS, np.bool_) if seen is None else in_use ^ seen.in_use
+        return PoolSnapshot(
+            step, NR_SLOTS, self.gva, self.gpa, UCALL_SIZE, BITMAP_BYTES, -(-HEADER_SIZE // 4096), in_use, self.owner.copy(),
+            self.since.copy(), done, leaked, changed, None if seen is None else seen.step, self.uses.copy(), slots)
+
+    def _slot(self, index: int, raw: np.void, in_use: bool, done: bool, leaked: bool) -> Slot:
+        offset = BITMAP_BYTES + UCALL_SIZE * index
+        cmd, hva, owner = int(raw["cmd"]), int(raw["hva"]), int(self.owner[index])
+        state: SlotState = "done" if done else "leaked" if leaked else "held" if in_use else "free"
+        return Slot(index, state, owner if owner >= 0 else None, int(self.since[index]) if in_use else None, cmd_name(cmd),
+                    tuple(int(a) for a in raw["args"]), decode_text(raw["buffer"].tobytes()) if has_text(cmd) else None,
+                    self.gva + offset, self.gpa + offset, hva, hva == self.hva + offset)
+
+    def state(self) -> dict[str, object]:
+        """What the host knows beyond guest memory, for a snapshot."""
+        return {"hva": self.hva, "owner": self.owner.copy(), "since": self.since.copy(), "uses": self.uses.copy(),
+                "done": self.done.copy(), "words": list(self._words), "log": list(self._log)}
+
+    def set_state(self, state: dict[str, object]) -> None:
+        """Put `state` back."""
+        facts: dict[str, Any] = dict(state)
+        self.hva = facts["hva"]
+        self.owner, self.since = facts["owner"].copy(), facts["since"].copy()
+        self.uses, self.done = facts["uses"].copy(), facts["done"].copy()
+        self._words, self._log = list(facts["words"]), list(facts["log"])

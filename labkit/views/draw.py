@@ -1,0 +1,196 @@
+"""The drawing vocabulary: pictures and tables are strings, and text from a guest cannot become markup."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+__all__ = [
+    "NUMBERED", "Cell", "Html", "Lattice", "Row", "Says", "aligned", "bar", "cat", "dashes", "el", "esc", "grid", "hx", "key", "label", "line", "num", "path",
+    "plain", "rect", "squares", "svg", "swatch", "table", "text",
+]
+
+THIN = "\N{THIN SPACE}"
+NUMBERED = "0123456789abcdefghijklmnopqrstuvwxyz"  # a vCPU as one character
+
+
+class Html(str):
+    """Text that is markup already; every other str is escaped when it is put into an element."""
+
+    __slots__ = ()
+
+    def __add__(self, other: str) -> Html:
+        return Html(str.__add__(self, esc(other)))
+
+
+Cell = str | tuple[str, str]  # content, or (class, content)
+Row = tuple[Sequence[Cell], dict[str, str | float | None]]  # cells, and attributes of the row
+
+
+def plain(what: object, limit: int = 200) -> str:
+    """Text from anywhere as one safe line: controls, direction marks and half surrogates spelled out, cut at limit."""
+    string = str(what)
+    if len(string) > limit:
+        string = string[:limit - 1] + "…"
+    return string if string.isprintable() else "".join(char if char.isprintable() or char == THIN else _spell(char) for char in string)
+
+
+def _spell(char: str) -> str:
+    code = ord(char)
+    return {9: "\\t", 10: "\\n", 13: "\\r"}.get(code) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+
+
+def esc(what: object, limit: int = 4000) -> Html:
+    """Text as markup; Html stays what it is."""
+    return what if isinstance(what, Html) else Html(html.escape(plain(what, limit)))
+
+
+def cat(parts: Iterable[str]) -> Html:
+    """Pieces of markup (or text, which is escaped) in a row."""
+    return Html("".join(map(esc, parts)))
+
+
+def num(number: int) -> str:
+    """1277 as people read it: thousands apart by a thin space."""
+    return f"{number:,}".replace(",", THIN)
+
+
+def hx(number: int, digits: int = 0) -> str:
+    """A number in hexadecimal with 0x."""
+    return f"0x{number:0{digits}x}"
+
+
+def _short(number: float) -> str:
+    return f"{round(number, 2):g}" if abs(number) < 1e5 else str(round(number))
+
+
+def el(tag: str, *children: str, **attributes: str | float | None) -> Html:
+    """One element; cls is class, underscores are dashes, None leaves an attribute out."""
+    head = tag
+    for name, value in attributes.items():
+        if value is not None:
+            name = "class" if name == "cls" else "viewBox" if name == "viewBox" else name.replace("_", "-")
+            head += f' {name}="{esc(value) if isinstance(value, str) else _short(value)}"'
+    return Html(f"<{head}>{''.join(map(esc, children))}</{tag}>")
+
+
+def rect(x: float, y: float, w: float, h: float, cls: str | None = None, **attributes: str | float | None) -> Html:
+    """A rectangle."""
+    return el("rect", x=x, y=y, width=w, height=h, cls=cls, **attributes)
+
+
+def line(x1: float, y1: float, x2: float, y2: float, cls: str = "c-rule", **attributes: str | float | None) -> Html:
+    """A straight line."""
+    return el("line", x1=x1, y1=y1, x2=x2, y2=y2, cls=cls, **attributes)
+
+
+def path(d: str, cls: str | None = None, **attributes: str | float | None) -> Html:
+    """A path, or nothing for an empty one."""
+    return el("path", d=d, cls=cls, **attributes) if d else Html()
+
+
+def text(x: float | str, y: float, words: str, cls: str | None = None, anchor: str | None = None, **attributes: str | float | None) -> Html:
+    """A line of text; x may be a list of places, one per character."""
+    return el("text", words, x=x, y=y, cls=cls, text_anchor=anchor, **attributes)
+
+
+def squares(places: Iterable[tuple[float, float]], w: float, h: float) -> str:
+    """Path data of equal rectangles: many cells, one element."""
+    tail = f"h{_short(w)}v{_short(h)}h{_short(-w)}z"
+    return "".join(f"M{_short(x)} {_short(y)}{tail}" for x, y in places)
+
+
+def dashes(x: float, rows: Iterable[tuple[float, int, int]], pitch: float, on: float, h: float, cls: str) -> Html:
+    """Empty cells in rows as thick dashed lines: thousands of cells, one short element."""
+    d = "".join(f"M{_short(x)} {_short(y)}h{_short((count - 1) * pitch + on)}" for y, _, count in rows)
+    return path(d, cls, fill="none", stroke_width=h, stroke_dasharray=f"{_short(on)} {_short(pitch - on)}")
+
+
+def bar(places: Sequence[tuple[float, float]], w: float, h: float) -> Html:
+    """Change marks in the foot of cells that end at (x, bottom): a bar below a gap, so that it reads without colour."""
+    gap = path(squares(((x, bottom - h - 1.5) for x, bottom in places), w, 1.5), "c-bg")
+    return gap + path(squares(((x, bottom - h) for x, bottom in places), w, h), "c-chg")
+
+
+def svg(w: float, h: float, body: str, words: str, role: str = "img") -> Html:
+    """A picture with its name for those who cannot see it."""
+    return el("svg", body, cls="lk-d", width=w, height=h, viewBox=f"0 0 {_short(w)} {_short(h)}", role=role, aria_label=words)
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Cells in reading order: cell i is at (x, y) + pitch, tall times its column and row."""
+
+    x: float
+    y: float
+    cols: int
+    pitch: float
+    tall: float
+
+    def at(self, i: int) -> tuple[float, float]:
+        """The upper left corner of a cell."""
+        return self.x + i % self.cols * self.pitch, self.y + i // self.cols * self.tall
+
+    def foot(self, i: int) -> tuple[float, float]:
+        """Left and bottom of a cell, where a change bar goes."""
+        x, y = self.at(i)
+        return x, y + self.tall - 1
+
+    def rows(self, n: int) -> list[tuple[float, int, int]]:
+        """(y, first cell, number of cells) of the rows that n cells take."""
+        return [(self.y + first // self.cols * self.tall, first, min(self.cols, n - first)) for first in range(0, n, self.cols)]
+
+
+@dataclass(frozen=True)
+class Says:
+    """What a grid says of cell i: each where a (first cell, number of cells, value) covers it, else none.
+
+    The script fills in {i}, {h} (i in hexadecimal), {v} (the value) and {a} (base + i * size in hexadecimal).
+    """
+
+    each: str
+    none: str = ""
+    values: Sequence[tuple[int, int, str]] = ()
+    base: int = 0
+    size: int = 0
+
+
+def grid(kind: str, words: str, body: str, says: Says, *, rows: Sequence[tuple[float, int, int]], x: float, pitch: float, h: float,
+         arg: int | None = None, at: int | None = None) -> Html:
+    """A focusable grid of cells; the script finds a cell from rows, x, pitch and h, and sends kind, cell and arg when it is chosen."""
+    facts = {"rows": rows, "x": x, "pitch": pitch, "h": h, "each": says.each, "none": says.none, "values": says.values,
+             "base": hx(says.base), "size": says.size, "at": at}
+    return el("g", body, role="grid", tabindex=0, aria_label=words, data_kind=kind, data_arg=arg,
+              data_grid=Html(html.escape(json.dumps(facts, separators=(",", ":"), default=list))))
+
+
+def label(words: str, more: str = "") -> Html:
+    """A section label with one dim half sentence."""
+    return el("div", words, el("span", more, cls="sub"), cls="lab")
+
+
+def key(*marks: tuple[str, str] | None) -> Html:
+    """The key under a picture: (class of the mark, words), only those that occur."""
+    return el("div", *(el("span", el("i", cls=mark[0]), mark[1]) for mark in marks if mark), cls="key", aria_label="key")
+
+
+def swatch(state: str) -> Html:
+    """Encrypted or shared, as a cell and a word."""
+    kind = {"encrypted": ("sw e", "et"), "shared": ("sw s", "st")}[state]
+    return el("span", cls=kind[0]) + el("span", state, cls=kind[1])
+
+
+def table(name: str, rows: Iterable[Row], head: Sequence[Cell] = (), cls: str = "tb") -> Html:
+    """A table of (cells, attributes of the row)."""
+    def cells(tag: str, row: Sequence[Cell]) -> Html:
+        return cat(el(tag, cell) if isinstance(cell, str) else el(tag, cell[1], cls=cell[0] or None) for cell in row)
+    body = el("tbody", *(el("tr", cells("td", row), **attributes) for row, attributes in rows))
+    return el("table", el("thead", el("tr", cells("th", head))) if head else Html(), body, cls=cls, aria_label=name)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text in columns, for a terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,95 @@
+"""Shared by the paging tests: guest memory in a bytearray, hostile tables, and x86's rules written a second time."""
+
+from __future__ import annotations
+
+import struct
+
+from hypothesis import strategies as st
+
+from labkit.arch.x86 import X86_PXXV48_4K
+from labkit.errors import MemoryFault
+from labkit.paging.build import PageTableBuilder
+
+P, W, U, A, D, PS, NX = 1, 2, 4, 1 << 5, 1 << 6, 1 << 7, 1 << 63
+ROOT = 0x1000
+
+
+class Memory:
+    """One memslot from gpa 0 on; tables are allocated from 1 MiB on."""
+
+    def __init__(self, size=4 << 20):
+        self.data, self.next_table = bytearray(size), 1 << 20
+
+    def read(self, gpa, n):
+        self.check(gpa, n)
+        return bytes(memoryview(self.data)[gpa:gpa + n])
+
+    def write(self, gpa, data):
+        self.check(gpa, len(data))
+        self.data[gpa:gpa + len(data)] = data
+
+    def check(self, gpa, n):
+        if gpa < 0 or gpa + n > len(self.data):
+            raise MemoryFault(f"gpa {gpa:#x} is outside", gpa=gpa, size=n)
+
+    def put(self, gpa, index, entry):
+        self.write(gpa + 8 * index, struct.pack("<Q", entry))
+
+    def alloc_table(self):
+        self.next_table += 4096
+        return self.next_table - 4096
+
+    def builder(self, mode=X86_PXXV48_4K, root=None):
+        return PageTableBuilder(self.read, self.write, self.alloc_table, mode, root)
+
+
+def chain(memory, *entries, gva=0):
+    """Tables at 0x1000, 0x2000, ... whose entry for gva is the next of entries."""
+    for depth, entry in enumerate(entries):
+        memory.put(ROOT + 0x1000 * depth, gva >> (39 - 9 * depth) & 511, entry)
+
+
+TARGETS = [0x1000, 0x2000, 0x3000, 0x4000, 0x5000, 0x10000, 0x200000, 0x40000000, 0x7ff000, 1 << 39, 0xfffff << 32]
+FLAGS = [P, P | W, P | W | U, P | U | A | D, P | W | U | A | NX, 0, W]
+ODD = [0, 0, 0, 0, PS, PS | 1 << 12, PS | 1 << 13, 1 << 11, 1 << 51]
+hostile_entry = st.builds(lambda target, flags, odd: target | flags | odd, *map(st.sampled_from, (TARGETS, FLAGS, ODD)))
+hostile_index = st.sampled_from([0, 1, 2, 255, 256, 257, 511])
+hostile_table = st.dictionaries(hostile_index, hostile_entry, max_size=4)
+hostile_tables = st.dictionaries(st.sampled_from(TARGETS[:5]), hostile_table, min_size=1)
+
+
+def load(tables, size=8 << 20):
+    """Memory that holds {table gpa: {index: entry}}."""
+    memory = Memory(size)
+    for gpa, entries in tables.items():
+        for index, entry in entries.items():
+            memory.put(gpa, index, entry)
+    return memory
+
+
+def brute_force(memory, root=ROOT, levels=4, c_bit=None):
+    """Every leaf as gva -> (gpa, size, W, U, NX, A, D), and the gvas of bad entries, by recursion straight from the SDM."""
+    leaves, bad = {}, []
+    address = 0x000ffffffffff000 & ~(1 << c_bit if c_bit else 0)
+
+    def visit(table, level, gva, w, u, nx):
+        if table + 4096 > len(memory.data):
+            bad.append(gva)
+            return
+        for index, entry in enumerate(struct.unpack_from("<512Q", memory.data, table)):
+            if not entry & P:
+                continue
+            here = gva + (index << (12 + 9 * (level - 1)))
+            if level == levels and index >= 256:
+                here += (1 << 64) - (1 << (12 + 9 * levels))
+            rights = w and bool(entry & W), u and bool(entry & U), nx or bool(entry & NX)
+            if level > 1 and not entry & PS:
+                visit(entry & address, level - 1, here, *rights)
+            elif level > 3 or (level > 1 and entry & address & ((1 << (12 + 9 * (level - 1))) - 0x2000)):
+                bad.append(here)
+            else:
+                size = 1 << (12 + 9 * (level - 1))
+                leaves[here] = (entry & address & -size, size, *rights, bool(entry & A), bool(entry & D))
+
+    visit(root, levels, 0, True, True, False)
+    return leaves, bad

@@ -1,0 +1,60 @@
+"""%%guest: a cell of C becomes a Program, or the compiler's message with the cell's line."""
+
+from __future__ import annotations
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+
+from labkit.guest.program import Program
+
+GOOD = '#include "labkit.h"\nvoid guest_code(uint64_t vcpu)\n{\n\tGUEST_DONE();\n}\n'
+
+
+@pytest.fixture
+def shell():
+    InteractiveShell.clear_instance()
+    ipython = InteractiveShell.instance(colors="nocolor")
+    ipython.run_line_magic("load_ext", "labkit.magics")
+    yield ipython
+    InteractiveShell.clear_instance()
+
+
+def test_that_a_cell_becomes_a_program_with_the_cells_own_lines(shell):
+    result = shell.run_cell(f"%%guest hello\n{GOOD}")
+    program = shell.user_ns["hello"]
+    assert result.success and result.result is program and isinstance(program, Program)
+    line = program.line_at(program.gva_of_line("hello.c", 5)[0])
+    assert (line.file, line.line, line.text) == ("hello.c", 5, "\tGUEST_DONE();")
+
+
+def test_that_a_compile_error_is_the_compilers_message_with_the_cells_line(shell, capsys):
+    shell.user_ns["old"] = "kept"
+    result = shell.run_cell("%%guest old\n\nvoid guest_code(void) { nonsense; }\n")
+    shown = "".join(capsys.readouterr())
+    assert not result.success and "old.c:3:" in shown and "nonsense" in shown and "Traceback" not in shown
+    assert shell.user_ns["old"] == "kept"
+
+
+def test_that_warnings_are_shown_and_the_program_is_made(shell, capsys):
+    assert shell.run_cell("%%guest warned\nvoid guest_code(void) { int unused; }\n").success
+    assert "warned.c:2:" in capsys.readouterr().out and "warned" in shell.user_ns
+
+
+def test_that_options_are_taken(shell):
+    assert shell.run_cell(f"%%guest fast --opt=-O2 --compiler zig --arch x86_64\n{GOOD}").success
+    assert shell.run_cell(f"%%guest slow --opt=-O0\n{GOOD}").success
+    assert shell.user_ns["fast"].image != shell.user_ns["slow"].image
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ("", "required: name"), ("not-a-name", "cannot be the name of a variable"), ("class", "cannot be the name"), ("x --nonsense", "--nonsense"),
+    ("x --arch arm64", "arm64"), ("x 'open", "quotation"), ("x --compiler tcc", "tcc"),
+])
+def test_that_a_wrong_line_is_refused_in_words(shell, capsys, line, words):
+    assert not shell.run_cell(f"%%guest {line}\n{GOOD}").success
+    shown = "".join(capsys.readouterr())
+    assert words in shown and "Traceback" not in shown
+
+
+def test_that_a_backslash_in_the_line_does_not_swallow_the_cell(shell):
+    assert shell.run_cell(f"%%guest x \\\n{GOOD}").success is False or shell.user_ns["x"].symbol("guest_code")
