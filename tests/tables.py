@@ -49,16 +49,19 @@ def chain(memory, *entries, gva=0):
         memory.put(ROOT + 0x1000 * depth, gva >> (39 - 9 * depth) & 511, entry)
 
 
+hostile_index = st.sampled_from([0, 1, 2, 255, 256, 257, 511])
 TARGETS = [0x1000, 0x2000, 0x3000, 0x4000, 0x5000, 0x10000, 0x200000, 0x40000000, 0x7ff000, 1 << 39, 0xfffff << 32]
 FLAGS = [P, P | W, P | W | U, P | U | A | D, P | W | U | A | NX, 0, W]
 ODD = [0, 0, 0, 0, PS, PS | 1 << 12, PS | 1 << 13, 1 << 11, 1 << 51]
-hostile_entry = st.builds(lambda target, flags, odd: target | flags | odd, *map(st.sampled_from, (TARGETS, FLAGS, ODD)))
-hostile_index = st.sampled_from([0, 1, 2, 255, 256, 257, 511])
-hostile_table = st.dictionaries(hostile_index, hostile_entry, max_size=4)
-hostile_tables = st.dictionaries(st.sampled_from(TARGETS[:5]), hostile_table, min_size=1)
+table_entry = st.builds(lambda target, flags: target | flags, st.sampled_from(TARGETS[:5]), st.sampled_from(FLAGS[:5]))
+huge_entry = st.builds(lambda target, flags: target | flags | PS, st.sampled_from([0, 1 << 12, 1 << 21, 1 << 30]),
+                       st.sampled_from(FLAGS[:5]))
+odd_entry = st.builds(lambda target, flags, odd: target | flags | odd, *map(st.sampled_from, (TARGETS, FLAGS, ODD)))
+hostile_table = st.dictionaries(hostile_index, table_entry | huge_entry | odd_entry, min_size=1, max_size=4)
+hostile_tables = st.fixed_dictionaries(dict.fromkeys(TARGETS[:5], hostile_table))
 
 
-def load(tables, size=8 << 20):
+def load(tables, size=1 << 20):
     """Memory that holds {table gpa: {index: entry}}."""
     memory = Memory(size)
     for gpa, entries in tables.items():
@@ -67,10 +70,11 @@ def load(tables, size=8 << 20):
     return memory
 
 
-def brute_force(memory, root=ROOT, levels=4, c_bit=None):
+def brute_force(memory, root=ROOT, levels=4, c_bit=None, maxphyaddr=52):
     """Every leaf as gva -> (gpa, size, W, U, NX, A, D), and the gvas of bad entries, by recursion straight from the SDM."""
     leaves, bad = {}, []
-    address = 0x000ffffffffff000 & ~(1 << c_bit if c_bit else 0)
+    address = ((1 << maxphyaddr) - 4096) & ~(1 << c_bit if c_bit else 0)
+    reserved = (1 << 52) - (1 << maxphyaddr)
 
     def visit(table, level, gva, w, u, nx):
         if table + 4096 > len(memory.data):
@@ -83,7 +87,9 @@ def brute_force(memory, root=ROOT, levels=4, c_bit=None):
             if level == levels and index >= 256:
                 here += (1 << 64) - (1 << (12 + 9 * levels))
             rights = w and bool(entry & W), u and bool(entry & U), nx or bool(entry & NX)
-            if level > 1 and not entry & PS:
+            if entry & reserved:
+                bad.append(here)
+            elif level > 1 and not entry & PS:
                 visit(entry & address, level - 1, here, *rights)
             elif level > 3 or (level > 1 and entry & address & ((1 << (12 + 9 * (level - 1))) - 0x2000)):
                 bad.append(here)

@@ -16,14 +16,15 @@ from labkit.guest.program import Program
 
 GUESTS = Path(__file__).parent.parent / "data" / "guests"
 HELLO = '#include "labkit.h"\n\nvoid guest_code(uint64_t vcpu)\n{\n\tGUEST_SYNC(vcpu);\n\tGUEST_DONE();\n}\n'
-HERE = [name for name in COMPILERS if name != "cc" and (name == "zig" or shutil.which(name))]  # cc is one of the others
+HERE = [name for name in COMPILERS if name == "zig" or (name != "cc" and shutil.which(name))]  # cc is one of the others
 
 
 @pytest.mark.parametrize("compiler", HERE)
 def test_that_every_compiler_makes_the_same_kind_of_guest(compiler):
     program = compile_guest(HELLO, compiler=compiler, name="cell.c")
     assert (program.entry, program.segments[0].gva, program.compiler_output) == (program.symbol("guest_code").gva, 0x400000, "")
-    assert [(s.writable, s.executable, s.gva % 4096) for s in program.segments] == [(False, True, 0), (False, False, 0), (True, False, 0)]
+    assert [(s.writable, s.executable) for s in program.segments] == [(False, True), (False, False), (True, False)]
+    assert all(s.gva % 4096 == 0 for s in program.segments)
     gva = program.gva_of_line("cell.c", 5)[0]
     assert program.line_at(gva).text == "\tGUEST_SYNC(vcpu);" and program.describe(gva).startswith("guest_code+")
 
@@ -32,7 +33,8 @@ def test_that_every_compiler_makes_the_same_kind_of_guest(compiler):
 @pytest.mark.parametrize(("source", "where", "words"), [
     ("int x\nint y;\n", "cell.c:1:", "expected"), ("\n\nvoid guest_code(void) { y = 1; }\n", "cell.c:3:", "undeclared"),
     ("void guest_code(void) {\n\tGUEST_SYNC(1);\n}\n", "cell.c:2:", r'is #include "labkit.h" missing\?'),
-    ('#include "nowhere.h"\n', "cell.c:1:", "nowhere.h"), ('#include "labkit.h"\nvoid g(void);\nvoid f(void) { g(); }\n', "cell.c", "undefined"),
+    ('#include "nowhere.h"\n', "cell.c:1:", "nowhere.h"),
+    ('#include "labkit.h"\nvoid g(void);\nvoid f(void) { g(); }\n', "cell.c", "undefined"),
     ("float f(float a, float b)\n{\n\treturn a * b;\n}\n", "cell.c", "guests have no floating point"),
 ])
 def test_that_an_error_is_the_compilers_own_with_the_users_line(compiler, source, where, words):
@@ -57,7 +59,7 @@ def test_that_a_file_is_compiled_where_it_lies(tmp_path, monkeypatch):
     (tmp_path / "sub" / "mine.h").write_text("#define NUMBER 6\n")
     assert Program.compile(Path("sub/guest.c")).image != program.image, "a changed header counts"
     (tmp_path / "sub" / "guest.c").write_text("\n\nint guest_code(void) { return x; }\n")
-    with pytest.raises(CompileError, match="sub/guest.c:3:"):
+    with pytest.raises(CompileError, match=r"sub/guest\.c:3:"):
         Program.compile("sub/guest.c")
 
 
@@ -76,10 +78,12 @@ def test_that_a_source_may_have_any_printable_name(name):
 
 @pytest.mark.parametrize(("arguments", "error", "words"), [
     ({"name": "a\nb"}, InvalidState, "cannot be the name"), ({"name": "/"}, InvalidState, "cannot be the name"),
-    ({"name": "x" * 300}, InvalidState, "cannot be the name"), ({"arch": "arm64"}, NotAvailable, "x86_64"), ({"compiler": "tcc"}, InvalidState, "tcc"),
-    ({"defines": ("A\0B",)}, CompileError, "could not run"), ({"opt": "-Onsense"}, CompileError, "Onsense"),
-    ({"source_or_path": "nowhere.c"}, CompileError, "cannot be read"), ({"source_or_path": Path("/")}, CompileError, "cannot be read"),
-    ({"source_or_path": "\ud800\n"}, CompileError, "cannot be read"),
+    ({"name": "x" * 300}, InvalidState, "cannot be the name"),
+    ({"arch": "arm64"}, NotAvailable, "x86_64"), ({"compiler": "tcc"}, InvalidState, "tcc"),
+    ({"defines": ("A\0B",)}, CompileError, "could not run"),
+    ({"opt": "-Onsense"}, CompileError, "Onsense"), ({"source_or_path": "\ud800\n"}, CompileError, "cannot be read"),
+    ({"source_or_path": "nowhere.c"}, CompileError, "cannot be read"),
+    ({"source_or_path": Path("/")}, CompileError, "cannot be read"),
 ])
 def test_that_wrong_arguments_are_refused_in_words(arguments, error, words):
     with pytest.raises(error, match=words):

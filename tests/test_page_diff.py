@@ -91,7 +91,7 @@ def test_that_unlike_formats_are_not_compared():
         scan(memory.read, X86_PXXV48_4K, ROOT).diff(scan(memory.read, X86_PXXV57_4K, ROOT))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(hostile_tables, hostile_tables)
 def test_that_the_changes_turn_one_snapshot_into_the_other(tables, others):
     before, after = (scan(load(each).read, X86_PXXV48_4K, ROOT) for each in (tables, others))

@@ -39,6 +39,13 @@ def linked(tmp_path, *flags, source="int main(void) { return 0; }\n"):
     return path
 
 
+def readelf(*options):
+    try:
+        return subprocess.run(["readelf", *options, str(HELLO)], capture_output=True, text=True, check=True).stdout.splitlines()
+    except OSError:
+        pytest.skip("no readelf on this machine")
+
+
 def test_that_a_prebuilt_guest_has_three_segments_with_their_rights(hello):
     assert [(s.gva, s.readable, s.writable, s.executable) for s in hello.segments] == [
         (0x400000, True, False, True), (0x403000, True, False, False), (0x404000, True, True, False)]
@@ -47,11 +54,7 @@ def test_that_a_prebuilt_guest_has_three_segments_with_their_rights(hello):
 
 
 def test_that_segments_and_symbols_are_those_that_readelf_shows(hello):
-    try:
-        out = subprocess.run(["readelf", "-sW", str(HELLO)], capture_output=True, text=True, check=True).stdout
-    except OSError:
-        pytest.skip("no readelf on this machine")
-    rows = [line.split() for line in out.splitlines() if len(line.split()) == 8 and line.split()[3] in ("FUNC", "OBJECT")]
+    rows = [line.split() for line in readelf("-sW") if " FUNC " in line or " OBJECT " in line]
     assert rows and {(r[7], int(r[1], 16), int(r[2])) for r in rows} <= {(s.name, s.gva, s.size) for s in hello.symbols.values()}
 
 
@@ -69,7 +72,7 @@ def test_that_a_missing_symbol_names_its_neighbours(hello):
 def test_that_an_address_is_described_by_the_symbol_that_covers_it(hello):
     alloc = hello.symbol("ucall_alloc")
     assert hello.symbol_at(alloc.gva + 5) == (alloc, 5)
-    assert [hello.describe(alloc.gva + n) for n in (0, 0x2c, -0x400000)] == ["ucall_alloc", "ucall_alloc+0x2c", f"0x{alloc.gva - 0x400000:x}"]
+    assert [hello.describe(gva) for gva in (alloc.gva, alloc.gva + 0x2c, 0x1234)] == ["ucall_alloc", "ucall_alloc+0x2c", "0x1234"]
     for symbol in hello.symbols.values():
         assert symbol.kind == "notype" or hello.symbol_at(symbol.gva + max(symbol.size - 1, 0))[0].gva == symbol.gva
 
@@ -85,20 +88,15 @@ def test_that_every_instruction_of_a_guest_has_its_line_and_back(hello):
 
 def test_that_library_lines_come_with_their_text(hello):
     line = hello.line_at(hello.symbol("ucall_alloc").gva)
-    assert line.file == "labkit/ucall.c" and "ucall_alloc" in hello.source(line.file)[line.line - 1] + hello.source(line.file)[line.line - 2]
+    assert line.file == "labkit/ucall.c" and "ucall_alloc" in "".join(hello.source(line.file)[line.line - 2:line.line])
     assert hello.gva_of_line("ucall.c", line.line) == hello.gva_of_line("labkit/ucall.c", line.line)
     assert hello.source("nowhere.c") is None
 
 
 def test_that_lines_agree_with_readelf(hello):
-    try:
-        out = subprocess.run(["readelf", "--debug-dump=decodedline", str(HELLO)], capture_output=True, text=True, check=True).stdout
-    except OSError:
-        pytest.skip("no readelf on this machine")
-    rows = [line.split() for line in out.splitlines() if line.startswith("hello.c  ") and "x" in line.split()[2:3][0]]
-    for _, number, gva, *_ in rows:
-        if number != "-" and hello.line_at(int(gva, 16)):
-            assert (found := hello.line_at(int(gva, 16))) and (found.file, found.line) == ("hello.c", int(number))
+    rows = [line.split() for line in readelf("--debug-dump=decodedline") if line.startswith("hello.c  ")]
+    lines = {int(gva, 16): int(number) for _, number, gva, *_ in rows if number != "-"}  # the last row of an address counts
+    assert len(lines) >= 4 and all(hello.line_at(gva).line == number for gva, number in lines.items())
 
 
 @pytest.mark.parametrize(("image", "what"), [
@@ -126,9 +124,9 @@ def test_that_a_path_without_a_file_is_refused(path):
         Program.load(path)
 
 
-@pytest.mark.parametrize("image", [patched(40, "Q", 1 << 50), patched(58, "H", 3), patched(60, "H", 0xffff), patched(62, "H", 0xfffe)])
-def test_that_a_broken_section_table_costs_only_the_names(image):
-    program = Program.load(image)
+@pytest.mark.parametrize(("offset", "fmt", "value"), [(40, "Q", 1 << 50), (58, "H", 3), (60, "H", 0xffff), (62, "H", 0xfffe)])
+def test_that_a_broken_section_table_costs_only_the_names(offset, fmt, value):
+    program = Program.load(patched(offset, fmt, value))
     assert program.symbols == {} and program.line_at(0x400000) is None and len(program.segments) == 3
     with pytest.raises(SymbolNotFound, match="no symbols at all"):
         program.symbol("guest_code")
@@ -150,7 +148,8 @@ def test_that_every_version_of_dwarf_gives_the_same_lines(tmp_path, version):
 
 
 def test_that_a_large_binary_loads_fast(tmp_path):
-    path = linked(tmp_path, "-no-pie", "-static", source="".join(f"int f{n}(void) {{ return {n}; }}\n" for n in range(3000)) + "int main(){}\n")
+    source = "".join(f"int f{n}(void) {{ return {n}; }}\n" for n in range(3000)) + "int main(){}\n"
+    path = linked(tmp_path, "-no-pie", "-static", source=source)
     assert path.stat().st_size > 900_000
     times = []
     for _ in range(3):

@@ -36,19 +36,18 @@ def table():
     return scan(memory.read, builder.mode, builder.root_gpa, step=7, label=lambda gva: "code" if gva < 0x402000 else "data")
 
 
-@settings(max_examples=300, deadline=None)
-@given(hostile_tables, st.sampled_from([(4, None), (4, 51), (5, None)]))
+@settings(max_examples=200, deadline=None)
+@given(hostile_tables, st.sampled_from([(X86_PXXV48_4K, {}), (C51, {"c_bit": 51}), (X86_PXXV57_4K, {"levels": 5}),
+                                        (X86_PXXV48_4K.with_maxphyaddr(40), {"maxphyaddr": 40})]))
 def test_that_a_scan_of_hostile_tables_equals_brute_force(tables, kind):
-    levels, c_bit = kind
-    mode = {(4, None): X86_PXXV48_4K, (4, 51): C51, (5, None): X86_PXXV57_4K}[kind]
-    memory = load(tables)
+    (mode, rules), memory = kind, load(tables)
     table = scan(memory.read, mode, ROOT)
-    leaves, bad = brute_force(memory, levels=levels, c_bit=c_bit)
+    leaves, bad = brute_force(memory, **rules)
     assert not table.truncated and as_dict(table) == leaves and table.gva.tolist() == sorted(leaves)
     assert table.nr_bad == len(bad) and table.bad.tolist() == sorted(bad)[:100] and len(table.problems) == len(table.bad)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(hostile_tables, st.integers(0, (1 << 48) - 1))
 def test_that_a_walk_of_the_snapshot_equals_a_walk_of_memory(tables, low):
     memory = load(tables)
@@ -93,6 +92,14 @@ def test_that_one_recursive_entry_is_read_exactly():
     assert as_dict(scan(memory.read, X86_PXXV48_4K, ROOT)) == brute_force(memory)[0]
 
 
+@pytest.mark.parametrize("level", range(4))
+def test_that_a_frame_beyond_maxphyaddr_is_bad_at_every_level(level):
+    memory = load({0x1000 * (i + 1): {0: 0x1000 * (i + 2) | P | (1 << 47 if i == level else 0)} for i in range(4)})
+    table = scan(memory.read, X86_PXXV48_4K.with_maxphyaddr(40), ROOT)
+    assert (len(table), table.nr_bad) == (0, 1) and "has reserved bits set" in table.problems[0]
+    assert len(scan(memory.read, X86_PXXV48_4K.with_maxphyaddr(40).with_c_bit(47), ROOT)) == 1
+
+
 def test_that_every_bad_entry_gets_a_sentence():
     memory = load({ROOT: {0: 0x2000 | P, 1: 0x7fff0000 | P, 2: 0x2000 | P | PS},
                    0x2000: {1: 0x4000 | P | PS, 2: 0x2000 | P | PS}})
@@ -120,7 +127,7 @@ def test_that_neighbours_of_one_kind_merge_into_ranges(table):
     assert list(table.df.columns) == [*columns[:5], "writable", "user", "accessed", "dirty", "nx", "what"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(hostile_tables)
 def test_that_the_ranges_hold_every_leaf_once(tables):
     table = scan(load(tables).read, X86_PXXV48_4K, ROOT)

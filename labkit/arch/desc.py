@@ -11,7 +11,7 @@ from typing import Literal
 from labkit.bits import bit, genmask
 from labkit.errors import InvalidState
 
-__all__ = ["HUGE", "LAST", "NONE", "Field", "Leaf", "Level", "Match", "PagingMode"]
+__all__ = ["HUGE", "LAST", "NONE", "Field", "Leaf", "Level", "Match", "PagingMode", "short"]
 
 
 class Leaf(Enum):
@@ -161,6 +161,10 @@ class PagingMode:
     def canonical(self, gva: int) -> bool:
         """Whether a CPU would try to translate gva at all."""
         return self.extend(gva) == gva
+
+    def root(self, register: int) -> int:
+        """The gpa of the root table in a register such as CR3, without the bits (PCID, C-bit) that are no part of it."""
+        return register & self.pa.get(self.pa.mask)
 
     def frame(self, level: Level, entry: int) -> int:
         """The gpa of the page that a leaf of this level maps."""

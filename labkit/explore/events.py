@@ -40,5 +40,6 @@ def events_frame(events: Sequence[Event]) -> pd.DataFrame:
     import pandas as pd
 
     rows = [(e.step, e.vcpu, e.kind, e.what, *((u.cmd, u.args, u.text, u.slot) if (u := e.ucall) else (None,) * 4)) for e in events]
-    frame = pd.DataFrame(rows, columns=["step", "vcpu", "kind", "what", "cmd", "args", "text", "slot"]).astype({"slot": "Int64"})
+    frame = pd.DataFrame(rows, columns=["step", "vcpu", "kind", "what", "cmd", "args", "text", "slot"], dtype=object)
+    frame = frame.astype({"step": "int64", "vcpu": "int64", "slot": "Int64"})
     return frame.rename_axis("seq")

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from labkit.errors import InvalidState
 from labkit.guest.program import Program
-from labkit.guest.types import is_signed_int
 
 __all__ = ["GlobalVar", "HostGlobals", "Value", "global_var", "read_guest_global", "write_guest_global"]
 
@@ -64,12 +63,9 @@ def global_var(program: Program, name: str) -> GlobalVar:
     if symbol.kind == "func" or not symbol.size:
         why = "it is a function" if symbol.kind == "func" else "nobody says how large it is"
         raise InvalidState(f"{name} is no variable: {why}", name=name)
-    try:
-        signed = is_signed_int(program.image, symbol.gva) if symbol.size in INT_SIZES else None
-        is_int = signed is not None
-    except LookupError:
-        signed, is_int = None, symbol.size in INT_SIZES
-    return GlobalVar(name, symbol.gva, symbol.size, is_int, signed)
+    kind = program.kind_of_global(symbol.gva) if symbol.size in INT_SIZES else "other"
+    signed = {"signed": True, "unsigned": False}.get(kind)
+    return GlobalVar(name, symbol.gva, symbol.size, kind != "other", signed)
 
 
 def write_guest_global(program: Program, name: str, value: object, write: Write) -> None:

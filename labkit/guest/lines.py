@@ -98,7 +98,7 @@ def _program_rows(program: Any, names: Mapping[int, str]) -> Iterator[Row]:
         if state is None:
             continue
         if last is not None and last.address < state.address:
-            yield last.address, state.address, names.get(last.file, "?"), last.line, last.is_stmt
+            yield last.address, state.address, names.get(last.file, "?"), max(last.line, 0), last.is_stmt
         last = None if state.end_sequence else state
 
 

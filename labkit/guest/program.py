@@ -11,6 +11,7 @@ from pathlib import Path
 from labkit.errors import ElfError, SymbolNotFound
 from labkit.guest.elf import Segment, Symbol, read_elf
 from labkit.guest.lines import Line, LineTable, SourceFiles
+from labkit.guest.types import Kind, kind_of_global
 
 __all__ = ["Line", "Program", "Segment", "Symbol"]
 
@@ -32,6 +33,7 @@ class Program:
         self.compiler_output = compiler_output
         self.symbols: dict[str, Symbol] = {symbol.name: symbol for symbol in facts.symbols}
         self._all_symbols = facts.symbols
+        self._kinds: dict[int, Kind] = {}
         self._files = SourceFiles(sources or {}, path)
 
     @classmethod
@@ -98,6 +100,12 @@ class Program:
     def segment_at(self, gva: int) -> Segment | None:
         """The segment that an address lies in."""
         return next((s for s in self.segments if s.gva <= gva < s.end), None)
+
+    def kind_of_global(self, gva: int) -> Kind:
+        """What the variable at an address is: a "signed" or "unsigned" number, "other", or "unknown" for want of DWARF."""
+        if gva not in self._kinds:
+            self._kinds[gva] = kind_of_global(self.image, gva)
+        return self._kinds[gva]
 
     def describe(self, gva: int) -> str:
         """An address in words: "ucall_alloc+0x2c", or its digits where no symbol is."""

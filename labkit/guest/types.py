@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from elftools.dwarf.die import DIE
 
 from labkit.guest.elf import debug_info
 
-__all__ = ["is_signed_int"]
+__all__ = ["Kind", "kind_of_global"]
 
 MAX_DIES, MAX_TYPE_CHAIN = 100_000, 32
 SAME_AS = ("DW_TAG_typedef", "DW_TAG_const_type", "DW_TAG_volatile_type", "DW_TAG_atomic_type")
-ENCODINGS = {2: False, 5: True, 6: True, 7: False, 8: False}  # DW_ATE_boolean, signed, signed_char, unsigned, unsigned_char
+Kind = Literal["signed", "unsigned", "other", "unknown"]
+ENCODINGS: dict[int, Kind] = {2: "unsigned", 5: "signed", 6: "signed", 7: "unsigned", 8: "unsigned"}  # DW_ATE_*; 2: boolean
 
 
-def is_signed_int(image: bytes, gva: int) -> bool | None:
-    """True or False for an integer (pointers and enums have no sign), None for other types; LookupError when DWARF is silent."""
+def kind_of_global(image: bytes, gva: int) -> Kind:
+    """Signed or unsigned number (pointers and enums are unsigned), other type, or unknown when there is no debug information."""
     try:
         die = _variable(image, gva)
-        return _signed(die) if die is not None else _silent()
-    except LookupError:
-        raise
+        return _kind(die) if die is not None else "unknown"
     except Exception:  # pyelftools on hostile bytes
-        return _silent()
-
-
-def _silent() -> bool | None:
-    raise LookupError("no debug information about this variable")
+        return "unknown"
 
 
 def _variable(image: bytes, gva: int) -> DIE | None:
@@ -50,15 +45,15 @@ def _variable(image: bytes, gva: int) -> DIE | None:
     return None
 
 
-def _signed(die: Any) -> bool | None:
+def _kind(die: Any) -> Kind:
     for _ in range(MAX_TYPE_CHAIN):
         if "DW_AT_type" not in die.attributes and "DW_AT_specification" in die.attributes:
             die = die.get_DIE_from_attribute("DW_AT_specification")
         die = die.get_DIE_from_attribute("DW_AT_type")
         if die.tag == "DW_TAG_base_type":
-            return ENCODINGS.get(die.attributes["DW_AT_encoding"].value)
+            return ENCODINGS.get(die.attributes["DW_AT_encoding"].value, "other")
         if die.tag in ("DW_TAG_pointer_type", "DW_TAG_enumeration_type"):
-            return False
+            return "unsigned"
         if die.tag not in SAME_AS:
-            return None
-    return None
+            break
+    return "other"

@@ -20,7 +20,7 @@ Write = Callable[[int, bytes], object]
 
 
 @dataclass(frozen=True)
-class Run:
+class _Run:
     """Neighbouring entries of one table, with what they hold now."""
 
     level: Level
@@ -40,7 +40,7 @@ class PageTableBuilder:
                  root_gpa: int | None = None) -> None:
         self.read, self.write, self.alloc_table, self.mode = read, write, alloc_table, mode
         self._table_bits = mode.present.value | mode.table.value | mode.encode(dict.fromkeys(mode.all_of, True))[0]
-        self.root_gpa = self._new_table(mode.levels[0]) if root_gpa is None else mode.pa.get(root_gpa)
+        self.root_gpa = self._new_table(mode.levels[0]) if root_gpa is None else mode.root(root_gpa)
 
     def map(self, gva: int, gpa: int, nr_pages: int = 1, page_size: int = 4096, *,
             writable: bool = True, user: bool = False, nx: bool = False, **flags: bool) -> None:
@@ -132,7 +132,7 @@ class PageTableBuilder:
             entry = self.mode.pa.put(self._new_table(below)) | self._table_bits
             self.write(entry_gpa, entry.to_bytes(self.mode.entry_size, self.mode.byteorder))
 
-    def _mapped(self, gva: int, nr_pages: int) -> list[Run]:
+    def _mapped(self, gva: int, nr_pages: int) -> list[_Run]:
         """The leaves of a range in runs; raises InvalidState before anything is changed."""
         bottom = self.mode.levels[-1]
         self._check_range(gva, nr_pages * bottom.size, bottom.size)
@@ -146,7 +146,7 @@ class PageTableBuilder:
             entries = self._entries(entry_gpa, min((end - gva) // level.size, level.nr_entries - level.index(gva)))
             leaf = classify_all(self.mode, level, entries).leaf
             count = len(entries) if leaf.all() else int(leaf.argmin())
-            runs.append(Run(level, gva, entry_gpa, entries[:count]))
+            runs.append(_Run(level, gva, entry_gpa, entries[:count]))
             gva += count * level.size
         return runs
 

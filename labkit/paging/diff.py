@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["diff"]
 
 
-class Side(NamedTuple):
+class _Side(NamedTuple):
     """One snapshot seen from the changed leaves: there or not, gpa (gva where absent, so that runs go on), flags."""
 
     there: Bools
@@ -44,7 +44,7 @@ def diff(before: PageTable, after: PageTable) -> pd.DataFrame:
     })
 
 
-def _changes(before: PageTable, after: PageTable) -> tuple[U64, U64, Side, Side]:
+def _changes(before: PageTable, after: PageTable) -> tuple[U64, U64, _Side, _Side]:
     """The leaves that differ, ordered by gva, then by size."""
     keys = np.unique(np.concatenate([_keys(before), _keys(after)]))
     old, new = _side(before, keys), _side(after, keys)
@@ -52,7 +52,7 @@ def _changes(before: PageTable, after: PageTable) -> tuple[U64, U64, Side, Side]
     keys = keys[differs]
     shifts = np.array([level.shift for level in before.mode.levels], np.uint64)
     gva, size = keys & np.uint64(-16 & (1 << 64) - 1), np.uint64(1) << shifts[(keys & np.uint64(15)).astype(np.intp)]
-    return gva, size, Side(*(column[differs] for column in old)), Side(*(column[differs] for column in new))
+    return gva, size, _Side(*(column[differs] for column in old)), _Side(*(column[differs] for column in new))
 
 
 def _keys(table: PageTable) -> U64:
@@ -60,16 +60,16 @@ def _keys(table: PageTable) -> U64:
     return table.gva | table.level.astype(np.uint64)
 
 
-def _side(table: PageTable, keys: U64) -> Side:
+def _side(table: PageTable, keys: U64) -> _Side:
     own = _keys(table)
     gva = keys & np.uint64(-16 & (1 << 64) - 1)
     if not len(own):
-        return Side(np.zeros(len(keys), np.bool_), gva, np.zeros_like(keys))
+        return _Side(np.zeros(len(keys), np.bool_), gva, np.zeros_like(keys))
     at = np.minimum(np.searchsorted(own, keys), len(own) - 1)
     there = own[at] == keys
     flags = table.rights & np.uint64(table.mode.flag_mask)
-    return Side(there, np.where(there, table.gpa[at], gva), np.where(there, flags[at], np.uint64(0)))
+    return _Side(there, np.where(there, table.gpa[at], gva), np.where(there, flags[at], np.uint64(0)))
 
 
-def _words(table: PageTable, side: Side, at: NDArray[np.intp]) -> list[str]:
+def _words(table: PageTable, side: _Side, at: NDArray[np.intp]) -> list[str]:
     return [f"gpa {int(side.gpa[i]):#x} P {table.mode.letters(int(side.flags[i]))}".rstrip() if side.there[i] else "" for i in at]

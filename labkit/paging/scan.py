@@ -161,7 +161,7 @@ def scan(read: Read, mode: PagingMode, root_gpa: int, step: int | None = None, l
     Without .truncated it holds exactly the translations that walk() finds; tables that loop or are very many
     are cut off after max_leaves leaves, and what is there is still true.
     """
-    return _Scan(read, mode, max_leaves).run(mode.pa.get(root_gpa), step, label)
+    return _Scan(read, mode, max_leaves).run(mode.root(root_gpa), step, label)
 
 
 class _Scan:

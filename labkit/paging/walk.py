@@ -94,7 +94,7 @@ def walk(read: Read, mode: PagingMode, root_gpa: int, gva: int) -> Walk:
 
     root_gpa may be the raw CR3: bits that are no frame number are masked out, a C-bit too.
     """
-    table = root = mode.pa.get(root_gpa)
+    table = root = mode.root(root_gpa)
     steps: list[WalkStep] = []
     if not mode.canonical(gva):
         return Walk(mode, root, gva, (), problem=_not_canonical(mode, gva))

@@ -162,7 +162,8 @@ def grid(kind: str, words: str, body: str, says: Says, *, rows: Sequence[tuple[f
     """A focusable grid of cells; the script finds a cell from rows, x, pitch and h, and sends kind, cell and arg when it is chosen."""
     facts = {"rows": rows, "x": x, "pitch": pitch, "h": h, "each": says.each, "none": says.none, "values": says.values,
              "base": hx(says.base), "size": says.size, "at": at}
-    return el("g", body, role="grid", tabindex=0, aria_label=words, data_kind=kind, data_arg=arg,
+    hit = path("".join(f"M{_short(x)} {_short(y - 1)}h{_short(count * pitch)}v{_short(h + 2)}h{_short(-count * pitch)}z" for y, _, count in rows), "c-hit")
+    return el("g", hit, body, role="grid", tabindex=0, aria_label=words, data_kind=kind, data_arg=arg,
               data_grid=Html(html.escape(json.dumps(facts, separators=(",", ":"), default=list))))
 
 

@@ -144,9 +144,10 @@ def _problems(found: PageTable) -> Html:
 
 def gva_of(found: PageTable, gva: int, level: int, index: int) -> int:
     """Where a click on entry index of the table at this depth of the walk of gva leads: the first page mapped below it, else its start."""
-    mode, this = found.mode, found.mode.levels[level]
+    mode, this = found.mode, found.mode.levels[min(level, len(found.mode.levels) - 1)]
     if this.index(gva) == index:
         return gva
+    index &= this.nr_entries - 1
     above = gva & ((1 << mode.va_bits) - 1) & -(this.size << this.bits)
     start = mode.extend(above | index << this.shift)
     at = int(np.searchsorted(found.gva, np.uint64(start)))

@@ -77,6 +77,7 @@ class UnicornVcpu:
         self._mmio: MmioExit | None = None
         self.completion: object = None
         self._fresh = True
+        self._uncounted_code = False
         self.quirks = vm.quirks(self)
         self._hook_all()
         for gpa, hva, size in vm.slots:
@@ -211,6 +212,9 @@ class UnicornVcpu:
         limit = SLICE if left is None else min(left, SLICE)
         if left is None and (not self.exact or done >= self.vm.count_for):
             limit = self._uncounted()
+        elif self._uncounted_code:
+            self.handle.flush_code()  # blocks translated without the counting hook would never stop
+            self._uncounted_code = False
         self._exception = self._fault = None
         self._stopped, self._extra, self._last = "", 0, (-1, -1)
         status = LIB.uc_emu_start(self.handle.h, self.quirks.pc(), 0, 0, limit)
@@ -238,6 +242,7 @@ class UnicornVcpu:
             for gva in [gva for gva, trap in self.traps.items() if trap.kind == "rep"]:
                 self.handle.unhook(self._hooks.pop(gva))
                 del self.traps[gva]
+        self._uncounted_code = True
         self.vm.shield.watch()
         return 0
 
@@ -284,29 +289,36 @@ class UnicornVcpu:
         assert self._mmio is not None
         mmio, self._mmio = self._mmio, None
         data = (mmio.data & (1 << 8 * mmio.size) - 1).to_bytes(mmio.size, "little")
-        exit, after = self._with_page(mmio.gpa, data)
-        return MmioExit(mmio.gpa, mmio.size, True, int.from_bytes(after, "little")) if after != data and exit is None else exit
+        return self._with_page(mmio.gpa, data)
 
     def _mmio_write(self, gpa: int, size: int, value: int) -> Exit | None:
-        exit, _ = self._with_page(gpa, bytes(size))
-        return exit or MmioExit(gpa, size, True, value)
+        return self._with_page(gpa, bytes(size)) or MmioExit(gpa, size, True, value)
 
-    def _with_page(self, gpa: int, data: bytes) -> tuple[Exit | None, bytes]:
+    def _with_page(self, gpa: int, data: bytes) -> Exit | None:
         page, offset = gpa & -4096, gpa & 4095
         span = 4096 if offset + len(data) <= 4096 else 8192
         buffer = ctypes.create_string_buffer(span + 4096)
         hva = -(-ctypes.addressof(buffer) // 4096) * 4096
         ctypes.memmove(hva + offset, data, len(data))
         if self.vm.overlaps(page, span):
-            return self.refuse(f"an access of {len(data)} bytes at gpa {gpa:#x} runs across the end of a memslot"), data
+            return self.refuse(f"an access of {len(data)} bytes at gpa {gpa:#x} runs across the end of a memslot")
+        writes: list[MmioExit] = []
+
+        def written(_h: int, _kind: int, at: int, count: int, value: int, _d: int) -> bool:
+            writes.append(MmioExit(at, count, True, value & (1 << 8 * count) - 1))
+            return True
+
         self.handle.map(page, hva, span, uc.UC_PROT_ALL)
         self.handle.flush_tlb()
+        hook = self.handle.hook(uc.UC_HOOK_MEM_WRITE, MemHook(written), page, page + span - 1)
+        self.handle.flush_code()
         try:
             exit = self._slice(1, 0)
         finally:
+            self.handle.unhook(hook)
             self.handle.unmap(page, span)
             self.handle.flush_tlb()
-        return exit, ctypes.string_at(hva + offset, len(data))
+        return exit or next(iter(writes), None)
 
     # --- hooks
 

@@ -1,0 +1,92 @@
+"""Fixtures for what a machine may lack: the kernel's own binaries, /dev/kvm, a browser. What is missing is a visible skip.
+
+With CI=true (which .ci/run sets after installing everything) a missing browser or kernel source fails instead; /dev/kvm
+depends on the machine and always skips.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+BUILD_SELFTESTS = REPO / "tests" / "kernel" / "build.sh"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER_FLAGS = (
+    "--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-default-apps",
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",  # a test that needs the outside fails
+)
+
+
+def lacking(reason: str) -> NoReturn:
+    """Skip the test with the reason; fail it in CI, where everything was installed."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"in CI this must be there: {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The repository's top directory."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def selftests() -> Path:
+    """The directory of the kernel's KVM selftests (`guest_print_test`, `x86_64/sev_smoke_test`, ...), built when they are not."""
+    done = subprocess.run([BUILD_SELFTESTS], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode == 3:
+        lacking(done.stderr.strip())
+    if done.returncode:
+        pytest.fail(done.stderr, pytrace=False)
+    return Path(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def kvm() -> Path:
+    """/dev/kvm, usable."""
+    path = Path("/dev/kvm")
+    if not os.access(path, os.R_OK | os.W_OK):
+        pytest.skip("/dev/kvm is not here, or not readable and writable by this user")
+    return path
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium (a Playwright Browser) that reaches 127.0.0.1 and nothing else."""
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        lacking("no Chromium (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, headless=True, args=list(BROWSER_FLAGS))
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A fresh page in a fresh profile; a script error on it fails the test."""
+    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    page = context.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    yield page
+    context.close()
+    assert not errors, "script errors on the page: " + "; ".join(errors)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by the fixtures they use, so that `-m "not browser"` needs no care."""
+    marks = {"selftests": pytest.mark.kernel, "kvm": pytest.mark.kvm, "browser": pytest.mark.browser, "page": pytest.mark.browser}
+    for item in items:
+        for fixture in getattr(item, "fixturenames", ()):
+            if fixture in marks:
+                item.add_marker(marks[fixture])
