@@ -288,21 +288,21 @@ class Vm:
         return scan(self.memory.read, self.arch.mode, self.machine.space.root_gpa, self.step, self._label)
 
     def _label(self, gva: int) -> str:
-        from labkit.explore.inspect import label_gva
+        from labkit.explore.look import label_gva
 
         return label_gva(self, gva)
 
     def memory_map(self) -> MemoryMap:
         """What lies where in guest-physical memory."""
-        from labkit.explore.inspect import memory_map
+        from labkit.explore.look import look_at_memory
 
-        return memory_map(self)
+        return look_at_memory(self)
 
     def look(self, vcpu: int = 0) -> VmSnapshot:
         """All of the VM as one snapshot that shows itself; `vcpu` is the one in front."""
-        from labkit.explore.inspect import inspect_vm
+        from labkit.explore.look import look_at_vm
 
-        return inspect_vm(self, vcpu)
+        return look_at_vm(self, vcpu)
 
     def show(self) -> object:
         """The dashboard: a live widget in JupyterLab, a picture in a saved notebook, text in a terminal."""

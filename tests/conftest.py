@@ -57,7 +57,7 @@ def kvm() -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: while it lives, Playwright's event loop is in the way of others
 def browser() -> Iterator[Any]:
     """A headless Chromium (a Playwright Browser) that reaches 127.0.0.1 and nothing else."""
     path = next(filter(None, map(shutil.which, BROWSERS)), None)

@@ -45,6 +45,7 @@ class Vcpu:
         self._cpu = vm.machine.vcpus[index]
         self.regs = Registers(vm.arch, self._cpu, vm.changed)
         self.breakpoints: frozenset[int] = frozenset()
+        self.seen: dict[str, int] | None = None  # registers when somebody last looked
 
     @property
     def step_count(self) -> int:
@@ -142,9 +143,9 @@ class Vcpu:
 
     def look(self) -> VcpuSnapshot:
         """Registers, code, stack and what the next instruction touches, as one snapshot that shows itself."""
-        from labkit.explore.inspect import inspect_vcpu
+        from labkit.explore.look import look_at_vcpu
 
-        return inspect_vcpu(self)
+        return look_at_vcpu(self.vm, self)
 
     def __repr__(self) -> str:
         return f"<Vcpu {self.index} {self.state}, step {self.step_count}{'' if self.exact else '+'}, at {self.where()}>"

@@ -28,7 +28,7 @@ FLAGS = (
 )
 NO_FLOATS = {  # ziglang accepts -mgeneral-regs-only and ignores it
     "zig": ("-target", "x86_64-freestanding", "-mcpu=x86_64-sse-sse2-mmx-x87+soft_float", "-fno-sanitize=all",
-            "-Wl,--no-gc-sections"),
+            "-Wl,--no-gc-sections", "-fdebug-compilation-dir=."),
     "clang": ("--target=x86_64-linux-gnu", "-mgeneral-regs-only"),
     "gcc": ("-m64", "-mgeneral-regs-only", "-fcf-protection=none", "-fno-tree-loop-distribute-patterns"),
 }
@@ -109,10 +109,12 @@ def _source(source_or_path: str | Path) -> tuple[str, Path | None]:
 def _command(compiler: Compiler, arch: str, source: Path, flags: Sequence[str]) -> list[str]:
     """The whole command line: the guest and the library in one go, every directory mapped to a name that is the same anywhere."""
     library = sorted(str(p) for folder in (LIBRARY, LIBRARY / arch) for p in folder.iterdir() if p.suffix in (".c", ".S"))
-    places = {source.parent: ".", LIBRARY: LIBRARY_NAME.rstrip("/"), Path(compiler.command[0]).parent: "compiler"}
+    places = {LIBRARY: LIBRARY_NAME.rstrip("/"), Path(compiler.command[0]).parent: "compiler"}
+    if compiler.family != "zig":  # its cache would never match a command line that differs every time
+        places[source.parent] = "."
     maps = [f"-ffile-prefix-map={there}={shown}" for there, shown in places.items()]
     return [*compiler.command, *FLAGS, *NO_FLOATS[compiler.family], *flags, *maps, f"-I{LIBRARY}", f"-I{LIBRARY / 'compat'}",
-            "-T", str(LIBRARY / arch / "link.ld"), "-o", str(source.parent / "guest.elf"), str(source), *library]
+            "-T", str(LIBRARY / arch / "link.ld"), "-o", "guest.elf", source.name, *library]
 
 
 def _run(compiler: Compiler, command: list[str], work: Path) -> tuple[bytes, str]:

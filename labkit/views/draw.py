@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 __all__ = [
-    "NUMBERED", "Cell", "Html", "Lattice", "Row", "Says", "aligned", "bar", "cat", "dashes", "el", "esc", "grid", "hx", "key", "label", "line", "num", "path",
-    "plain", "rect", "squares", "svg", "swatch", "table", "text",
+    "NUMBERED", "Attribute", "Cell", "Html", "Lattice", "Row", "aligned", "bar", "cat", "cross", "dashes", "el", "esc", "grid", "hx", "key", "label", "line", "num",
+    "path", "plain", "rect", "squares", "svg", "swatch", "table", "text",
 ]
 
 THIN = "\N{THIN SPACE}"
 NUMBERED = "0123456789abcdefghijklmnopqrstuvwxyz"  # a vCPU as one character
+SPECIAL = re.compile("[&<>\"']")
 
 
 class Html(str):
@@ -25,8 +27,9 @@ class Html(str):
         return Html(str.__add__(self, esc(other)))
 
 
+Attribute = str | float | None
 Cell = str | tuple[str, str]  # content, or (class, content)
-Row = tuple[Sequence[Cell], dict[str, str | float | None]]  # cells, and attributes of the row
+Row = tuple[Sequence[Cell], dict[str, Attribute]]  # cells, and attributes of the row
 
 
 def plain(what: object, limit: int = 200) -> str:
@@ -34,17 +37,19 @@ def plain(what: object, limit: int = 200) -> str:
     string = str(what)
     if len(string) > limit:
         string = string[:limit - 1] + "…"
-    return string if string.isprintable() else "".join(char if char.isprintable() or char == THIN else _spell(char) for char in string)
+    return string if string.isprintable() else "".join(char if char.isprintable() or char == THIN else _spell(ord(char)) for char in string)
 
 
-def _spell(char: str) -> str:
-    code = ord(char)
+def _spell(code: int) -> str:
     return {9: "\\t", 10: "\\n", 13: "\\r"}.get(code) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
 
 
 def esc(what: object, limit: int = 4000) -> Html:
     """Text as markup; Html stays what it is."""
-    return what if isinstance(what, Html) else Html(html.escape(plain(what, limit)))
+    if isinstance(what, Html):
+        return what
+    string = plain(what, limit)
+    return Html(html.escape(string) if SPECIAL.search(string) else string)
 
 
 def cat(parts: Iterable[str]) -> Html:
@@ -63,37 +68,37 @@ def hx(number: int, digits: int = 0) -> str:
 
 
 def _short(number: float) -> str:
-    return f"{round(number, 2):g}" if abs(number) < 1e5 else str(round(number))
+    return str(number) if isinstance(number, int) else f"{number:.2f}".rstrip("0").rstrip(".")
 
 
-def el(tag: str, *children: str, **attributes: str | float | None) -> Html:
+def el(tag: str, *children: str, **attributes: Attribute) -> Html:
     """One element; cls is class, underscores are dashes, None leaves an attribute out."""
     head = tag
     for name, value in attributes.items():
         if value is not None:
-            name = "class" if name == "cls" else "viewBox" if name == "viewBox" else name.replace("_", "-")
+            name = "class" if name == "cls" else name.replace("_", "-")
             head += f' {name}="{esc(value) if isinstance(value, str) else _short(value)}"'
     return Html(f"<{head}>{''.join(map(esc, children))}</{tag}>")
 
 
-def rect(x: float, y: float, w: float, h: float, cls: str | None = None, **attributes: str | float | None) -> Html:
+def rect(x: float, y: float, w: float, h: float, cls: str) -> Html:
     """A rectangle."""
-    return el("rect", x=x, y=y, width=w, height=h, cls=cls, **attributes)
+    return el("rect", x=x, y=y, width=w, height=h, cls=cls)
 
 
-def line(x1: float, y1: float, x2: float, y2: float, cls: str = "c-rule", **attributes: str | float | None) -> Html:
+def line(x1: float, y1: float, x2: float, y2: float, cls: str = "c-rule") -> Html:
     """A straight line."""
-    return el("line", x1=x1, y1=y1, x2=x2, y2=y2, cls=cls, **attributes)
+    return el("line", x1=x1, y1=y1, x2=x2, y2=y2, cls=cls)
 
 
-def path(d: str, cls: str | None = None, **attributes: str | float | None) -> Html:
+def path(d: str, cls: str, **attributes: Attribute) -> Html:
     """A path, or nothing for an empty one."""
     return el("path", d=d, cls=cls, **attributes) if d else Html()
 
 
-def text(x: float | str, y: float, words: str, cls: str | None = None, anchor: str | None = None, **attributes: str | float | None) -> Html:
+def text(x: float | str, y: float, words: str, cls: str | None = None, anchor: str | None = None) -> Html:
     """A line of text; x may be a list of places, one per character."""
-    return el("text", words, x=x, y=y, cls=cls, text_anchor=anchor, **attributes)
+    return el("text", words, x=x, y=y, cls=cls, text_anchor=anchor)
 
 
 def squares(places: Iterable[tuple[float, float]], w: float, h: float) -> str:
@@ -102,9 +107,15 @@ def squares(places: Iterable[tuple[float, float]], w: float, h: float) -> str:
     return "".join(f"M{_short(x)} {_short(y)}{tail}" for x, y in places)
 
 
-def dashes(x: float, rows: Iterable[tuple[float, int, int]], pitch: float, on: float, h: float, cls: str) -> Html:
-    """Empty cells in rows as thick dashed lines: thousands of cells, one short element."""
-    d = "".join(f"M{_short(x)} {_short(y)}h{_short((count - 1) * pitch + on)}" for y, _, count in rows)
+def cross(places: Iterable[tuple[float, float]], size: float) -> Html:
+    """The crosses of cells that are wrong; places are their upper left ends."""
+    s = _short(size)
+    return path("".join(f"M{_short(x)} {_short(y)}l{s} {s}m0 -{s}l-{s} {s}" for x, y in places), "c-x")
+
+
+def dashes(x: float, rows: Iterable[tuple[float, int]], pitch: float, on: float, h: float, cls: str) -> Html:
+    """Empty cells in rows (y of the middle, number) as thick dashed lines: thousands of cells, one short element."""
+    d = "".join(f"M{_short(x)} {_short(y)}h{_short((count - 1) * pitch + on)}" for y, count in rows)
     return path(d, cls, fill="none", stroke_width=h, stroke_dasharray=f"{_short(on)} {_short(pitch - on)}")
 
 
@@ -114,9 +125,9 @@ def bar(places: Sequence[tuple[float, float]], w: float, h: float) -> Html:
     return gap + path(squares(((x, bottom - h) for x, bottom in places), w, h), "c-chg")
 
 
-def svg(w: float, h: float, body: str, words: str, role: str = "img") -> Html:
+def svg(w: float, h: float, body: str, words: str) -> Html:
     """A picture with its name for those who cannot see it."""
-    return el("svg", body, cls="lk-d", width=w, height=h, viewBox=f"0 0 {_short(w)} {_short(h)}", role=role, aria_label=words)
+    return el("svg", body, cls="lk-d", width=w, height=h, viewBox=f"0 0 {_short(w)} {_short(h)}", role="group", aria_label=words)
 
 
 @dataclass(frozen=True)
@@ -140,31 +151,21 @@ class Lattice:
 
     def rows(self, n: int) -> list[tuple[float, int, int]]:
         """(y, first cell, number of cells) of the rows that n cells take."""
-        return [(self.y + first // self.cols * self.tall, first, min(self.cols, n - first)) for first in range(0, n, self.cols)]
+        return [(self.at(first)[1], first, min(self.cols, n - first)) for first in range(0, n, self.cols)]
 
 
-@dataclass(frozen=True)
-class Says:
-    """What a grid says of cell i: each where a (first cell, number of cells, value) covers it, else none.
+def grid(kind: str, words: str, body: str, *, rows: Sequence[tuple[float, int, int]], x: float, pitch: float, h: float, each: str, none: str,
+         values: Sequence[tuple[int, int, str]], base: int = 0, size: int = 0, arg: int | None = None, at: int | None = None) -> Html:
+    """A focusable grid of cells, in rows of (y, first cell, number of cells).
 
-    The script fills in {i}, {h} (i in hexadecimal), {v} (the value) and {a} (base + i * size in hexadecimal).
+    The script finds a cell from rows, x, pitch and h, and sends kind, cell and arg when it is chosen. Of a cell that a
+    (first, number, value) covers it says each, of another none, filling in {i}, {h} (hexadecimal), {v} (the value) and
+    {a} (base + i * size in hexadecimal).
     """
-
-    each: str
-    none: str = ""
-    values: Sequence[tuple[int, int, str]] = ()
-    base: int = 0
-    size: int = 0
-
-
-def grid(kind: str, words: str, body: str, says: Says, *, rows: Sequence[tuple[float, int, int]], x: float, pitch: float, h: float,
-         arg: int | None = None, at: int | None = None) -> Html:
-    """A focusable grid of cells; the script finds a cell from rows, x, pitch and h, and sends kind, cell and arg when it is chosen."""
-    facts = {"rows": rows, "x": x, "pitch": pitch, "h": h, "each": says.each, "none": says.none, "values": says.values,
-             "base": hx(says.base), "size": says.size, "at": at}
     hit = path("".join(f"M{_short(x)} {_short(y - 1)}h{_short(count * pitch)}v{_short(h + 2)}h{_short(-count * pitch)}z" for y, _, count in rows), "c-hit")
+    facts = {"rows": rows, "x": x, "pitch": pitch, "h": h, "each": each, "none": none, "values": values, "base": hx(base), "size": size, "at": at}
     return el("g", hit, body, role="grid", tabindex=0, aria_label=words, data_kind=kind, data_arg=arg,
-              data_grid=Html(html.escape(json.dumps(facts, separators=(",", ":"), default=list))))
+              data_grid=Html(html.escape(json.dumps(facts, separators=(",", ":")))))
 
 
 def label(words: str, more: str = "") -> Html:
@@ -177,18 +178,18 @@ def key(*marks: tuple[str, str] | None) -> Html:
     return el("div", *(el("span", el("i", cls=mark[0]), mark[1]) for mark in marks if mark), cls="key", aria_label="key")
 
 
-def swatch(state: str) -> Html:
+def swatch(secret: bool) -> Html:
     """Encrypted or shared, as a cell and a word."""
-    kind = {"encrypted": ("sw e", "et"), "shared": ("sw s", "st")}[state]
-    return el("span", cls=kind[0]) + el("span", state, cls=kind[1])
+    mark, ink, word = ("sw e", "et", "encrypted") if secret else ("sw s", "st", "shared")
+    return el("span", cls=mark) + el("span", word, cls=ink)
 
 
 def table(name: str, rows: Iterable[Row], head: Sequence[Cell] = (), cls: str = "tb") -> Html:
-    """A table of (cells, attributes of the row)."""
+    """A table with its name for screen readers."""
     def cells(tag: str, row: Sequence[Cell]) -> Html:
         return cat(el(tag, cell) if isinstance(cell, str) else el(tag, cell[1], cls=cell[0] or None) for cell in row)
     body = el("tbody", *(el("tr", cells("td", row), **attributes) for row, attributes in rows))
-    return el("table", el("thead", el("tr", cells("th", head))) if head else Html(), body, cls=cls, aria_label=name)
+    return el("table", el("thead", el("tr", cells("th", head))) if head else "", body, cls=cls, aria_label=name)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from labkit.views.draw import Html, cat, el, esc
+from labkit.explore.inspect import Selection
+from labkit.views.draw import Html, cat, el, esc, hx, plain
 from labkit.views.style import css, inline_styles, svg_css
 
-__all__ = ["Bundle", "View", "columns", "header", "mimebundle", "pane", "status_line"]
+__all__ = ["Bundle", "View", "columns", "header", "mimebundle", "pane", "rail", "status_line"]
 
 Bundle = tuple[dict[str, Any], dict[str, Any]]
-LIVE_ONLY = ("transport",)  # panes that need a kernel
+SVG = re.compile(r'<svg class="lk-d".*?</svg>', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,13 @@ class View:
     @cached_property
     def html(self) -> Html:
         """The live view: themable HTML with inline drawings, to be used with labkit.views.style.css()."""
-        return el("section", self._filled(self.panes), cls="lk", aria_label=self.title)
+        body = re.sub(r'data-pane="(\w+)">', lambda hit: hit[0] + self.panes.get(hit[1], ""), self.layout)
+        return el("section", Html(body), cls="lk", aria_label=self.title)
 
     @cached_property
     def img_html(self) -> Html:
-        """The view without script, style sheet or inline svg: light theme on its own white ground, pictures as data URIs."""
-        filled = self._filled({name: body for name, body in self.panes.items() if name not in LIVE_ONLY})
-        return _static(el("section", filled, cls="lk", aria_label=self.title), self.status)
+        """The view without script, style sheet, buttons or inline svg: light theme on white ground, pictures as data URIs."""
+        return _static(re.sub(r'<div class="tp".*?</div></div>', "", self.html), self.status)
 
     @cached_property
     def svg(self) -> str | None:
@@ -52,32 +53,27 @@ class View:
 
     def page(self, theme: str = "light") -> str:
         """A whole HTML document, to be saved or photographed."""
-        light = "true" if theme == "light" else "false"
-        ground = "#fff" if theme == "light" else "#111"
+        light, ground = ("true", "#fff") if theme == "light" else ("false", "#111")
         return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{esc(self.title)}</title><style>{css()}</style>'
                 f'<body data-jp-theme-light="{light}" style="margin:0;padding:16px 20px;background:{ground}">{self.html}</body></html>')
 
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
-        return mimebundle(self)[0]
-
-    def _filled(self, panes: dict[str, Html]) -> Html:
-        return Html(re.sub(r'data-pane="(\w+)">', lambda hit: hit[0] + panes.get(hit[1], ""), self.layout))
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Bundle:
+        return mimebundle(self)
 
 
-def mimebundle(view: View, widget: Bundle | dict[str, Any] | None = None) -> Bundle:
+def mimebundle(view: View, widget: Bundle | None = None) -> Bundle:
     """What _repr_mimebundle_ returns: text and HTML that need nothing, and the live widget's entry when there is one.
 
-    There is no image/png: every renderer that shows it also shows the picture in text/html, and making one takes
-    either a second drawing of everything or a native rasterizer; a terminal has text/plain.
+    There is no image/png: what shows it also shows the picture in text/html, and making one takes a second drawing of
+    everything or a native rasterizer.
     """
-    data: dict[str, Any] = {"text/plain": view.text, "text/html": str(view.img_html)}
-    live = widget if isinstance(widget, tuple) else (widget or {}, {})
-    return {**live[0], **data}, dict(live[1])
+    data, metadata = widget or ({}, {})
+    return {**data, "text/plain": view.text, "text/html": str(view.img_html)}, metadata
 
 
-def pane(name: str, cls: str = "") -> Html:
+def pane(name: str) -> Html:
     """The place of a pane in a layout."""
-    return el("div", cls=f"pane {cls}".strip(), data_pane=name)
+    return el("div", cls="pane", data_pane=name)
 
 
 def columns(cls: str, *parts: Html) -> Html:
@@ -87,43 +83,46 @@ def columns(cls: str, *parts: Html) -> Html:
 
 def header(title: str, facts: Iterable[str], right: str = "") -> Html:
     """Title, what it is a view of, and the figure that changes."""
-    parts = list(facts)
-    said = cat(part if not i else Html(" · ") + part for i, part in enumerate(parts))
+    said = cat(Html(" · " if i else "") + fact for i, fact in enumerate(facts))
     return el("div", el("h3", title), el("span", said, cls="facts"), el("span", right, cls="right"), cls="hd")
 
 
-def status_line(words: str, top: bool = False) -> Html:
+def status_line(words: str, cls: str = "status") -> Html:
     """The one sentence that follows hover and step."""
-    return el("div", words, cls="status top" if top else "status", role="status", aria_live="polite")
+    return el("div", words, cls=cls, role="status", aria_live="polite")
 
 
-SVG = re.compile(r'<svg class="lk-d".*?</svg>', re.DOTALL)
+def rail(chosen: Selection | None) -> Html:
+    """The selection spelled out as a path: what, gva, indices, gpa, hva."""
+    if chosen is None:
+        return Html()
+    head, comma, tail = plain(chosen.label, 80).partition(", ")
+    spots = [f"{name} {hx(at)}" if at is not None else "" for name, at in (("gva", chosen.gva), ("gpa", chosen.gpa), ("hva", chosen.hva))]
+    spots.insert(1, " ".join(plain(part, 40) for part in chosen.path))
+    parts = [el("span", el("b", head), f" {tail}" if comma else ""), *(el("span", spot, cls="mono") for spot in spots if spot)]
+    return el("div", *(el("span", " → ", cls="d") + part if i else part for i, part in enumerate(parts)), cls="rail", role="group", aria_label="selection")
 
 
 def _standalone(drawing: str) -> str:
-    body = re.sub(r' (?:data-[\w-]+|tabindex)="[^"]*"', "", drawing)
-    box = re.search(r'width="([\d.]+)" height="([\d.]+)"', body)
-    w, h = (float(box[1]), float(box[2])) if box else (0.0, 0.0)
-    opening = (f'<svg xmlns="http://www.w3.org/2000/svg" class="lk-d" width="{w + 6:g}" height="{h + 6:g}" viewBox="-3 -3 {w + 6:g} {h + 6:g}">'
-               f'<style>{svg_css()}</style><rect x="-3" y="-3" width="{w + 6:g}" height="{h + 6:g}" class="c-bg"/>')
-    return re.sub(r"^<svg[^>]*>", lambda _: opening, body)
+    """A drawing as a document: its own style sheet and ground, no attributes that only a script reads."""
+    w, h = (float(size) + 6 for size in re.findall(r' (?:width|height)="([\d.]+)"', drawing)[:2])
+    opening = (f'<svg xmlns="http://www.w3.org/2000/svg" class="lk-d" width="{w:g}" height="{h:g}" viewBox="-3 -3 {w:g} {h:g}">'
+               f'<style>{svg_css()}</style><rect x="-3" y="-3" width="{w:g}" height="{h:g}" class="c-bg"/>')
+    return opening + re.sub(r' (?:data-[\w-]+|tabindex)="[^"]*"', "", drawing[drawing.index(">") + 1:])
 
 
 def _static(page: str, status: str) -> Html:
-    """Inline styles for classes, data URIs for drawings, nothing for attributes that only a script reads."""
-    drawings: list[str] = []
-
-    def image(hit: re.Match[str]) -> str:
-        name = re.search(r'role="\w+" aria-label="([^"]*)"', hit[0])
-        alt = esc(status) if not drawings or not name else name[1]
-        drawings.append(alt)
-        data = base64.b64encode(_standalone(hit[0]).encode()).decode()
-        return f'<img src="data:image/svg+xml;base64,{data}" alt="{alt}">'
-
+    """Inline styles for classes, data URIs for drawings; the first picture has the status as its alt text."""
+    alts = [str(esc(status))]
     styles = inline_styles()
 
+    def image(hit: re.Match[str]) -> str:
+        name = re.search(r'aria-label="([^"]*)"', hit[0])
+        alt = alts.pop() if alts else name[1] if name else ""
+        return f'<img src="data:image/svg+xml;base64,{base64.b64encode(_standalone(hit[0]).encode()).decode()}" alt="{alt}">'
+
     def tag(hit: re.Match[str]) -> str:
-        names = [hit[1], *(f".{name}" for name in re.findall(r'class="([^"]*)"', hit[2]) for name in name.split())]
+        names = [hit[1], *(f".{name}" for names in re.findall(r'class="([^"]*)"', hit[2]) for name in names.split())]
         style = ";".join(styles[name] for name in names if name in styles)
         kept = re.sub(r' (?:class|tabindex|data-[\w-]+)="[^"]*"', "", hit[2])
         return f"<{hit[1]}{kept}" + (f' style="{esc(style)}">' if style else ">")
