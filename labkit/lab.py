@@ -171,7 +171,7 @@ class Vm:
         if value == 0:
             return Ucall("NONE", (0,) * 7, None, vcpu, None, step)
         if self._pool is None:
-            return BadUcallExit(value, "no pool", "this VM was created without a ucall pool")
+            return BadUcallExit(value, "no pool", "this VM was created without a ucall pool", vcpu)
         return self._pool.take(value, vcpu, step, self._string)
 
     def _string(self, gva: int) -> str | None:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from labkit.errors import InvalidState, NotAvailable
 
-__all__ = ["HOME", "TOUR", "add", "jupyter_command"]
+__all__ = ["HOME", "TOUR", "add", "jupyter_command", "jupyter_environment"]
 
 HOME = Path(__file__).resolve().parents[2]  # the clone
 TOUR = HOME / "notebooks" / "00_tour.ipynb"
@@ -47,15 +47,15 @@ def _run(args: argparse.Namespace) -> int:
     command = jupyter_command(notebook, args.port, browser=not args.no_browser)
     if args.json:
         return _announce(command)
-    os.execv(command[0], command)
+    os.execve(command[0], command, jupyter_environment())
 
 
 def jupyter_command(notebook: Path, port: int | None = None, browser: bool = True) -> list[str]:
-    """How JupyterLab is started: loopback only, its own token, no look for news or updates outside."""
+    """How JupyterLab is started: loopback only, its own token, no look for updates outside."""
     root = HOME if notebook.is_relative_to(HOME) else notebook.parent
     command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={root}",
                f"--LabApp.default_url=/lab/tree/{quote(str(notebook.relative_to(root)))}",
-               "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate"]
+               "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate"]
     if port is not None:
         command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
     if not browser:
@@ -65,9 +65,15 @@ def jupyter_command(notebook: Path, port: int | None = None, browser: bool = Tru
     return command
 
 
+def jupyter_environment() -> dict[str, str]:
+    """Its environment: a page configuration of ours, which spares a newcomer the question about Jupyter's news."""
+    ours = str(Path(__file__).with_name("jupyter"))
+    return {**os.environ, "JUPYTER_CONFIG_PATH": os.pathsep.join(filter(None, (ours, os.environ.get("JUPYTER_CONFIG_PATH"))))}
+
+
 def _announce(command: list[str]) -> int:
     """Start the server as a child, print one JSON object with its address, and stay until it ends."""
-    server = subprocess.Popen(command, stdout=sys.stderr)
+    server = subprocess.Popen(command, stdout=sys.stderr, env=jupyter_environment())
     signal.signal(signal.SIGTERM, lambda *_: server.terminate())
     try:
         facts = _server_facts(server)

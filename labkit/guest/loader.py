@@ -12,7 +12,7 @@ from labkit.machine.vm import Machine
 
 __all__ = ["kernel_globals", "load_program", "program_string"]
 
-STRING_LIMIT = 512
+STRING_LIMIT = 4096  # the text of an assertion is its condition with all macros expanded
 
 
 def load_program(program: Program, space: AddressSpace) -> None:

@@ -55,10 +55,11 @@ class BadUcallExit(Exit):
     value: int
     kind: str  # "exhausted" "stale" "unaligned" "foreign" "no pool"
     why: str
+    vcpu: int
     end = "bad-ucall"
 
     def __str__(self) -> str:
-        return f"{self.kind} ucall: {self.why}"
+        return f"vCPU {self.vcpu}: {self.kind} ucall: {self.why}"
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,10 @@ class Pool:
         """
         index, rest = divmod(value - self.hva - BITMAP_BYTES, UCALL_SIZE)
         if rest or not 0 <= index < NR_SLOTS:
-            return self._refuse(value, index, rest)
+            return self._refuse(value, vcpu, index, rest)
         at = self._offset + BITMAP_BYTES + UCALL_SIZE * index
         if not self._data[self._offset + (index >> 3)] >> (index & 7) & 1:
-            return BadUcallExit(value, "stale", f"slot {index} is not in use: its bit in in_use is clear")
+            return BadUcallExit(value, "stale", f"slot {index} is not in use: its bit in in_use is clear", vcpu)
         cmd, *args = _FIELDS.unpack_from(self._data, at)
         name = cmd_name(cmd)
         if cmd == UcallCmd.DONE:
@@ -150,19 +151,19 @@ class Pool:
             return Ucall(name, tuple(args), text, vcpu, index, step)
         return Ucall(name, tuple(args), text, vcpu, index, step, strings(args[GUEST_FILE]), args[GUEST_LINE], strings(args[GUEST_ERROR_STRING]))
 
-    def _refuse(self, value: int, index: int, rest: int) -> Ucall | BadUcallExit:
+    def _refuse(self, value: int, vcpu: int, index: int, rest: int) -> Ucall | BadUcallExit:
         if value == GUEST_UCALL_FAILED:
             taken = int(self.bits().sum())
             return BadUcallExit(value, "exhausted", f"the guest found no free slot ({taken} of {NR_SLOTS} are in use) "
-                                                    f"and handed over the kernel's magic -1")
+                                                    f"and handed over the kernel's magic -1", vcpu)
         if 0 <= index < NR_SLOTS:
-            return BadUcallExit(value, "unaligned", f"{value:#x} lies {rest} bytes behind the start of slot {index}")
+            return BadUcallExit(value, "unaligned", f"{value:#x} lies {rest} bytes behind the start of slot {index}", vcpu)
         try:
             where = f"this VM's guest memory (gpa {self.memory.gpa(value):#x}), but not a slot"
         except MemoryFault:
             where = "no memory of this VM: forged, or another VM's"
         end = self.hva + HEADER_SIZE - 1
-        return BadUcallExit(value, "foreign", f"{value:#x} is {where}; this VM's pool is at hva {self.hva:#x} to {end:#x}")
+        return BadUcallExit(value, "foreign", f"{value:#x} is {where}; this VM's pool is at hva {self.hva:#x} to {end:#x}", vcpu)
 
     def bits(self) -> NDArray[np.bool_]:
         """in_use, one bool a slot, as it lies in memory now."""

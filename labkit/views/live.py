@@ -1,4 +1,4 @@
-"""Between a running VM and a page that shows it: what the VM offers, and how rarely it is painted."""
+"""Between a running VM and the pages that show it: what the VM offers, and how rarely it is painted."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import Protocol
 
 from labkit.explore.inspect import VmSnapshot
 
-__all__ = ["Controller", "Publisher", "after_each_cell"]
+__all__ = ["Controller", "Hub", "Painter", "Publisher"]
+
+RATE = 30  # messages a second, all widgets of a VM together
+SHARE = 6  # time for the guest per time for painting
 
 
 class Controller(Protocol):
-    """What a widget needs of a VM.
+    """What the live views need of a VM.
 
-    act(name, ...) takes run, step, step_line (no facts), vcpu(index), toggle_breakpoint(gva or line) and
-    select(kind, value): slot (index), register (name), entry and byte (gva), page (gpa), symbol (name), none (None).
-    Names not in actions are never sent and their buttons are not shown; time travel adds home, back, back_line,
-    back_ucall and end. It raises LabError for what cannot be done.
+    act() takes run, step, step_line (no facts), vcpu(index), toggle_breakpoint(gva or line) and select(kind, value):
+    slot (index), register (name), entry and byte (gva), page (gpa), symbol (name), none (None). A name not in actions
+    is never sent and has no button; time travel adds home, back, back_line, back_ucall and end.
     """
 
     @property
@@ -30,10 +32,19 @@ class Controller(Protocol):
         """The state now."""
 
     def act(self, name: str, **facts: object) -> None:
-        """Do what a person asked for."""
+        """Do what a person asked for; raises LabError for what cannot be done."""
 
     def observe(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call callback after every change; the function returned ends that."""
+
+
+class Painter(Protocol):
+    """A widget, as the hub sees it."""
+
+    watched: bool
+
+    def paint(self) -> None:
+        """Show hub.shown."""
 
 
 class Publisher:
@@ -42,9 +53,8 @@ class Publisher:
     A paint that takes long makes the next ones rarer, so that a running guest keeps most of the time.
     """
 
-    def __init__(self, publish: Callable[[], None], interval: float = 1 / 30, share: float = 6, clock: Callable[[], float] = time.monotonic) -> None:
-        self.publish, self.interval, self.share, self.clock = publish, interval, share, clock
-        self.active = True  # somebody looks
+    def __init__(self, publish: Callable[[], int], clock: Callable[[], float] = time.monotonic) -> None:
+        self.publish, self.clock = publish, clock  # publish() returns how many messages it sent
         self.dirty = False
         self._next = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -52,36 +62,76 @@ class Publisher:
     def poke(self) -> None:
         """Something changed; called as often as it likes."""
         self.dirty = True
-        if self.active:
-            if self.clock() >= self._next:
-                self.flush()
-            elif self._timer is None:
-                self._later()
+        now = self.clock()
+        if now >= self._next:
+            self.flush()
+        elif self._timer is None:
+            try:  # in a notebook the loop runs when the cell ends or awaits
+                self._timer = asyncio.get_running_loop().call_later(self._next - now, self.flush)
+            except RuntimeError:  # no loop: the next poke or flush paints
+                pass
 
     def flush(self) -> None:
         """Paint now what is not painted yet."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self.dirty and self.active:
+        if self.dirty:
             self.dirty = False
             start = self.clock()
-            self.publish()
+            sent = self.publish()
             end = self.clock()
-            self._next = end + max(self.interval, min(self.share * (end - start), 0.5))
+            self._next = end + max(sent / RATE, min(SHARE * (end - start), 0.5))
 
-    def _later(self) -> None:
-        """In a notebook the loop runs when the cell ends or awaits; without a loop the next poke or flush paints."""
+
+class Hub:
+    """One VM and all live views of it: one snapshot per paint, and one idea of what changed since somebody looked."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+        self.shown = self._seen = controller.snapshot()  # painted last; painted when the last cell or action ended
+        self._base: VmSnapshot | None = None
+        self.painters: list[Painter] = []
+        self.publisher = Publisher(self._publish)
+        controller.observe(self.publisher.poke)
+        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+        if shell is not None:
+            shell.events.register("post_execute", self.settle)
+
+    @property
+    def before(self) -> VmSnapshot | None:
+        """What changes are marked against: the last state somebody could look at."""
+        return self._seen if self.shown.step != self._seen.step else self._base
+
+    def settle(self) -> None:
+        """A cell or an action ended: show the final state; later changes are marked against it."""
+        self.publisher.flush()
+        if self.shown.step != self._seen.step:
+            self._base = self._seen
+        self._seen = self.shown
+
+    def act(self, name: str, **facts: object) -> None:
+        """Do what a person asked for, and show the result."""
         try:
-            self._timer = asyncio.get_running_loop().call_later(self._next - self.clock(), self.flush)
-        except RuntimeError:
-            self._timer = None
+            if name in self.controller.actions:
+                self.controller.act(name, **facts)
+        finally:
+            self.publisher.dirty = True
+            self.settle()
 
+    def watch(self, painter: Painter, watched: bool) -> None:
+        """A browser shows the painter, or no longer."""
+        painter.watched = watched
+        self.publisher.flush()
+        if watched:
+            painter.paint()
 
-def after_each_cell(callback: Callable[[], None]) -> Callable[[], None]:
-    """Call callback when a notebook cell ends, where there is a notebook; the function returned ends that."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if shell is None:
-        return lambda: None
-    shell.events.register("post_execute", callback)
-    return lambda: shell.events.unregister("post_execute", callback)
+    def _publish(self) -> int:
+        watched = [painter for painter in self.painters if painter.watched]
+        if not watched:
+            self.publisher.dirty = True
+            return 1
+        self.shown = self.controller.snapshot()
+        for painter in watched:
+            painter.paint()
+        return len(watched)

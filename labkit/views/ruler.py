@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from labkit.arch.desc import LAST, Level, PagingMode, short
 from labkit.paging.walk import WalkStep
 from labkit.views.draw import Html, hx, path, plain, rect, svg, text
 
-__all__ = ["draw", "parts"]
-
-Spot = tuple[int, float, float]  # bit, x, width
+__all__ = ["Part", "draw", "parts"]
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Neighbouring bits of one meaning."""
 
     name: str
@@ -32,8 +29,9 @@ def parts(mode: PagingMode, level: Level) -> list[Part]:
     out: list[Part] = []
     for bit in range(mode.entry_size * 8 - 1, -1, -1):
         name = named.get(bit) or ("frame" if mode.pa.mask >> bit & 1 else "")
-        if out and not out[-1].flag and bit not in named and out[-1].name == name:
-            out[-1] = Part(name, out[-1].high, bit, False)
+        joins = out and not out[-1].flag and bit not in named and out[-1].name == name
+        if joins:
+            out[-1] = out[-1]._replace(low=bit)
         else:
             out.append(Part(name, bit, bit, bit in named))
     return out
@@ -47,46 +45,35 @@ def draw(mode: PagingMode, rows: Sequence[tuple[WalkStep, str]], width: float) -
         out += text(0, y + 11, head, "m b") + (Html() if width < 700 else text(len(head) * 6.9 + 14, y + 11, plain(note, 100), "d"))
         y += 18
         for high, low in [(bits - 1, bits // 2), (bits // 2 - 1, 0)] if width < 700 else [(bits - 1, 0)]:
-            out += _row(mode, [part for part in parts(mode, step.level) if part.low <= high and part.high >= low], high, low, step.entry, y, width)
+            shown = [part._replace(high=min(part.high, high), low=max(part.low, low)) for part in parts(mode, step.level) if part.low <= high and part.high >= low]
+            out += _row(mode, shown, step.entry, y, width)
             y += 42
         y += 2
     return svg(width, max(y, 1), out, "Bit by bit: " + "; ".join(f"{step} = {hx(step.entry)}" for step, _ in rows))
 
 
-def _row(mode: PagingMode, shown: Sequence[Part], high: int, low: int, value: int, y: float, width: float) -> Html:
-    flags = sum(part.flag for part in shown)
-    others = high - low + 1 - flags
-    thin = (11.0 if low else 8.0) if width < 700 else width * 0.0112
-    wide = min(34.0 if width < 700 else 72.0, (width - others * thin) / max(flags, 1))
-    thin = min((width - flags * wide) / max(others, 1), 2 * thin)
-    spots: list[Spot] = []
-    names, x = Html(), 0.0
+def _row(mode: PagingMode, shown: Sequence[Part], value: int, y: float, width: float) -> Html:
+    """Flags wide, other bits narrow, so that a row fills the width."""
+    flags, others = sum(part.flag for part in shown), sum(part.high - part.low + 1 for part in shown if not part.flag)
+    wide = min(34 if width < 700 else 72, (width - others * 8) / max(flags, 1))
+    thin = (width - flags * wide) / max(others, 1)
+    x, out, names = 0.0, Html(), Html()
+    where: dict[str, list[tuple[float, float]]] = {"c-one": [], "c-zero": []}
     for part in shown:
         start, w = x, wide if part.flag else thin
-        for bit in range(min(part.high, high), max(part.low, low) - 1, -1):
-            spots.append((bit, x, w))
+        for bit in range(part.high, part.low - 1, -1):
+            on = value >> bit & 1
+            if bit == mode.c_bit:
+                out += rect(x + .5, y + .5, w - 1, 17, "c-enc" if on else "c-shr") + text(x + w / 2, y + 13, str(on), "m one onc" if on else "m d", "middle")
+            else:
+                where["c-one" if on else "c-zero"].append((x, w))
             x += w
         names += _name(mode, part, start, x - start, value, y)
-    return _digits([spot for spot in spots if spot[0] != mode.c_bit], value, y) + _secret([spot for spot in spots if spot[0] == mode.c_bit], value, y) + names
-
-
-def _digits(spots: Iterable[Spot], value: int, y: float) -> Html:
-    out = Html()
-    ones = [spot for spot in spots if value >> spot[0] & 1]
-    zeros = [spot for spot in spots if spot not in ones]
-    for which, digit, box, ink in ((ones, "1", "c-one", "m one"), (zeros, "0", "c-zero", "m d")):
-        out += path("".join(f"M{x + .5:.1f} {y + .5:g}h{w - 1:.1f}v17h{1 - w:.1f}z" for _, x, w in which), box)
-        if which:
-            out += text(" ".join(f"{x + w / 2:.1f}" for _, x, w in which), y + 13, digit * len(which), ink, "middle")
-    return out
-
-
-def _secret(spots: Iterable[Spot], value: int, y: float) -> Html:
-    out = Html()
-    for bit, x, w in spots:
-        on = value >> bit & 1
-        out += rect(x + .5, y + .5, w - 1, 17, "c-enc" if on else "c-shr") + text(x + w / 2, y + 13, str(on), "m one onc" if on else "m d", "middle")
-    return out
+    for box, spots in where.items():
+        out += path("".join(f"M{x + .5:.1f} {y + .5:g}h{w - 1:.1f}v17h{1 - w:.1f}z" for x, w in spots), box)
+        digit, ink = ("1", "m one") if box == "c-one" else ("0", "m d")
+        out += text(" ".join(f"{x + w / 2:.1f}" for x, w in spots), y + 13, digit * len(spots), ink, "middle")
+    return out + names
 
 
 def _name(mode: PagingMode, part: Part, x: float, w: float, value: int, y: float) -> Html:

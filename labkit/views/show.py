@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from labkit.explore.inspect import Selection
-from labkit.views.draw import Html, cat, el, esc, hx, plain
+from labkit.views.draw import Html, cat, el, esc, hx, plain, swatch
 from labkit.views.style import css, inline_styles, svg_css
 
 __all__ = ["Bundle", "View", "columns", "header", "mimebundle", "pane", "rail", "status_line"]
@@ -92,14 +92,15 @@ def status_line(words: str, cls: str = "status") -> Html:
     return el("div", words, cls=cls, role="status", aria_live="polite")
 
 
-def rail(chosen: Selection | None) -> Html:
-    """The selection spelled out as a path: what, gva, indices, gpa, hva."""
+def rail(chosen: Selection | None, secret: bool | None = None) -> Html:
+    """The selection spelled out as a path: what, gva, indices, gpa (encrypted or shared, when secret says), hva."""
     if chosen is None:
         return Html()
     head, comma, tail = plain(chosen.label, 80).partition(", ")
     spots = [f"{name} {hx(at)}" if at is not None else "" for name, at in (("gva", chosen.gva), ("gpa", chosen.gpa), ("hva", chosen.hva))]
     spots.insert(1, " ".join(plain(part, 40) for part in chosen.path))
-    parts = [el("span", el("b", head), f" {tail}" if comma else ""), *(el("span", spot, cls="mono") for spot in spots if spot)]
+    mark = {f"gpa {hx(chosen.gpa)}": Html(" ") + swatch(secret)} if chosen.gpa is not None and secret is not None else {}
+    parts = [el("span", el("b", head), f" {tail}" if comma else ""), *(el("span", spot, mark.get(spot, ""), cls="mono") for spot in spots if spot)]
     return el("div", *(el("span", " → ", cls="d") + part if i else part for i, part in enumerate(parts)), cls="rail", role="group", aria_label="selection")
 
 

@@ -9,12 +9,9 @@ import anywidget
 import traitlets
 
 from labkit.errors import LabError
-from labkit.explore.inspect import VmSnapshot
-from labkit.views import pages
-from labkit.views.dashboard import PANES, Scene, layout, panes, render, walked
-from labkit.views.draw import el
-from labkit.views.live import Controller, Publisher, after_each_cell
-from labkit.views.show import Bundle, View, mimebundle
+from labkit.views import dashboard, pages
+from labkit.views.live import Hub
+from labkit.views.show import Bundle, View, mimebundle, status_line
 from labkit.views.style import css
 
 __all__ = ["LabWidget", "MemoryWidget", "PagesWidget", "PoolWidget", "StepperWidget", "VmWidget"]
@@ -29,34 +26,39 @@ class _Panes(anywidget.AnyWidget):  # type: ignore[misc]  # untyped package
     step = traitlets.Int().tag(sync=True)
     width = traitlets.Int(940).tag(sync=True)  # measured by the browser
     acks = traitlets.Int().tag(sync=True)  # actions done so far
-    vars().update({f"pane_{name}": traitlets.Unicode().tag(sync=True) for name in PANES})
+    vars().update({f"pane_{name}": traitlets.Unicode().tag(sync=True) for name in dashboard.PANES})
 
 
 class LabWidget(_Panes):
-    """A live view of a VM; kind picks the panes. Drawing is pure and elsewhere, the state is the controller's."""
+    """A live view of a VM; kind picks the panes. Drawing is pure and elsewhere, the state is the VM's."""
 
     kind = "vm"
 
-    def __init__(self, controller: Controller) -> None:
-        self._controller = controller
-        self._pinned: int | None = None
-        self._base: VmSnapshot | None = None  # what changes are marked against
-        self._shown = self._seen = controller.snapshot()  # painted last; painted when the last cell or action ended
-        super().__init__(layout_html=layout(self.kind), step=self._shown.step, **self._drawn())
-        self._nr_views = 0
-        self._publisher = Publisher(self._publish)
+    def __init__(self, hub: Hub) -> None:
+        self._hub, self._pinned, self._nr_views, self._memo = hub, None, 0, dict[str, Any]()
+        self.watched = True  # until the last browser that showed it says bye
+        view = self.view(940)
+        super().__init__(layout_html=str(view.layout), step=hub.shown.step, **self._traits(view))
+        hub.painters.append(self)
         self.on_msg(self._receive)
-        self.observe(self._resized, "width")
-        self._ends = (controller.observe(self._publisher.poke), after_each_cell(self._settle))
+        self.observe(lambda _change: self.paint(), "width")
 
-    def view(self) -> View:
+    def view(self, width: int = 940) -> View:
         """The same picture as a View, for a notebook without kernel and for a terminal."""
-        return render(self._shown, self._base, width=940, kind=self.kind, pinned=self._pinned)
+        hub = self._hub
+        return dashboard.render(hub.shown, hub.before, width=width, kind=self.kind, actions=hub.controller.actions, pinned=self._pinned, memo=self._memo)
+
+    def paint(self) -> None:
+        """Show the hub's snapshot: one message with the panes that changed."""
+        with self.hold_sync():
+            self.step = self._hub.shown.step
+            for name, body in self._traits(self.view(min(max(self.width, 320), 4000))).items():
+                setattr(self, name, body)
 
     def close(self) -> None:
         """Stop following the VM."""
-        for end in self.__dict__.pop("_ends", ()):
-            end()
+        if self in self._hub.painters:
+            self._hub.painters.remove(self)
         super().close()
 
     def __repr__(self) -> str:
@@ -65,73 +67,45 @@ class LabWidget(_Panes):
     def _repr_mimebundle_(self, **kwargs: Any) -> Bundle:
         return mimebundle(self.view(), super()._repr_mimebundle_(**kwargs))
 
-    def _drawn(self) -> dict[str, str]:
-        compare = self._seen if self._shown.step != self._seen.step else self._base
-        scene = Scene(self._shown, compare, max(self.width, 320) - 26, self.kind, self._controller.actions, self._pinned)
-        return {f"pane_{name}": str(body) for name, body in panes(scene).items()}
-
-    def _publish(self) -> None:
-        self._shown = self._controller.snapshot()
-        self._paint()
-
-    def _paint(self) -> None:
-        with self.hold_sync():
-            self.step = self._shown.step
-            for name, body in self._drawn().items():
-                setattr(self, name, body)
-
-    def _settle(self) -> None:
-        """A cell or an action ended: show the final state; later changes are marked against it."""
-        self._publisher.flush()
-        if self._shown.step != self._seen.step:
-            self._base = self._seen
-        self._seen = self._shown
-
-    def _resized(self, _change: object) -> None:
-        self._paint()
+    @staticmethod
+    def _traits(view: View) -> dict[str, str]:
+        return {f"pane_{name}": str(body) for name, body in view.panes.items()}
 
     def _receive(self, _widget: object, content: Any, _buffers: object) -> None:
-        """A message from the browser; anything that is not an action on offer is ignored."""
+        """A message from the browser; what is no action on offer is ignored, what fails is said in the status line."""
         name = content.get("act") if isinstance(content, dict) else None
         if name in ("hello", "bye"):
             self._nr_views = max(self._nr_views + (1 if name == "hello" else -1), 0)
-            self._publisher.active = self._nr_views > 0
-            self._publisher.flush()
+            self._hub.watch(self, self._nr_views > 0)
             return
         problem = None
         try:
-            self._do(str(name), content)
-        except (LabError, ValueError, TypeError) as error:
-            problem = str(error) or type(error).__name__
-        self._publisher.dirty = True
-        self._settle()
+            if name == "pin":
+                gva = dashboard.walked(self._hub.shown).gva
+                self._pinned = None if self._pinned == gva else gva
+            self._hub.act(str(name), **self._facts(str(name), content))
+        except (LabError, ValueError) as error:
+            problem = str(error)
         with self.hold_sync():
             self.acks += 1
-            if problem is not None and self.has_trait("pane_status"):
-                self.pane_status = str(el("div", problem, cls="status top hole", role="status", aria_live="polite"))
-
-    def _do(self, name: str, content: dict[str, Any]) -> None:
-        if name == "pin":
-            gva = walked(self._shown).gva
-            self._pinned = None if self._pinned == gva else gva
-        elif name in self._controller.actions:
-            self._controller.act(name, **self._facts(name, content))
+            if problem is not None:
+                self.pane_status = str(status_line(problem, "status top hole"))
 
     def _facts(self, name: str, content: dict[str, Any]) -> dict[str, object]:
         """The arguments of an action, as the controller takes them."""
-        kind, value = content.get("kind"), content.get("value")
+        kind, value = str(content.get("kind")), content.get("value")
         if name == "vcpu":
-            return {"index": int(value)}
+            return {"index": _number(value)}
         if name == "toggle_breakpoint":
             return {"line" if kind == "line" else "gva": _number(value)}
         if name != "select":
             return {}
         if kind in ("none", "register", "symbol"):
             return {"kind": kind, "value": None if kind == "none" else str(value)[:200]}
-        number = _number(value)
+        number, shown = _number(value), self._hub.shown
         if kind == "entry":
-            number = pages.gva_of(self._shown.page_table, walked(self._shown).gva, _number(content.get("arg")), number)
-        return {"kind": str(kind), "value": number * 4096 if kind == "page" else number}
+            number = pages.gva_of(shown.page_table, dashboard.walked(shown).gva, _number(content.get("arg")), number)
+        return {"kind": kind, "value": number * 4096 if kind == "page" else number}
 
 
 def _number(value: object) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc
 
-from labkit.arch.x86_cpu import IA32_TSC, IA32_TSC_ADJUST, XCR0_SUPPORTED
+from labkit.arch.x86_cpu import APIC_BASE, IA32_TSC, IA32_TSC_ADJUST, XCR0_SUPPORTED
 from labkit.engines.base import Exit, HaltExit, HypercallExit, PioExit
 from labkit.engines.unicorn.lib import RegBatch
 from labkit.engines.unicorn.traps import Trap, scan
@@ -24,6 +24,8 @@ __all__ = ["X86"]
 MASK64 = (1 << 64) - 1
 KVM_ENOSYS = -1000  # include/uapi/linux/kvm_para.h
 _OSXSAVE, _TSD = 1 << 18, 1 << 2  # CR4
+_BSP = 1 << 8  # IA32_APIC_BASE
+_MONITOR = 1 << 3  # CPUID 1 ECX
 _NATIVE = {index: name for name, index in NATIVE_MSRS.items()}
 _BASES = {0xC000_0100: "fs_base", 0xC000_0101: "gs_base"}
 _POINTERS = frozenset({0x175, 0x176, 0xC000_0082, 0xC000_0083, 0xC000_0100, 0xC000_0101, 0xC000_0102})  # MSRs that hold a gva
@@ -38,10 +40,10 @@ class X86(X86Events):
     def __init__(self, vcpu: UnicornVcpu) -> None:
         super().__init__(vcpu)
         self.cpu = vcpu.vm.cpu
-        self.extra = {"xcr0": 1}
-        self.regs = X86Registers(vcpu.handle, self.extra)
+        self.extra = {"xcr0": 1, "tsc_offset": 0, "tsc_adjust": 0}
+        self.regs = X86Registers(vcpu.handle, self.extra, self._host_msr)
         self.msrs: dict[int, int] = {}  # written so far; reset values are the VM's
-        self.tsc_offset = self.tsc_reads = 0
+        self.tsc_reads = 0
         self.random = random.Random(f"labkit {vcpu.index}")
         self._hot = RegBatch(self.regs.batch.ids[16:17])
         self.read, self.read_all = self.regs.read, self.regs.read_all
@@ -73,15 +75,15 @@ class X86(X86Events):
 
     def extra_state(self) -> dict[str, object]:
         """What save() must keep beside Unicorn's own state."""
-        return {**self.extra, "msrs": {str(k): v for k, v in self.msrs.items()}, "tsc": [self.tsc_offset, self.tsc_reads],
+        return {"extra": dict(self.extra), "msrs": {str(k): v for k, v in self.msrs.items()}, "tsc_reads": self.tsc_reads,
                 "random": list(self.random.getstate()[1]), "pending": list(self.pending)}
 
     def set_extra_state(self, state: dict[str, object]) -> None:
         """Put `extra_state` back."""
         facts: dict[str, list[int]] = state  # type: ignore[assignment]
-        self.extra["xcr0"] = state["xcr0"]  # type: ignore[assignment]
+        self.extra.update(state["extra"])  # type: ignore[call-overload]
         self.msrs = {int(k): v for k, v in state["msrs"].items()}  # type: ignore[attr-defined]
-        self.tsc_offset, self.tsc_reads = facts["tsc"]
+        self.tsc_reads = state["tsc_reads"]  # type: ignore[assignment]
         self.random.setstate((3, tuple(facts["random"]), None))
         self.pending = list(facts["pending"])
 
@@ -173,15 +175,18 @@ class X86(X86Events):
             c = c & ~(1 << 27) | (1 << 27 if cr4 & _OSXSAVE else 0)
         self._retire(trap, rax=a, rbx=b, rcx=c, rdx=d)
 
-    def _tsc(self) -> int:
+    def _pass_time(self) -> None:
         if not self.vcpu.exact:
             self.tsc_reads += 1000  # time must go on for a guest that waits for it, counted or not
-        return (self.vcpu.vm.retired() + self.tsc_reads + self.tsc_offset) & MASK64
+
+    def _tsc(self) -> int:
+        return (self.vcpu.vm.retired() + self.tsc_reads + self.extra["tsc_offset"]) & MASK64
 
     def _do_rdtsc(self, trap: Trap) -> Exit | None:
         """RDTSC and RDTSCP under the virtual clock: one cycle an instruction of the whole VM."""
         if self.regs.read("cr4") & _TSD and not self._privileged():
             return self.deliver(GP, 0)
+        self._pass_time()
         tsc = self._tsc()
         aux = {"rcx": self.msrs.get(0xC000_0103, 0)} if trap.mnemonic == "rdtscp" else {}
         return self._retire(trap, rax=tsc & 0xFFFFFFFF, rdx=tsc >> 32, **aux)
@@ -190,16 +195,19 @@ class X86(X86Events):
         if index == IA32_TSC:
             return self._tsc()
         if index == IA32_TSC_ADJUST:
-            return self.tsc_offset & MASK64
+            return self.extra["tsc_adjust"]
         if index in _NATIVE or index in _BASES:
             return self.regs.read(_NATIVE.get(index) or _BASES[index])
-        return self.msrs.get(index, self.cpu.msrs.get(index))
+        value = self.msrs.get(index, self.cpu.msrs.get(index))
+        if index == APIC_BASE and self.vcpu.index and value is not None and index not in self.msrs:
+            value &= ~_BSP
+        return value
 
     def _write_msr(self, index: int, value: int) -> bool:
-        if index == IA32_TSC:
-            self.tsc_offset += value - self._tsc()
-        elif index == IA32_TSC_ADJUST:
-            self.tsc_offset = value
+        if index in (IA32_TSC, IA32_TSC_ADJUST):
+            by = value - (self._tsc() if index == IA32_TSC else self.extra["tsc_adjust"])
+            for name in ("tsc_offset", "tsc_adjust"):  # either MSR moves both (SDM vol. 3B 18.17.3)
+                self.extra[name] = self.extra[name] + by & MASK64
         elif index in _POINTERS and not _canonical(value):
             return False
         elif index == NATIVE_MSRS["efer"]:
@@ -220,7 +228,22 @@ class X86(X86Events):
         self.regs.write("efer", value & ~0x400 | before & 0x400)
         return True
 
+    def _host_msr(self, index: int, value: int | None = None) -> int | None:
+        """Read or set an MSR as KVM_GET_MSRS and KVM_SET_MSRS do: read-only ones too, and the TSC apart from TSC_ADJUST."""
+        if value is None:
+            return self._read_msr(index)
+        if index == IA32_TSC:
+            self.extra["tsc_offset"] = self.extra["tsc_offset"] + value - self._tsc() & MASK64
+        elif index == IA32_TSC_ADJUST:
+            self.extra["tsc_adjust"] = value
+        elif index in self.cpu.read_only_msrs and index in self.cpu.msrs:
+            self.msrs[index] = value
+        elif not self._write_msr(index, value):
+            return None
+        return value
+
     def _do_rdmsr(self, trap: Trap) -> Exit | None:
+        self._pass_time()
         value = self._read_msr(self.regs.read("rcx") & 0xFFFFFFFF) if self._privileged() else None
         if value is None:
             return self.deliver(GP, 0)
@@ -286,6 +309,14 @@ class X86(X86Events):
         self._retire(trap)
         self.vcpu.insns -= 1
         return self.deliver(DB)
+
+    def _do_monitor(self, trap: Trap) -> Exit | None:
+        """MONITOR and MWAIT as KVM has them where they are announced: nothing is waited for (SDM vol. 2B)."""
+        if not self.cpu.leaf(1, 0)[2] & _MONITOR or not self._privileged():
+            return self.deliver(UD)
+        if self.regs.read("rcx"):  # no extension or hint is announced
+            return self.deliver(GP, 0)
+        return self._retire(trap)
 
     def _do_undefined(self, trap: Trap) -> Exit | None:
         return self.deliver(UD)

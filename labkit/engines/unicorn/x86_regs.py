@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from unicorn import x86_const as x86
@@ -42,10 +42,13 @@ def _order(name: str) -> int:
 
 
 class X86Registers:
-    """Reads and writes one CPU's registers; `extra` holds those that libunicorn lacks (xcr0)."""
+    """Reads and writes one CPU's registers; `extra` holds those that libunicorn lacks (xcr0).
 
-    def __init__(self, handle: Handle, extra: dict[str, int]) -> None:
-        self.handle, self.extra = handle, extra
+    "msr_0x10" is the MSR of that number: `any_msr(index)` reads one, `any_msr(index, value)` sets one, None means there is none.
+    """
+
+    def __init__(self, handle: Handle, extra: dict[str, int], any_msr: Callable[[int, int | None], int | None]) -> None:
+        self.handle, self.extra, self.any_msr = handle, extra, any_msr
         self.batch = RegBatch(tuple(_PLAIN.values()))
         self.names = (*_PLAIN, *(f"{t}_{part}" for t in ("gdt", "idt") for part in ("base", "limit")), "tr", "tr_base", "tr_limit",
                       "ldt", *NATIVE_MSRS, *_VECTORS, *extra)
@@ -67,6 +70,8 @@ class X86Registers:
             xmm = self.handle.read_struct(_VECTORS[name], _Xmm())
             return int(xmm.high << 64 | xmm.low)
         table, _, part = name.partition("_")
+        if table == "msr":
+            return self._numbered(part)
         if table in _TABLES and part in ("", "base", "limit"):
             return int(getattr(self.handle.read_struct(_TABLES[table], Mmr()), part or "selector"))
         raise InvalidState(f"x86-64 has no register {name!r}", name=name)
@@ -95,6 +100,9 @@ class X86Registers:
 
     def _write_table(self, name: str, value: int) -> int:
         table, _, part = name.partition("_")
+        if table == "msr":
+            self._numbered(part, value)
+            return 0
         if table not in _TABLES or part not in ("", "base", "limit"):
             raise InvalidState(f"x86-64 has no register {name!r}", name=name)
         mmr = self.handle.read_struct(_TABLES[table], Mmr())
@@ -102,6 +110,16 @@ class X86Registers:
         if table == "tr":
             mmr.flags = 0x8B00  # busy 64-bit TSS
         return self.handle.write_struct(_TABLES[table], mmr)
+
+    def _numbered(self, number: str, value: int | None = None) -> int:
+        try:
+            found = self.any_msr(int(number, 0), value)
+        except ValueError:
+            found = None
+        if found is None:
+            refused = "" if value is None else f", or it does not take {value:#x}"
+            raise InvalidState(f"this CPU has no MSR {number!r}{refused}", name=f"msr_{number}")
+        return found
 
     def msr(self, index: int) -> int:
         """An MSR that libunicorn holds."""

@@ -1,0 +1,128 @@
+"""Plain code, ucall round trips, stepping and creation, against a bare Uc."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+from labkit.bench.measure import Result, best, best_pair
+from labkit.bench.peer import Bare
+from labkit.engines.unicorn import bare
+from labkit.guest.program import Program
+from labkit.lab import Vm
+
+__all__ = ["results"]
+
+GUEST = """
+#include "labkit.h"
+static uint64_t words[512];
+void guest_plain(uint64_t n)
+{
+	uint64_t sum = n;
+
+	for (uint64_t i = 0; i < n; i++) {
+		words[i & 511] ^= sum;
+		sum = sum * 6364136223846793005UL + words[(i * 7) & 511];
+	}
+	GUEST_SYNC(sum);
+}
+void guest_ucalls(uint64_t n)
+{
+	for (;;)
+		GUEST_SYNC(n++);
+}
+"""
+LOOPS, ROUNDS, STEPS = 8_000_000, 20_000, 20_000
+
+
+@cache
+def program() -> Program:
+    """The guests of this file, compiled once."""
+    return Program.compile(GUEST, name="bench.c")
+
+
+def _vm(entry: str, argument: int = 0) -> Vm:
+    vm = Vm.create(program(), entry)
+    vm.vcpus[0].args_set(argument)
+    return vm
+
+
+def _plain(count: int | None) -> tuple[float, float]:
+    vm = _vm("guest_plain", LOOPS)
+    state, peer = vm.snapshot(), Bare(vm)
+    bare.stop_at_in(peer.uc, lambda _port, _size: 0)
+
+    def ours() -> None:
+        vm.restore(state)
+        vm.vcpus[0].run(count)
+
+    first = peer.memory[:], peer.uc.context_save()
+
+    def theirs() -> None:
+        peer.memory[:] = first[0]
+        peer.uc.context_restore(first[1])
+        peer.run(peer.start, count or 0)
+
+    return best_pair(ours, theirs, 3)
+
+
+def results() -> Iterator[Result]:
+    """Every figure of this file."""
+    ours, peer = _plain(None)
+    yield Result("plain code, unbounded", peer / ours, "of bare Unicorn", 0.9, True, f"{ours * 1e3:.0f} ms, bare {peer * 1e3:.0f} ms")
+    ours, peer = _plain(1 << 40)
+    yield Result("plain code, max_insns against count=", peer / ours, "of bare Unicorn", 0.9, True,
+                 f"{ours * 1e3:.0f} ms, bare {peer * 1e3:.0f} ms")
+    yield _ucalls()
+    yield _stepping()
+    yield _create()
+
+
+def _ucalls() -> Result:
+    vm = _vm("guest_ucalls")
+    peer = Bare(vm)
+    bare.stop_at_in(peer.uc, lambda _port, _size: 0)
+    at = [peer.start]
+    run = vm.vcpus[0].run
+
+    def ours() -> None:
+        for _ in range(ROUNDS):
+            run()
+
+    def theirs() -> None:
+        pc = at[0]
+        for _ in range(ROUNDS):
+            pc = peer.run(pc)
+        at[0] = pc
+
+    mine, bare_time = best_pair(ours, theirs, 3)
+    return Result("ucall round trip with decode", bare_time / mine, "of bare exit and resume", 0.6, True,
+                  f"{ROUNDS / mine / 1e3:.1f} k/s, bare {ROUNDS / bare_time / 1e3:.1f} k/s")
+
+
+def _stepping() -> Result:
+    vm = _vm("guest_plain", LOOPS)
+    peer = Bare(vm)
+    at = [peer.start]
+    step = vm.vcpus[0].step
+
+    def ours() -> None:
+        for _ in range(STEPS):
+            step()
+
+    def theirs() -> None:
+        pc = at[0]
+        for _ in range(STEPS):
+            pc = peer.run(pc, 1)
+        at[0] = pc
+
+    mine, bare_time = best_pair(ours, theirs, 3)
+    return Result("stepping", bare_time / mine, "of a bare count=1 loop", 0.5, True,
+                  f"{STEPS / mine / 1e3:.1f} k/s, bare {STEPS / bare_time / 1e3:.1f} k/s")
+
+
+def _create() -> Result:
+    seconds = best(lambda: Vm.create(program(), "guest_plain").close(), 30)
+    vm = _vm("guest_plain")
+    uc = best(lambda: Bare(vm), 10)
+    return Result("Vm.create with a 512-slot pool, warm", seconds * 1e3, "ms", 6.0, False, f"a bare Uc with its 8 MiB {uc * 1e3:.1f} ms")

@@ -1,0 +1,119 @@
+"""`labkit run`: one guest, from C or from an ELF file, with every ucall it makes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from labkit.errors import InvalidState, NotAvailable
+
+if TYPE_CHECKING:
+    from labkit.engines.base import Exit
+    from labkit.guest.program import Program
+    from labkit.lab import Vm
+    from labkit.ucall.pool import Ucall
+
+__all__ = ["add", "load"]
+
+COMMANDS = ("SYNC", "PRINTF", "ABORT", "DONE", "NONE", "UNHANDLED")
+ENDS = {"ABORT": "abort", "UNHANDLED": "unhandled"}
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    """Declare the command."""
+    about = "run a guest and print its ucalls"
+    parser: argparse.ArgumentParser = commands.add_parser("run", help=about, description=__doc__)
+    parser.add_argument("file", type=Path, help="a C file or an ELF file linked at fixed addresses")
+    parser.add_argument("--entry", default="guest_code", help="function that every vCPU begins with (default: guest_code)")
+    parser.add_argument("--arch", help="of a C file (default: x86_64); an ELF file says it itself")
+    parser.add_argument("--backend", default="unicorn", help="engine (default: unicorn)")
+    parser.add_argument("--vcpus", type=int, default=1, metavar="N", help="how many vCPUs (default: 1)")
+    parser.add_argument("--protect", choices=("sev", "sev-es", "snp", "tdx"), help="memory encryption")
+    parser.add_argument("--schedule", default="round_robin", help="round_robin:QUANTUM, random:SEED:QUANTUM or sequential")
+    parser.add_argument("--max-insns", type=int, metavar="N", help="stop after N instructions of all vCPUs together")
+    parser.set_defaults(run=_run)
+    return parser
+
+
+def load(path: Path, arch: str | None) -> Program:
+    """A program from C or ELF; raises NotAvailable for a file that cannot be read, and the errors of the guest room."""
+    from labkit.guest.program import Program
+
+    try:
+        image = path.read_bytes()
+    except OSError as err:
+        raise NotAvailable(f"{path}: {err.strerror}", path=path) from err
+    if image[:4] != b"\x7fELF" and path.suffix in (".c", ".h", ".S", ".cc"):
+        return Program.compile(path, arch=arch or "x86_64")
+    program = Program.load(path)
+    if arch not in (None, program.arch):
+        raise InvalidState(f"{path} is for {program.arch}, not for {arch}", path=path)
+    return program
+
+
+def _run(args: argparse.Namespace) -> int:
+    from labkit.lab import Vm
+
+    if args.max_insns is not None and args.max_insns < 0:
+        raise InvalidState(f"--max-insns {args.max_insns}: a budget is not negative")
+    program = load(args.file, args.arch)
+    with Vm.create(program, args.entry, args.vcpus, args.backend, args.protect, schedule=args.schedule) as vm:
+        last: Ucall | Exit | None = None
+        try:
+            for last in vm.stream(args.max_insns):
+                _show(last, args.json)
+        except KeyboardInterrupt:
+            return _end(vm, "interrupted", "Ctrl-C", args.json)
+        return _end(vm, *_verdict(vm, last), args.json)
+
+
+def _verdict(vm: Vm, last: Ucall | Exit | None) -> tuple[str, str]:
+    from labkit.ucall.pool import Ucall
+
+    if all(vcpu.state == "done" for vcpu in vm.vcpus):
+        return "done", ""
+    if isinstance(last, Ucall):
+        return ENDS.get(last.cmd, last.cmd.lower()), last.text or ""
+    return (last.end, str(last)) if last is not None else ("nothing", "no vCPU ran")
+
+
+def _show(came: Ucall | Exit, as_json: bool) -> None:
+    from labkit.ucall.pool import BadUcallExit, Ucall
+
+    if isinstance(came, Ucall):
+        print(json.dumps(_as_json(came)) if as_json else _as_text(came), flush=True)
+    elif isinstance(came, BadUcallExit):
+        if as_json:
+            print(json.dumps({"vcpu": came.vcpu, "cmd": "NONE", "args": [0] * 7, "text": None, "why": came.why}), flush=True)
+        else:
+            print(str(came), file=sys.stderr, flush=True)
+
+
+def _as_json(ucall: Ucall) -> dict[str, Any]:
+    known = ucall.cmd in COMMANDS
+    line: dict[str, Any] = {"vcpu": ucall.vcpu, "cmd": ucall.cmd if known else "NONE", "args": list(ucall.args), "text": ucall.text}
+    if not known:
+        line["number"] = int(ucall.cmd.rstrip("?"), 16)
+    if ucall.cmd == "ABORT":
+        line |= {"file": ucall.file, "line": ucall.line, "expr": ucall.expr}
+    return line
+
+
+def _as_text(ucall: Ucall) -> str:
+    if ucall.cmd == "PRINTF":
+        return f"vCPU {ucall.vcpu}: {(ucall.text or '').rstrip(chr(10))}"
+    return repr(ucall)[7:-1]
+
+
+def _end(vm: Vm, end: str, why: str, as_json: bool) -> int:
+    vcpus = [{"vcpu": v.index, "state": v.state, "at": v.where(), "insns": v.step_count} for v in vm.vcpus]
+    if as_json:
+        print(json.dumps({"end": end, "why": why, "insns": vm.step, "exact": all(v.exact for v in vm.vcpus), "vcpus": vcpus}), flush=True)
+    else:
+        print(f"{end}{': ' + why if why else ''} ({vm.step} instructions)", file=sys.stdout if end == "done" else sys.stderr)
+        for v in vcpus if end != "done" else ():
+            print(f"  vCPU {v['vcpu']} {v['state']} at {v['at']}", file=sys.stderr)
+    return 0 if end == "done" else 130 if end == "interrupted" else 1

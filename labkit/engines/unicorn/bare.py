@@ -1,0 +1,39 @@
+"""A bare `unicorn.Uc` in the state of a labkit vCPU: what labkit's engine is measured against, and nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import unicorn
+from unicorn import x86_const as x86
+
+__all__ = ["open_uc", "pc", "stop_at_in"]
+
+
+def open_uc(hva: int, size: int, regs: Mapping[str, int]) -> Any:
+    """A Uc over host memory, in long mode with these registers."""
+    uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+    uc.ctl_exits_enabled(True)
+    uc.ctl_set_exits([])
+    uc.mem_map_ptr(0, size, unicorn.UC_PROT_ALL, hva)
+    for table in ("gdt", "idt"):
+        uc.reg_write(getattr(x86, f"UC_X86_REG_{table.upper()}R"), (0, regs[f"{table}_base"], regs[f"{table}_limit"], 0))
+    uc.msr_write(0xC0000080, regs["efer"])
+    for name in ("cr4", "cr3", "cr0", "cs", "ss", "ds", "es", "fs", "gs", "rsp", "rdi", "rsi", "rdx", "rflags", "rip"):
+        uc.reg_write(getattr(x86, f"UC_X86_REG_{name.upper()}"), regs[name])
+    return uc
+
+
+def pc(uc: Any) -> int:
+    """RIP."""
+    return int(uc.reg_read(x86.UC_X86_REG_RIP))
+
+
+def stop_at_in(uc: Any, seen: Callable[[int, int], int]) -> None:
+    """End the run at every IN, whose value is what `seen(port, size)` returns."""
+    def hook(uc: Any, port: int, size: int, _data: object) -> int:
+        uc.emu_stop()
+        return seen(port, size)
+
+    uc.hook_add(unicorn.UC_HOOK_INSN, hook, None, 1, 0, x86.UC_X86_INS_IN)

@@ -1,2 +1,0 @@
-def test_page(page):
-    page.goto("data:text/html,<h1>hi</h1>")
