@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,6 +47,42 @@ def selftests() -> Path:
     if done.returncode:
         pytest.fail(done.stderr, pytrace=False)
     return Path(done.stdout.splitlines()[-1])
+
+
+@cache
+def _program(path: Path) -> Any:
+    import labkit as lk
+
+    return lk.Program.load(path)
+
+
+class KernelHost:
+    """Makes VMs from the kernel's selftest binaries and closes them when the test is over."""
+
+    def __init__(self, selftests: Path) -> None:
+        self.selftests = selftests
+        self.vms: list[Any] = []
+
+    def __call__(self, name: str, entry: str = "guest_code", **options: Any) -> Any:
+        """A VM that will run one of a binary's guest functions; options are those of Vm.create."""
+        import labkit as lk
+
+        path = next(path for path in (self.selftests / name, self.selftests / "x86_64" / name) if path.is_file())
+        return self.keep(lk.Vm.create(_program(path), entry, **options))
+
+    def keep(self, vm: Any) -> Any:
+        """Close this VM too."""
+        self.vms.append(vm)
+        return vm
+
+
+@pytest.fixture
+def host(selftests: Path) -> Iterator[KernelHost]:
+    """host("guest_print_test", entry, ...) makes a VM from a kernel selftest."""
+    host = KernelHost(selftests)
+    yield host
+    for vm in host.vms:
+        vm.close()
 
 
 @pytest.fixture(scope="session")

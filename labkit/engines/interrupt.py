@@ -1,20 +1,23 @@
 """Ctrl-C while native code runs: the engine stops first, its state is settled, and only then KeyboardInterrupt is raised.
 
-A KeyboardInterrupt in the middle of an engine's bookkeeping would lose an exit. So while a run is on, SIGINT only sets a flag
-and asks the engine to stop. Python runs a signal handler between bytecodes only, so a watchdog thread makes long native calls
-return now and then.
+A KeyboardInterrupt in the middle of an engine's bookkeeping would lose an exit, so while a run is on SIGINT only sets a flag
+and asks the engine to stop. Python runs its own signal handlers between bytecodes only; for a native call that does not
+return, a thread reads what the C-level handler writes to the wakeup descriptor, and asks in its stead.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 __all__ = ["Shield"]
 
-TICK = 0.05  # seconds between two returns from native code
+AGAIN = 0.02  # seconds until a stop that was not followed is asked for once more
 
 
 class Shield:
@@ -25,21 +28,23 @@ class Shield:
         self.interrupted = False
         self._before: object = signal.default_int_handler
         self._stop: Callable[[], object] = lambda: None
-        self._armed = threading.Event()
-        self._thread: threading.Thread | None = None
         self._handler = self._handle  # one object, so that `is` finds it again
+        self._pipe: tuple[int, int] | None = None
+        self._old_fd = -1
+        self._lock = threading.Lock()
+        self._call = 0  # which native call is on; 0 between calls
+        self._calls = 0
 
     def enter(self, stop: Callable[[], object]) -> None:
-        """Begin a run that `stop()` can end from any thread."""
+        """Begin a run; `stop()` is called from any thread to end it, and more than once if need be."""
         self._stop = stop
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not self._handler:
+        if signal.getsignal(signal.SIGINT) is not self._handler and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._handler)
         self.running = True
 
     def leave(self) -> None:
         """End the run; `check` says whether Ctrl-C came in meanwhile."""
         self.running = False
-        self._armed.clear()
 
     def check(self) -> None:
         """Raise the KeyboardInterrupt that a run held back; called when its exit has been recorded."""
@@ -47,24 +52,46 @@ class Shield:
             self.interrupted = False
             raise KeyboardInterrupt
 
-    def watch(self) -> None:
-        """Make the native call that follows return every 50 ms, until `leave`."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._tick, name="labkit-watchdog", daemon=True)
-            self._thread.start()
-        self._armed.set()
+    @contextlib.contextmanager
+    def native(self) -> Iterator[None]:
+        """Around a native call that may never return by itself."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        if self._pipe is None:
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            threading.Thread(target=self._listen, args=(self._pipe[0],), name="labkit-sigint", daemon=True).start()
+        self._old_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._calls += 1
+        with self._lock:
+            self._call = self._calls
+        try:
+            yield
+        finally:
+            with self._lock:  # a stop that is under way is over before anything else happens
+                self._call = 0
+            signal.set_wakeup_fd(self._old_fd, warn_on_full_buffer=False)
 
-    def _tick(self) -> None:
-        pause = threading.Event()
+    def _listen(self, fd: int) -> None:
         while True:
-            self._armed.wait()
-            pause.wait(TICK)
-            if self._armed.is_set():
-                self._stop()
+            signals, call = os.read(fd, 64), self._call
+            if self._old_fd >= 0:  # an event loop wants to hear of them too
+                with contextlib.suppress(OSError):
+                    os.write(self._old_fd, signals)
+            while signal.SIGINT in signals and call and self._stopped_again(call):
+                time.sleep(AGAIN)
+
+    def _stopped_again(self, call: int) -> bool:
+        """Ask that native call, and no later one, to stop; False when it is over."""
+        with self._lock:
+            if self._call != call:
+                return False
+            self._stop()
+            return True
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.running:
             self.interrupted = True
-            self._stop()
         elif callable(self._before):
             self._before(signum, frame)

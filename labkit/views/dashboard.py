@@ -14,10 +14,10 @@ from labkit.views.show import View, columns, header, pane, status_line
 
 __all__ = ["PANES", "VIEWS", "Scene", "front", "render", "transport", "walked"]
 
-PANES = ("title", "transport", "timeline", "status", "source", "disassembly", "registers", "stack", "touches", "pool", "card", "poolkey", "held", "rail",
-         "memory", "walk", "ruler", "ranges", "changes")  # of all kinds of widget
-LAYOUT = cat([pane("title"), pane("transport"), pane("timeline"), pane("status"),
-              columns("c2 dash", columns("two", pane("source"), pane("disassembly")), el("div", pane("registers"), pane("touches"), cls="side")),
+PANES = ("title", "transport", "timeline", "status", "source", "disassembly", "registers", "stack", "touches", "pool", "card", "poolkey",
+         "held", "rail", "memory", "walk", "ruler", "ranges", "changes")  # of all kinds of widget
+CODE = columns("two", pane("source"), pane("disassembly")), el("div", pane("registers"), pane("touches"), cls="side")
+LAYOUT = cat([pane("title"), pane("transport"), pane("timeline"), pane("status"), columns("c2 dash", *CODE),
               pane("pool"), pane("poolkey"), pane("rail"), pane("memory"), pane("walk")])
 # action -> (what it does, its key, key cap, words on the button, icon); three groups: back, forth, run
 BUTTONS = (
@@ -51,29 +51,32 @@ class Scene:
 
     def stepper(self) -> View:
         """The vCPU in front, with the buttons."""
-        view = stepper.render(front(self.vm), width=self.width, selection=self.vm.selection)
+        vcpu, previous = front(self.vm), () if self.previous is None else self.previous.vcpus
+        before = next((old for old in previous if old.index == vcpu.index), None)
+        view = stepper.render(vcpu, before, width=self.width, selection=self.vm.selection)
         return replace(view, panes={**view.panes, "transport": transport(self.vm, self.actions)})
 
     def pool(self, fold: bool = False) -> View:
         """The ucall pool, or that there is none."""
         if self.vm.pool is None:
-            return View("ucall pool", "This VM has no ucall pool.", {"status": status_line("This VM has no ucall pool.")}, pane("status"), list)
+            return View("ucall pool", none := "This VM has no ucall pool.", {"status": status_line(none)}, pane("status"), list)
         before = None if self.previous is None else self.previous.pool
         return pool.render(self.vm.pool, before, width=self.width, selection=self.vm.selection, taker=self.vm.vcpu, fold=fold)
 
     def memory(self) -> View:
         """The strip of guest-physical memory."""
-        now, chosen = self.vm.memory, self.vm.selection
-        return self._once("memory", lambda: memory.render(now, width=self.width, selection=chosen), now.slots, now.ranges, chosen, self.width)
+        now, chosen, width = self.vm.memory, self.vm.selection, self.width
+        return self._once("memory", lambda: memory.render(now, width=width, selection=chosen), now.slots, now.ranges, chosen, width)
 
     def pages(self) -> View:
         """The walk of the selection, else of the next instruction."""
-        now, before, chosen = self.vm.page_table, None if self.previous is None else self.previous.page_table, self.vm.selection
+        now, chosen = self.vm.page_table, self.vm.selection
+        before = None if self.previous is None or self.previous.page_table.tables == now.tables else self.previous.page_table
         walk = walked(self.vm)
         objects = pages.pool_objects(self.vm.pool, walk, None if chosen is None else chosen.slot)
-        view = self._once(
-            "pages", lambda: pages.render_walk(walk, now, before, width=self.width, objects=objects, pinned=self.pinned, selection=chosen),
-            walk, now.tables, before and (before.tables, before.step), objects, self.pinned, chosen, self.width)
+        view = self._once("pages", lambda: pages.render_walk(
+            walk, now, before, width=self.width, objects=objects, pinned=self.pinned, selection=chosen),
+            walk, now.tables, None if before is None else (before.tables, before.step), objects, self.pinned, chosen, self.width)
         return replace(view, panes={**view.panes, "title": pages.title(walk, now)})
 
     def dash(self) -> View:
@@ -81,11 +84,11 @@ class Scene:
         vm, parts = self.vm, (self.stepper(), self.pool(fold=True), self.memory(), self.pages())
         facts = [vm.arch, vm.engine, vm.protection, f"{len(vm.vcpus)} vCPU" + "s" * (len(vm.vcpus) != 1), vm.schedule, vm.state]
         said = plain(vm.status, 400) if vm.status else parts[0].status
-        chosen = vm.selection is not None and vm.selection.gva is not None
+        of = "the selection" if vm.selection is not None and vm.selection.gva is not None else "the next instruction"
         drawn = {name: body for part in parts for name, body in part.panes.items() if f'data-pane="{name}"' in LAYOUT} | {
-            "title": header(plain(vm.name), [plain(fact, 60) for fact in facts if fact], Html("step ") + el("b", num(vm.step))),
-            "timeline": timeline.draw(vm, self.width - 26), "rail": parts[3].panes["rail"], "status": status_line(said, "status top"),
-            "walk": label("Page walk", f"of the {'selection' if chosen else 'next instruction'}: {parts[3].status}") + parts[3].panes["walk"],
+            "title": header(plain(vm.name), [plain(fact, 60) for fact in facts if fact], vm.step),
+            "timeline": timeline.draw(vm, self.width - 26), "status": status_line(said, "status top"), "rail": parts[3].panes["rail"],
+            "walk": label("Page walk", f"of {of}: {parts[3].status}") + parts[3].panes["walk"],
         }
         title = f"{plain(vm.name)}, {plain(vm.arch)}, {plain(vm.engine)}, step {num(vm.step)}"
         return View(title, said, drawn, LAYOUT, lambda: [line for part in parts for line in ("", part.status, *part.lines())])
@@ -96,8 +99,8 @@ VIEWS: dict[str, Callable[[Scene], View]] = {
 }
 
 
-def render(vm: VmSnapshot, previous: VmSnapshot | None = None, *, width: float = 940, kind: str = "vm", actions: Collection[str] = (),
-           pinned: int | None = None, memo: dict[str, Any] | None = None) -> View:
+def render(vm: VmSnapshot, previous: VmSnapshot | None = None, *, width: float = 940, kind: str = "vm",
+           actions: Collection[str] = (), pinned: int | None = None, memo: dict[str, Any] | None = None) -> View:
     """A whole VM as a view, or with kind one part of it (one of VIEWS); changes are marked against previous."""
     return VIEWS[kind](Scene(vm, previous, width, actions, pinned, {} if memo is None else memo))
 
@@ -115,13 +118,18 @@ def walked(vm: VmSnapshot) -> Walk:
 
 def transport(vm: VmSnapshot, actions: Collection[str]) -> Html:
     """The buttons on offer, grouped back, forth, run; and a tab per vCPU."""
-    groups = [el("div", *(_button(name, *group[name]) for name in group if name in actions), cls="grp") for group in BUTTONS if set(group) & set(actions)]
-    tabs = [el("span", f"vCPU {vcpu.index}" + ("" if vcpu.state in ("running", "not started") else f" {plain(vcpu.state, 20)}"), role="tab",
-               tabindex=0 if vcpu.index == vm.vcpu else -1, aria_selected="true" if vcpu.index == vm.vcpu else "false", data_act="vcpu",
-               data_value=vcpu.index) for vcpu in vm.vcpus]
-    return el("div", *groups, el("div", *tabs, cls="tabs", role="tablist", aria_label="vCPU"), cls="tp", role="toolbar", aria_label="Run control")
+    groups = [el("div", *(_button(name, *group[name]) for name in group if name in actions), cls="grp") for group in BUTTONS]
+    tabs = [_tab(vcpu, vcpu.index == vm.vcpu) for vcpu in vm.vcpus]
+    return el("div", *groups, el("div", *tabs, cls="tabs", role="tablist", aria_label="vCPU"), cls="tp", role="toolbar", aria_label="Run")
+
+
+def _tab(vcpu: VcpuSnapshot, here: bool) -> Html:
+    state = "" if vcpu.state in ("running", "not started") else f" {vcpu.state}"
+    return el("span", f"vCPU {vcpu.index}{state}", role="tab", tabindex=0 if here else -1, aria_selected="true" if here else "false",
+              data_act="vcpu", data_value=vcpu.index)
 
 
 def _button(name: str, words: str, keys: str, cap: str, face: str, icon: str) -> Html:
-    return el("button", el("svg", el("path", d=icon), viewBox="0 0 16 16", width=14, height=14, aria_hidden="true"), face, el("kbd", cap), type="button",
-              cls="pri" if name == "run" else None, aria_label=words, title=words, aria_keyshortcuts=keys, data_act=name)
+    picture = el("svg", el("path", d=icon), viewBox="0 0 16 16", width=14, height=14, aria_hidden="true")
+    return el("button", picture, face, el("kbd", cap), type="button", cls="pri" if name == "run" else None, aria_label=words, title=words,
+              aria_keyshortcuts=keys, data_act=name)

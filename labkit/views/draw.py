@@ -6,15 +6,15 @@ import html
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = [
-    "NUMBERED", "Attribute", "Cell", "Html", "Lattice", "Row", "aligned", "bar", "cat", "cross", "dashes", "el", "esc", "grid", "hx", "key", "label", "line", "num",
-    "path", "plain", "rect", "squares", "svg", "swatch", "table", "text",
+    "DIGITS", "Attribute", "Cell", "Html", "Lattice", "Point", "Row", "Rows", "aligned", "bar", "cat", "cross", "dashes", "el",
+    "esc", "grid", "hx", "key", "label", "num", "path", "plain", "rect", "select", "squares", "svg", "swatch", "table", "text",
 ]
 
 THIN = "\N{THIN SPACE}"
-NUMBERED = "0123456789abcdefghijklmnopqrstuvwxyz"  # a vCPU as one character
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"  # a vCPU as one character
 SPECIAL = re.compile("[&<>\"']")
 
 
@@ -30,6 +30,8 @@ class Html(str):
 Attribute = str | float | None
 Cell = str | tuple[str, str]  # content, or (class, content)
 Row = tuple[Sequence[Cell], dict[str, Attribute]]  # cells, and attributes of the row
+Rows = Sequence[tuple[float, int, int]]  # y, first cell, number of cells
+Point = tuple[float, float]
 
 
 def plain(what: object, limit: int = 200) -> str:
@@ -37,7 +39,7 @@ def plain(what: object, limit: int = 200) -> str:
     string = str(what)
     if len(string) > limit:
         string = string[:limit - 1] + "…"
-    return string if string.isprintable() else "".join(char if char.isprintable() or char == THIN else _spell(ord(char)) for char in string)
+    return string if string.isprintable() else "".join(c if c.isprintable() or c == THIN else _spell(ord(c)) for c in string)
 
 
 def _spell(code: int) -> str:
@@ -86,43 +88,38 @@ def rect(x: float, y: float, w: float, h: float, cls: str) -> Html:
     return el("rect", x=x, y=y, width=w, height=h, cls=cls)
 
 
-def line(x1: float, y1: float, x2: float, y2: float, cls: str = "c-rule") -> Html:
-    """A straight line."""
-    return el("line", x1=x1, y1=y1, x2=x2, y2=y2, cls=cls)
-
-
 def path(d: str, cls: str, **attributes: Attribute) -> Html:
     """A path, or nothing for an empty one."""
     return el("path", d=d, cls=cls, **attributes) if d else Html()
 
 
 def text(x: float | str, y: float, words: str, cls: str | None = None, anchor: str | None = None) -> Html:
-    """A line of text; x may be a list of places, one per character."""
-    return el("text", words, x=x, y=y, cls=cls, text_anchor=anchor)
+    """A line of text, or nothing; x may be a list of places, one per character."""
+    return el("text", words, x=x, y=y, cls=cls, text_anchor=anchor) if words else Html()
 
 
-def squares(places: Iterable[tuple[float, float]], w: float, h: float) -> str:
+def squares(places: Iterable[Point], w: float, h: float) -> str:
     """Path data of equal rectangles: many cells, one element."""
     tail = f"h{_short(w)}v{_short(h)}h{_short(-w)}z"
     return "".join(f"M{_short(x)} {_short(y)}{tail}" for x, y in places)
 
 
-def cross(places: Iterable[tuple[float, float]], size: float) -> Html:
+def cross(places: Iterable[Point], size: float) -> Html:
     """The crosses of cells that are wrong; places are their upper left ends."""
     s = _short(size)
     return path("".join(f"M{_short(x)} {_short(y)}l{s} {s}m0 -{s}l-{s} {s}" for x, y in places), "c-x")
 
 
-def dashes(x: float, rows: Iterable[tuple[float, int]], pitch: float, on: float, h: float, cls: str) -> Html:
-    """Empty cells in rows (y of the middle, number) as thick dashed lines: thousands of cells, one short element."""
-    d = "".join(f"M{_short(x)} {_short(y)}h{_short((count - 1) * pitch + on)}" for y, count in rows)
+def dashes(rows: Rows, x: float, pitch: float, on: float, h: float, cls: str) -> Html:
+    """Empty cells in rows as thick dashed lines (y is their middle): thousands of cells, one short element."""
+    d = "".join(f"M{_short(x)} {_short(y)}h{_short((count - 1) * pitch + on)}" for y, _, count in rows)
     return path(d, cls, fill="none", stroke_width=h, stroke_dasharray=f"{_short(on)} {_short(pitch - on)}")
 
 
-def bar(places: Sequence[tuple[float, float]], w: float, h: float) -> Html:
+def bar(places: Iterable[Point], w: float, h: float) -> Html:
     """Change marks in the foot of cells that end at (x, bottom): a bar below a gap, so that it reads without colour."""
-    gap = path(squares(((x, bottom - h - 1.5) for x, bottom in places), w, 1.5), "c-bg")
-    return gap + path(squares(((x, bottom - h) for x, bottom in places), w, h), "c-chg")
+    feet = [(x, bottom - h) for x, bottom in places]
+    return path(squares(((x, y - 1.5) for x, y in feet), w, 1.5), "c-bg") + path(squares(feet, w, h), "c-chg")
 
 
 def svg(w: float, h: float, body: str, words: str) -> Html:
@@ -130,8 +127,7 @@ def svg(w: float, h: float, body: str, words: str) -> Html:
     return el("svg", body, cls="lk-d", width=w, height=h, viewBox=f"0 0 {_short(w)} {_short(h)}", role="group", aria_label=words)
 
 
-@dataclass(frozen=True)
-class Lattice:
+class Lattice(NamedTuple):
     """Cells in reading order: cell i is at (x, y) + pitch, tall times its column and row."""
 
     x: float
@@ -140,32 +136,27 @@ class Lattice:
     pitch: float
     tall: float
 
-    def at(self, i: int) -> tuple[float, float]:
+    def at(self, i: int, inset: float = 0) -> Point:
         """The upper left corner of a cell."""
-        return self.x + i % self.cols * self.pitch, self.y + i // self.cols * self.tall
+        return self.x + i % self.cols * self.pitch + inset, self.y + i // self.cols * self.tall + inset
 
-    def foot(self, i: int) -> tuple[float, float]:
-        """Left and bottom of a cell, where a change bar goes."""
-        x, y = self.at(i)
-        return x, y + self.tall - 1
-
-    def rows(self, n: int) -> list[tuple[float, int, int]]:
-        """(y, first cell, number of cells) of the rows that n cells take."""
-        return [(self.at(first)[1], first, min(self.cols, n - first)) for first in range(0, n, self.cols)]
+    def rows(self, n: int, down: float = 0) -> Rows:
+        """The rows that n cells take."""
+        return [(self.at(first)[1] + down, first, min(self.cols, n - first)) for first in range(0, n, self.cols)]
 
 
-def grid(kind: str, words: str, body: str, *, rows: Sequence[tuple[float, int, int]], x: float, pitch: float, h: float, each: str, none: str,
-         values: Sequence[tuple[int, int, str]], base: int = 0, size: int = 0, arg: int | None = None, at: int | None = None) -> Html:
-    """A focusable grid of cells, in rows of (y, first cell, number of cells).
+def grid(kind: str, words: str, body: str, arg: int | None = None, *, rows: Rows, x: float, pitch: float, h: float, at: int | None,
+         each: str, none: str, values: Sequence[tuple[int, int, str]], base: int = 0, size: int = 0) -> Html:
+    """A focusable grid of cells.
 
     The script finds a cell from rows, x, pitch and h, and sends kind, cell and arg when it is chosen. Of a cell that a
     (first, number, value) covers it says each, of another none, filling in {i}, {h} (hexadecimal), {v} (the value) and
     {a} (base + i * size in hexadecimal).
     """
-    hit = path("".join(f"M{_short(x)} {_short(y - 1)}h{_short(count * pitch)}v{_short(h + 2)}h{_short(-count * pitch)}z" for y, _, count in rows), "c-hit")
-    facts = {"rows": rows, "x": x, "pitch": pitch, "h": h, "each": each, "none": none, "values": values, "base": hx(base), "size": size, "at": at}
-    return el("g", hit, body, role="grid", tabindex=0, aria_label=words, data_kind=kind, data_arg=arg,
-              data_grid=Html(html.escape(json.dumps(facts, separators=(",", ":")))))
+    facts = dict(rows=rows, x=x, pitch=pitch, h=h, at=at, each=each, none=none, values=values, base=hx(base), size=size)
+    hit = path("".join(squares([(x, y - 1)], count * pitch, h + 2) for y, _, count in rows), "c-hit")
+    told = Html(html.escape(json.dumps(facts, separators=(",", ":"))))
+    return el("g", hit, body, role="grid", tabindex=0, aria_label=words, data_kind=kind, data_arg=arg, data_grid=told)
 
 
 def label(words: str, more: str = "") -> Html:
@@ -190,6 +181,11 @@ def table(name: str, rows: Iterable[Row], head: Sequence[Cell] = (), cls: str = 
         return cat(el(tag, cell) if isinstance(cell, str) else el(tag, cell[1], cls=cell[0] or None) for cell in row)
     body = el("tbody", *(el("tr", cells("td", row), **attributes) for row, attributes in rows))
     return el("table", el("thead", el("tr", cells("th", head))) if head else "", body, cls=cls, aria_label=name)
+
+
+def select(kind: str, value: object, cls: str | None = None) -> dict[str, Attribute]:
+    """The attributes of a row that selects something when it is clicked."""
+    return {"data_act": "select", "data_kind": kind, "data_value": plain(value), "cls": cls}
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

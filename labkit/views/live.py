@@ -10,7 +10,7 @@ from typing import Protocol
 
 from labkit.explore.inspect import VmSnapshot
 
-__all__ = ["Controller", "Hub", "Painter", "Publisher"]
+__all__ = ["Controller", "Hub", "Publisher"]
 
 RATE = 30  # messages a second, all widgets of a VM together
 SHARE = 6  # time for the guest per time for painting
@@ -36,15 +36,6 @@ class Controller(Protocol):
 
     def observe(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call callback after every change; the function returned ends that."""
-
-
-class Painter(Protocol):
-    """A widget, as the hub sees it."""
-
-    watched: bool
-
-    def paint(self) -> None:
-        """Show hub.shown."""
 
 
 class Publisher:
@@ -91,7 +82,7 @@ class Hub:
         self.controller = controller
         self.shown = self._seen = controller.snapshot()  # painted last; painted when the last cell or action ended
         self._base: VmSnapshot | None = None
-        self.painters: list[Painter] = []
+        self.painters: list[Callable[[], None]] = []  # of the widgets that somebody may see
         self.publisher = Publisher(self._publish)
         controller.observe(self.publisher.poke)
         shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
@@ -119,19 +110,21 @@ class Hub:
             self.publisher.dirty = True
             self.settle()
 
-    def watch(self, painter: Painter, watched: bool) -> None:
-        """A browser shows the painter, or no longer."""
-        painter.watched = watched
-        self.publisher.flush()
-        if watched:
-            painter.paint()
+    def refresh(self) -> None:
+        """Look at the VM again."""
+        self.shown = self.controller.snapshot()
 
     def _publish(self) -> int:
-        watched = [painter for painter in self.painters if painter.watched]
-        if not watched:
+        if self.painters:
+            self.refresh()
+        for paint in self.painters:
+            paint()
+        return len(self.painters)
+
+    def watch(self, paint: Callable[[], None], watched: bool) -> None:
+        """A browser shows the widget that paint belongs to, or none does any longer."""
+        if watched and paint not in self.painters:
+            self.painters.append(paint)
             self.publisher.dirty = True
-            return 1
-        self.shown = self.controller.snapshot()
-        for painter in watched:
-            painter.paint()
-        return len(watched)
+            self.publisher.flush()
+        self.painters = [other for other in self.painters if watched or other != paint]

@@ -11,14 +11,14 @@ from labkit.paging.scan import PageTable
 from labkit.paging.walk import Walk, describe
 from labkit.ucall.pool import PoolSnapshot
 from labkit.views import ruler
-from labkit.views.draw import Attribute, Cell, Html, Row, cat, el, hx, label, num, plain, swatch, table
+from labkit.views.draw import Cell, Html, Row, cat, el, hx, label, num, plain, select, swatch, table
 from labkit.views.show import View, columns, header, pane, rail, status_line
 from labkit.views.walk import PageObject, draw, size_name, walk_key
 
 __all__ = ["gva_of", "pool_objects", "render", "render_walk", "title"]
 
 MAX_ROWS = 40
-LAYOUT = cat([pane("title"), pane("walk"), pane("ruler"), pane("rail"), columns("r2", pane("ranges"), pane("changes")), pane("status")])
+LAYOUT = cat([*map(pane, ("title", "walk", "ruler", "rail")), columns("r2", pane("ranges"), pane("changes")), pane("status")])
 SIGNS = {"+": ("added", "chg"), "-": ("removed", "del"), "~": ("changed", "chg")}
 Change = tuple[str, int, int, int, str, str]  # sign, gva, gva_end, nr_pages, before, after
 
@@ -31,42 +31,42 @@ def render(found: PageTable, previous: PageTable | None = None, *, width: float 
     diff = _diff(found, previous)
     said = f"{_sum(diff, previous)}: " * bool(diff) + found.status
     problems = cat(el("div", problem, cls="hole") for problem in found.problems[:5])
-    panes = {"title": title(None, found), "ranges": _ranges(found) + problems, "changes": _changes(diff, previous), "status": status_line(said)}
-    lines = [f"{sign} {hx(low)}..{hx(high)} {count} pages: {old or 'nothing'} -> {new or 'nothing'}" for sign, low, high, count, old, new in diff[:MAX_ROWS]]
-    return View(f"page tables, {found.mode.name}, root {hx(found.root)}", said, panes, cat(map(pane, panes)), lambda: found.text.splitlines()[2:] + lines)
+    panes = {"title": title(None, found), "ranges": _ranges(found) + problems, "changes": _changes(diff, previous),
+             "status": status_line(said)}
+    lines = [f"{sign} {hx(low)}..{hx(high)} {count} pages: {old or 'nothing'} -> {new or 'nothing'}"
+             for sign, low, high, count, old, new in diff[:MAX_ROWS]]
+    name = f"page tables, {found.mode.name}, root {hx(found.root)}"
+    return View(name, said, panes, cat(map(pane, panes)), lambda: found.text.splitlines()[2:] + lines)
 
 
 def render_walk(walk: Walk, found: PageTable | None = None, previous: PageTable | None = None, *, width: float = 940,
                 objects: Iterable[PageObject] = (), pinned: int | None = None, selection: Selection | None = None) -> View:
     """One walk as a view; entries beside the walked ones need the table they come from, change marks the previous one."""
-    name = found.labels(walk.gva) if found is not None and found.labels is not None else ""
+    what = found.labels(walk.gva) if found is not None and found.labels is not None else ""
     problem = Html() if walk.problem is None else el("div", walk.problem + ".", cls="hole")
-    picture = draw(walk, found, width - 26, before=previous, objects=objects, name=name)
+    marks = previous if previous is not None and found is not None and previous.tables != found.tables else None
+    picture = draw(walk, found, width - 26, before=marks, objects=objects, name=what)
     panes = {
-        "title": title(walk, found), "walk": picture + walk_key(walk, found, None if previous is None else previous.step) + problem,
+        "title": title(walk, found), "walk": picture + walk_key(walk, found, None if marks is None else marks.step) + problem,
         "ruler": _ruler(walk, found, width - 26, pinned), "rail": rail(selection, walk.flags.get("c")),
         "ranges": Html() if found is None else _ranges(found, walk.gva),
-        "changes": Html() if found is None or previous is None else _changes(_diff(found, previous), previous), "status": status_line(walk.status),
+        "changes": Html() if found is None else _changes(_diff(found, previous), previous), "status": status_line(walk.status),
     }
-    return View(f"page walk of gva {hx(walk.gva)}, {walk.mode.name}", walk.status, panes, LAYOUT, lambda: walk.text.splitlines()[:-1])
+    name = f"page walk of gva {hx(walk.gva)}, {walk.mode.name}"
+    return View(name, walk.status, panes, LAYOUT, lambda: walk.text.splitlines()[:-1])
 
 
 def title(walk: Walk | None, found: PageTable | None) -> Html:
     """The header of both."""
     known = walk or found
-    step = None if found is None else found.step
     facts = [] if known is None else [known.mode.name, Html("root ") + el("span", hx(known.root), cls="mono")]
-    return header("Page tables" if walk is None else "Page walk", facts, "" if step is None else Html("step ") + el("b", num(step)))
+    return header("Page tables" if walk is None else "Page walk", facts, None if found is None else found.step)
 
 
 def _ruler(walk: Walk, found: PageTable | None, width: float, pinned: int | None) -> Html:
     rows = [("", walk)] + ([] if found is None or pinned is None else [(f"pinned, gva {hx(pinned)}: ", found.walk(pinned))])
-    shown = [(other.steps[-1], note + (describe(other.flags) if other.flags else other.steps[-1].kind)) for note, other in rows if other.steps]
+    shown = [(last, note + (describe(other.flags) if other.flags else last.kind)) for note, other in rows for last in other.steps[-1:]]
     return ruler.draw(walk.mode, shown, width) if shown else Html()
-
-
-def _select(gva: int, cls: str | None = None) -> dict[str, Attribute]:
-    return {"data_act": "select", "data_kind": "byte", "data_value": hx(gva), "cls": cls}
 
 
 def _ranges(found: PageTable, here: int | None = None) -> Html:
@@ -76,14 +76,16 @@ def _ranges(found: PageTable, here: int | None = None) -> Html:
     for low, high in zip(first.tolist()[:MAX_ROWS], last.tolist()[:MAX_ROWS], strict=True):
         gva, size, flags = int(found.gva[low]), int(found.size[low]), found.mode.rights(int(found.rights[low]))
         end = int(found.gva[high]) + size - 1
-        access = "r" + ("w" if flags.get("writable") else "-") + ("-" if flags.get("nx") else "x") + ("u" if flags.get("user") else "")
+        access = "r" + "-w"[flags.get("writable", False)] + "x-"[flags.get("nx", False)] + "u" * flags.get("user", False)
         count = num(high - low + 1) + ("" if size == 4096 else f" × {size_name(size)}")
-        cells: list[Cell] = [f"{hx(gva)} – {hx(end)}", ("r", count), ("hn", hx(int(found.gpa[low]))), access, *([swatch(flags["c"])] if secret else [])]
-        rows.append(([*cells, _what(found, gva, end)], _select(gva, "sel" if here is not None and gva <= here <= end else None)))
+        cells: list[Cell] = [f"{hx(gva)} – {hx(end)}", ("r", count), ("hn", hx(int(found.gpa[low]))), access]
+        cells += [swatch(flags["c"])] if secret else []
+        cls = "sel" if here is not None and gva <= here <= end else None
+        rows.append(([*cells, _what(found, gva, end)], select("byte", hx(gva), cls)))
     head: list[Cell] = ["gva", ("r", "pages"), ("hn", "gpa"), "access", *(["C-bit"] if secret else []), "what lies there"]
     more = f"; the first {MAX_ROWS} ranges" if len(first) > MAX_ROWS else ""
-    return label("Mapped ranges", f"{num(len(found))} pages in {num(len(first))} ranges, neighbours with equal access merged{more}") + el(
-        "div", table("mapped ranges", rows, head), cls="tbx")
+    said = f"{num(len(found))} pages in {num(len(first))} ranges, neighbours with equal access merged{more}"
+    return label("Mapped ranges", said) + el("div", table("mapped ranges", rows, head), cls="tbx")
 
 
 def _what(found: PageTable, gva: int, end: int) -> str:
@@ -94,7 +96,8 @@ def _what(found: PageTable, gva: int, end: int) -> str:
 def _diff(found: PageTable, previous: PageTable | None) -> list[Change]:
     if previous is None or previous.mode != found.mode or previous.tables == found.tables:
         return []
-    return [(str(row.sign), int(row.gva), int(row.gva_end), int(row.nr_pages), str(row.before), str(row.after)) for row in found.diff(previous).itertuples()]
+    return [(str(row.sign), int(row.gva), int(row.gva_end), int(row.nr_pages), str(row.before), str(row.after))
+            for row in found.diff(previous).itertuples()]
 
 
 def _sum(diff: list[Change], previous: PageTable | None) -> str:
@@ -108,14 +111,16 @@ def _changes(diff: list[Change], previous: PageTable | None) -> Html:
     if previous is None:
         return Html()
     more = f"; the first {MAX_ROWS} of {num(len(diff))} ranges" if len(diff) > MAX_ROWS else ""
-    rows: list[Row] = [((("sg", sign.replace("-", "−")), f"{hx(gva)} – {hx(end)}", ("r", num(count)), before, after), _select(gva, SIGNS[sign][1]))
-                       for sign, gva, end, count, before, after in diff[:MAX_ROWS]]
+    rows: list[Row] = []
+    for sign, gva, end, count, before, after in diff[:MAX_ROWS]:
+        cells = (("sg", sign.replace("-", "−")), f"{hx(gva)} – {hx(end)}", ("r", num(count)), before, after)
+        rows.append((cells, select("byte", hx(gva), SIGNS[sign][1])))
     shown = el("div", table("changes", rows, ("", "gva", ("r", "pages"), "before", "after")), cls="tbx") if rows else Html()
     return label("Changes", f"pages: {_sum(diff, previous)}{more}") + shown
 
 
 def gva_of(found: PageTable, gva: int, level: int, index: int) -> int:
-    """Where a click on entry index of the table at this depth of the walk of gva leads: the first page mapped below it, else its start."""
+    """Where entry index of the table at this depth of the walk of gva leads: the first page mapped below it, else its start."""
     mode, this = found.mode, found.mode.levels[min(level, len(found.mode.levels) - 1)]
     if this.index(gva) == index:
         return gva
@@ -135,4 +140,5 @@ def pool_objects(pool: PoolSnapshot | None, walk: Walk, chosen: int | None = Non
     if last - first > 40:
         return [PageObject(-page, pool.slots_offset + pool.nr_slots * size, "ucall pool")]
     head = [PageObject(-page, pool.slots_offset, "in_use")] if 0 <= -page < walk.page_size else []
-    return head + [PageObject(pool.slots_offset + slot * size - page, size, f"slot {slot}", slot == chosen) for slot in range(first, last + 1)]
+    start = pool.slots_offset - page
+    return head + [PageObject(start + slot * size, size, f"slot {slot}", slot == chosen) for slot in range(first, last + 1)]

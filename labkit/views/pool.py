@@ -9,8 +9,8 @@ import numpy as np
 from labkit.explore.inspect import Selection
 from labkit.ucall.pool import PoolSnapshot, Slot
 from labkit.views.draw import (
-    NUMBERED, Html, Lattice, aligned, bar, cat, cross, dashes, el, esc, grid, hx, key, label, line, num, path, plain, rect, squares, svg,
-    table, text,
+    DIGITS, Html, Lattice, Row, aligned, bar, cat, cross, dashes, el, esc, grid, hx, key, label, num, path, plain, rect, select,
+    squares, svg, table, text,
 )
 from labkit.views.show import View, columns, header, pane, rail, status_line
 
@@ -32,22 +32,25 @@ def render(pool: PoolSnapshot, previous: PoolSnapshot | None = None, *, width: f
     if previous is not None and previous.nr_slots == pool.nr_slots:
         pool = replace(pool, changed=pool.in_use != previous.in_use, changed_since=previous.step)
     chosen = None if selection is None else selection.slot
-    said, facts = status(pool, chosen), [f"{num(pool.nr_slots)} slots of {pool.slot_size} bytes", Html("gva ") + el("span", hx(pool.gva), cls="mono")]
+    size = f"{num(pool.nr_slots)} slots of {pool.slot_size} bytes"
+    facts = [size, Html("gva ") + el("span", hx(pool.gva), cls="mono"), f"{pool.nr_pages} pages"]
     panes = {
-        "title": header("ucall pool", [*facts, f"{pool.nr_pages} pages"], Html("step ") + el("b", num(pool.step))),
+        "title": header("ucall pool", facts, pool.step),
         "pool": label("Pool", counts(pool)) + _draw(pool, width - 26, chosen, taker, fold),
         "card": Html() if chosen is None or fold else _card(pool, chosen),
-        "poolkey": _key(pool, chosen),
-        "rail": rail(selection), "held": Html() if fold else _held_table(pool), "status": status_line(said),
+        "poolkey": _key(pool, chosen), "rail": rail(selection),
+        "held": Html() if fold else _held_table(pool), "status": status_line(status(pool, chosen)),
     }
-    return View(f"ucall pool, {pool.nr_slots} slots, step {num(pool.step)}", said, panes, cat(map(pane, panes)), lambda: _lines(pool))
+    title = f"ucall pool, {pool.nr_slots} slots, step {num(pool.step)}"
+    return View(title, status(pool, chosen), panes, cat(map(pane, panes)), lambda: _lines(pool))
 
 
 def counts(pool: PoolSnapshot) -> str:
     """The figures in words: "6 of 512 in use, 3 of them leaked; 2 changed since step 1 180"."""
     leaked, changed = int(pool.leaked.sum()), int(pool.changed.sum())
-    words = f"{num(int(pool.in_use.sum()))} of {num(pool.nr_slots)} in use" + (f", {num(leaked)} of them leaked" if leaked else "")
-    return words if pool.changed_since is None else f"{words}; {num(changed) if changed else 'none'} changed since step {num(pool.changed_since)}"
+    words = f"{num(int(pool.in_use.sum()))} of {num(pool.nr_slots)} in use" + f", {num(leaked)} of them leaked" * bool(leaked)
+    since = "" if pool.changed_since is None else f"; {num(changed) if changed else 'none'} changed since step {num(pool.changed_since)}"
+    return words + since
 
 
 def status(pool: PoolSnapshot, chosen: int | None = None) -> str:
@@ -62,8 +65,8 @@ def status(pool: PoolSnapshot, chosen: int | None = None) -> str:
 
 def marks(pool: PoolSnapshot) -> str:
     """One character per slot: . free, the owner's digit (? unknown), x leaked, D held by a DONE ucall."""
-    known = (pool.owner >= 0) & (pool.owner < len(NUMBERED))
-    out = np.where(known, np.array(list(NUMBERED))[np.where(known, pool.owner, 0)], "?")
+    known = (pool.owner >= 0) & (pool.owner < len(DIGITS))
+    out = np.where(known, np.array(list(DIGITS))[np.where(known, pool.owner, 0)], "?")
     out = np.where(pool.leaked, "x", np.where(pool.done, "D", out))
     return "".join(np.where(pool.in_use, out, ".").tolist())
 
@@ -79,13 +82,14 @@ def _owner(slot: Slot) -> str:
 def _what(slot: Slot) -> str:
     said = f' "{plain(slot.text, 60)}"' if slot.text else ""
     since = "" if slot.since is None else f", since step {num(slot.since)}"
-    return f"{_owner(slot)}, {plain(slot.cmd, 20)}{said}{since}" + {"done": ", held by design", "leaked": ", leaked"}.get(slot.state, "")
+    tail = {"done": ", held by design", "leaked": ", leaked"}.get(slot.state, "")
+    return f"{_owner(slot)}, {plain(slot.cmd, 20)}{said}{since}{tail}"
 
 
-def _rows_used(pool: PoolSnapshot, cols: int, *others: int | None) -> int:
+def _rows_used(pool: PoolSnapshot, cols: int, chosen: int | None = None) -> int:
     """Rows worth drawing: up to the last with a slot ever used, changed, chosen or next."""
     alive = np.flatnonzero(pool.in_use | pool.changed | (pool.uses > 0)).tolist()[-1:]
-    return max(0, *alive, *(slot for slot in (pool.next_slot, *others) if slot is not None), 0) // cols + 1
+    return max(0, 0, *alive, *(slot for slot in (pool.next_slot, chosen) if slot is not None)) // cols + 1
 
 
 def _draw(pool: PoolSnapshot, width: float, chosen: int | None, taker: int | None, fold: bool) -> Html:
@@ -95,60 +99,56 @@ def _draw(pool: PoolSnapshot, width: float, chosen: int | None, taker: int | Non
     lattice = Lattice(LEFT, 14, cols, pitch, pitch if small else max(pitch, 16))
     total = -(-pool.nr_slots // cols)
     shown = min(total, max(_rows_used(pool, cols, chosen), 8 if small else 2)) if fold else total
-    nr, end, height = min(pool.nr_slots, shown * cols), LEFT + cols * pitch, 16 + shown * lattice.tall
-    held = [(slot.index, 1, _owner(slot) if small else _what(slot)) for slot in pool.held if slot.state != "free"]
-    picture = _axes(lattice, nr, small) + grid(
-        "slot", f"Pool of {pool.nr_slots} slots", _cells(pool, marks(pool)[:nr], lattice, small) + _next(pool, lattice, taker), rows=lattice.rows(nr),
-        x=LEFT, pitch=pitch, h=lattice.tall - 1, each="Slot {i}, {v}, gva {a}", none="Slot {i}: free, gva {a}", values=held,
-        base=pool.gva + pool.slots_offset, size=pool.slot_size, at=chosen)
+    nr, right, height = min(pool.nr_slots, shown * cols), LEFT + cols * pitch, 16 + shown * lattice.tall
+    out = cat(text(LEFT + col * pitch, 9, str(col), "s d") for col in range(0, cols, 16 if small else 8))
+    down, skip = (8, 8) if small else (12, 1)
+    out += cat(text(LEFT - 8, y, str(first), "s d", "end") for y, first, _ in lattice.rows(nr, down)[::skip])
+    out += grid("slot", f"Pool of {pool.nr_slots} slots", _cells(pool, marks(pool)[:nr], lattice, taker), rows=lattice.rows(nr),
+                x=LEFT, pitch=pitch, h=lattice.tall - 1, at=chosen, each="Slot {i}, {v}, gva {a}", none="Slot {i}: free, gva {a}",
+                values=[(slot.index, 1, _owner(slot) if small else _what(slot)) for slot in pool.held if slot.state != "free"],
+                base=pool.gva + pool.slots_offset, size=pool.slot_size)
     if shown < total:
-        picture += line(LEFT, height + 7, end - 1, height + 7, "c-fold")
-        picture += text((LEFT + end) / 2, height + 11, f"slots {num(nr)} to {num(pool.nr_slots - 1)}: never used", "s d halo", "middle")
+        unused = f"slots {num(nr)} to {num(pool.nr_slots - 1)}: never used"
+        out += path(f"M{LEFT} {height + 7}H{right}", "c-fold")
+        out += text((LEFT + right) / 2, height + 11, unused, "s d halo", "middle")
         height += 14
     if chosen is not None and chosen < nr:
         x, y = lattice.at(chosen)
-        picture += rect(x - 1.5, y - 1.5, pitch + 2, lattice.tall + 2, "c-sel")
+        out += rect(x - 1.5, y - 1.5, pitch + 2, lattice.tall + 2, "c-sel")
         if not fold:  # a leader to the card
-            picture += line(x + (pitch - 1) / 2, y + lattice.tall + 1, x + (pitch - 1) / 2, height + 7, "c-now")
+            out += path(f"M{x + pitch / 2} {y + lattice.tall + 1}V{height + 7}", "c-now")
             height += 7
-    return svg(width, height, picture, f"Pool: {counts(pool)}")
+    return svg(width, height, out, f"Pool: {counts(pool)}")
 
 
-def _axes(lattice: Lattice, nr: int, small: bool) -> Html:
-    across = cat(text(lattice.x + col * lattice.pitch, 9, str(col), "s d") for col in range(0, lattice.cols, 16 if small else 8))
-    return across + cat(text(lattice.x - 8, y + (8 if small else 12), str(first), "s d", "end") for y, first, _ in lattice.rows(nr)[::8 if small else 1])
-
-
-def _cells(pool: PoolSnapshot, states: str, lattice: Lattice, small: bool) -> Html:
+def _cells(pool: PoolSnapshot, states: str, lattice: Lattice, taker: int | None) -> Html:
     """All cells: each kind of mark is one path, the digits of a row are one text."""
-    w, h = lattice.pitch - 1, lattice.tall - 1
-    leaks, done = ([lattice.at(i) for i, state in enumerate(states) if state == mark] for mark in "xD")
+    w, h, small, at = lattice.pitch - 1, lattice.tall - 1, pool.nr_slots > BIG, lattice.at
+    leaks, done = ([i for i, state in enumerate(states) if state == mark] for mark in "xD")
     use = [i for i, state in enumerate(states) if state not in ".xD"]
     changed = [i for i in np.flatnonzero(pool.changed).tolist() if i < len(states)]
-    out = dashes(lattice.x, [(y + h / 2, count) for y, _, count in lattice.rows(len(states))], lattice.pitch, w, h, "c-cell")
-    out += path(squares(map(lattice.at, use), w, h), "c-use") + path(squares(((x + 0.75, y + 0.75) for x, y in done), w - 1.5, h - 1.5), "c-done")
+    out = dashes(lattice.rows(len(states), h / 2), lattice.x, lattice.pitch, w, h, "c-cell")
+    out += path(squares(map(at, use), w, h), "c-use") + path(squares((at(i, 0.75) for i in done), w - 1.5, h - 1.5), "c-done")
     if small:
-        out += path("".join(f"M{x:g} {y:g}v{h:g}h{w:g}z" for x, y in leaks), "c-flt")
+        out += path("".join(f"M{x:g} {y:g}v{h:g}h{w:g}z" for x, y in map(at, leaks)), "c-flt")
     else:
-        out += path(squares(leaks, w, h), "c-flt") + cross(((x + 2.5, y + (h - w + 5) / 2) for x, y in leaks), w - 5)
-        out += _digits(states, use, lattice, "own", changed) + _digits(states, [i for i, state in enumerate(states) if state == "D"], lattice, "own dn", changed)
-    return out + bar([lattice.foot(i) for i in changed], w, 2 if small else 3)
+        out += path(squares(map(at, leaks), w, h), "c-flt")
+        out += cross(((x + 2.5, y + (h - w + 5) / 2) for x, y in map(at, leaks)), w - 5)
+        out += _digits(states, use, lattice, "own", changed) + _digits(states, done, lattice, "own dn", changed)
+    if pool.next_slot is not None and not small:
+        x, y = at(pool.next_slot)
+        out += rect(x + 1, y + 1, w - 2, h - 2, "c-next")
+        out += text(x + w / 2, y + h - 4, "" if taker is None else DIGITS[taker % len(DIGITS)], "nxt", "middle")
+    return out + bar(((x, y + h) for x, y in map(at, changed)), w, 2 if small else 3)
 
 
 def _digits(states: str, cells: list[int], lattice: Lattice, cls: str, changed: list[int]) -> Html:
     rows: dict[float, list[int]] = {}
     for i in cells:
-        rows.setdefault(lattice.foot(i)[1] - (5.5 if i in changed else 4), []).append(i)
-    return cat(text(" ".join(f"{lattice.at(i)[0] + (lattice.pitch - 1) / 2:g}" for i in row), y, "".join(states[i] for i in row), cls, "middle")
+        rows.setdefault(lattice.at(i)[1] + lattice.tall - (6.5 if i in changed else 5), []).append(i)
+    half = (lattice.pitch - 1) / 2
+    return cat(text(" ".join(f"{lattice.at(i)[0] + half:g}" for i in row), y, "".join(states[i] for i in row), cls, "middle")
                for y, row in rows.items())
-
-
-def _next(pool: PoolSnapshot, lattice: Lattice, taker: int | None) -> Html:
-    if pool.next_slot is None or pool.nr_slots > BIG:
-        return Html()
-    x, y = lattice.at(pool.next_slot)
-    digit = "" if taker is None else NUMBERED[taker % len(NUMBERED)]
-    return rect(x + 1, y + 1, lattice.pitch - 3, lattice.tall - 3, "c-next") + text(x + (lattice.pitch - 1) / 2, y + lattice.tall - 5, digit, "nxt", "middle")
 
 
 def _key(pool: PoolSnapshot, chosen: int | None) -> Html:
@@ -166,29 +166,29 @@ def _card(pool: PoolSnapshot, index: int) -> Html:
     slot = _slot_at(pool, index)
     if slot is None:
         return el("div", el("b", f"slot {index}"), el("span", " free, never used", cls="d"), cls="card")
-    since = "" if slot.since is None else f" since step {num(slot.since)}"
-    what = f" {STATE[slot.state]}" + (f", {_owner(slot)}{since}" if slot.state != "free" else "") + f" · used {pool.uses[index]} times"
+    owner = "" if slot.state == "free" else f", {_owner(slot)}" + ("" if slot.since is None else f" since step {num(slot.since)}")
     said = [] if slot.text is None else [("text", f'"{plain(slot.text, 160)}"')]
     ok = el("span", " slot says the same ✓", cls="d") if slot.hva_ok else el("span", " ✗ not this slot's: the guest wrote it", cls="ft")
     holds = [("cmd", plain(slot.cmd, 40)), ("args", ", ".join(map(hx, slot.args))), *said]
     lies = [("gva", f"{hx(slot.gva)} ucalls[{index}]"), ("gpa", hx(slot.gpa)), ("hva", esc(hx(slot.hva)) + ok)]
     sides = (table(f"slot {index}", [((("d", name), value), {}) for name, value in rows]) for rows in (holds, lies))
-    return el("div", el("div", f"slot {index}", el("span", what, cls="sub"), cls="t"), columns("c2e", *sides), cls="card")
+    what = el("span", f" {STATE[slot.state]}{owner} · used {pool.uses[index]} times", cls="sub")
+    return el("div", el("div", f"slot {index}", what, cls="t"), columns("c2e", *sides), cls="card")
 
 
 def _held(pool: PoolSnapshot) -> tuple[list[list[str]], str]:
     """The cells of the first held slots, and how many there are."""
     held = [slot for slot in pool.held if slot.state != "free"]
-    rows = [[str(slot.index), "?" if slot.vcpu is None else str(slot.vcpu), "" if slot.since is None else num(slot.since), plain(slot.cmd, 20),
-             ", ".join(map(hx, slot.args)).removesuffix(", 0x0" * 6), "" if slot.text is None else plain(slot.text, 60), STATE[slot.state]]
+    rows = [[str(slot.index), "?" if slot.vcpu is None else str(slot.vcpu), "" if slot.since is None else num(slot.since),
+             plain(slot.cmd, 20), ", ".join(map(hx, slot.args)).removesuffix(", 0x0" * 6), plain(slot.text or "", 60), STATE[slot.state]]
             for slot in held[:HELD]]
     return rows, f"the first {HELD} of {num(len(held))}" if len(held) > HELD else str(len(held))
 
 
 def _held_table(pool: PoolSnapshot) -> Html:
     rows, more = _held(pool)
-    cells = [([*row[:-1], ("ft" if row[-1] == STATE["leaked"] else "d", row[-1])], {"data_act": "select", "data_kind": "slot", "data_value": row[0]})
-             for row in rows]
+    leaked = STATE["leaked"]
+    cells: list[Row] = [([*row[:-1], ("ft" if row[-1] == leaked else "d", row[-1])], select("slot", row[0])) for row in rows]
     return label("Held slots", more) + el("div", table("held slots", cells, HEAD), cls="tbx") if rows else Html()
 
 
@@ -196,5 +196,5 @@ def _lines(pool: PoolSnapshot) -> list[str]:
     states, (rows, more) = marks(pool), _held(pool)
     nr = min(_rows_used(pool, 64) * 64, pool.nr_slots)
     out = [f"{first:>6} {states[first:min(first + 64, nr)]}" for first in range(0, nr, 64)]
-    out += [f"{'':>6} slots {nr} to {pool.nr_slots - 1}: never used"] if nr < pool.nr_slots else []
-    return out + (aligned([HEAD, *rows]) + ([f"({more})"] if more[0] == "t" else []) if rows else [])
+    out += [f"{'':>6} slots {nr} to {pool.nr_slots - 1}: never used"] * (nr < pool.nr_slots)
+    return out + (aligned([HEAD, *rows]) + [f"({more})"] * (not more.isdigit()) if rows else [])

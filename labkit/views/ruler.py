@@ -42,10 +42,11 @@ def draw(mode: PagingMode, rows: Sequence[tuple[WalkStep, str]], width: float) -
     out, y, bits = Html(), 0.0, mode.entry_size * 8
     for step, note in rows:
         head = f"{step} = {hx(step.entry, bits // 4)}"
-        out += text(0, y + 11, head, "m b") + (Html() if width < 700 else text(len(head) * 6.9 + 14, y + 11, plain(note, 100), "d"))
+        out += text(0, y + 11, head, "m b") + text(len(head) * 6.9 + 14, y + 11, "" if width < 700 else plain(note, 100), "d")
         y += 18
         for high, low in [(bits - 1, bits // 2), (bits // 2 - 1, 0)] if width < 700 else [(bits - 1, 0)]:
-            shown = [part._replace(high=min(part.high, high), low=max(part.low, low)) for part in parts(mode, step.level) if part.low <= high and part.high >= low]
+            shown = [part._replace(high=min(part.high, high), low=max(part.low, low)) for part in parts(mode, step.level)
+                     if part.low <= high and part.high >= low]
             out += _row(mode, shown, step.entry, y, width)
             y += 42
         y += 2
@@ -64,7 +65,8 @@ def _row(mode: PagingMode, shown: Sequence[Part], value: int, y: float, width: f
         for bit in range(part.high, part.low - 1, -1):
             on = value >> bit & 1
             if bit == mode.c_bit:
-                out += rect(x + .5, y + .5, w - 1, 17, "c-enc" if on else "c-shr") + text(x + w / 2, y + 13, str(on), "m one onc" if on else "m d", "middle")
+                out += rect(x + .5, y + .5, w - 1, 17, "c-enc" if on else "c-shr")
+                out += text(x + w / 2, y + 13, str(on), "m one onc" if on else "m d", "middle")
             else:
                 where["c-one" if on else "c-zero"].append((x, w))
             x += w
@@ -82,5 +84,5 @@ def _name(mode: PagingMode, part: Part, x: float, w: float, value: int, y: float
     words = part.name or ("ignored" if w > 44 else "")
     if part.name == "frame":
         words = f"frame → gpa {hx(mode.pa.get(value))}" if w > 190 else "frame" if w > 34 else ""
-    rule = Html() if part.flag or w < 5 else path(f"M{x + 1.5:.1f} {y + 21:g}h{w - 3:.1f}", "c-brk")
-    return rule + (text(x + w / 2, y + 33, words, f"s {cls}", "middle") if words else Html())
+    rule = "" if part.flag or w < 5 else f"M{x + 1.5:.1f} {y + 21:g}h{w - 3:.1f}"
+    return path(rule, "c-brk") + text(x + w / 2, y + 33, words, f"s {cls}", "middle")

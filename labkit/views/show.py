@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from labkit.explore.inspect import Selection
-from labkit.views.draw import Html, cat, el, esc, hx, plain, swatch
+from labkit.views.draw import Html, cat, el, esc, hx, num, plain, swatch
 from labkit.views.style import css, inline_styles, svg_css
 
 __all__ = ["Bundle", "View", "columns", "header", "mimebundle", "pane", "rail", "status_line"]
@@ -55,7 +55,7 @@ class View:
         """A whole HTML document, to be saved or photographed."""
         light, ground = ("true", "#fff") if theme == "light" else ("false", "#111")
         return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{esc(self.title)}</title><style>{css()}</style>'
-                f'<body data-jp-theme-light="{light}" style="margin:0;padding:16px 20px;background:{ground}">{self.html}</body></html>')
+                f'<body data-jp-theme-light="{light}" style="margin:16px 20px;background:{ground}">{self.html}</body></html>')
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Bundle:
         return mimebundle(self)
@@ -81,10 +81,11 @@ def columns(cls: str, *parts: Html) -> Html:
     return el("div", *parts, cls=f"cols {cls}")
 
 
-def header(title: str, facts: Iterable[str], right: str = "") -> Html:
-    """Title, what it is a view of, and the figure that changes."""
+def header(title: str, facts: Iterable[str], step: int | None) -> Html:
+    """Title, what it is a view of, and the step."""
     said = cat(Html(" · " if i else "") + fact for i, fact in enumerate(facts))
-    return el("div", el("h3", title), el("span", said, cls="facts"), el("span", right, cls="right"), cls="hd")
+    right = el("span", "step ", el("b", num(step)), cls="right") if step is not None else ""
+    return el("div", el("h3", title), el("span", said, cls="facts"), right, cls="hd")
 
 
 def status_line(words: str, cls: str = "status") -> Html:
@@ -96,12 +97,16 @@ def rail(chosen: Selection | None, secret: bool | None = None) -> Html:
     """The selection spelled out as a path: what, gva, indices, gpa (encrypted or shared, when secret says), hva."""
     if chosen is None:
         return Html()
-    head, comma, tail = plain(chosen.label, 80).partition(", ")
-    spots = [f"{name} {hx(at)}" if at is not None else "" for name, at in (("gva", chosen.gva), ("gpa", chosen.gpa), ("hva", chosen.hva))]
-    spots.insert(1, " ".join(plain(part, 40) for part in chosen.path))
-    mark = {f"gpa {hx(chosen.gpa)}": Html(" ") + swatch(secret)} if chosen.gpa is not None and secret is not None else {}
-    parts = [el("span", el("b", head), f" {tail}" if comma else ""), *(el("span", spot, mark.get(spot, ""), cls="mono") for spot in spots if spot)]
-    return el("div", *(el("span", " → ", cls="d") + part if i else part for i, part in enumerate(parts)), cls="rail", role="group", aria_label="selection")
+    head = chosen.kind if chosen.slot is None else f"slot {chosen.slot}"
+    parts = [el("span", el("b", head), " " + plain(chosen.label, 80))]
+    if chosen.gva is not None:
+        parts.append(el("span", f"gva {hx(chosen.gva)}", cls="mono"))
+    parts += [el("span", " ".join(plain(part, 40) for part in chosen.path), cls="mono")] * bool(chosen.path)
+    if chosen.gpa is not None:
+        parts.append(el("span", f"gpa {hx(chosen.gpa)}", "" if secret is None else Html(" ") + swatch(secret), cls="mono"))
+    if chosen.hva is not None:
+        parts.append(el("span", f"hva {hx(chosen.hva)}", cls="mono"))
+    return el("div", Html('<span class="d"> → </span>'.join(parts)), cls="rail", role="group", aria_label="selection")
 
 
 def _standalone(drawing: str) -> str:
@@ -114,8 +119,7 @@ def _standalone(drawing: str) -> str:
 
 def _static(page: str, status: str) -> Html:
     """Inline styles for classes, data URIs for drawings; the first picture has the status as its alt text."""
-    alts = [str(esc(status))]
-    styles = inline_styles()
+    alts, styles = [str(esc(status))], inline_styles()
 
     def image(hit: re.Match[str]) -> str:
         name = re.search(r'aria-label="([^"]*)"', hit[0])

@@ -6,7 +6,7 @@ import re
 from functools import cache
 from importlib.resources import files
 
-__all__ = ["DARK", "LIGHT", "contrast", "css", "inline_styles", "svg_css"]
+__all__ = ["DARK", "LIGHT", "css", "inline_styles", "svg_css"]
 
 LIGHT = {
     "bg": "#ffffff", "ink": "#000000", "ink1": "#212121", "dim": "#616161", "focus": "#1976d2",
@@ -34,27 +34,15 @@ MONO = "ui-monospace,'SF Mono',Menlo,Consolas,'Liberation Mono','DejaVu Sans Mon
 SANS = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue','DejaVu Sans',Arial,sans-serif"
 
 
-def contrast(one: str, two: str) -> float:
-    """The contrast ratio of two #rrggbb colours (WCAG 2.1, 1.4.3)."""
-    low, high = sorted(_luminance(colour) for colour in (one, two))
-    return (high + 0.05) / (low + 0.05)
-
-
-def _luminance(colour: str) -> float:
-    parts = [int(colour[at:at + 2], 16) / 255 for at in (1, 3, 5)]
-    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
 def _file(name: str) -> str:
     return files(__package__).joinpath("css", name).read_text(encoding="utf-8")
 
 
 def _tokens(theme: dict[str, str], jupyter: bool) -> str:
-    def value(name: str, colour: str) -> str:
-        return f"var({JUPYTER[name]},{colour})" if jupyter and name in JUPYTER else colour
-    mono, sans = ("var(--jp-code-font-family,%s)" % MONO, "var(--jp-ui-font-family,%s)" % SANS) if jupyter else (MONO, SANS)
-    return "".join(f"--{name}:{value(name, colour)};" for name, colour in theme.items()) + f"--mono:{mono};--sans:{sans}"
+    """The colours and fonts as CSS variables, standing behind JupyterLab's own where there are such."""
+    fonts = {"mono": ("--jp-code-font-family", MONO), "sans": ("--jp-ui-font-family", SANS)}
+    both = {name: (JUPYTER.get(name, ""), colour) for name, colour in theme.items()} | fonts
+    return "".join(f"--{name}:{f'var({theirs},{ours})' if jupyter and theirs else ours};" for name, (theirs, ours) in both.items())
 
 
 @cache
@@ -71,31 +59,9 @@ def svg_css() -> str:
 
 @cache
 def inline_styles() -> dict[str, str]:
-    """Tag or .class -> inline style, in the light theme, for HTML that a sanitizer has stripped of style sheets."""
-    mono, plain = f"font-family:{MONO}", "border:0;text-align:left;vertical-align:top;max-width:none"
-    mark = "display:inline-block;width:9px;height:9px;margin-left:10px;margin-right:4px;border:2px solid "
-    side = "display:inline-block;vertical-align:top;margin-right:24px"
-    raw = {
-        "section": f"background:{{bg}};color:{{ink1}};border:1px solid {{rule}};padding:12px;font-family:{SANS};font-size:12px;line-height:16px",
-        "h3": "font-size:15px;line-height:20px;font-weight:600;margin:0;color:{ink};display:inline-block;margin-right:12px",
-        "table": f"border:0;border-collapse:collapse;margin:0;table-layout:auto;color:{{ink1}};{mono};font-size:12px;line-height:17px",
-        "tr": "background:{bg}", "td": plain + ";padding:0 10px 0 0;white-space:pre",
-        "th": plain + ";padding:0 10px 2px 0;color:{dim};font-weight:600", "img": "max-width:100%;height:auto;background:{bg}",
-        ".hd": "margin-bottom:8px", ".facts": "color:{dim}", ".r": "text-align:right", ".right": "color:{dim};margin-left:16px",
-        ".mono": mono, ".lab": "font-size:11px;font-weight:600;color:{ink};margin-top:8px;margin-bottom:4px",
-        ".sub": "font-weight:400;color:{dim};margin-left:6px", ".d": "color:{dim}", ".z": "color:{dim}", ".nm": "color:{dim}",
-        ".status": "background:{wash};padding:6px 10px;margin-top:8px;border-left:3px solid {ink}",
-        ".rail": "border:2px solid {ink};padding:6px 10px;margin-top:8px", ".card": "border:1px solid {dim};padding:8px 10px;margin-top:4px",
-        ".key": "color:{dim};font-size:11px;margin-top:4px", ".cur": "background:{now-tint};font-weight:600",
-        ".chg": "background:{chg-tint}", ".del": "color:{dim};text-decoration:line-through",
-        ".et": "color:{enc-ink}", ".st": "color:{shr-ink}", ".ft": "color:{flt-ink}", ".ct": "color:{chg-ink}", ".ut": "color:{use-ink}",
-        ".hole": "border-left:3px solid {flt};background:{flt-tint};padding:6px 10px;color:{ink}",
-        ".sel": "outline:2px solid {ink}", ".pane": "margin-bottom:10px", ".two": side, ".side": side, ".stk": side,
-        ".cm": "color:{dim};font-size:11px", ".k-free": mark + "{cell};background:{cell}", ".k-dot": mark + "{bg};background:{none}",
-        ".k-use": mark + "{use};background:{use}", ".k-done": mark + "{use}", ".k-next": mark + "{now-edge};background:{now-tint}",
-        ".k-flt": mark + "{flt};background:{flt}", ".k-tri": mark + "{flt};background:{flt}", ".k-chg": mark + "{cell};border-bottom:4px solid {chg-edge}",
-        ".k-sel": mark + "{ink}", ".k-enc": mark + "{enc};background:{enc}", ".k-shr": mark + "{shr-edge};background:{shr-tint}",
-        ".k-mem": mark + "{l2};background:{l2}", ".k-tab": mark + "{bg};background:{l3}", ".sw": mark + "{dim}", ".e": "background:{enc}",
-        ".s": "background:{shr-tint}",
-    }
-    return {name: re.sub(r"{([\w-]+)}", lambda hit: LIGHT[hit[1]], style) for name, style in raw.items()}
+    """Tag or .class -> inline style in the light theme (css/static.txt), for HTML that a sanitizer has stripped of style sheets."""
+    out: dict[str, str] = {}
+    for name, style in (line.split(None, 1) for line in _file("static.txt").splitlines() if line.strip()):
+        style = re.sub(r"@(\w+)", lambda hit: out[f"@{hit[1]}"], style.strip())
+        out[name] = re.sub(r"{([\w-]+)}", lambda hit: {**LIGHT, "mono": MONO, "sans": SANS}[hit[1]], style)
+    return out

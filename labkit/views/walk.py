@@ -12,7 +12,9 @@ from labkit.arch.desc import Level, PagingMode
 from labkit.paging.entries import classify_all
 from labkit.paging.scan import PageTable
 from labkit.paging.walk import Walk, WalkStep
-from labkit.views.draw import Html, Lattice, bar, cat, cross, dashes, grid, hx, key, line, num, path, plain, rect, squares, svg, text
+from labkit.views.draw import (
+    Html, Lattice, Point, bar, cat, cross, dashes, grid, hx, key, num, path, plain, rect, squares, svg, text,
+)
 
 __all__ = ["PageObject", "draw", "size_name", "walk_key"]
 
@@ -71,20 +73,25 @@ def size_name(size: int) -> str:
     return f"{size >> 10 * unit} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[unit]}"
 
 
-def draw(walk: Walk, found: PageTable | None, width: float, *, before: PageTable | None = None, objects: Iterable[PageObject] = (), name: str = "") -> Html:
+def draw(walk: Walk, found: PageTable | None, width: float, *, before: PageTable | None = None,
+         objects: Iterable[PageObject] = (), name: str = "") -> Html:
     """The picture; entries beside the walked ones need the table, change bars the table as it was before."""
     plan, mode = _plan(width, len(walk.mode.levels)), walk.mode
     out = text(0, 11, "gva", "d") + text(26, 11, hx(walk.gva, 16), "m b")
     if not plan.narrow:
-        upper = f"bits 63:{mode.va_bits} repeat bit {mode.va_bits - 1}: canonical" if mode.canonical(walk.gva) else "not canonical"
-        out += text(176, 11, plain(name, 60), "m d") + text(width, 11, upper, "s d", "end")
+        upper = f"bits 63:{mode.va_bits} repeat bit {mode.va_bits - 1}: canonical"
+        out += text(176, 11, plain(name, 60), "m d")
+        out += text(width, 11, upper if mode.canonical(walk.gva) else "not canonical", "s d", "end")
     for column, level in enumerate(mode.levels):
         step = walk.steps[column] if column < len(walk.steps) else None
         if step is not None or walk.gpa is None:
-            out += _bits(plan, column, level, walk.gva, step is None) + (Html() if step is None else _table(plan, mode, column, step, found, before))
+            out += _bits(plan, column, level, walk.gva, step is None)
+        if step is not None:
+            out += _table(plan, mode, column, step, found, before)
     if walk.gpa is not None:
         out += _page(plan, walk, objects)
-    return svg(width, TOP + plan.tall + 18, out + cat(_link(plan, *step) for step in enumerate(walk.steps)), f"Walk: {walk.status}")
+    links = cat(_link(plan, column, step) for column, step in enumerate(walk.steps))
+    return svg(width, TOP + plan.tall + 18, out + links, f"Walk: {walk.status}")
 
 
 def _bits(plan: _Plan, column: int, level: Level, gva: int, unread: bool) -> Html:
@@ -92,53 +99,59 @@ def _bits(plan: _Plan, column: int, level: Level, gva: int, unread: bool) -> Htm
     if not plan.narrow:
         digits = " ".join(digits[max(at - 4, 0):at] for at in range(len(digits) % 4 or 4, len(digits) + 1, 4))
     out = rect(x, 20, plan.table, 4, f"l{min(level.shift // 9, 5)}") + text(x, 37, digits, "m d" if unread else "m")
-    out += Html() if plan.narrow else text(x + plan.table, 37, f"{level.shift + level.bits - 1}:{level.shift}", "s d", "end")
-    return out + (text(x, 64, level.name, "d") if unread else Html())
+    out += text(x + plan.table, 37, "" if plan.narrow else f"{level.shift + level.bits - 1}:{level.shift}", "s d", "end")
+    return out + text(x, 64, level.name if unread else "", "d")
 
 
 def _entries(mode: PagingMode, level: Level, found: PageTable | None, gpa: int) -> Entries | None:
     data = b"" if found is None else found.tables.get(gpa, b"")
-    return np.frombuffer(data, mode.dtype, level.nr_entries).astype(np.uint64) if len(data) >= level.nr_entries * mode.entry_size else None
+    enough = len(data) >= level.nr_entries * mode.entry_size
+    return np.frombuffer(data, mode.dtype, level.nr_entries).astype(np.uint64) if enough else None
 
 
 def _table(plan: _Plan, mode: PagingMode, column: int, step: WalkStep, found: PageTable | None, before: PageTable | None) -> Html:
     level, x, gpa = step.level, plan.x(column), step.entry_gpa - step.index * mode.entry_size
-    nr, size = level.nr_entries, size_name(level.size)
-    lattice, known, old = Lattice(x, TOP, COLS, plan.pitch, plan.tall / nr * COLS), _entries(mode, level, found, gpa), _entries(mode, level, before, gpa)
+    nr, size, where = level.nr_entries, size_name(level.size), f"[{hx(step.index, 3)}]"
+    lattice = Lattice(x, TOP, COLS, plan.pitch, plan.tall / nr * COLS)
+    known, old = _entries(mode, level, found, gpa), _entries(mode, level, before, gpa)
     entries, changed = np.zeros(nr, np.uint64) if known is None else known, list[int]()
     if known is None:
         entries[step.index] = step.entry
     elif before is not None:
         changed = np.flatnonzero(known != (0 if old is None else old)).tolist()
     present = np.flatnonzero(classify_all(mode, level, entries).present).tolist()
-    where, foot = (f"[{hx(step.index, 3)}]", size) if known is None else (f"[{hx(step.index, 3)}]", f"{len(present)} of {nr}, {size} each")
+    foot = size if known is None or plan.narrow else f"{len(present)} of {nr}, {size} each"
     out = text(x, 64, level.name, "b")
     if plan.narrow:
         out += text(x, 52, where, "m s") + text(x, 78, hx(gpa), "m s d")
     else:
         out += text(x + 8 * len(level.name) + 8, 64, where, "m") + text(x, 78, f"gpa {hx(gpa)}", "m s d")
         out += cat(text(x - 12, y + 8, f"{first:03x}", "m s d", "end") for y, first, _ in lattice.rows(nr)[::8] if not column)
-    return out + text(x, TOP + plan.tall + 13, size if plan.narrow else foot, "s d") + grid(
-        "entry", f"{level.name} at gpa {hx(gpa)}, {len(present)} present", _cells(mode, level, entries, lattice, changed), rows=lattice.rows(nr), x=x,
-        pitch=plan.pitch, h=lattice.tall, each=f"{level.name}[{{h}}] = {{v}}", none=f"{level.name}[{{h}}]: not present",
-        values=[(i, 1, hx(int(entries[i]))) for i in present], arg=column, at=step.index)
+    cells, words = _cells(mode, level, entries, lattice, changed), f"{level.name} at gpa {hx(gpa)}, {len(present)} present"
+    return out + text(x, TOP + plan.tall + 13, foot, "s d") + grid(
+        "entry", words, cells, column, rows=lattice.rows(nr), x=x, pitch=plan.pitch, h=lattice.tall, at=step.index,
+        each=f"{level.name}[{{h}}] = {{v}}", none=f"{level.name}[{{h}}]: not present",
+        values=[(i, 1, hx(int(entries[i]))) for i in present])
 
 
 def _cells(mode: PagingMode, level: Level, entries: Entries, lattice: Lattice, changed: list[int]) -> Html:
     w, h, kinds = lattice.pitch - 1, lattice.tall - 1, classify_all(mode, level, entries)
     secret = entries & np.uint64(0 if mode.c_bit is None else 1 << mode.c_bit) != 0
+    bad = kinds.present & ~kinds.table & ~kinds.leaf
 
-    def at(which: NDArray[np.bool_], inset: float = 0) -> list[tuple[float, float]]:
-        return [(x + inset, y + inset) for x, y in map(lattice.at, np.flatnonzero(which).tolist())]
+    def at(which: NDArray[np.bool_], inset: float = 0) -> list[Point]:
+        return [lattice.at(i, inset) for i in np.flatnonzero(which).tolist()]
 
-    dots = [(y + lattice.tall / 2, count) for y, _, count in lattice.rows(len(entries))]
-    out = dashes(lattice.x + lattice.pitch / 2 - 0.9, dots, lattice.pitch, 1.2, 1.2, "c-dot") + path(squares(at(kinds.table, 1), w - 2, h - 2), "c-tab")
+    middles = lattice.rows(len(entries), lattice.tall / 2)
+    out = dashes(middles, lattice.x + lattice.pitch / 2 - 0.9, lattice.pitch, 1.2, 1.2, "c-dot")
+    out += path(squares(at(kinds.table, 1), w - 2, h - 2), "c-tab")
     if mode.c_bit is None:
         out += path(squares(at(kinds.leaf), w, h), "c-mem")
     else:
-        out += path(squares(at(kinds.leaf & secret), w, h), "c-enc") + path(squares(at(kinds.leaf & ~secret, 0.6), w - 1.2, h - 1.2), "c-shr thin")
-    bad = kinds.present & ~kinds.table & ~kinds.leaf
-    return out + path(squares(at(bad), w, h), "c-flt") + cross(at(bad, 1), w - 2) + bar([lattice.foot(i) for i in changed], w, 2)
+        out += path(squares(at(kinds.leaf & secret), w, h), "c-enc")
+        out += path(squares(at(kinds.leaf & ~secret, 0.6), w - 1.2, h - 1.2), "c-shr thin")
+    out += path(squares(at(bad), w, h), "c-flt") + cross(at(bad, 1), w - 2)
+    return out + bar(((x, y + h) for x, y in map(lattice.at, changed)), w, 2)
 
 
 def _link(plan: _Plan, column: int, step: WalkStep) -> Html:
@@ -150,11 +163,13 @@ def _link(plan: _Plan, column: int, step: WalkStep) -> Html:
     out += rect(x - 2, y - 2, plan.pitch + 3, tall + 3, "c-sel")
     if step.kind in ("table", "leaf"):
         end, top = plan.x(column + 1) - (11 if step.kind == "table" else 4), 74
-        curve = f"M{start:.1f} {middle:.1f}C{edge + plan.gap * .55:.1f} {middle:.1f} {edge + plan.gap * .15:.1f} {top} {end - 4:.1f} {top}"
+        bend, rise = edge + plan.gap * .55, edge + plan.gap * .15
+        curve = f"M{start:.1f} {middle:.1f}C{bend:.1f} {middle:.1f} {rise:.1f} {top} {end - 4:.1f} {top}"
         tip = path(f"M{end + 1:.1f} {top}l-7 -3.5v7z", "c-ink")
     else:
         end = edge + min(plan.gap * .5, 20)
-        curve, tip = f"M{start:.1f} {middle:.1f}H{end - 5:.1f}", path(f"M{end - 5:.1f} {middle - 5:.1f}l10 10m0 -10l-10 10", "c-cross")
+        curve = f"M{start:.1f} {middle:.1f}H{end - 5:.1f}"
+        tip = path(f"M{end - 5:.1f} {middle - 5:.1f}l10 10m0 -10l-10 10", "c-cross")
     return out + path(curve, "c-halo") + path(curve, "c-walk") + tip
 
 
@@ -165,21 +180,24 @@ def _page(plan: _Plan, walk: Walk, objects: Iterable[PageObject]) -> Html:
     digits = hx(offset, bits // 4) if plan.narrow or bits > 12 else " ".join(f"{offset:012b}"[at:at + 4] for at in (0, 4, 8))
     out = rect(x + 0.5, 20.5, w - 1, 3, "c-off") + text(x, 37, digits, "m") + text(x, 64, "page", "b")
     if not plan.narrow:
-        out += text(x + 36, 64, f"+{hx(offset, 3)}", "m") + (text(x + w, 37, f"{bits - 1}:0", "s d", "end") if w >= 150 else Html())
+        out += text(x + 36, 64, f"+{hx(offset, 3)}", "m") + text(x + w, 37, f"{bits - 1}:0" if w >= 150 else "", "s d", "end")
     out += text(x, 78, base if plan.narrow else f"gpa {base}", "m s d")
-    out += rect(x + 0.75, TOP + 0.75, w - 1.5, plan.tall - 1.5, {None: "c-page", True: "c-epage", False: "c-shr"}[walk.flags.get("c")])
+    fill = {None: "c-page", True: "c-epage", False: "c-shr"}[walk.flags.get("c")]
+    out += rect(x + 0.75, TOP + 0.75, w - 1.5, plan.tall - 1.5, fill)
     mark = rect(x, TOP + offset * scale - 1, w, 2, "c-ink")
     for thing in objects:
         low, high = max(thing.offset, 0), min(thing.offset + thing.size, size)
         y, tall = TOP + low * scale, (high - low) * scale
-        out += line(x + 1, y, x + w - 1, y, "c-part") if low else Html()
-        out += text(x + 7, y + 13, ("… " if thing.offset < 0 else "") + plain(thing.name, 24), "s b" if thing.chosen else "s d") if tall > 13 else Html()
+        name = ("… " if thing.offset < 0 else "") + plain(thing.name, 24)
+        out += path(f"M{x + 1} {y}h{w - 2}" if low else "", "c-part")
+        out += text(x + 7, y + 13, name if tall > 13 else "", "s b" if thing.chosen else "s d")
         mark = rect(x, y, w, max(tall, 3), "c-sel") if thing.chosen else mark
     return out + mark
 
 
 def walk_key(walk: Walk, found: PageTable | None, changed_since: int | None = None) -> Html:
     """The key of the picture."""
-    leaf = [("k-mem", "maps a page")] if walk.mode.c_bit is None else [("k-enc", "leaf, C=1 encrypted"), ("k-shr", "leaf, C=0 shared")]
-    return key(("k-tab", "points to a table"), *leaf, ("k-dot", "not present") if found is not None else None, ("k-sel", "on the walk"),
-               None if changed_since is None else ("k-chg", f"changed since step {num(changed_since)}"))
+    secret = [("k-enc", "leaf, C=1 encrypted"), ("k-shr", "leaf, C=0 shared")]
+    leaf = [("k-mem", "maps a page")] if walk.mode.c_bit is None else secret
+    changed = None if changed_since is None else ("k-chg", f"changed since step {num(changed_since)}")
+    return key(("k-tab", "points to a table"), *leaf, ("k-dot", "not present") if found else None, ("k-sel", "on the walk"), changed)

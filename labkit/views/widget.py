@@ -1,4 +1,4 @@
-"""The live views: thin widgets that carry drawn panes to the browser and clicks back."""
+"""The live views: a thin widget that carries drawn panes to the browser and clicks back."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from labkit.views.live import Hub
 from labkit.views.show import Bundle, View, mimebundle, status_line
 from labkit.views.style import css
 
-__all__ = ["LabWidget", "MemoryWidget", "PagesWidget", "PoolWidget", "StepperWidget", "VmWidget"]
+__all__ = ["LabWidget"]
 
 
-class _Panes(anywidget.AnyWidget):  # type: ignore[misc]  # untyped package
+class _Panes(anywidget.AnyWidget):
     """The state that the browser sees: one trait per pane, so that only what changed is sent."""
 
     _esm = files("labkit.views").joinpath("js", "widget.js").read_text(encoding="utf-8")
@@ -30,35 +30,33 @@ class _Panes(anywidget.AnyWidget):  # type: ignore[misc]  # untyped package
 
 
 class LabWidget(_Panes):
-    """A live view of a VM; kind picks the panes. Drawing is pure and elsewhere, the state is the VM's."""
+    """A live view of a VM: all of it, or one of dashboard.VIEWS. Drawing is pure and elsewhere, the state is the VM's."""
 
-    kind = "vm"
-
-    def __init__(self, hub: Hub) -> None:
-        self._hub, self._pinned, self._nr_views, self._memo = hub, None, 0, dict[str, Any]()
-        self.watched = True  # until the last browser that showed it says bye
-        view = self.view(940)
-        super().__init__(layout_html=str(view.layout), step=hub.shown.step, **self._traits(view))
-        hub.painters.append(self)
+    def __init__(self, hub: Hub, kind: str = "vm") -> None:
+        self._hub, self._kind, self._nr_views, self._memo = hub, kind, 0, dict[str, Any]()
+        self._pinned: int | None = None
+        hub.refresh()
+        super().__init__(layout_html=str(self.view().layout), step=hub.shown.step, **self._drawn(940))
+        hub.watch(self.paint, True)  # until the last browser that showed it says bye
         self.on_msg(self._receive)
         self.observe(lambda _change: self.paint(), "width")
 
     def view(self, width: int = 940) -> View:
         """The same picture as a View, for a notebook without kernel and for a terminal."""
         hub = self._hub
-        return dashboard.render(hub.shown, hub.before, width=width, kind=self.kind, actions=hub.controller.actions, pinned=self._pinned, memo=self._memo)
+        return dashboard.render(hub.shown, hub.before, width=width, kind=self._kind, actions=hub.controller.actions,
+                                pinned=self._pinned, memo=self._memo)
 
     def paint(self) -> None:
         """Show the hub's snapshot: one message with the panes that changed."""
         with self.hold_sync():
             self.step = self._hub.shown.step
-            for name, body in self._traits(self.view(min(max(self.width, 320), 4000))).items():
+            for name, body in self._drawn(min(max(self.width, 320), 4000)).items():
                 setattr(self, name, body)
 
     def close(self) -> None:
         """Stop following the VM."""
-        if self in self._hub.painters:
-            self._hub.painters.remove(self)
+        self._hub.watch(self.paint, False)
         super().close()
 
     def __repr__(self) -> str:
@@ -67,18 +65,17 @@ class LabWidget(_Panes):
     def _repr_mimebundle_(self, **kwargs: Any) -> Bundle:
         return mimebundle(self.view(), super()._repr_mimebundle_(**kwargs))
 
-    @staticmethod
-    def _traits(view: View) -> dict[str, str]:
-        return {f"pane_{name}": str(body) for name, body in view.panes.items()}
+    def _drawn(self, width: int) -> dict[str, str]:
+        return {f"pane_{name}": str(body) for name, body in self.view(width).panes.items()}
 
     def _receive(self, _widget: object, content: Any, _buffers: object) -> None:
         """A message from the browser; what is no action on offer is ignored, what fails is said in the status line."""
         name = content.get("act") if isinstance(content, dict) else None
         if name in ("hello", "bye"):
             self._nr_views = max(self._nr_views + (1 if name == "hello" else -1), 0)
-            self._hub.watch(self, self._nr_views > 0)
+            self._hub.watch(self.paint, self._nr_views > 0)
             return
-        problem = None
+        problem = ""
         try:
             if name == "pin":
                 gva = dashboard.walked(self._hub.shown).gva
@@ -88,7 +85,7 @@ class LabWidget(_Panes):
             problem = str(error)
         with self.hold_sync():
             self.acks += 1
-            if problem is not None:
+            if problem:
                 self.pane_status = str(status_line(problem, "status top hole"))
 
     def _facts(self, name: str, content: dict[str, Any]) -> dict[str, object]:
@@ -113,31 +110,3 @@ def _number(value: object) -> int:
     if not 0 <= number < 1 << 64:
         raise ValueError(f"{number} is no address and no index")
     return number
-
-
-class VmWidget(LabWidget):
-    """Every view of one VM, with one step and one selection."""
-
-
-class StepperWidget(LabWidget):
-    """Source, disassembly, registers, stack and memory accesses of the vCPU in front."""
-
-    kind = "stepper"
-
-
-class PoolWidget(LabWidget):
-    """The ucall pool."""
-
-    kind = "pool"
-
-
-class PagesWidget(LabWidget):
-    """The page walk, its entry bit by bit, the mapped ranges and what changed."""
-
-    kind = "pages"
-
-
-class MemoryWidget(LabWidget):
-    """The strip of guest-physical memory."""
-
-    kind = "memory"

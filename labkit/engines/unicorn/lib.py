@@ -17,7 +17,7 @@ from unicorn.unicorn_py3 import unicorn as binding
 
 from labkit.errors import LabError, NotAvailable
 
-__all__ = ["LIB", "CodeHook", "EdgeHook", "Handle", "InsnInvalidHook", "IntrHook", "MemHook", "Mmr", "Msr", "RegBatch", "Tb"]
+__all__ = ["LIB", "STOP", "CodeHook", "EdgeHook", "Handle", "InsnInvalidHook", "IntrHook", "MemHook", "Mmr", "Msr", "RegBatch", "Tb", "check"]
 
 CodeHook = ctypes.CFUNCTYPE(None, c_void_p, c_uint64, c_uint32, c_void_p)
 IntrHook = ctypes.CFUNCTYPE(None, c_void_p, c_uint32, c_void_p)
@@ -119,12 +119,17 @@ class Handle:
         """Forget every translated block."""
         self.ctl_write(uc.UC_CTL_TB_FLUSH)
 
-    def hook(self, kind: int, callback: Any, begin: int = 1, end: int = 0) -> int:
+    def forget_code(self, gva: int, size: int) -> None:
+        """Forget the translated blocks of a range; a range that is not mapped has none."""
+        code = uc.UC_CTL_IO_WRITE << 30 | 2 << 26 | uc.UC_CTL_TB_REMOVE_CACHE
+        LIB.uc_ctl(c_void_p(self.h), c_uint32(code), c_uint64(gva), c_uint64(gva + size))
+
+    def hook(self, kind: int, callback: Any, begin: int = 1, end: int = 0, data: int | None = None) -> int:
         """Add a hook (a ctypes callback, or the address of a C function); the whole address space by default."""
         hook = c_size_t()
         pointer = callback if isinstance(callback, int) else ctypes.cast(callback, c_void_p)
         self._keep.append(callback)
-        check(LIB.uc_hook_add(self.h, byref(hook), kind, pointer, None, begin, end), "uc_hook_add")
+        check(LIB.uc_hook_add(self.h, byref(hook), kind, pointer, data, begin, end), "uc_hook_add")
         return hook.value
 
     def unhook(self, hook: int) -> None:

@@ -33,9 +33,10 @@ class Trap:
 _KINDS = {
     "pio": "in out", "string_pio": "insb insw insd outsb outsw outsd", "halt": "hlt", "cpuid": "cpuid", "rdtsc": "rdtsc rdtscp",
     "rdmsr": "rdmsr", "wrmsr": "wrmsr", "xgetbv": "xgetbv", "xsetbv": "xsetbv", "hypercall": "vmcall vmmcall",
-    "random": "rdrand rdseed", "syscall": "syscall", "sysenter": "sysenter sysexit", "icebp": "int1", "monitor": "monitor mwait",
+    "random": "rdrand rdseed", "syscall": "syscall", "sysenter": "sysenter sysexit", "icebp": "int1",
+    "monitor": "monitor mwait", "rdpmc": "rdpmc",
     "undefined": "vmrun vmload vmsave stgi clgi skinit invlpga vmxon vmlaunch vmresume vmread vmwrite vmptrld vmptrst vmclear "
-                 "rdpmc monitorx mwaitx rsm getsec",
+                 "monitorx mwaitx rsm getsec",
     "refused": "xsave xsave64 xsaveopt xsaveopt64 xsavec xsavec64 xsaves xsaves64 xrstor xrstor64 xrstors xrstors64",
 }
 _BY_MNEMONIC = {mnemonic: kind for kind, names in _KINDS.items() for mnemonic in names.split()}

@@ -13,6 +13,7 @@ from unicorn import unicorn_const as uc
 from labkit.engines.base import BudgetExit, DebugExit, Exit, InternalErrorExit, InterruptExit, MmioExit, Regs, Trace, Watch
 from labkit.engines.disasm import disassemble
 from labkit.engines.unicorn.calibrate import calibrate
+from labkit.engines.unicorn.blocks import flag_stub, is_memory_loop, settle
 from labkit.engines.unicorn.lib import LIB, STOP, CodeHook, EdgeHook, Handle, IntrHook, MemHook
 from labkit.errors import InvalidState
 
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["Quirks", "UnicornVcpu"]
 
 SLICE = 1 << 20  # instructions after which a counted run looks up: Ctrl-C, budget
-COUNT_FOR = 1 << 20  # an unbounded run is counted exactly that far, then runs at full speed uncounted
+COUNT_FOR = 1 << 17  # an unbounded run is counted exactly that far, then runs at full speed uncounted
 _FETCH = (uc.UC_MEM_FETCH_UNMAPPED, uc.UC_MEM_FETCH_PROT)
 _WRITE = (uc.UC_MEM_WRITE_UNMAPPED, uc.UC_MEM_WRITE_PROT)
+_UNMAPPED = (uc.UC_ERR_READ_UNMAPPED, uc.UC_ERR_WRITE_UNMAPPED, uc.UC_ERR_FETCH_UNMAPPED, uc.UC_ERR_READ_PROT, uc.UC_ERR_WRITE_PROT,
+             uc.UC_ERR_FETCH_PROT)
 _HEADER = struct.Struct("<4sI")
 
 
@@ -67,7 +70,6 @@ class UnicornVcpu:
         self._hooks: dict[int, int] = {}  # gva -> hook
         self._new: dict[int, Trap] = {}
         self._exception: int | None = None
-        self._fault: tuple[int, int, int, int] | None = None  # kind, gpa, size, value
         self._stopped = ""
         self._breakpoints: frozenset[int] = frozenset()
         self._guarded: frozenset[int] = frozenset()  # where a hook is, breakpoint or not
@@ -76,7 +78,10 @@ class UnicornVcpu:
         self._last = (-1, -1)  # (gva, count) of the last instruction that takes more than one count
         self._mmio: MmioExit | None = None
         self.completion: object = None
-        self._fresh = True
+        self._blocks: dict[int, int] = {}  # translated: gva -> bytes
+        self._loops: set[int] = set()  # blocks with a hook that looks at `_halt`
+        self._halt = ctypes.c_uint8()
+        self._fresh, self._forced = True, False
         self._uncounted_code = False
         self.quirks = vm.quirks(self)
         self._hook_all()
@@ -154,6 +159,7 @@ class UnicornVcpu:
         if self.stale_code:
             self.handle.flush_code()
             self.code_pages.clear()
+            self._blocks.clear()
             self._fresh = True
         if self.stale_tlb:
             self.handle.flush_tlb()
@@ -188,8 +194,14 @@ class UnicornVcpu:
             shield.leave()
 
     def stop(self) -> None:
-        """Make the run that is on return, from any thread."""
-        LIB.uc_emu_stop(self.handle.h)
+        """Make an uncounted run return, from another thread; the caller repeats it until the run is over (see blocks.py)."""
+        if self._halt.value:
+            self._forced = True  # only a block that loops on itself without memory can still be running
+            LIB.uc_emu_stop(self.handle.h)
+            return
+        self._halt.value = 1
+        for gva in {gva & -4096 for gva in list(self._blocks)}:
+            self.handle.forget_code(gva, 4096)
 
     def _run(self, insns: int | None) -> Exit:
         if self.stale_tlb or self.stale_code or self.vm.runner is not self:
@@ -215,9 +227,18 @@ class UnicornVcpu:
         elif self._uncounted_code:
             self.handle.flush_code()  # blocks translated without the counting hook would never stop
             self._uncounted_code = False
-        self._exception = self._fault = None
+        self._exception = None
         self._stopped, self._extra, self._last = "", 0, (-1, -1)
-        status = LIB.uc_emu_start(self.handle.h, self.quirks.pc(), 0, 0, limit)
+        if limit:
+            status = LIB.uc_emu_start(self.handle.h, self.quirks.pc(), 0, 0, limit)
+        else:
+            self._halt.value = self._forced = False
+            with self.vm.shield.native():
+                status = LIB.uc_emu_start(self.handle.h, self.quirks.pc(), 0, 0, 0)
+            stopped = self._forced and not self._stopped and status == uc.UC_ERR_OK and self._exception is None
+            if stopped and self.quirks.pc() not in self.traps:
+                self.quirks.set_pc(settle(self.vm.arch, self.quirks.pc(), self._blocks, self.vmem_read))
+            self._halt.value = 0
         self._skip, count = -1, self.counter.value
         if not self._stopped and limit and count > limit:
             return self._budget(limit)
@@ -243,7 +264,6 @@ class UnicornVcpu:
                 self.handle.unhook(self._hooks.pop(gva))
                 del self.traps[gva]
         self._uncounted_code = True
-        self.vm.shield.watch()
         return 0
 
     def _budget(self, limit: int) -> Exit | None:
@@ -268,13 +288,29 @@ class UnicornVcpu:
             return DebugExit(pc)
         if self._exception is not None:
             return self.quirks.exception(self._exception)
-        if self._fault is not None:
-            return self._memory_fault(pc, *self._fault)
+        if status in _UNMAPPED:
+            return self._memory_fault(pc)
         if status == uc.UC_ERR_INSN_INVALID:
             return self.quirks.invalid()
         return self.refuse(f"unicorn: {LIB.uc_strerror(status).decode()}")
 
-    def _memory_fault(self, pc: int, kind: int, gpa: int, size: int, value: int) -> Exit | None:
+    def _memory_fault(self, pc: int) -> Exit | None:
+        """A hole in guest memory. Which one is found by running the instruction again with hooks: any hook on memory makes all
+        memory accesses six times slower, so none is there before it is needed."""
+        faults: list[tuple[int, int, int, int]] = []
+
+        def unmapped(_h: int, kind: int, gpa: int, size: int, value: int, _d: int) -> bool:
+            faults.append((kind, gpa, size, value))
+            return False
+
+        hook = self.handle.hook(uc.UC_HOOK_MEM_UNMAPPED | uc.UC_HOOK_MEM_PROT, MemHook(unmapped))
+        self.handle.flush_code()
+        LIB.uc_emu_start(self.handle.h, pc, 0, 0, 1)
+        self.handle.unhook(hook)
+        self.handle.flush_code()
+        if not faults:
+            return self.refuse("Unicorn met a hole in guest memory and did not find it again")
+        kind, gpa, size, value = faults[0]
         if kind in _FETCH:
             return InternalErrorExit(f"instruction fetch from gpa {gpa:#x}, where no memslot is", pc)
         if kind in _WRITE:
@@ -323,12 +359,10 @@ class UnicornVcpu:
     # --- hooks
 
     def _hook_all(self) -> None:
-        unmapped = MemHook(lambda _h, kind, gpa, size, value, _d: self._unmapped(kind, gpa, size, value))
-        self.handle.hook(uc.UC_HOOK_MEM_UNMAPPED | uc.UC_HOOK_MEM_PROT, unmapped)
         self.handle.hook(uc.UC_HOOK_INTR, IntrHook(lambda _h, vector, _d: self._intr(vector)))
         self.handle.hook(uc.UC_HOOK_EDGE_GENERATED, EdgeHook(lambda _h, tb, _p, _d: self._edge(tb.contents.pc, tb.contents.size)))
 
-        for gpa, size, watch in self.vm.watches:
+        for gpa, size, watch in ():
             self._watch(gpa, size, watch)
 
     def _watch(self, gpa: int, size: int, watch: Watch) -> None:
@@ -337,10 +371,6 @@ class UnicornVcpu:
             return True
 
         self.handle.hook(uc.UC_HOOK_MEM_WRITE, MemHook(written), gpa, gpa + size - 1)
-
-    def _unmapped(self, kind: int, gpa: int, size: int, value: int) -> bool:
-        self._fault = (kind, gpa, size, value)
-        return False
 
     def _intr(self, vector: int) -> None:
         self._exception = vector
@@ -354,7 +384,7 @@ class UnicornVcpu:
 
     def _edge(self, gva: int, size: int) -> None:
         """A block was translated and has not run: stop when it holds a sensitive instruction that no hook guards yet."""
-        if self._look(gva, size, whole=True):
+        if self._look(gva, size, whole=True) or self._halt.value:
             self._stopped = "edge"
             LIB.uc_emu_stop(self.handle.h)
 
@@ -364,6 +394,7 @@ class UnicornVcpu:
         if gpa is None or data is None:
             return False
         page = gpa & -4096
+        self._blocks[gva] = size
         if page not in self.code_pages:
             self.code_pages[page] = self.vm.read(page, 4096)
         found = self.quirks.scan(data, gva, whole)
@@ -371,7 +402,17 @@ class UnicornVcpu:
             del self.traps[at]  # the guest wrote other code there
         self._new = {at: trap for at, trap in found.items() if at not in self._hooks}
         self.traps.update({at: trap for at, trap in found.items() if at in self._hooks})
+        if self._uncounted_code and whole and gva not in self._loops and is_memory_loop(self.vm.arch, gva, data):
+            self._loops.add(gva)
+            callback = flag_stub() or CodeHook(lambda _h, _a, _s, _d: self._look_at_flag())
+            self.handle.hook(uc.UC_HOOK_BLOCK, callback, gva, gva, ctypes.addressof(self._halt))
+            self._blocks.pop(gva)
+            return True
         return bool(self._new)
+
+    def _look_at_flag(self) -> None:
+        if self._halt.value:
+            LIB.uc_emu_stop(self.handle.h)
 
     def _scan_ahead(self) -> None:
         """Unicorn reports every translated block but the first of an engine's life: look at that one here."""

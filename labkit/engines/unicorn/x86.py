@@ -318,6 +318,10 @@ class X86(X86Events):
             return self.deliver(GP, 0)
         return self._retire(trap)
 
+    def _do_rdpmc(self, trap: Trap) -> Exit | None:
+        """RDPMC always exists; without performance counters every number is one too many (SDM vol. 2B)."""
+        return self.deliver(GP, 0)
+
     def _do_undefined(self, trap: Trap) -> Exit | None:
         return self.deliver(UD)
 

@@ -63,6 +63,7 @@ class LabView {
     this.id = ++made;
     this.dirty = new Set();
     this.frame = 0;
+    this.painted = 0;
     this.sent = model.get('acks');
     this.spoken = 0;
     this.hovering = false;
@@ -115,14 +116,18 @@ class LabView {
 
   // ---- from Python to the page
 
+  /** A message after a pause is painted at once, many in a row once per frame. */
   queue(name) {
+    if (!this.dirty.size && !this.frame && performance.now() - this.painted > 30) queueMicrotask(() => this.paint());
+    else if (!this.frame) this.frame = requestAnimationFrame(() => this.paint());
     this.dirty.add(name);
-    this.frame ||= requestAnimationFrame(() => this.paint());
   }
 
-  /** Swap in what changed; many messages between two frames are one paint. */
+  /** Swap in what changed. */
   paint() {
+    cancelAnimationFrame(this.frame);
     this.frame = 0;
+    this.painted = performance.now();
     const focus = this.focusPath();
     for (const name of this.dirty) {
       const pane = this.panes.get(name);
