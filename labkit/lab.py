@@ -21,7 +21,7 @@ from labkit.machine.memory import PAGE, Memory
 from labkit.machine.schedule import Schedule
 from labkit.machine.vm import STACK_PAGES, Machine, MachineState
 from labkit.paging.scan import PageTable, scan
-from labkit.ucall.abi import BITMAP_BYTES, HEADER_SIZE
+from labkit.ucall.abi import HEADER_SIZE
 from labkit.ucall.pool import BadUcallExit, Pool, PoolSnapshot, Ucall
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ __all__ = ["Vcpu", "Vm", "VmState"]
 
 DEFAULT_MEMORY = 8 << 20
 _SPARE = 2 << 20  # beside program, stacks and pool: page tables and what a guest or a test allocates
+_ENDS = {"halted": "halted", "shutdown": "shutdown", "internal-error": "stuck"}
 _FINAL = {"DONE": "done", "ABORT": "aborted", "UNHANDLED": "unhandled"}
 
 
@@ -115,14 +116,10 @@ class Vm:
         space = self.machine.space
         gva = self.alloc_shared(HEADER_SIZE, kind="ucall pool")
         gpa = space.walk(gva).require()
-        self._attach_pool(Pool(self.memory, gpa, gva))
+        self._pool = Pool(self.memory, gpa, gva)
         self.memory.write(gpa, Pool.image(self.memory.hva(gpa)))
         if self.program is not None and "ucall_pool" in self.program.symbols:
             self.write_guest_global("ucall_pool", gva)
-
-    def _attach_pool(self, pool: Pool) -> None:
-        self._pool = pool
-        self.machine.engine.watch(pool.gpa, BITMAP_BYTES, pool.log)
 
     def _add_vcpu(self, entry: int) -> Vcpu:
         index = len(self.vcpus)
@@ -149,30 +146,31 @@ class Vm:
     def arrived(self, vcpu: Vcpu, exit: Exit) -> Ucall | Exit:
         """An engine's exit becomes a ucall when it is one; it is recorded, and a held-back Ctrl-C is raised."""
         came: Ucall | Exit = exit
-        if isinstance(exit, PioExit) and exit.port == self.arch.ucall.number:
-            value = vcpu._cpu.read_reg(self.arch.ucall.register)
-            came = self._take(value, vcpu.index)
-        if isinstance(came, Ucall):
+        if type(exit) is PioExit and exit.port == self.arch.ucall.number:
+            came = self._take(vcpu._cpu.read_reg(self.arch.ucall.register), vcpu)
+        elif self._pool is not None:
+            self._pool.saw(vcpu.index, vcpu._cpu.locked_at, self)
+        if type(came) is Ucall:
             vcpu.state = _FINAL.get(came.cmd, "running")
             self._events.append(Event(came.step, vcpu.index, "ucall", came, None))
-        elif isinstance(came, BudgetExit | InterruptExit):
+        elif type(came) is BudgetExit:
             vcpu.state = "running"
         else:
-            ends = {"halted": "halted", "shutdown": "shutdown", "internal-error": "stuck"}
-            vcpu.state = ends.get(came.end, "running")
-            self._record(vcpu.index, came.end, exit=came, where=vcpu.where())
+            vcpu.state = _ENDS.get(came.end, "running")
+            if not isinstance(came, InterruptExit):
+                self._record(vcpu.index, came.end, exit=came, where=vcpu.where())
         if self._observers:
             self.changed()
         self.machine.engine.check_interrupt()
         return came
 
-    def _take(self, value: int, vcpu: int) -> Ucall | BadUcallExit:
+    def _take(self, value: int, vcpu: Vcpu) -> Ucall | BadUcallExit:
         step = self.step
         if value == 0:
-            return Ucall("NONE", (0,) * 7, None, vcpu, None, step)
+            return Ucall("NONE", (0,) * 7, None, vcpu.index, None, step)
         if self._pool is None:
-            return BadUcallExit(value, "no pool", "this VM was created without a ucall pool", vcpu)
-        return self._pool.take(value, vcpu, step, self._string)
+            return BadUcallExit(value, "no pool", "this VM was created without a ucall pool", vcpu.index)
+        return self._pool.take(value, vcpu.index, step, vcpu._cpu.locked_at, self._string)
 
     def _string(self, gva: int) -> str | None:
         return program_string(self.program, gva) if self.program else None
@@ -356,7 +354,7 @@ class Vm:
         twin = self._bare(self.arch.name, self.backend, [(slot.gpa, slot.size) for slot in self.memory.slots], self.program,
                           f"{self.name} (fork)", self.schedule.name, self.cpu)
         if self._pool is not None:
-            twin._attach_pool(Pool(twin.memory, self._pool.gpa, self._pool.gva))
+            twin._pool = Pool(twin.memory, self._pool.gpa, self._pool.gva)
         for vcpu in self.vcpus:
             twin.machine.adopt_vcpu(twin._tracer(vcpu.index))
             twin.vcpus.append(Vcpu(twin, vcpu.index))

@@ -8,11 +8,10 @@ from typing import Protocol
 
 __all__ = [
     "BudgetExit", "Capability", "DebugExit", "EngineVcpu", "EngineVm", "Exit", "HaltExit", "HypercallExit",
-    "InternalErrorExit", "InterruptExit", "MmioExit", "PioExit", "Regs", "ShutdownExit", "Trace", "Watch",
+    "InternalErrorExit", "InterruptExit", "MmioExit", "PioExit", "Regs", "ShutdownExit", "Trace",
 ]
 
 Regs = dict[str, int]
-Watch = Callable[[int, int, int, int, int], None]  # (step of the VM, vCPU, gpa, size, value written)
 Trace = Callable[[str, dict[str, object]], None]  # (kind, facts): what an engine reports without ending the run
 
 
@@ -131,6 +130,7 @@ class EngineVcpu(Protocol):
 
     insns: int  # retired so far: one instruction, one REP iteration or one exception delivery each
     exact: bool  # insns is exact; a very long unbounded run is not counted to the end
+    locked_at: int  # step of the VM at the last run's last locked instruction, -1 when it had none or the engine cannot tell
 
     def get_regs(self) -> Regs:
         """All registers by their architectural names."""
@@ -171,9 +171,6 @@ class EngineVm(Protocol):
 
     def create_vcpu(self, index: int, trace: Trace) -> EngineVcpu:
         """Make one vCPU in its reset state."""
-
-    def watch(self, gpa: int, size: int, watch: Watch) -> None:
-        """Report every guest write that begins in this range; called before the first vCPU is created."""
 
     def check_interrupt(self) -> None:
         """Raise the KeyboardInterrupt that a run held back until its exit was recorded."""

@@ -7,6 +7,7 @@ return, a thread reads what the C-level handler writes to the wakeup descriptor,
 
 from __future__ import annotations
 
+import _signal  # signal.getsignal makes an enum of what it returns, which takes as long as a whole ucall
 import contextlib
 import os
 import signal
@@ -17,6 +18,7 @@ from types import FrameType
 
 __all__ = ["Shield"]
 
+_SIGINT = int(signal.SIGINT)
 AGAIN = 0.02  # seconds until a stop that was not followed is asked for once more
 
 
@@ -38,7 +40,7 @@ class Shield:
     def enter(self, stop: Callable[[], object]) -> None:
         """Begin a run; `stop()` is called from any thread to end it, and more than once if need be."""
         self._stop = stop
-        if signal.getsignal(signal.SIGINT) is not self._handler and threading.current_thread() is threading.main_thread():
+        if _signal.getsignal(_SIGINT) is not self._handler and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._handler)
         self.running = True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from struct import Struct
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,13 @@ from labkit.ucall.abi import (
     UCALL_BUFFER_LEN, UCALL_MAX_ARGS, UCALL_SIZE, UcallCmd, cmd_name, decode_text, has_text,
 )
 
-__all__ = ["BadUcallExit", "Pool", "PoolSnapshot", "Slot", "SlotState", "Ucall"]
+__all__ = ["BadUcallExit", "Clock", "Pool", "PoolSnapshot", "Slot", "SlotState", "Ucall"]
 
 SlotState = Literal["free", "held", "done", "leaked"]
 Strings = Callable[[int], str | None]  # gva of a string constant -> its text, from the program and not from the guest
-MASK64 = (1 << 64) - 1
+DONE = int(UcallCmd.DONE)
+_NAMES = {int(cmd): cmd.name for cmd in UcallCmd}
+_WITH_TEXT = frozenset(int(cmd) for cmd in UcallCmd if has_text(cmd))
 _FIELDS = Struct(f"<{1 + UCALL_MAX_ARGS}Q")
 
 
@@ -102,6 +104,17 @@ class PoolSnapshot:
     next_slot: int | None = None  # what the next instruction will take, if it is about to
 
 
+class Clock(Protocol):
+    """Something that knows the VM's present step."""
+
+    @property
+    def step(self) -> int: ...
+
+
+class _Now(NamedTuple):
+    step: int
+
+
 class Pool:
     """The host's side of one VM's pool: makes it, looks up what a guest hands over, and keeps the history of its bits."""
 
@@ -111,12 +124,11 @@ class Pool:
         slot = memory.slot(gpa)
         assert slot is not None
         self._data, self._offset = slot.data, gpa - slot.gpa
-        self.owner = np.full(NR_SLOTS, -1, np.int16)
-        self.since = np.full(NR_SLOTS, -1, np.int64)
-        self.uses = np.zeros(NR_SLOTS, np.int32)
-        self.done = np.zeros(NR_SLOTS, np.bool_)
-        self._words = [0] * (NR_SLOTS // 64)  # the bitmap, as far as the log was replayed
-        self._log: list[tuple[int, int, int, int, int]] = []  # (step, vCPU, gpa, size, value) of guest writes to the bitmap
+        self.owner = [-1] * NR_SLOTS
+        self.since = [-1] * NR_SLOTS  # step
+        self.uses = [0] * NR_SLOTS
+        self.done = [False] * NR_SLOTS
+        self._seen = bytes(BITMAP_BYTES)  # the bitmap when the host last looked
 
     @staticmethod
     def image(hva: int) -> bytes:
@@ -125,12 +137,35 @@ class Pool:
         header["ucalls"]["hva"] = hva + BITMAP_BYTES + UCALL_SIZE * np.arange(NR_SLOTS, dtype=np.uint64)
         return header.tobytes()
 
-    def log(self, step: int, vcpu: int, gpa: int, size: int, value: int) -> None:
-        """A guest wrote to the bitmap; cheap, because a ucall does it twice."""
-        self._log.append((step, vcpu, gpa, size, value))
+    def saw(self, vcpu: int, locked: int, clock: Clock) -> None:
+        """A vCPU came back: slots that it took and gave back meanwhile.
 
-    def take(self, value: int, vcpu: int, step: int, strings: Strings) -> Ucall | BadUcallExit:
-        """The ucall behind the value that a guest left in its register, or what is wrong with that value.
+        `locked` is the step of its last locked instruction, which for a test-and-set is the taking itself; without one (-1)
+        the step is that of the clock, now.
+        """
+        now = self._data[self._offset:self._offset + BITMAP_BYTES]
+        if now == self._seen:
+            return
+        step = locked if locked >= 0 else clock.step
+        changed = int.from_bytes(now, "little") ^ int.from_bytes(self._seen, "little")
+        self._seen = now
+        while changed:
+            index = (changed & -changed).bit_length() - 1
+            changed &= changed - 1
+            if now[index >> 3] >> (index & 7) & 1:
+                self._taken(index, vcpu, step)
+            else:
+                self.owner[index] = self.since[index] = -1
+                self.done[index] = False
+
+    def _taken(self, index: int, vcpu: int, step: int) -> None:
+        self.owner[index], self.since[index], self.done[index] = vcpu, step, False
+        self.uses[index] += 1
+
+    def take(self, value: int, vcpu: int, step: int, locked: int, strings: Strings) -> Ucall | BadUcallExit:
+        """The ucall behind the value that a guest left in its register at `step`, or what is wrong with that value.
+
+        `locked` is the step of the vCPU's last locked instruction, -1 when it ran none since it last came back.
 
         The value is only ever compared with the addresses that the host gave out, never used as one.
         """
@@ -140,16 +175,20 @@ class Pool:
         at = self._offset + BITMAP_BYTES + UCALL_SIZE * index
         if not self._data[self._offset + (index >> 3)] >> (index & 7) & 1:
             return BadUcallExit(value, "stale", f"slot {index} is not in use: its bit in in_use is clear", vcpu)
-        cmd, *args = _FIELDS.unpack_from(self._data, at)
-        name = cmd_name(cmd)
-        if cmd == UcallCmd.DONE:
-            self._log.append((step, vcpu, -1, index, 0))
-        if not has_text(cmd):
-            return Ucall(name, tuple(args), None, vcpu, index, step)
+        if locked >= 0 and self._seen[index >> 3] >> (index & 7) & 1:  # given back and taken again since the host last looked
+            self._taken(index, vcpu, locked)
+        self.saw(vcpu, locked, _Now(step))
+        fields = _FIELDS.unpack_from(self._data, at)
+        cmd, args = fields[0], fields[1:]
+        name = _NAMES.get(cmd) or cmd_name(cmd)
+        if cmd == DONE:
+            self.done[index] = True
+        if cmd not in _WITH_TEXT:
+            return Ucall(name, args, None, vcpu, index, step)
         text = decode_text(self._data[at + OFFSET_BUFFER:at + OFFSET_BUFFER + UCALL_BUFFER_LEN])
         if cmd != UcallCmd.ABORT:
-            return Ucall(name, tuple(args), text, vcpu, index, step)
-        return Ucall(name, tuple(args), text, vcpu, index, step, strings(args[GUEST_FILE]), args[GUEST_LINE], strings(args[GUEST_ERROR_STRING]))
+            return Ucall(name, args, text, vcpu, index, step)
+        return Ucall(name, args, text, vcpu, index, step, strings(args[GUEST_FILE]), args[GUEST_LINE], strings(args[GUEST_ERROR_STRING]))
 
     def _refuse(self, value: int, vcpu: int, index: int, rest: int) -> Ucall | BadUcallExit:
         if value == GUEST_UCALL_FAILED:
@@ -170,46 +209,19 @@ class Pool:
         raw = np.frombuffer(self.memory.read(self.gpa, BITMAP_BYTES), np.uint8)
         return np.unpackbits(raw, bitorder="little").astype(np.bool_)
 
-    def _replay(self, now: int) -> NDArray[np.bool_]:
-        """Bring the history up to date with the log, then with what the host or nobody we know wrote."""
-        for step, vcpu, gpa, size, value in self._log:
-            if gpa < 0:  # a DONE: `size` is its slot
-                self.done[size] = True
-                continue
-            at = gpa - self.gpa
-            word, shift = at >> 3, 8 * (at & 7)
-            mask = (1 << 8 * size) - 1 << shift
-            self._set_word(word, self._words[word] & ~mask | (value << shift & mask) & MASK64, vcpu, step)
-        self._log.clear()
-        raw = self.memory.read(self.gpa, BITMAP_BYTES)
-        for word, value in enumerate(np.frombuffer(raw, "<u8").tolist()):
-            self._set_word(word, value, -1, now)
-        return self.bits()
-
-    def _set_word(self, word: int, value: int, vcpu: int, step: int) -> None:
-        changed = self._words[word] ^ value
-        self._words[word] = value
-        while changed:
-            bit = (changed & -changed).bit_length() - 1
-            changed &= changed - 1
-            index, taken = 64 * word + bit, value >> bit & 1
-            self.owner[index], self.since[index] = (vcpu, step) if taken else (-1, -1)
-            self.uses[index] += taken
-            if not taken:
-                self.done[index] = False
-
     def snapshot(self, step: int, finished: frozenset[int], seen: PoolSnapshot | None = None) -> PoolSnapshot:
         """The pool now; `finished` are the vCPUs at their DONE, `seen` the state that changes are marked against."""
-        in_use = self._replay(step)
-        done = self.done & in_use
-        leaked = in_use & ~done & np.isin(self.owner, list(finished))
-        indices = np.flatnonzero(in_use | (self.uses > 0)).tolist()
+        self.saw(-1, -1, _Now(step))  # what nobody came back with was written by the host
+        in_use, owner, uses = self.bits(), np.array(self.owner, np.int16), np.array(self.uses, np.int32)
+        done = np.array(self.done, np.bool_) & in_use
+        leaked = in_use & ~done & np.isin(owner, list(finished))
+        indices = np.flatnonzero(in_use | (uses > 0)).tolist()
         header = np.frombuffer(self.memory.read(self.gpa, HEADER_SIZE), HEADER)[0]
         slots = tuple(self._slot(i, header["ucalls"][i], bool(in_use[i]), bool(done[i]), bool(leaked[i])) for i in indices)
         changed = np.zeros(NR_SLOTS, np.bool_) if seen is None else in_use ^ seen.in_use
         return PoolSnapshot(
-            step, NR_SLOTS, self.gva, self.gpa, UCALL_SIZE, BITMAP_BYTES, -(-HEADER_SIZE // 4096), in_use, self.owner.copy(),
-            self.since.copy(), done, leaked, changed, None if seen is None else seen.step, self.uses.copy(), slots)
+            step, NR_SLOTS, self.gva, self.gpa, UCALL_SIZE, BITMAP_BYTES, -(-HEADER_SIZE // 4096), in_use, owner,
+            np.array(self.since, np.int64), done, leaked, changed, None if seen is None else seen.step, uses, slots)
 
     def _slot(self, index: int, raw: np.void, in_use: bool, done: bool, leaked: bool) -> Slot:
         offset = BITMAP_BYTES + UCALL_SIZE * index
@@ -221,13 +233,10 @@ class Pool:
 
     def state(self) -> dict[str, object]:
         """What the host knows beyond guest memory, for a snapshot."""
-        return {"hva": self.hva, "owner": self.owner.copy(), "since": self.since.copy(), "uses": self.uses.copy(),
-                "done": self.done.copy(), "words": list(self._words), "log": list(self._log)}
+        return {"hva": self.hva, "seen": self._seen, "slots": [list(column) for column in (self.owner, self.since, self.uses, self.done)]}
 
     def set_state(self, state: dict[str, object]) -> None:
         """Put `state` back."""
         facts: dict[str, Any] = dict(state)
-        self.hva = facts["hva"]
-        self.owner, self.since = facts["owner"].copy(), facts["since"].copy()
-        self.uses, self.done = facts["uses"].copy(), facts["done"].copy()
-        self._words, self._log = list(facts["words"]), list(facts["log"])
+        self.hva, self._seen = facts["hva"], facts["seen"]
+        self.owner, self.since, self.uses, self.done = (list(column) for column in facts["slots"])

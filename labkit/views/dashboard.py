@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from labkit.explore.inspect import VcpuSnapshot, VmSnapshot
@@ -14,8 +15,8 @@ from labkit.views.show import View, columns, header, pane, status_line
 
 __all__ = ["PANES", "VIEWS", "Scene", "front", "render", "transport", "walked"]
 
-PANES = ("title", "transport", "timeline", "status", "source", "disassembly", "registers", "stack", "touches", "pool", "card", "poolkey",
-         "held", "rail", "memory", "walk", "ruler", "ranges", "changes")  # of all kinds of widget
+PANES = ("title", "transport", "timeline", "status", "source", "disassembly", "registers", "stack", "touches", "pool", "card",
+         "poolkey", "held", "rail", "memory", "walk", "ruler", "ranges", "changes")  # of all kinds of widget
 CODE = columns("two", pane("source"), pane("disassembly")), el("div", pane("registers"), pane("touches"), cls="side")
 LAYOUT = cat([pane("title"), pane("transport"), pane("timeline"), pane("status"), columns("c2 dash", *CODE),
               pane("pool"), pane("poolkey"), pane("rail"), pane("memory"), pane("walk")])
@@ -66,7 +67,8 @@ class Scene:
     def memory(self) -> View:
         """The strip of guest-physical memory."""
         now, chosen, width = self.vm.memory, self.vm.selection, self.width
-        return self._once("memory", lambda: memory.render(now, width=width, selection=chosen), now.slots, now.ranges, chosen, width)
+        draw = partial(memory.render, now, width=width, selection=chosen)
+        return self._once("memory", draw, now.slots, now.ranges, chosen, width)
 
     def pages(self) -> View:
         """The walk of the selection, else of the next instruction."""
@@ -74,9 +76,9 @@ class Scene:
         before = None if self.previous is None or self.previous.page_table.tables == now.tables else self.previous.page_table
         walk = walked(self.vm)
         objects = pages.pool_objects(self.vm.pool, walk, None if chosen is None else chosen.slot)
-        view = self._once("pages", lambda: pages.render_walk(
-            walk, now, before, width=self.width, objects=objects, pinned=self.pinned, selection=chosen),
-            walk, now.tables, None if before is None else (before.tables, before.step), objects, self.pinned, chosen, self.width)
+        facts: dict[str, Any] = {"width": self.width, "objects": objects, "pinned": self.pinned, "selection": chosen}
+        old = None if before is None else (before.tables, before.step)
+        view = self._once("pages", partial(pages.render_walk, walk, now, before, **facts), walk, now.tables, old, facts)
         return replace(view, panes={**view.panes, "title": pages.title(walk, now)})
 
     def dash(self) -> View:
@@ -87,8 +89,8 @@ class Scene:
         of = "the selection" if vm.selection is not None and vm.selection.gva is not None else "the next instruction"
         drawn = {name: body for part in parts for name, body in part.panes.items() if f'data-pane="{name}"' in LAYOUT} | {
             "title": header(plain(vm.name), [plain(fact, 60) for fact in facts if fact], vm.step),
-            "timeline": timeline.draw(vm, self.width - 26), "status": status_line(said, "status top"), "rail": parts[3].panes["rail"],
-            "walk": label("Page walk", f"of {of}: {parts[3].status}") + parts[3].panes["walk"],
+            "timeline": timeline.draw(vm, self.width - 26), "status": status_line(said, "status top"),
+            "rail": parts[3].panes["rail"], "walk": label("Page walk", f"of {of}: {parts[3].status}") + parts[3].panes["walk"],
         }
         title = f"{plain(vm.name)}, {plain(vm.arch)}, {plain(vm.engine)}, step {num(vm.step)}"
         return View(title, said, drawn, LAYOUT, lambda: [line for part in parts for line in ("", part.status, *part.lines())])
@@ -119,17 +121,17 @@ def walked(vm: VmSnapshot) -> Walk:
 def transport(vm: VmSnapshot, actions: Collection[str]) -> Html:
     """The buttons on offer, grouped back, forth, run; and a tab per vCPU."""
     groups = [el("div", *(_button(name, *group[name]) for name in group if name in actions), cls="grp") for group in BUTTONS]
-    tabs = [_tab(vcpu, vcpu.index == vm.vcpu) for vcpu in vm.vcpus]
-    return el("div", *groups, el("div", *tabs, cls="tabs", role="tablist", aria_label="vCPU"), cls="tp", role="toolbar", aria_label="Run")
+    tabs = el("div", *(_tab(vcpu, vcpu.index == vm.vcpu) for vcpu in vm.vcpus), cls="tabs", role="tablist", aria_label="vCPU")
+    return el("div", *groups, tabs, cls="tp", role="toolbar", aria_label="Run")
 
 
 def _tab(vcpu: VcpuSnapshot, here: bool) -> Html:
     state = "" if vcpu.state in ("running", "not started") else f" {vcpu.state}"
-    return el("span", f"vCPU {vcpu.index}{state}", role="tab", tabindex=0 if here else -1, aria_selected="true" if here else "false",
-              data_act="vcpu", data_value=vcpu.index)
+    return el("span", f"vCPU {vcpu.index}{state}", role="tab", tabindex=0 if here else -1, data_act="vcpu", data_value=vcpu.index,
+              aria_selected="true" if here else "false")
 
 
 def _button(name: str, words: str, keys: str, cap: str, face: str, icon: str) -> Html:
     picture = el("svg", el("path", d=icon), viewBox="0 0 16 16", width=14, height=14, aria_hidden="true")
-    return el("button", picture, face, el("kbd", cap), type="button", cls="pri" if name == "run" else None, aria_label=words, title=words,
-              aria_keyshortcuts=keys, data_act=name)
+    return el("button", picture, face, el("kbd", cap), type="button", cls="pri" if name == "run" else None, aria_label=words,
+              title=words, aria_keyshortcuts=keys, data_act=name)

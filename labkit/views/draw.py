@@ -145,15 +145,16 @@ class Lattice(NamedTuple):
         return [(self.at(first)[1] + down, first, min(self.cols, n - first)) for first in range(0, n, self.cols)]
 
 
-def grid(kind: str, words: str, body: str, arg: int | None = None, *, rows: Rows, x: float, pitch: float, h: float, at: int | None,
-         each: str, none: str, values: Sequence[tuple[int, int, str]], base: int = 0, size: int = 0) -> Html:
+def grid(kind: str, words: str, body: str, arg: int | None = None, *, rows: Rows, x: float, pitch: float, h: float,
+         at: int | None, each: str, none: str, values: Sequence[tuple[int, int, str]], base: int = 0, size: int = 0) -> Html:
     """A focusable grid of cells.
 
     The script finds a cell from rows, x, pitch and h, and sends kind, cell and arg when it is chosen. Of a cell that a
     (first, number, value) covers it says each, of another none, filling in {i}, {h} (hexadecimal), {v} (the value) and
     {a} (base + i * size in hexadecimal).
     """
-    facts = dict(rows=rows, x=x, pitch=pitch, h=h, at=at, each=each, none=none, values=values, base=hx(base), size=size)
+    facts = {"rows": rows, "x": x, "pitch": pitch, "h": h, "at": at, "each": each, "none": none, "values": values,
+             "base": hx(base), "size": size}
     hit = path("".join(squares([(x, y - 1)], count * pitch, h + 2) for y, _, count in rows), "c-hit")
     told = Html(html.escape(json.dumps(facts, separators=(",", ":"))))
     return el("g", hit, body, role="grid", tabindex=0, aria_label=words, data_kind=kind, data_arg=arg, data_grid=told)

@@ -6,6 +6,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 from labkit.explore.inspect import VmSnapshot
@@ -57,10 +58,8 @@ class Publisher:
         if now >= self._next:
             self.flush()
         elif self._timer is None:
-            try:  # in a notebook the loop runs when the cell ends or awaits
+            with suppress(RuntimeError):  # without a loop the next poke or flush paints; a notebook's runs when the cell ends
                 self._timer = asyncio.get_running_loop().call_later(self._next - now, self.flush)
-            except RuntimeError:  # no loop: the next poke or flush paints
-                pass
 
     def flush(self) -> None:
         """Paint now what is not painted yet."""

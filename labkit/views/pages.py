@@ -64,8 +64,10 @@ def title(walk: Walk | None, found: PageTable | None) -> Html:
 
 
 def _ruler(walk: Walk, found: PageTable | None, width: float, pinned: int | None) -> Html:
-    rows = [("", walk)] + ([] if found is None or pinned is None else [(f"pinned, gva {hx(pinned)}: ", found.walk(pinned))])
-    shown = [(last, note + (describe(other.flags) if other.flags else last.kind)) for note, other in rows for last in other.steps[-1:]]
+    rows = [("", walk)]
+    if found is not None and pinned is not None:
+        rows.append((f"pinned, gva {hx(pinned)}: ", found.walk(pinned)))
+    shown = [(last, note + (describe(other.flags) or last.kind)) for note, other in rows for last in other.steps[-1:]]
     return ruler.draw(walk.mode, shown, width) if shown else Html()
 
 

@@ -9,8 +9,30 @@ import numpy as np
 from labkit.explore.inspect import Selection
 from labkit.ucall.pool import PoolSnapshot, Slot
 from labkit.views.draw import (
-    DIGITS, Html, Lattice, Row, aligned, bar, cat, cross, dashes, el, esc, grid, hx, key, label, num, path, plain, rect, select,
-    squares, svg, table, text,
+    DIGITS,
+    Html,
+    Lattice,
+    Row,
+    aligned,
+    bar,
+    cat,
+    cross,
+    dashes,
+    el,
+    esc,
+    grid,
+    hx,
+    key,
+    label,
+    num,
+    path,
+    plain,
+    rect,
+    select,
+    squares,
+    svg,
+    table,
+    text,
 )
 from labkit.views.show import View, columns, header, pane, rail, status_line
 
@@ -49,8 +71,9 @@ def counts(pool: PoolSnapshot) -> str:
     """The figures in words: "6 of 512 in use, 3 of them leaked; 2 changed since step 1 180"."""
     leaked, changed = int(pool.leaked.sum()), int(pool.changed.sum())
     words = f"{num(int(pool.in_use.sum()))} of {num(pool.nr_slots)} in use" + f", {num(leaked)} of them leaked" * bool(leaked)
-    since = "" if pool.changed_since is None else f"; {num(changed) if changed else 'none'} changed since step {num(pool.changed_since)}"
-    return words + since
+    if pool.changed_since is None:
+        return words
+    return f"{words}; {num(changed) if changed else 'none'} changed since step {num(pool.changed_since)}"
 
 
 def status(pool: PoolSnapshot, chosen: int | None = None) -> str:
@@ -168,7 +191,8 @@ def _card(pool: PoolSnapshot, index: int) -> Html:
         return el("div", el("b", f"slot {index}"), el("span", " free, never used", cls="d"), cls="card")
     owner = "" if slot.state == "free" else f", {_owner(slot)}" + ("" if slot.since is None else f" since step {num(slot.since)}")
     said = [] if slot.text is None else [("text", f'"{plain(slot.text, 160)}"')]
-    ok = el("span", " slot says the same ✓", cls="d") if slot.hva_ok else el("span", " ✗ not this slot's: the guest wrote it", cls="ft")
+    wrong = el("span", " ✗ not this slot's: the guest wrote it", cls="ft")
+    ok = el("span", " slot says the same ✓", cls="d") if slot.hva_ok else wrong
     holds = [("cmd", plain(slot.cmd, 40)), ("args", ", ".join(map(hx, slot.args))), *said]
     lies = [("gva", f"{hx(slot.gva)} ucalls[{index}]"), ("gpa", hx(slot.gpa)), ("hva", esc(hx(slot.hva)) + ok)]
     sides = (table(f"slot {index}", [((("d", name), value), {}) for name, value in rows]) for rows in (holds, lies))
@@ -180,8 +204,8 @@ def _held(pool: PoolSnapshot) -> tuple[list[list[str]], str]:
     """The cells of the first held slots, and how many there are."""
     held = [slot for slot in pool.held if slot.state != "free"]
     rows = [[str(slot.index), "?" if slot.vcpu is None else str(slot.vcpu), "" if slot.since is None else num(slot.since),
-             plain(slot.cmd, 20), ", ".join(map(hx, slot.args)).removesuffix(", 0x0" * 6), plain(slot.text or "", 60), STATE[slot.state]]
-            for slot in held[:HELD]]
+             plain(slot.cmd, 20), ", ".join(map(hx, slot.args)).removesuffix(", 0x0" * 6), plain(slot.text or "", 60),
+             STATE[slot.state]] for slot in held[:HELD]]
     return rows, f"the first {HELD} of {num(len(held))}" if len(held) > HELD else str(len(held))
 
 

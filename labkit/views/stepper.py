@@ -11,8 +11,8 @@ from labkit.views.show import View, columns, header, pane, status_line
 
 __all__ = ["render", "status"]
 
-KEYWORDS = re.compile(r"\b(auto|break|case|char|const|continue|default|do|double|else|enum|extern|float|for|goto|if|inline|int|long|"
-                      r"register|return|short|signed|sizeof|static|struct|switch|typedef|union|unsigned|void|volatile|while)\b")
+KEYWORDS = re.compile(r"\b(auto|break|case|char|const|continue|default|do|double|else|enum|extern|float|for|goto|if|inline|int"
+                      r"|long|register|return|short|signed|sizeof|static|struct|switch|typedef|union|unsigned|void|volatile|while)\b")
 COMMENT = re.compile(r"(//.*|/\*.*?(?:\*/|$))")
 PC = ("rip", "pc", "psw")  # never marked: it always changes
 CODE = pane("source"), pane("disassembly"), pane("registers"), el("div", pane("stack"), pane("touches"), cls="stk")
@@ -21,7 +21,7 @@ LAYOUT = cat([pane("title"), pane("transport"), columns("c2e w4", *CODE), pane("
 
 def render(vcpu: VcpuSnapshot, previous: VcpuSnapshot | None = None, *, width: float = 940,
            selection: Selection | None = None) -> View:
-    """One vCPU as a view, fitted by the style sheet to any width; registers are marked against previous, else as the snapshot says."""
+    """One vCPU as a view (of any width); registers are marked against previous, else as the snapshot says."""
     since = "the last look"
     if previous is not None:
         since = "the last step" if vcpu.step - previous.step == 1 else f"step {num(previous.step)}"
@@ -107,7 +107,8 @@ def _registers(vcpu: VcpuSnapshot, since: str, chosen: int | None) -> Html:
     """A click selects what a pointer points to."""
     rows: list[Row] = []
     for row in vcpu.registers:
-        points, cells = row.points_to is not None, (("nm", row.name), ("v", _value(row.value, row.changed)), ("cm", _note(row.note)))
+        cells = (("nm", row.name), ("v", _value(row.value, row.changed)), ("cm", _note(row.note)))
+        points = row.points_to is not None
         cls = " ".join(["chg"] * row.changed + ["sel"] * (points and row.points_to == chosen)) or None
         rows.append((cells, select("register", row.name, cls) if points else {"cls": cls}))
     more = "bar: changed by the last step" if since == "the last step" else f"bar: changed since {since}"
@@ -118,7 +119,8 @@ def _stack(vcpu: VcpuSnapshot, chosen: int | None) -> Html:
     rows: list[Row] = []
     for i, row in enumerate(vcpu.stack):
         note = _note(row.note) + ("" if i else el("b", " ← sp"))
-        rows.append(((("nm", f"{row.gva:x}"), ("v", _value(row.value)), ("cm", note)), select("byte", hx(row.gva), _sel(row.gva == chosen))))
+        action = select("byte", hx(row.gva), _sel(row.gva == chosen))
+        rows.append(((("nm", f"{row.gva:x}"), ("v", _value(row.value)), ("cm", note)), action))
     more = "from the stack pointer up" if rows else "none: the stack pointer leads nowhere"
     return label("Stack", more) + table("stack", rows, cls="regs")
 
@@ -126,9 +128,11 @@ def _stack(vcpu: VcpuSnapshot, chosen: int | None) -> Html:
 def _touches(vcpu: VcpuSnapshot, chosen: int | None) -> Html:
     rows: list[Row] = []
     for touch in vcpu.touches:
-        said = (f"{touch.note} = " if touch.note else "") + hx(touch.before) + ("" if touch.after is None else f" → {hx(touch.after)}")
+        said = (f"{touch.note} = " if touch.note else "") + hx(touch.before)
+        said += "" if touch.after is None else f" → {hx(touch.after)}"
         note = el("span", said if touch.gpa is not None else "not mapped", cls="mono")
-        rows.append(((("nm", touch.kind), ("v", hx(touch.gva)), ("cm", note)), select("byte", hx(touch.gva), _sel(touch.gva == chosen))))
+        action = select("byte", hx(touch.gva), _sel(touch.gva == chosen))
+        rows.append(((("nm", touch.kind), ("v", hx(touch.gva)), ("cm", note)), action))
     for page in sorted({touch.gpa >> 12 for touch in vcpu.touches if touch.gpa is not None}):
         rows.append(((("nm", "page"), ("v", f"gpa {hx(page << 12)}"), ""), select("page", page)))
     return label("This instruction touches") + table("touches", rows, cls="regs") if rows else Html()

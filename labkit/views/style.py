@@ -42,7 +42,8 @@ def _tokens(theme: dict[str, str], jupyter: bool) -> str:
     """The colours and fonts as CSS variables, standing behind JupyterLab's own where there are such."""
     fonts = {"mono": ("--jp-code-font-family", MONO), "sans": ("--jp-ui-font-family", SANS)}
     both = {name: (JUPYTER.get(name, ""), colour) for name, colour in theme.items()} | fonts
-    return "".join(f"--{name}:{f'var({theirs},{ours})' if jupyter and theirs else ours};" for name, (theirs, ours) in both.items())
+    return "".join(f"--{name}:{f'var({theirs},{ours})' if jupyter and theirs else ours};"
+                   for name, (theirs, ours) in both.items())
 
 
 @cache
@@ -59,7 +60,7 @@ def svg_css() -> str:
 
 @cache
 def inline_styles() -> dict[str, str]:
-    """Tag or .class -> inline style in the light theme (css/static.txt), for HTML that a sanitizer has stripped of style sheets."""
+    """Tag or .class -> inline style (light), for HTML that a sanitizer has stripped of style sheets; from css/static.txt."""
     out: dict[str, str] = {}
     for name, style in (line.split(None, 1) for line in _file("static.txt").splitlines() if line.strip()):
         style = re.sub(r"@(\w+)", lambda hit: out[f"@{hit[1]}"], style.strip())

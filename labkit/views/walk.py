@@ -13,7 +13,23 @@ from labkit.paging.entries import classify_all
 from labkit.paging.scan import PageTable
 from labkit.paging.walk import Walk, WalkStep
 from labkit.views.draw import (
-    Html, Lattice, Point, bar, cat, cross, dashes, grid, hx, key, num, path, plain, rect, squares, svg, text,
+    Html,
+    Lattice,
+    Point,
+    bar,
+    cat,
+    cross,
+    dashes,
+    grid,
+    hx,
+    key,
+    num,
+    path,
+    plain,
+    rect,
+    squares,
+    svg,
+    text,
 )
 
 __all__ = ["PageObject", "draw", "size_name", "walk_key"]
@@ -200,4 +216,5 @@ def walk_key(walk: Walk, found: PageTable | None, changed_since: int | None = No
     secret = [("k-enc", "leaf, C=1 encrypted"), ("k-shr", "leaf, C=0 shared")]
     leaf = [("k-mem", "maps a page")] if walk.mode.c_bit is None else secret
     changed = None if changed_since is None else ("k-chg", f"changed since step {num(changed_since)}")
-    return key(("k-tab", "points to a table"), *leaf, ("k-dot", "not present") if found else None, ("k-sel", "on the walk"), changed)
+    dot = None if found is None else ("k-dot", "not present")
+    return key(("k-tab", "points to a table"), *leaf, dot, ("k-sel", "on the walk"), changed)

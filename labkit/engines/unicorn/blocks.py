@@ -1,4 +1,4 @@
-"""Blocks that jump to themselves: the ones that a CPU never leaves by itself, and how to stop it there all the same.
+"""Hooks in machine code, and blocks that jump to themselves: how to stop a CPU that never comes back.
 
 `uc_emu_stop` from another thread leaves the program counter where memory was last touched, or in the middle of a
 read-modify-write. Dropping the translated code brings the CPU back in order, but a block that jumps to itself stays linked to
@@ -19,22 +19,25 @@ from functools import cache
 from labkit.engines.disasm import Decoded, disassemble
 from labkit.engines.unicorn.lib import STOP
 
-__all__ = ["MACHINE_CODE", "flag_stub", "is_memory_loop", "settle"]
+__all__ = ["MACHINE_CODE", "is_memory_loop", "settle", "stub"]
 
 Read = Callable[[int, int], bytes | None]
 
-# hook(uc, address, size, flag): if (*flag) uc_emu_stop(uc); the 8-byte address of uc_emu_stop is put in place of the Ss
+# Hooks, called as hook(uc, address, size, data); the 8-byte address of uc_emu_stop is put in place of the Ss.
+# "flag": if (*(char *)data) uc_emu_stop(uc).   "locked": data[0] = *data[1], the counter at the last locked instruction.
 MACHINE_CODE = {
-    "x86_64": b"\x80\x39\x00\x75\x01\xc3\x48\xb8SSSSSSSS\xff\xe0",  # cmpb $0,(%rcx); jne 1f; ret; 1: mov $S,%rax; jmp *%rax
-    "aarch64": struct.pack("<5I", 0x39400064, 0x35000044, 0xD65F03C0, 0x58000045, 0xD61F00A0) + b"SSSSSSSS",  # ldrb; cbnz; ret; ldr; br
+    ("x86_64", "flag"): b"\x80\x39\x00\x75\x01\xc3\x48\xb8SSSSSSSS\xff\xe0",
+    ("x86_64", "locked"): b"\x48\x8b\x41\x08\x48\x8b\x00\x48\x89\x01\xc3",
+    ("aarch64", "flag"): struct.pack("<5I", 0x39400064, 0x35000044, 0xD65F03C0, 0x58000045, 0xD61F00A0) + b"SSSSSSSS",
+    ("aarch64", "locked"): struct.pack("<4I", 0xF9400464, 0xF9400084, 0xF9000064, 0xD65F03C0),
 }
 _STACK = ("push", "pop", "call", "ret", "leave", "enter")
 
 
 @cache
-def flag_stub() -> int | None:
-    """The address of the hook in executable memory; None where the host's processor is another or forbids it."""
-    code = MACHINE_CODE.get({"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine()))
+def stub(name: str) -> int | None:
+    """The address of a hook in executable memory; None where the host's processor is another or forbids it."""
+    code = MACHINE_CODE.get(({"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine()), name))
     if code is None:
         return None
     try:

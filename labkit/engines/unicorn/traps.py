@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from labkit.engines.disasm import decoder
 
-__all__ = ["Trap", "scan"]
+__all__ = ["PREFIXES", "Trap", "scan"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Trap:
     @property
     def stops(self) -> bool:
         """Ends the run before the instruction; the others only correct the count."""
-        return self.kind not in ("rep", "shadow")
+        return self.kind not in ("rep", "shadow", "locked")
 
 
 _KINDS = {
@@ -40,11 +40,11 @@ _KINDS = {
     "refused": "xsave xsave64 xsaveopt xsaveopt64 xsavec xsavec64 xsaves xsaves64 xrstor xrstor64 xrstors xrstors64",
 }
 _BY_MNEMONIC = {mnemonic: kind for kind, names in _KINDS.items() for mnemonic in names.split()}
-_PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
+PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 _STRING = re.compile(r"(?:movs|stos|lods|cmps|scas)[bwdq]$")
 # Every byte sequence that can begin or be part of one of them; a block without a match needs no decoding
 _SUSPECT = re.compile(
-    rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xc4\xc5\x62\x8f\xf1]|[\xf2\xf3][\x40-\x4f\x66\x67]*[\xa4-\xa7\xaa-\xaf]"
+    rb"[\xf0\x86\x87\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xc4\xc5\x62\x8f\xf1]|[\xf2\xf3][\x40-\x4f\x66\x67]*[\xa4-\xa7\xaa-\xaf]"
     rb"|\x0f[\x00\x01\x05\x30-\x37\x78\x79\xa2\xaa\xae\xc7]|\x8e[\x10-\x17\x50-\x57\x90-\x97\xd0-\xd7]", re.DOTALL)
 _ENDS = re.compile(r"j|ret|iret|call|loop|syscall|sysret|hlt|ud2|int")
 
@@ -55,9 +55,11 @@ def _kind(data: bytes, mnemonic: str, op_str: str) -> str | None:
         return _BY_MNEMONIC[words[-1]]
     if words[0] in ("rep", "repe", "repne") and _STRING.match(words[-1]):
         return "rep"
+    if words[0] in ("lock", "xacquire", "xrelease") or (words[-1] == "xchg" and "[" in op_str):
+        return "locked"
     if words[-1] == "mov" and op_str.startswith("ss,"):
         return "shadow"
-    opcode = next((b for b in data if b not in _PREFIXES), 0)
+    opcode = next((b for b in data if b not in PREFIXES), 0)
     if opcode in (0xC4, 0xC5, 0x62) or (opcode == 0x8F and words[-1] != "pop"):
         return "vector"
     return None
@@ -81,6 +83,6 @@ def scan(data: bytes, gva: int, whole: bool) -> dict[int, Trap]:
             return found
     rest = data[end - gva:]
     if whole and rest:
-        opcode = next((b for b in rest if b not in _PREFIXES), 0)
+        opcode = next((b for b in rest if b not in PREFIXES), 0)
         found[end] = Trap("vector" if opcode in (0xC4, 0xC5, 0x62) else "unknown", end, rest[:15], ".byte", rest[:15].hex(" "))
     return found

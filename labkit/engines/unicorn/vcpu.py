@@ -6,14 +6,15 @@ import ctypes
 import json
 import struct
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 from unicorn import unicorn_const as uc
 
-from labkit.engines.base import BudgetExit, DebugExit, Exit, InternalErrorExit, InterruptExit, MmioExit, Regs, Trace, Watch
+from labkit.engines.base import BudgetExit, DebugExit, Exit, InternalErrorExit, InterruptExit, MmioExit, Regs, Trace
 from labkit.engines.disasm import disassemble
 from labkit.engines.unicorn.calibrate import calibrate
-from labkit.engines.unicorn.blocks import flag_stub, is_memory_loop, settle
+from labkit.engines.unicorn.blocks import is_memory_loop, settle, stub
 from labkit.engines.unicorn.lib import LIB, STOP, CodeHook, EdgeHook, Handle, IntrHook, MemHook
 from labkit.errors import InvalidState
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from labkit.engines.unicorn.traps import Trap
     from labkit.engines.unicorn.vm import UnicornVm
 
-__all__ = ["Quirks", "UnicornVcpu"]
+__all__ = ["COUNT_FOR", "Quirks", "UnicornVcpu", "budget_exit"]
 
 SLICE = 1 << 20  # instructions after which a counted run looks up: Ctrl-C, budget
 COUNT_FOR = 1 << 17  # an unbounded run is counted exactly that far, then runs at full speed uncounted
@@ -32,6 +33,12 @@ _UNMAPPED = (uc.UC_ERR_READ_UNMAPPED, uc.UC_ERR_WRITE_UNMAPPED, uc.UC_ERR_FETCH_
 _HEADER = struct.Struct("<4sI")
 
 
+@cache
+def budget_exit(insns: int) -> BudgetExit:
+    """The one exit object for a budget: stepping makes one a step."""
+    return BudgetExit(insns)
+
+
 class Quirks(Protocol):
     """What one architecture adds to the run loop."""
 
@@ -39,6 +46,8 @@ class Quirks(Protocol):
     uc_mode: int
 
     def pc(self) -> int: ...
+    def leave(self) -> int: ...  # the program counter to run from; what was known of registers is void
+    def arrive(self) -> int: ...  # the program counter after a run, and other registers that a trap will ask for
     def set_pc(self, gva: int) -> None: ...
     def scan(self, data: bytes, gva: int, whole: bool) -> dict[int, Trap]: ...
     def trap(self, trap: Trap) -> Exit | None: ...
@@ -78,7 +87,10 @@ class UnicornVcpu:
         self._last = (-1, -1)  # (gva, count) of the last instruction that takes more than one count
         self._mmio: MmioExit | None = None
         self.completion: object = None
+        self._locked = (ctypes.c_uint64 * 2)(0, ctypes.addressof(self.counter))  # as the "locked" hook wants it
+        self.locked_at = -1
         self._blocks: dict[int, int] = {}  # translated: gva -> bytes
+        self._new_loop = -1
         self._loops: set[int] = set()  # blocks with a hook that looks at `_halt`
         self._halt = ctypes.c_uint8()
         self._fresh, self._forced = True, False
@@ -117,6 +129,7 @@ class UnicornVcpu:
         size = _HEADER.unpack_from(state)[1]
         facts = json.loads(state[_HEADER.size:_HEADER.size + size])
         self.handle.set_context(state[_HEADER.size + size:])
+        self.quirks.leave()
         self.insns, self.exact = facts["insns"], facts["exact"]
         self._mmio = None if facts["mmio"] is None else MmioExit(facts["mmio"][0], facts["mmio"][1], False, facts["mmio"][2])
         self.quirks.set_extra_state(facts["extra"])
@@ -191,7 +204,7 @@ class UnicornVcpu:
         try:
             return self._run(insns)
         finally:
-            shield.leave()
+            shield.running = False
 
     def stop(self) -> None:
         """Make an uncounted run return, from another thread; the caller repeats it until the run is over (see blocks.py)."""
@@ -206,7 +219,7 @@ class UnicornVcpu:
     def _run(self, insns: int | None) -> Exit:
         if self.stale_tlb or self.stale_code or self.vm.runner is not self:
             self._sync()
-        start, self.completion, self._skip = self.insns, None, self.quirks.pc()
+        start, self.completion, self._skip, self.locked_at = self.insns, None, self.quirks.pc(), -1
         if self._fresh:
             self._scan_ahead()
         if self._mmio is not None and (exit := self._finish_mmio()) is not None:
@@ -214,49 +227,60 @@ class UnicornVcpu:
         while True:
             left = None if insns is None else insns - (self.insns - start)
             if left is not None and left <= 0:
-                return BudgetExit(insns or 0)
+                return budget_exit(insns or 0)
             if (exit := self._slice(left, self.insns - start)) is not None:
                 return exit
             if self.vm.shield.interrupted:
                 return InterruptExit()
 
     def _slice(self, left: int | None, done: int) -> Exit | None:
-        limit = SLICE if left is None else min(left, SLICE)
+        """One native run; None when the run goes on behind it."""
         if left is None and (not self.exact or done >= self.vm.count_for):
-            limit = self._uncounted()
-        elif self._uncounted_code:
-            self.handle.flush_code()  # blocks translated without the counting hook would never stop
-            self._uncounted_code = False
-        self._exception = None
-        self._stopped, self._extra, self._last = "", 0, (-1, -1)
-        if limit:
-            status = LIB.uc_emu_start(self.handle.h, self.quirks.pc(), 0, 0, limit)
+            limit, status = 0, self._run_uncounted()
         else:
-            self._halt.value = self._forced = False
-            with self.vm.shield.native():
-                status = LIB.uc_emu_start(self.handle.h, self.quirks.pc(), 0, 0, 0)
-            stopped = self._forced and not self._stopped and status == uc.UC_ERR_OK and self._exception is None
-            if stopped and self.quirks.pc() not in self.traps:
-                self.quirks.set_pc(settle(self.vm.arch, self.quirks.pc(), self._blocks, self.vmem_read))
-            self._halt.value = 0
-        self._skip, count = -1, self.counter.value
-        if not self._stopped and limit and count > limit:
-            return self._budget(limit)
+            limit = min(SLICE, self.vm.count_for - done if left is None else left)
+            status = self._run_counted(limit)
+        count = self.counter.value
+        if self._locked[0]:
+            self.locked_at = self.vm.retired() + self._locked[0] - self._extra
         if self._stopped == "edge":
             self.insns += count - self._extra
             self._install()
             return None
-        if status == uc.UC_ERR_OK and self._exception is None and not self._stopped:
-            trap = self.traps.get(self.quirks.pc())
-            if trap is None:
-                self.insns += count - self._extra  # the CPU left the loop by itself (PAUSE), or the watchdog looked in
-                return None
+        if self._stopped or status or self._exception is not None:
             self.insns += max(count - 1, 0) - self._extra
-            return self.quirks.trap(trap)
+            return self._stop_reason(status)
+        if limit and count > limit:
+            return self._budget(limit)
+        trap = self.traps.get(self.quirks.arrive())
+        if trap is None:
+            self.insns += count - self._extra  # the CPU left the loop by itself, or somebody asked it to
+            return None
         self.insns += max(count - 1, 0) - self._extra
-        return self._stop_reason(status)
+        return self.quirks.trap(trap)
 
-    def _uncounted(self) -> int:
+    def _run_counted(self, limit: int) -> int:
+        if self._uncounted_code:
+            self.handle.flush_code()  # blocks translated without the counting hook would never stop
+            self._uncounted_code = False
+        self._stopped, self._extra, self._exception, self._locked[0], self._last = "", 0, None, 0, (-1, -1)
+        status: int = LIB.uc_emu_start(self.handle.h, self.quirks.leave(), 0, 0, limit)
+        self._skip = -1
+        return status
+
+    def _run_uncounted(self) -> int:
+        self._uncounted()
+        self._stopped, self._extra, self._exception, self._locked[0], self._last = "", 0, None, 0, (-1, -1)
+        self._halt.value = self._forced = False
+        with self.vm.shield.native():
+            status: int = LIB.uc_emu_start(self.handle.h, self.quirks.leave(), 0, 0, 0)
+        stopped = self._forced and not self._stopped and not status and self._exception is None
+        if stopped and self.quirks.pc() not in self.traps:
+            self.quirks.set_pc(settle(self.vm.arch, self.quirks.pc(), self._blocks, self.vmem_read))
+        self._halt.value, self._skip = 0, -1
+        return status
+
+    def _uncounted(self) -> None:
         """From here on the run is not counted: Unicorn drops its counting hook, and the hooks on REP go too."""
         if self.exact:
             self.exact = False
@@ -264,14 +288,15 @@ class UnicornVcpu:
                 self.handle.unhook(self._hooks.pop(gva))
                 del self.traps[gva]
         self._uncounted_code = True
-        return 0
 
     def _budget(self, limit: int) -> Exit | None:
         """The count is used up; an instruction that takes one count more than steps is brought to its end."""
         self.insns += limit - self._extra
         gva, at = self._last
+        if at != limit:
+            return None
         trap = self.traps.get(gva)
-        if at != limit or trap is None or not self._unfinished(trap, gva):
+        if trap is None or not self._unfinished(trap, gva):
             return None
         before = self.insns + (trap.kind == "shadow")
         exit = self._slice(1, 0)
@@ -362,15 +387,6 @@ class UnicornVcpu:
         self.handle.hook(uc.UC_HOOK_INTR, IntrHook(lambda _h, vector, _d: self._intr(vector)))
         self.handle.hook(uc.UC_HOOK_EDGE_GENERATED, EdgeHook(lambda _h, tb, _p, _d: self._edge(tb.contents.pc, tb.contents.size)))
 
-        for gpa, size, watch in ():
-            self._watch(gpa, size, watch)
-
-    def _watch(self, gpa: int, size: int, watch: Watch) -> None:
-        def written(_h: int, _kind: int, at: int, count: int, value: int, _d: int) -> bool:
-            watch(self.vm.retired() + self.counter.value - self._extra, self.index, at, count, value)
-            return True
-
-        self.handle.hook(uc.UC_HOOK_MEM_WRITE, MemHook(written), gpa, gpa + size - 1)
 
     def _intr(self, vector: int) -> None:
         self._exception = vector
@@ -404,9 +420,9 @@ class UnicornVcpu:
         self.traps.update({at: trap for at, trap in found.items() if at in self._hooks})
         if self._uncounted_code and whole and gva not in self._loops and is_memory_loop(self.vm.arch, gva, data):
             self._loops.add(gva)
-            callback = flag_stub() or CodeHook(lambda _h, _a, _s, _d: self._look_at_flag())
+            callback = stub("flag") or CodeHook(lambda _h, _a, _s, _d: self._look_at_flag())
             self.handle.hook(uc.UC_HOOK_BLOCK, callback, gva, gva, ctypes.addressof(self._halt))
-            self._blocks.pop(gva)
+            self._new_loop = gva
             return True
         return bool(self._new)
 
@@ -421,12 +437,23 @@ class UnicornVcpu:
             self._install()
 
     def _install(self) -> None:
+        if self._new_loop >= 0:
+            self.handle.forget_code(self._new_loop, 1)
+            self._new_loop = -1
         for gva, trap in self._new.items():
-            callback = STOP if trap.stops else CodeHook(lambda _h, at, _s, _d: self._count_extra(at))
-            self._hooks[gva] = self.handle.hook(uc.UC_HOOK_CODE, callback, gva, gva)
+            callback, data = STOP, None
+            if trap.kind == "locked":
+                callback = stub("locked") or CodeHook(lambda _h, _a, _s, _d: self._at_locked())
+                data = ctypes.addressof(self._locked)
+            elif not trap.stops:
+                callback = CodeHook(lambda _h, at, _s, _d: self._count_extra(at))
+            self._hooks[gva] = self.handle.hook(uc.UC_HOOK_CODE, callback, gva, gva, data)
+            self.handle.forget_code(gva, 1)
         self.traps.update(self._new)
         self._new = {}
-        self.handle.flush_code()
+
+    def _at_locked(self) -> None:
+        self._locked[0] = self.counter.value
 
     def _count_extra(self, gva: int) -> None:
         """At a REP string instruction or a stack-segment load: Unicorn counts one more than the architecture steps."""

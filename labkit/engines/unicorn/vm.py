@@ -8,11 +8,11 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from labkit.arch.x86_cpu import CpuModel
-from labkit.engines.base import Capability, Trace, Watch
+from labkit.engines.base import Capability, Trace
 from labkit.engines.interrupt import Shield
 from labkit.engines.unicorn.vcpu import COUNT_FOR, UnicornVcpu
 from labkit.engines.unicorn.x86 import X86
-from labkit.errors import InvalidState, NotAvailable
+from labkit.errors import NotAvailable
 
 if TYPE_CHECKING:
     from labkit.engines.unicorn.vcpu import Quirks
@@ -52,7 +52,6 @@ class UnicornVm:
         self.slots: list[tuple[int, int, int]] = []
         self.vcpus: list[UnicornVcpu] = []
         self.runner: UnicornVcpu | None = None
-        self.watches: list[tuple[int, int, Watch]] = []
         self.count_for = COUNT_FOR
 
     def add_memslot(self, gpa: int, hva: int, size: int) -> None:
@@ -66,12 +65,6 @@ class UnicornVm:
         vcpu = UnicornVcpu(self, index, trace)
         self.vcpus.append(vcpu)
         return vcpu
-
-    def watch(self, gpa: int, size: int, watch: Watch) -> None:
-        """Report every guest write that begins in this range; called before the first vCPU is created."""
-        if self.vcpus:
-            raise InvalidState("a range is watched from the first vCPU on, or not at all")
-        self.watches.append((gpa, size, watch))
 
     def memory_written(self, gpa: int, size: int) -> None:
         """The host wrote guest memory: translations may be stale, and code if it lay there."""
@@ -99,6 +92,8 @@ class UnicornVm:
 
     def retired(self) -> int:
         """Instructions retired by all vCPUs: the VM's clock."""
+        if len(self.vcpus) == 1:
+            return self.vcpus[0].insns
         return sum(vcpu.insns for vcpu in self.vcpus)
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc
@@ -11,9 +12,9 @@ from unicorn import unicorn_const as uc
 from labkit.arch.x86_cpu import APIC_BASE, IA32_TSC, IA32_TSC_ADJUST, XCR0_SUPPORTED
 from labkit.engines.base import Exit, HaltExit, HypercallExit, PioExit
 from labkit.engines.unicorn.lib import RegBatch
-from labkit.engines.unicorn.traps import Trap, scan
+from labkit.engines.unicorn.traps import PREFIXES, Trap, scan
 from labkit.engines.unicorn.x86_events import DB, GP, UD, X86Events
-from labkit.engines.unicorn.x86_regs import NATIVE_MSRS, X86Registers
+from labkit.engines.unicorn.x86_regs import NATIVE_MSRS, PLAIN, X86Registers
 from labkit.errors import InvalidState
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class X86(X86Events):
         self.msrs: dict[int, int] = {}  # written so far; reset values are the VM's
         self.tsc_reads = 0
         self.random = random.Random(f"labkit {vcpu.index}")
-        self._hot = RegBatch(self.regs.batch.ids[16:17])
+        self._hot = RegBatch(tuple(PLAIN[name] for name in ("rip", "rax", "rdx", "rdi", "cs")))
+        self._pair = RegBatch((PLAIN["rip"], PLAIN["rax"]))
         self.read, self.read_all = self.regs.read, self.regs.read_all
         self.write_many: Callable[[Mapping[str, int]], None] = self.regs.write_many
 
@@ -53,12 +55,23 @@ class X86(X86Events):
 
     def pc(self) -> int:
         """RIP."""
-        return int(self.handle.read_batch(self._hot)[0])
+        pc = self.regs.pc
+        return self.arrive() if pc < 0 else pc
+
+    def arrive(self) -> int:
+        """Read what a trap asks for most in one call; returns RIP."""
+        hot = self.handle.read_batch(self._hot)
+        self.regs.pc, self._rax, self._rdx, self.regs.rdi, self._cs = hot
+        return self.regs.pc
+
+    def leave(self) -> int:
+        """RIP, once more: from here on the CPU changes what was read."""
+        pc, self.regs.pc = self.pc(), -1
+        return pc
 
     def set_pc(self, gva: int) -> None:
         """Set RIP."""
-        self._hot.values[0] = gva & MASK64
-        self.handle.write_batch(self._hot)
+        self.regs.write("rip", gva & MASK64)
 
     def is_drained(self) -> bool:
         """RCX is zero: a REP instruction has no iteration left."""
@@ -89,11 +102,12 @@ class X86(X86Events):
 
     # --- small words for the handlers
 
-    def _retire(self, trap: Trap, **regs: int) -> None:
+    def _retire(self, trap: Trap, **regs: int) -> Exit | None:
         self.vcpu.insns += 1
         if regs:
             self.regs.write_many({name: value & MASK64 for name, value in regs.items()})
         self.set_pc(trap.gva + len(trap.data))
+        return None
 
     def _privileged(self) -> bool:
         return self.regs.read("cs") & 3 == 0
@@ -102,24 +116,21 @@ class X86(X86Events):
 
     def _do_pio(self, trap: Trap) -> Exit | None:
         """IN and OUT (SDM vol. 1 18.5)."""
-        opcode = next(b for b in trap.data if b not in b"\x66\xf2\xf3\x40\x48")
-        size = 1 if not opcode & 1 else 2 if b"\x66" in trap.data[:-1] else 4
-        port = trap.data[-1] if opcode < 0xE8 else self.regs.read("rdx") & 0xFFFF
-        if not self._privileged() and not self._port_allowed(port, size):
+        immediate, out, size = _pio_form(trap.data)
+        port = self._rdx & 0xFFFF if immediate is None else immediate
+        if self._cs & 3 and not self._port_allowed(port, size):
             return self.deliver(GP, 0)
-        rax = self.regs.read("rax")
-        if opcode & 2:
-            self._retire(trap)
-            return PioExit(port, size, True, rax & (1 << 8 * size) - 1)
-
-        def complete(value: int) -> None:
-            keep = 0 if size == 4 else rax & ~((1 << 8 * size) - 1)
-            self.regs.write("rax", keep | value & (1 << 8 * size) - 1)
-
-        self._retire(trap)
-        complete(0)
-        self.vcpu.completion = complete
-        return PioExit(port, size, False, 0)
+        rax, mask = self._rax, (1 << 8 * size) - 1
+        keep = 0 if size == 4 else rax & ~mask
+        self.vcpu.insns += 1
+        pair = self._pair.values
+        pair[0] = self.regs.pc = trap.gva + len(trap.data) & MASK64
+        pair[1] = rax if out else keep
+        self.handle.write_batch(self._pair)
+        if out:
+            return PioExit(port, size, True, rax & mask)
+        self.vcpu.completion = lambda value: self.regs.write("rax", keep | value & mask)
+        return _in_exit(port, size)
 
     def _port_allowed(self, port: int, size: int) -> bool:
         if self.regs.read("rflags") >> 12 & 3 == 3:
@@ -134,6 +145,8 @@ class X86(X86Events):
 
     def _do_string_pio(self, trap: Trap) -> Exit | None:
         """INS and OUTS, one iteration a step."""
+        if any(prefix in trap.data[:-1] for prefix in b"\x64\x65\x67"):
+            return self.vcpu.refuse("string I/O with an FS, GS or address-size prefix, which is not modelled")
         word = trap.mnemonic.split()[-1]
         size, port, rep = _SIZES[word[-1]], self.regs.read("rdx") & 0xFFFF, trap.mnemonic.startswith("rep")
         if not self._privileged() and not self._port_allowed(port, size):
@@ -285,8 +298,8 @@ class X86(X86Events):
     def _do_random(self, trap: Trap) -> Exit | None:
         """RDRAND and RDSEED from a seeded generator, so that runs repeat; CF says that there was a number."""
         name = trap.op_str
-        bits = 32 if name.endswith("d") or name.startswith("e") else 64 if name.startswith("r") and not name.endswith("w") else 16
-        wide = "r" + name[1:] if name[0] == "e" else name.rstrip("dw") if name[1:2].isdigit() else name if bits == 64 else "r" + name
+        bits = 32 if name.endswith("d") or name[0] == "e" else 64 if name[0] == "r" and not name.endswith("w") else 16
+        wide = name.rstrip("dw") if name[1:2].isdigit() else "r" + (name if bits == 16 else name[1:])
         value, keep = self.random.getrandbits(bits), self.regs.read(wide) & ~0xFFFF if bits == 16 else 0
         flags = self.regs.read("rflags") & ~0x8D5 | 1
         return self._retire(trap, **{wide: keep | value}, rflags=flags)
@@ -335,6 +348,19 @@ class X86(X86Events):
         if not self.regs.read("cr4") & _OSXSAVE:
             return self.deliver(UD)
         return self.vcpu.refuse("the XSAVE family, whose state components Unicorn does not keep as XCR0 says")
+
+
+@cache
+def _in_exit(port: int, size: int) -> PioExit:
+    return PioExit(port, size, False, 0)
+
+
+@cache
+def _pio_form(data: bytes) -> tuple[int | None, bool, int]:
+    """(immediate port or None for DX, is OUT, bytes) of an IN or OUT."""
+    opcode = next(b for b in data if b not in PREFIXES and b >> 4 != 4)  # 0x4x: REX
+    size = 1 if not opcode & 1 else 2 if b"\x66" in data[:-1] else 4
+    return data[-1] if opcode < 0xE8 else None, bool(opcode & 2), size
 
 
 def _canonical(value: int) -> bool:

@@ -14,12 +14,12 @@ from labkit.errors import InvalidState
 if TYPE_CHECKING:
     from labkit.engines.unicorn.lib import Handle
 
-__all__ = ["GPRS", "NATIVE_MSRS", "X86Registers"]
+__all__ = ["GPRS", "NATIVE_MSRS", "PLAIN", "X86Registers"]
 
 GPRS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags")
 _SEGMENTS = ("cs", "ss", "ds", "es", "fs", "gs")
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "dr0", "dr1", "dr2", "dr3", "dr6", "dr7")
-_PLAIN = {name: getattr(x86, f"UC_X86_REG_{name.upper()}") for name in (*GPRS, *_SEGMENTS, *_CONTROL, "fs_base", "gs_base", "mxcsr")}
+PLAIN = {name: getattr(x86, f"UC_X86_REG_{name.upper()}") for name in (*GPRS, *_SEGMENTS, *_CONTROL, "fs_base", "gs_base", "mxcsr")}
 _TABLES = {"gdt": x86.UC_X86_REG_GDTR, "idt": x86.UC_X86_REG_IDTR, "tr": x86.UC_X86_REG_TR, "ldt": x86.UC_X86_REG_LDTR}
 _VECTORS = {f"xmm{i}": getattr(x86, f"UC_X86_REG_XMM{i}") for i in range(16)}
 # MSRs that live in the emulated CPU; every other one is kept by the engine
@@ -49,19 +49,20 @@ class X86Registers:
 
     def __init__(self, handle: Handle, extra: dict[str, int], any_msr: Callable[[int, int | None], int | None]) -> None:
         self.handle, self.extra, self.any_msr = handle, extra, any_msr
-        self.batch = RegBatch(tuple(_PLAIN.values()))
-        self.names = (*_PLAIN, *(f"{t}_{part}" for t in ("gdt", "idt") for part in ("base", "limit")), "tr", "tr_base", "tr_limit",
+        self.batch = RegBatch(tuple(PLAIN.values()))
+        self.pc = self.rdi = -1  # as last read in a batch; -1 when they may have changed since
+        self.names = (*PLAIN, *(f"{t}_{part}" for t in ("gdt", "idt") for part in ("base", "limit")), "tr", "tr_base", "tr_limit",
                       "ldt", *NATIVE_MSRS, *_VECTORS, *extra)
 
     def read_all(self) -> dict[str, int]:
         """Every register by name."""
-        values = dict(zip(_PLAIN, self.handle.read_batch(self.batch), strict=True))
+        values = dict(zip(PLAIN, self.handle.read_batch(self.batch), strict=True))
         return {name: values[name] if name in values else self.read(name) for name in self.names}
 
     def read(self, name: str) -> int:
         """One register; raises InvalidState for a name that x86-64 does not have."""
-        if name in _PLAIN:
-            return self.handle.read(_PLAIN[name])
+        if name in PLAIN:
+            return self.rdi if name == "rdi" and self.pc >= 0 else self.handle.read(PLAIN[name])
         if name in self.extra:
             return self.extra[name]
         if name in NATIVE_MSRS:
@@ -86,8 +87,10 @@ class X86Registers:
         width = 128 if name in _VECTORS else 16 if name in _SEGMENTS else 64
         if not 0 <= value < 1 << width:
             raise InvalidState(f"{name} takes {width} bits, not {value:#x}", name=name, value=value)
-        if name in _PLAIN:
-            status = self.handle.write(_PLAIN[name], value)
+        if name in PLAIN:
+            status = self.handle.write(PLAIN[name], value)
+            if name == "rip" or name == "rdi":
+                self.pc = -1
         elif name in self.extra:
             self.extra[name], status = value, 0
         elif name in NATIVE_MSRS:
