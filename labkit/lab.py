@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from labkit.arch import find_arch
@@ -12,7 +13,10 @@ from labkit.bits import align_up
 from labkit.engines import Capability, open_engine
 from labkit.engines.base import BudgetExit, Exit, InterruptExit, PioExit, Trace
 from labkit.errors import InvalidState, NotAvailable
+from labkit.explore.controller import VmController
 from labkit.explore.events import Event, events_frame
+from labkit.explore.inspect import MemoryMap, VcpuSnapshot, VmSnapshot
+from labkit.explore.look import label_gva, look_at_memory, look_at_vm
 from labkit.explore.running import collect, run_scheduled, stream
 from labkit.explore.vcpu import Vcpu
 from labkit.guest.globals import HostGlobals, write_guest_global
@@ -21,13 +25,15 @@ from labkit.machine.memory import PAGE, Memory
 from labkit.machine.schedule import Schedule
 from labkit.machine.vm import STACK_PAGES, Machine, MachineState
 from labkit.paging.scan import PageTable, scan
+from labkit.paging.walk import Walk
+from labkit.shown import register
 from labkit.ucall.abi import HEADER_SIZE
 from labkit.ucall.pool import BadUcallExit, Pool, PoolSnapshot, Ucall
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from labkit.explore.inspect import MemoryMap, VmSnapshot
+    from labkit.views.live import Hub
     from labkit.guest.program import Program
 
 __all__ = ["Vcpu", "Vm", "VmState"]
@@ -68,6 +74,7 @@ class Vm:
         self._observers: list[Callable[[], None]] = []
         self._host = HostGlobals(program) if program else None
         self._seen_pool: PoolSnapshot | None = None
+        self._hub: Hub | None = None
 
     # --- making VMs
 
@@ -286,27 +293,30 @@ class Vm:
         return scan(self.memory.read, self.arch.mode, self.machine.space.root_gpa, self.step, self._label)
 
     def _label(self, gva: int) -> str:
-        from labkit.explore.look import label_gva
-
         return label_gva(self, gva)
 
     def memory_map(self) -> MemoryMap:
         """What lies where in guest-physical memory."""
-        from labkit.explore.look import look_at_memory
-
         return look_at_memory(self)
 
     def look(self, vcpu: int = 0) -> VmSnapshot:
         """All of the VM as one snapshot that shows itself; `vcpu` is the one in front."""
-        from labkit.explore.look import look_at_vm
-
         return look_at_vm(self, vcpu)
 
-    def show(self) -> object:
-        """The dashboard: a live widget in JupyterLab, a picture in a saved notebook, text in a terminal."""
-        from labkit.views.widget import show
+    def show(self, kind: str = "vm") -> Any:
+        """A live view that follows the VM: all of it, or "stepper", "pool", "pages", "memory" alone.
 
-        return show(self)
+        A saved notebook keeps its picture, a terminal its text.
+        """
+        from labkit.views.dashboard import VIEWS
+        from labkit.views.live import Hub
+        from labkit.views.widget import LabWidget
+
+        if kind not in VIEWS:
+            raise InvalidState(f"there is no view {kind!r}, only {', '.join(VIEWS)}", kind=kind)
+        if self._hub is None:
+            self._hub = Hub(VmController(self))
+        return LabWidget(self._hub, kind)
 
     @property
     def events(self) -> pd.DataFrame:
@@ -380,3 +390,18 @@ def _memory_for(program: Program, nr_vcpus: int) -> int:
     """Bytes for slot 0 when nobody said: 8 MiB, or what program, stacks and pool need and some to spare."""
     wanted = sum(align_up(s.memsz, PAGE) + PAGE for s in program.segments) + nr_vcpus * STACK_PAGES * PAGE + HEADER_SIZE + _SPARE
     return max(DEFAULT_MEMORY, align_up(wanted, 1 << 21))
+
+
+def _drawn(module: str, function: str) -> Callable[[Any], Any]:
+    def draw(snapshot: Any) -> Any:
+        from labkit.views.show import mimebundle
+
+        view = getattr(import_module(f"labkit.views.{module}"), function)(snapshot, *([snapshot.page_table] if function != "render" else []))
+        return mimebundle(view)
+
+    return draw
+
+
+for _kind, _module, _function in ((PoolSnapshot, "pool", "render"), (PageTable, "pages", "render"), (Walk, "pages", "render_walk"),
+                                  (VcpuSnapshot, "stepper", "render"), (MemoryMap, "memory", "render"), (VmSnapshot, "dashboard", "render")):
+    register(_kind, _drawn(_module, _function))

@@ -110,29 +110,34 @@ def memory(protected: bool = False) -> MemoryMap:
         MemoryRange(gfn * 4096, nr, kind, protected and kind not in ("ucall pool", "mailbox")) for gfn, nr, kind in parts), 1277)
 
 
-def vcpu(index: int = 1, state: str = "running") -> VcpuSnapshot:
-    """At the locked instruction of ucall_alloc."""
-    insns = tuple(Insn(int(gva, 16), int(offset, 16), b"", mnemonic, ops, comment, gva == "40126c", False) for gva, offset, mnemonic, ops, comment in CODE)
-    regs = tuple(RegisterRow(name, value, note, name in ("rax", "rflags"), value if value > 0x1000 and name != "cr3" else None) for name, value, note in REGS)
+def vcpu(index: int = 1, state: str = "running", late: bool = True) -> VcpuSnapshot:
+    """At the locked instruction of ucall_alloc; one step earlier rax and rflags were different."""
+    insns = tuple(Insn(int(gva, 16), int(offset, 16), b"", mnemonic, ops, comment, gva == "40126c", False)
+                  for gva, offset, mnemonic, ops, comment in CODE)
+    then = {} if late else {"rax": 0, "rflags": 0x203, "rip": 0x40126a}
+    regs = tuple(RegisterRow(name, then.get(name, value), note, name in ("rax", "rflags"), value if value > 0x1000 and name != "cr3" else None)
+                 for name, value, note in REGS)
     return VcpuSnapshot(
-        index, 1277, state, "ring 0, long mode", 0x40126c, "ucall_alloc+0x2c", "ucall_alloc", "ucall.c", 34, tuple(enumerate(SOURCE, 31)), frozenset({38}),
-        insns, regs, tuple(StackRow(*row) for row in STACK),
-        (Touch("reads", POOL_GVA, POOL_GPA, 8, 0x7d, None, "in_use[0]"), Touch("writes", POOL_GVA, POOL_GPA, 8, 0x7d, 0x7f, "in_use[0]")),
+        index, 1277 if late else 1276, state, "ring 0, long mode", 0x40126c, "ucall_alloc+0x2c", "ucall_alloc", "ucall.c", 34, tuple(enumerate(SOURCE, 31)), frozenset({38}),
+        insns, regs, tuple(StackRow(*row) for row in STACK), (Touch("reads", POOL_GVA, POOL_GPA, 8, 0x7d, None, "in_use[0]"),
+                                                              Touch("writes", POOL_GVA, POOL_GPA, 8, 0x7d, 0x7f, "in_use[0]")),
         "Bit 1 of in_use is clear: slot 1 will be its own.")
 
 
 def selection() -> Selection:
     """Slot 2."""
     at = OFFSET + 2 * SIZE
-    return Selection("slot", "slot 2, vCPU 2, PRINTF", POOL_GVA + at, POOL_GPA + at, 0x7f3a5c000000 + POOL_GPA + at, SIZE,
+    return Selection("slot", "vCPU 2, PRINTF", POOL_GVA + at, POOL_GPA + at, 0x7f3a5c000000 + POOL_GPA + at, SIZE,
                      ("PML4[0x1]", "PDPT[0x41]", "PD[0x3]", "PT[0x2]"), 2)
 
 
 def vm(c_bit: int | None = None, late: bool = True, **changes: object) -> VmSnapshot:
     """The whole VM at step 1277."""
-    status = "vCPU 1 is about to run lock bts [rdx], rax at ucall_alloc+0x2c, line 34. Bit 1 of in_use is clear: slot 1 will be its own."
+    status = ("vCPU 1 is about to run lock bts [rdx], rax at ucall_alloc+0x2c, line 34. "
+              "Bit 1 of in_use is clear: slot 1 will be its own.")
     made = VmSnapshot(
-        "alloc4", "x86_64", "unicorn", "no encryption" if c_bit is None else f"SEV, C-bit {c_bit}, running", "running", "round robin", 1277, 1,
-        tuple(vcpu(i, "done" if i == 3 else "running") for i in range(4)), pool() if late else earlier(), page_table(c_bit, late), memory(c_bit is not None), selection(),
+        "alloc4", "x86_64", "unicorn", "no encryption" if c_bit is None else f"SEV, C-bit {c_bit}, running", "running", "round robin",
+        1277 if late else 1180, 1, tuple(vcpu(i, "done" if i == 3 else "running", late) for i in range(4)), pool() if late else earlier(),
+        page_table(c_bit, late), memory(c_bit is not None), selection(),
         tuple(EventMark(step, cpu, kind, {"S": "SYNC", "P": "PRINTF", "D": "DONE"}[kind]) for step, cpu, kind in EVENTS), status)
     return replace(made, **changes)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from labkit.paging.scan import PageTable
+from labkit.shown import mimebundle
 from labkit.ucall.pool import PoolSnapshot
 
 __all__ = ["EventMark", "Insn", "MemoryMap", "MemoryRange", "RegisterRow", "Selection", "StackRow", "Touch", "VcpuSnapshot", "VmSnapshot"]
@@ -78,6 +80,10 @@ class VcpuSnapshot:
     touches: tuple[Touch, ...]
     outlook: str  # what the next instruction will do, one sentence or ""
 
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
+        return mimebundle(self)
+
+
 
 @dataclass(frozen=True)
 class MemoryRange:
@@ -96,6 +102,10 @@ class MemoryMap:
     slots: tuple[tuple[int, int], ...]  # (gpa, size in bytes)
     ranges: tuple[MemoryRange, ...]
     step: int
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
+        return mimebundle(self)
+
 
 
 @dataclass(frozen=True)
@@ -141,3 +151,6 @@ class VmSnapshot:
     selection: Selection | None
     events: tuple[EventMark, ...] = field(default=())
     status: str = ""
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
+        return mimebundle(self)

@@ -54,7 +54,7 @@ class Operands:
 def operands(arch: str, data: bytes, regs: Regs, pc: int, read: Read) -> Operands:
     """Decode one instruction and work out its operands; an empty answer for bytes that are no instruction."""
     insn = next(iter(decoder(arch, detail=True).disasm(data, pc)), None)
-    if insn is None:
+    if insn is None or insn.mnemonic == "nop":  # the long NOPs have a memory operand that nobody touches
         return Operands()
     taken = _condition(insn.mnemonic, regs["rflags"])
     target = insn.operands[0].imm if len(insn.operands) == 1 and insn.operands[0].type == 2 and insn.mnemonic[0] in "jc" else None

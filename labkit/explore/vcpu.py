@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from labkit.arch.model import Arch
 from labkit.engines.base import BudgetExit, Exit
 from labkit.errors import InvalidState
 from labkit.explore.listing import Listing
+from labkit.explore.look import look_at_vcpu
 from labkit.explore.running import collect, stream
 from labkit.explore.stepping import step_line
 from labkit.guest.program import Program
 from labkit.machine.vcpu import Registers
 from labkit.machine.vm import Machine
+from labkit.shown import mimebundle
 from labkit.ucall.pool import Ucall
 
 if TYPE_CHECKING:
@@ -143,9 +145,10 @@ class Vcpu:
 
     def look(self) -> VcpuSnapshot:
         """Registers, code, stack and what the next instruction touches, as one snapshot that shows itself."""
-        from labkit.explore.look import look_at_vcpu
-
         return look_at_vcpu(self.vm, self)
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
+        return mimebundle(self.look())
 
     def __repr__(self) -> str:
         return f"<Vcpu {self.index} {self.state}, step {self.step_count}{'' if self.exact else '+'}, at {self.where()}>"

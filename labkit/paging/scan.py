@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from labkit.arch.desc import PagingMode
 from labkit.errors import MemoryFault
 from labkit.paging.entries import U64, Bools, classify_all, frames, runs
 from labkit.paging.walk import Read, Walk, walk
+from labkit.shown import mimebundle
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,9 +60,9 @@ class PageTable:
         found = walk(self._read, self.mode, self.root, gva)
         last = found.steps[-1] if found.steps else None
         if last is None or last.kind != "outside" or last.next_gpa in self.outside:
-            return found
+            return replace(found, page_table=self)
         missing = f"gva {gva:#x}: {last} points to gpa {last.next_gpa:#x}, a table that this capped scan did not read"
-        return replace(found, problem=missing)
+        return replace(found, problem=missing, page_table=self)
 
     def maps(self, gpa: int) -> list[int]:
         """Every gva that maps gpa, lowest first."""
@@ -138,8 +139,8 @@ class PageTable:
     def __repr__(self) -> str:
         return f"<PageTable {self.mode.name} root {self.root:#x}: {self.status}>"
 
-    def _repr_pretty_(self, printer: object, cycle: bool) -> None:
-        printer.text(self.text)  # type: ignore[attr-defined]  # IPython's PrettyPrinter
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
+        return mimebundle(self)
 
     def _what(self, low: int, high: int) -> str:
         if self.labels is None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from labkit.arch.desc import LAST, NONE, Level, PagingMode
 from labkit.errors import MemoryFault, PageFault
+from labkit.shown import mimebundle
 
 __all__ = ["Kind", "Read", "Walk", "WalkStep", "classify", "describe", "walk"]
 
@@ -43,6 +44,7 @@ class Walk:
     page_size: int = 0  # bytes, 0 without a translation
     flags: dict[str, bool] = field(default_factory=dict)  # effective rights: all levels together; empty without a translation
     problem: str | None = None
+    page_table: Any = field(default=None, compare=False)  # the snapshot that was walked, when it was one
 
     def require(self) -> int:
         """The gpa; raises PageFault with who, where and what was found when there is none."""
@@ -76,8 +78,8 @@ class Walk:
     def __repr__(self) -> str:
         return f"<Walk {self.mode.name}: {self.status}>"
 
-    def _repr_pretty_(self, printer: object, cycle: bool) -> None:
-        printer.text(self.text)  # type: ignore[attr-defined]  # IPython's PrettyPrinter
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
+        return mimebundle(self)
 
 
 def classify(mode: PagingMode, level: Level, entry: int) -> Kind:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from struct import Struct
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +13,14 @@ from numpy.typing import NDArray
 from labkit.engines.base import Exit
 from labkit.errors import MemoryFault
 from labkit.machine.memory import Memory
+from labkit.shown import mimebundle
 from labkit.ucall.abi import (
     BITMAP_BYTES, GUEST_ERROR_STRING, GUEST_FILE, GUEST_LINE, GUEST_UCALL_FAILED, HEADER, HEADER_SIZE, NR_SLOTS, OFFSET_BUFFER,
     UCALL_BUFFER_LEN, UCALL_MAX_ARGS, UCALL_SIZE, UcallCmd, cmd_name, decode_text, has_text,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["BadUcallExit", "Clock", "Pool", "PoolSnapshot", "Slot", "SlotState", "Ucall"]
 
@@ -81,7 +85,7 @@ class Slot:
     hva_ok: bool  # the stored hva is this slot's
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PoolSnapshot:
     """What the pool looked like at one step; arrays have one element per slot."""
 
@@ -101,7 +105,31 @@ class PoolSnapshot:
     changed_since: int | None  # the step of that state
     uses: NDArray[np.int32]  # how often the slot was taken so far
     held: tuple[Slot, ...]  # slots in use, and free ones that were ever used, by index
+    hva: int = 0  # of struct ucall_header, as handed to the guest
     next_slot: int | None = None  # what the next instruction will take, if it is about to
+
+    @property
+    def slots(self) -> pd.DataFrame:
+        """One row a slot: state, vcpu, since (step), uses, cmd, args, text, gva, gpa, hva, hva_ok."""
+        import pandas as pd
+
+        held = {slot.index: slot for slot in self.held}
+        rows = [held[i] if i in held else self._never_used(i) for i in range(self.nr_slots)]
+        frame = pd.DataFrame([vars(row) for row in rows], dtype=object).set_index("index")
+        frame.insert(3, "uses", self.uses)
+        return frame.astype({"vcpu": "Int64", "since": "Int64"})
+
+    def _never_used(self, index: int) -> Slot:
+        offset = self.slots_offset + self.slot_size * index
+        return Slot(index, "free", None, None, "NONE", (0,) * UCALL_MAX_ARGS, None, self.gva + offset, self.gpa + offset,
+                    self.hva + offset, True)
+
+    def __repr__(self) -> str:
+        return (f"<PoolSnapshot step {self.step}: {int(self.in_use.sum())} of {self.nr_slots} slots in use, "
+                f"{int(self.leaked.sum())} leaked>")
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
+        return mimebundle(self)
 
 
 class Clock(Protocol):
@@ -221,7 +249,7 @@ class Pool:
         changed = np.zeros(NR_SLOTS, np.bool_) if seen is None else in_use ^ seen.in_use
         return PoolSnapshot(
             step, NR_SLOTS, self.gva, self.gpa, UCALL_SIZE, BITMAP_BYTES, -(-HEADER_SIZE // 4096), in_use, owner,
-            np.array(self.since, np.int64), done, leaked, changed, None if seen is None else seen.step, uses, slots)
+            np.array(self.since, np.int64), done, leaked, changed, None if seen is None else seen.step, uses, slots, self.hva)
 
     def _slot(self, index: int, raw: np.void, in_use: bool, done: bool, leaked: bool) -> Slot:
         offset = BITMAP_BYTES + UCALL_SIZE * index

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from labkit.explore.inspect import VcpuSnapshot, VmSnapshot
+from labkit.explore.inspect import MemoryMap, VcpuSnapshot, VmSnapshot
+from labkit.paging.scan import PageTable
 from labkit.paging.walk import Walk
+from labkit.ucall.pool import PoolSnapshot
 from labkit.views import memory, pages, pool, stepper, timeline
 from labkit.views.draw import Html, cat, el, label, num, plain
-from labkit.views.show import View, columns, header, pane, status_line
+from labkit.views.show import View, columns, header, mimebundle, pane, status_line
 
-__all__ = ["PANES", "VIEWS", "Scene", "front", "render", "transport", "walked"]
+__all__ = ["PANES", "VIEWS", "Scene", "front", "install", "render", "transport", "walked"]
 
 PANES = ("title", "transport", "timeline", "status", "source", "disassembly", "registers", "stack", "touches", "pool", "card",
          "poolkey", "held", "rail", "memory", "walk", "ruler", "ranges", "changes")  # of all kinds of widget
@@ -105,6 +107,15 @@ def render(vm: VmSnapshot, previous: VmSnapshot | None = None, *, width: float =
            actions: Collection[str] = (), pinned: int | None = None, memo: dict[str, Any] | None = None) -> View:
     """A whole VM as a view, or with kind one part of it (one of VIEWS); changes are marked against previous."""
     return VIEWS[kind](Scene(vm, previous, width, actions, pinned, {} if memo is None else memo))
+
+
+def install(shell: Any) -> None:
+    """Let an IPython shell show every snapshot as its view: pictures in a notebook, text in a terminal."""
+    drawers: dict[type, Callable[[Any], View]] = {
+        VmSnapshot: render, VcpuSnapshot: stepper.render, PoolSnapshot: pool.render, MemoryMap: memory.render, PageTable: pages.render,
+        Walk: pages.render_walk}
+    for kind, draw in drawers.items():
+        shell.display_formatter.mimebundle_formatter.for_type(kind, lambda shown, draw=draw: mimebundle(draw(shown)))
 
 
 def front(vm: VmSnapshot) -> VcpuSnapshot:

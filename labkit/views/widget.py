@@ -70,7 +70,9 @@ class LabWidget(_Panes):
 
     def _receive(self, _widget: object, content: Any, _buffers: object) -> None:
         """A message from the browser; what is no action on offer is ignored, what fails is said in the status line."""
-        name = content.get("act") if isinstance(content, dict) else None
+        if not isinstance(content, dict):
+            return
+        name = str(content.get("act"))
         if name in ("hello", "bye"):
             self._nr_views = max(self._nr_views + (1 if name == "hello" else -1), 0)
             self._hub.watch(self.paint, self._nr_views > 0)
@@ -80,7 +82,7 @@ class LabWidget(_Panes):
             if name == "pin":
                 gva = dashboard.walked(self._hub.shown).gva
                 self._pinned = None if self._pinned == gva else gva
-            self._hub.act(str(name), **self._facts(str(name), content))
+            self._hub.act(name, **self._facts(name, content))
         except (LabError, ValueError) as error:
             problem = str(error)
         with self.hold_sync():

@@ -1,8 +1,9 @@
 """Where libunicorn keeps what it does not show: measured on a scratch engine, never written in.
 
-Needed are the instruction counter of a counted run (in `uc_engine`) and three words of the x86 CPU state
-(`error_code`, `exception_is_int`, `old_exception` of QEMU's CPUX86State). Their offsets belong to the build, so they are
-found by running known code and searching, then proved by a run that fails when one of them is wrong.
+Needed are the instruction counter of a counted run (in `uc_engine`) and parts of the x86 CPU state (QEMU's CPUX86State):
+`error_code`, `exception_is_int`, `old_exception`, the segment registers with their hidden parts, and `hflags`, which holds the
+privilege level. Their offsets belong to the build, so they are found by running known code and searching, then proved by a
+run that fails when one of them is wrong.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ __all__ = ["Calibration", "calibrate"]
 
 PATTERN = 0x0123_4567_89AB_CDEF
 CODE, TABLES, GDT, HOLE = 0x1000, 0x8000, 0x2000, 0x4000_0000
+SEGMENT = struct.Struct("<I4xQII")  # SegmentCache: selector, base, limit, second word of the descriptor
+_DATA_SEGMENTS = {0: 0x10, 2: 0x18, 3: 0x20, 4: 0x28, 5: 0x30}  # place in CPUX86State.segs: selector; place 1 is CS
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Calibration:
     error_code: int
     is_int: int
     old_exception: int
+    hflags: int
+    segments: int  # six SEGMENTs: ES CS SS DS FS GS
 
 
 class _Scratch:
@@ -42,12 +47,12 @@ class _Scratch:
         self.memory = mmap.mmap(-1, 0x10000)
         hva = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         for gpa, value in ((TABLES, TABLES + 0x1003), (TABLES + 0x1000, TABLES + 0x2003), (TABLES + 0x2000, 0x83),
-                           (GDT + 8, 0x00AF9B000000FFFF), (GDT + 16, 0x00CF93000000FFFF)):
+                           (GDT + 8, 0x00AF9B000000FFFF), *((GDT + s, 0x00CF93000000FFFF) for s in _DATA_SEGMENTS.values())):
             self.memory[gpa:gpa + 8] = struct.pack("<Q", value)
         self.memory[CODE:CODE + len(code)] = code
         self.handle = Handle(uc.UC_ARCH_X86, uc.UC_MODE_64)
         self.handle.map(0, hva, 0x10000, uc.UC_PROT_ALL)
-        self.handle.write_struct(x86.UC_X86_REG_GDTR, Mmr(0, GDT, 0x17, 0))
+        self.handle.write_struct(x86.UC_X86_REG_GDTR, Mmr(0, GDT, 0x37, 0))
         for reg, value in ((x86.UC_X86_REG_CR4, 0x20), (x86.UC_X86_REG_CR3, TABLES)):
             self.handle.write(reg, value)
         self.handle.write_struct(x86.UC_X86_REG_MSR, _efer())
@@ -74,6 +79,23 @@ def _efer() -> ctypes.Structure:
 
 def _words(blob: bytes) -> list[int]:
     return list(struct.unpack_from(f"<{len(blob) // 4}i", blob))
+
+
+def _segments_offset() -> int:
+    """Load five segment registers, look for their records, and prove `hflags` before them: outside ring 0 no code is in reach."""
+    code = b"".join(b"\xb8" + struct.pack("<I", s) + b"\x8e" + bytes([0xC0 | place << 3]) for place, s in _DATA_SEGMENTS.items())
+    scratch = _Scratch(code + b"\xf4")
+    blob = scratch.run()
+    records = {place: SEGMENT.pack(selector, 0, 0xFFFFFFFF, 0x00CF9300) for place, selector in _DATA_SEGMENTS.items()}
+    at = blob.find(records[0])
+    if at < 8 or any(blob[at + 24 * place:at + 24 * place + 24] != record for place, record in records.items()):
+        raise NotAvailable("libunicorn's segment registers were not found; this build cannot be used")
+    scratch.handle.patch_context(lambda p: _poke(p + at - 8, ctypes.c_int32.from_address(p + at - 8).value | 3))
+    scratch.run()
+    if scratch.vectors != [14]:
+        raise NotAvailable("libunicorn's privilege level was not found; this build cannot be used")
+    scratch.handle.close()
+    return at
 
 
 def _find(what: str, runs: list[tuple[bytes, int]]) -> list[int]:
@@ -126,4 +148,5 @@ def calibrate() -> Calibration:
     if not good or not error_code:
         raise NotAvailable("libunicorn turns a second page fault into a double fault and the cause was not found; "
                            "this build cannot be used")
-    return Calibration(_counter_offset(), error_code[0], error_code[0] + 4, good[0])
+    segments = _segments_offset()
+    return Calibration(_counter_offset(), error_code[0], error_code[0] + 4, good[0], segments - 8, segments)

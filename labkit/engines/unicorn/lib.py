@@ -15,7 +15,7 @@ from typing import Any
 from unicorn import unicorn_const as uc
 from unicorn.unicorn_py3 import unicorn as binding
 
-from labkit.errors import LabError, NotAvailable
+from labkit.errors import InvalidState, LabError, NotAvailable
 
 __all__ = ["LIB", "STOP", "CodeHook", "EdgeHook", "Handle", "InsnInvalidHook", "IntrHook", "MemHook", "Mmr", "Msr", "RegBatch", "Tb", "check"]
 
@@ -98,7 +98,8 @@ class Handle:
         check(LIB.uc_open(arch, mode, byref(handle)), "uc_open")
         assert handle.value is not None
         self.h: int = handle.value
-        self._keep: list[object] = []
+        self._callbacks: dict[int, object] = {}
+        self._removed: list[object] = []  # callbacks that translated code may still call
         self._one = c_uint64()
         self.ctl_write(uc.UC_CTL_UC_USE_EXITS, c_int(1))
         self.ctl_write(uc.UC_CTL_UC_EXITS, c_void_p(None), c_size_t(0))
@@ -118,6 +119,7 @@ class Handle:
     def flush_code(self) -> None:
         """Forget every translated block."""
         self.ctl_write(uc.UC_CTL_TB_FLUSH)
+        self._removed.clear()
 
     def forget_code(self, gva: int, size: int) -> None:
         """Forget the translated blocks of a range; a range that is not mapped has none."""
@@ -128,13 +130,14 @@ class Handle:
         """Add a hook (a ctypes callback, or the address of a C function); the whole address space by default."""
         hook = c_size_t()
         pointer = callback if isinstance(callback, int) else ctypes.cast(callback, c_void_p)
-        self._keep.append(callback)
         check(LIB.uc_hook_add(self.h, byref(hook), kind, pointer, data, begin, end), "uc_hook_add")
+        self._callbacks[hook.value] = callback
         return hook.value
 
     def unhook(self, hook: int) -> None:
-        """Remove a hook."""
+        """Remove a hook; `flush_code` must follow before the next run."""
         check(LIB.uc_hook_del(self.h, hook), "uc_hook_del")
+        self._removed.append(self._callbacks.pop(hook))
 
     def read_batch(self, batch: RegBatch) -> Any:
         """Fill the batch's buffer from the CPU and return it."""
@@ -195,8 +198,17 @@ class Handle:
 
     def close(self) -> None:
         """Free the engine; a second call does nothing."""
-        if self.h:
+        if "h" in self.__dict__:
             LIB.uc_context_free(self._context)
             LIB.uc_close(self.h)
-            self.h = 0
-            self._keep.clear()
+            del self.h
+            self._callbacks.clear()
+
+    def __getattr__(self, name: str) -> int:
+        """A closed engine has no `h`: whoever still wants to use it is told so."""
+        if name == "h":
+            raise InvalidState("this VM is closed")
+        raise AttributeError(name)
+
+    def __del__(self) -> None:
+        self.close()

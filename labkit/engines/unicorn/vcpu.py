@@ -44,6 +44,7 @@ class Quirks(Protocol):
 
     uc_arch: int
     uc_mode: int
+    awaits: list[int] | None
 
     def pc(self) -> int: ...
     def leave(self) -> int: ...  # the program counter to run from; what was known of registers is void
@@ -53,6 +54,7 @@ class Quirks(Protocol):
     def trap(self, trap: Trap) -> Exit | None: ...
     def exception(self, vector: int) -> Exit | None: ...
     def invalid(self) -> Exit | None: ...
+    def complete(self, value: int) -> bool: ...
     def is_drained(self) -> bool: ...
     def read_all(self) -> Regs: ...
     def read(self, name: str) -> int: ...
@@ -86,7 +88,6 @@ class UnicornVcpu:
         self._extra = 0  # counted by Unicorn, but no step of the architecture
         self._last = (-1, -1)  # (gva, count) of the last instruction that takes more than one count
         self._mmio: MmioExit | None = None
-        self.completion: object = None
         self._locked = (ctypes.c_uint64 * 2)(0, ctypes.addressof(self.counter))  # as the "locked" hook wants it
         self.locked_at = -1
         self._blocks: dict[int, int] = {}  # translated: gva -> bytes
@@ -133,7 +134,6 @@ class UnicornVcpu:
         self.insns, self.exact = facts["insns"], facts["exact"]
         self._mmio = None if facts["mmio"] is None else MmioExit(facts["mmio"][0], facts["mmio"][1], False, facts["mmio"][2])
         self.quirks.set_extra_state(facts["extra"])
-        self.completion = None
         self.stale_tlb = self.stale_code = True
 
     def close(self) -> None:
@@ -192,9 +192,7 @@ class UnicornVcpu:
         """Give the value that the last IN, MMIO read or hypercall returns."""
         if self._mmio is not None:
             self._mmio = MmioExit(self._mmio.gpa, self._mmio.size, False, value)
-        elif callable(self.completion):
-            self.completion(value)
-        else:
+        elif not self.quirks.complete(value):
             raise InvalidState(f"vCPU {self.index}: the last exit reads nothing, so there is nothing to complete")
 
     def run(self, insns: int | None = None) -> Exit:
@@ -219,7 +217,7 @@ class UnicornVcpu:
     def _run(self, insns: int | None) -> Exit:
         if self.stale_tlb or self.stale_code or self.vm.runner is not self:
             self._sync()
-        start, self.completion, self._skip, self.locked_at = self.insns, None, self.quirks.pc(), -1
+        start, self.quirks.awaits, self._skip, self.locked_at = self.insns, None, self.quirks.pc(), -1
         if self._fresh:
             self._scan_ahead()
         if self._mmio is not None and (exit := self._finish_mmio()) is not None:

@@ -13,9 +13,8 @@ from labkit.arch.x86_cpu import APIC_BASE, IA32_TSC, IA32_TSC_ADJUST, XCR0_SUPPO
 from labkit.engines.base import Exit, HaltExit, HypercallExit, PioExit
 from labkit.engines.unicorn.lib import RegBatch
 from labkit.engines.unicorn.traps import PREFIXES, Trap, scan
-from labkit.engines.unicorn.x86_events import DB, GP, UD, X86Events
-from labkit.engines.unicorn.x86_regs import NATIVE_MSRS, PLAIN, X86Registers
-from labkit.errors import InvalidState
+from labkit.engines.unicorn.x86_events import DB, GP, UD, X86Events, canonical
+from labkit.engines.unicorn.x86_regs import CODE64, DATA, NATIVE_MSRS, PLAIN, X86Registers
 
 if TYPE_CHECKING:
     from labkit.engines.unicorn.vcpu import UnicornVcpu
@@ -25,6 +24,7 @@ __all__ = ["X86"]
 MASK64 = (1 << 64) - 1
 KVM_ENOSYS = -1000  # include/uapi/linux/kvm_para.h
 _OSXSAVE, _TSD = 1 << 18, 1 << 2  # CR4
+_TF, _BS = 1 << 8, 1 << 14  # RFLAGS, DR6
 _BSP = 1 << 8  # IA32_APIC_BASE
 _MONITOR = 1 << 3  # CPUID 1 ECX
 _NATIVE = {index: name for name, index in NATIVE_MSRS.items()}
@@ -42,11 +42,13 @@ class X86(X86Events):
         super().__init__(vcpu)
         self.cpu = vcpu.vm.cpu
         self.extra = {"xcr0": 1, "tsc_offset": 0, "tsc_adjust": 0}
-        self.regs = X86Registers(vcpu.handle, self.extra, self._host_msr)
+        self.regs = X86Registers(vcpu.handle, self.extra, self._host_msr, vcpu.vmem_read)
         self.msrs: dict[int, int] = {}  # written so far; reset values are the VM's
         self.tsc_reads = 0
+        self._retired = False
+        self.awaits: list[int] | None = None  # what `complete` sets: [bytes of rax], or [bytes, gva]
         self.random = random.Random(f"labkit {vcpu.index}")
-        self._hot = RegBatch(tuple(PLAIN[name] for name in ("rip", "rax", "rdx", "rdi", "cs")))
+        self._hot = RegBatch(tuple(PLAIN[name] for name in ("rip", "rax", "rdx", "rdi", "cs", "rflags")))
         self._pair = RegBatch((PLAIN["rip"], PLAIN["rax"]))
         self.read, self.read_all = self.regs.read, self.regs.read_all
         self.write_many: Callable[[Mapping[str, int]], None] = self.regs.write_many
@@ -61,7 +63,7 @@ class X86(X86Events):
     def arrive(self) -> int:
         """Read what a trap asks for most in one call; returns RIP."""
         hot = self.handle.read_batch(self._hot)
-        self.regs.pc, self._rax, self._rdx, self.regs.rdi, self._cs = hot
+        self.regs.pc, self._rax, self._rdx, self.regs.rdi, self._cs, self._flags = hot
         return self.regs.pc
 
     def leave(self) -> int:
@@ -84,12 +86,18 @@ class X86(X86Events):
     def trap(self, trap: Trap) -> Exit | None:
         """Carry out one sensitive instruction; None when the run goes on."""
         handler: Callable[[Trap], Exit | None] = getattr(self, f"_do_{trap.kind}")
-        return handler(trap)
+        stepped, self._retired = self._flags & _TF, False
+        exit = handler(trap)
+        if stepped and self._retired and self.regs.read("rflags") & _TF:  # the guest steps itself (SDM vol. 3B 17.3.1.4)
+            self.regs.write("dr6", self.regs.read("dr6") | _BS)
+            self.vcpu.insns -= 1
+            return self.deliver(DB) or exit
+        return exit
 
     def extra_state(self) -> dict[str, object]:
         """What save() must keep beside Unicorn's own state."""
         return {"extra": dict(self.extra), "msrs": {str(k): v for k, v in self.msrs.items()}, "tsc_reads": self.tsc_reads,
-                "random": list(self.random.getstate()[1]), "pending": list(self.pending)}
+                "random": list(self.random.getstate()[1]), "pending": list(self.pending), "awaits": self.awaits}
 
     def set_extra_state(self, state: dict[str, object]) -> None:
         """Put `extra_state` back."""
@@ -98,11 +106,25 @@ class X86(X86Events):
         self.msrs = {int(k): v for k, v in state["msrs"].items()}  # type: ignore[attr-defined]
         self.tsc_reads = state["tsc_reads"]  # type: ignore[assignment]
         self.random.setstate((3, tuple(facts["random"]), None))
-        self.pending = list(facts["pending"])
+        self.pending, self.awaits = list(facts["pending"]), facts["awaits"]
+
+    def complete(self, value: int) -> bool:
+        """Give the value that the last IN, INS or hypercall returns; False when there was none."""
+        if self.awaits is None:
+            return False
+        size = self.awaits[0]
+        value &= (1 << 8 * size) - 1
+        if len(self.awaits) == 2:
+            self.vcpu.vmem_write(self.awaits[1], value.to_bytes(size, "little"))
+        else:
+            keep = self.regs.read("rax") & -1 << 8 * size if size < 4 else 0
+            self.regs.write("rax", keep | value)
+        return True
 
     # --- small words for the handlers
 
     def _retire(self, trap: Trap, **regs: int) -> Exit | None:
+        self._retired = True
         self.vcpu.insns += 1
         if regs:
             self.regs.write_many({name: value & MASK64 for name, value in regs.items()})
@@ -121,56 +143,55 @@ class X86(X86Events):
         if self._cs & 3 and not self._port_allowed(port, size):
             return self.deliver(GP, 0)
         rax, mask = self._rax, (1 << 8 * size) - 1
-        keep = 0 if size == 4 else rax & ~mask
         self.vcpu.insns += 1
+        self._retired = True
         pair = self._pair.values
         pair[0] = self.regs.pc = trap.gva + len(trap.data) & MASK64
-        pair[1] = rax if out else keep
+        pair[1] = rax if out else 0 if size == 4 else rax & ~mask
         self.handle.write_batch(self._pair)
         if out:
             return PioExit(port, size, True, rax & mask)
-        self.vcpu.completion = lambda value: self.regs.write("rax", keep | value & mask)
+        self.awaits = [size]
         return _in_exit(port, size)
 
     def _port_allowed(self, port: int, size: int) -> bool:
         if self.regs.read("rflags") >> 12 & 3 == 3:
             return True
-        base, limit = self.regs.read("tr_base"), self.regs.read("tr_limit")
-        offset = self.vcpu.vmem_read(base + 0x66, 2)
-        if offset is None:
-            return False
+        base, limit, ring = self.regs.read("tr_base"), self.regs.read("tr_limit"), self.regs.read("cs") & 3
+        self.regs.set_ring(0)
+        offset = self.vcpu.vmem_read(base + 0x66, 2) or b"\xff\xff"
         at = int.from_bytes(offset, "little") + port // 8
         bits = self.vcpu.vmem_read(base + at, 2) if at + 1 <= limit else None
+        self.regs.set_ring(ring)
         return bits is not None and not int.from_bytes(bits, "little") >> port % 8 & (1 << size) - 1
 
     def _do_string_pio(self, trap: Trap) -> Exit | None:
         """INS and OUTS, one iteration a step."""
-        if any(prefix in trap.data[:-1] for prefix in b"\x64\x65\x67"):
-            return self.vcpu.refuse("string I/O with an FS, GS or address-size prefix, which is not modelled")
-        word = trap.mnemonic.split()[-1]
-        size, port, rep = _SIZES[word[-1]], self.regs.read("rdx") & 0xFFFF, trap.mnemonic.startswith("rep")
+        word, prefixes = trap.mnemonic.split()[-1], trap.data[:-1]
+        size, port = _SIZES[word[-1]], self.regs.read("rdx") & 0xFFFF
         if not self._privileged() and not self._port_allowed(port, size):
             return self.deliver(GP, 0)
-        rcx = self.regs.read("rcx")
-        if rep and rcx == 0:
+        mask = 0xFFFFFFFF if 0x67 in prefixes else MASK64
+        rep, rcx = 0xF2 in prefixes or 0xF3 in prefixes, self.regs.read("rcx") & mask
+        if rep and not rcx:
             return self._retire(trap)
-        pointer = "rdi" if word.startswith("in") else "rsi"
-        gva, down = self.regs.read(pointer), self.regs.read("rflags") >> 10 & 1
-        access = uc.UC_PROT_WRITE if pointer == "rdi" else uc.UC_PROT_READ
-        data = self.vcpu.vmem_read(gva, size)
-        if self.vcpu.translate(gva, access) is None or data is None:
-            return self.page_fault(gva, write=pointer == "rdi")
-        self._retire(trap, **{pointer: gva + (-size if down else size)}, **({"rcx": rcx - 1} if rep else {}))
+        pointer, access = ("rdi", uc.UC_PROT_WRITE) if word.startswith("in") else ("rsi", uc.UC_PROT_READ)
+        index = self.regs.read(pointer) & mask
+        base = "" if pointer == "rdi" else "fs_base" if 0x64 in prefixes else "gs_base" if 0x65 in prefixes else ""
+        gva = index + (self.regs.read(base) if base else 0) & MASK64
+        if not canonical(gva):
+            return self.deliver(GP, 0)
+        missing = next((at for at in (gva, gva + size - 1) if self.vcpu.translate(at, access) is None), None)
+        if missing is not None:
+            return self.page_fault(missing, write=pointer == "rdi")
+        down = self.regs.read("rflags") >> 10 & 1
+        self._retire(trap, **{pointer: index + (-size if down else size) & mask}, **({"rcx": rcx - 1} if rep else {}))
         if rep and rcx > 1:
             self.set_pc(trap.gva)
         if pointer == "rsi":
-            return PioExit(port, size, True, int.from_bytes(data, "little"))
-
-        def complete(value: int) -> None:
-            self.vcpu.vmem_write(gva, (value & (1 << 8 * size) - 1).to_bytes(size, "little"))
-
-        complete(0)
-        self.vcpu.completion = complete
+            return PioExit(port, size, True, int.from_bytes(self.vcpu.vmem_read(gva, size) or b"", "little"))
+        self.awaits = [size, gva]
+        self.complete(0)
         return PioExit(port, size, False, 0)
 
     def _do_halt(self, trap: Trap) -> Exit | None:
@@ -221,7 +242,7 @@ class X86(X86Events):
             by = value - (self._tsc() if index == IA32_TSC else self.extra["tsc_adjust"])
             for name in ("tsc_offset", "tsc_adjust"):  # either MSR moves both (SDM vol. 3B 18.17.3)
                 self.extra[name] = self.extra[name] + by & MASK64
-        elif index in _POINTERS and not _canonical(value):
+        elif index in _POINTERS and not canonical(value):
             return False
         elif index == NATIVE_MSRS["efer"]:
             return self._write_efer(value)
@@ -292,7 +313,7 @@ class X86(X86Events):
             return self._retire(trap, rax=-1)  # -KVM_EPERM
         nr, *args = (self.regs.read(name) for name in ("rax", "rbx", "rcx", "rdx", "rsi"))
         self._retire(trap, rax=KVM_ENOSYS)
-        self.vcpu.completion = lambda value: self.regs.write("rax", value & MASK64)
+        self.awaits = [8]
         return HypercallExit(nr, tuple(args))
 
     def _do_random(self, trap: Trap) -> Exit | None:
@@ -310,8 +331,10 @@ class X86(X86Events):
             return self.deliver(UD)
         star, flags = self.regs.read("star"), self.regs.read("rflags")
         selector = star >> 32 & 0xFFFC
-        self._retire(trap, rcx=trap.gva + len(trap.data), r11=flags, rflags=flags & ~self.regs.read("sfmask") & ~0x10000 | 2,
-                     cs=selector, ss=selector + 8)
+        self._retire(trap, rcx=trap.gva + len(trap.data), r11=flags, rflags=flags & ~self.regs.read("sfmask") & ~0x10000 | 2)
+        self.regs.set_segment("cs", selector, CODE64)  # no descriptor table is asked
+        self.regs.set_segment("ss", selector + 8, DATA)
+        self.regs.set_ring(0)
         self.set_pc(self.regs.read("lstar"))
         return None
 
@@ -319,8 +342,7 @@ class X86(X86Events):
         return self.vcpu.refuse("SYSENTER and SYSEXIT are not modelled (AMD CPUs have none in long mode)")
 
     def _do_icebp(self, trap: Trap) -> Exit | None:
-        self._retire(trap)
-        self.vcpu.insns -= 1
+        self.set_pc(trap.gva + len(trap.data))
         return self.deliver(DB)
 
     def _do_monitor(self, trap: Trap) -> Exit | None:
@@ -350,6 +372,7 @@ class X86(X86Events):
         return self.vcpu.refuse("the XSAVE family, whose state components Unicorn does not keep as XCR0 says")
 
 
+
 @cache
 def _in_exit(port: int, size: int) -> PioExit:
     return PioExit(port, size, False, 0)
@@ -361,8 +384,3 @@ def _pio_form(data: bytes) -> tuple[int | None, bool, int]:
     opcode = next(b for b in data if b not in PREFIXES and b >> 4 != 4)  # 0x4x: REX
     size = 1 if not opcode & 1 else 2 if b"\x66" in data[:-1] else 4
     return data[-1] if opcode < 0xE8 else None, bool(opcode & 2), size
-
-
-def _canonical(value: int) -> bool:
-    return value >> 47 in (0, 0x1FFFF)
-

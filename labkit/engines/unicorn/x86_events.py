@@ -6,6 +6,8 @@ import ctypes
 import struct
 from typing import TYPE_CHECKING
 
+from unicorn import unicorn_const as uc
+
 from labkit.engines.base import Exit, ShutdownExit
 from labkit.engines.unicorn.calibrate import calibrate
 
@@ -13,13 +15,15 @@ if TYPE_CHECKING:
     from labkit.engines.unicorn.vcpu import UnicornVcpu
     from labkit.engines.unicorn.x86_regs import X86Registers
 
-__all__ = ["DB", "DF", "GP", "PF", "UD", "X86Events"]
+__all__ = ["DB", "DF", "GP", "PF", "UD", "X86Events", "canonical"]
 
 DE, DB, BP, UD, DF, TS, NP, SS, GP, PF = 0, 1, 3, 6, 8, 10, 11, 12, 13, 14
 WITH_ERROR = frozenset({DF, TS, NP, SS, GP, PF, 17, 21})
 CONTRIBUTORY = frozenset({DE, TS, NP, SS, GP})
 MASK64 = (1 << 64) - 1
+_SAVED = ("cs", "ss", "rip", "rsp", "rflags")
 _CLEARED = 1 << 8 | 1 << 14 | 1 << 16 | 1 << 17  # TF NT RF VM
+_RF = 1 << 16
 
 
 class _Fault(Exception):
@@ -28,6 +32,11 @@ class _Fault(Exception):
     def __init__(self, vector: int, error: int, why: str) -> None:
         super().__init__(why)
         self.vector, self.error, self.why = vector, error, why
+
+
+def canonical(gva: int) -> bool:
+    """Whether bits 63 to 47 are all the same (4-level paging)."""
+    return gva >> 47 in (0, 0x1FFFF)
 
 
 class X86Events:
@@ -60,101 +69,122 @@ class X86Events:
 
     def page_fault(self, gva: int, write: bool) -> Exit | None:
         """A page fault of an access that the host made for the guest."""
-        self.regs.write("cr2", gva)
-        user = self.regs.read("cs") & 3 == 3
-        present = self.vcpu.translate(gva) is not None
-        return self.deliver(PF, present | write << 1 | user << 2)
+        self.regs.write("cr2", gva & MASK64)
+        return self.deliver(PF, self._page_error(gva, write, self.regs.read("cs") & 3))
+
+    def _page_error(self, gva: int, write: bool, ring: int) -> int:
+        return (self.vcpu.translate(gva) is not None) | write << 1 | (ring == 3) << 2
 
     def deliver(self, vector: int, error: int | None = None, software: bool = False) -> Exit | None:
         """Enter the guest's handler, by way of #DF if need be; a fault then is a triple fault (SDM vol. 3A table 6-5)."""
         self.vcpu.insns += 1
-        first, chain = self.vcpu.quirks.pc(), [vector]
-        why = ""
-        for _ in range(3):
+        old = {name: self.regs.read(name) for name in _SAVED}
+        chain, first_error = [vector], error
+        while True:
             try:
-                self._enter(vector, error, software)
-                self.vcpu.trace("exception", {"vector": chain[0], "error": error, "pc": first, "chain": tuple(chain)})
-                return None
+                self._enter(vector, error, software, old)
             except _Fault as fault:
-                why = fault.why
+                if vector == DF:
+                    self.regs.set_ring(old["cs"] & 3)
+                    self.pending = chain
+                    return ShutdownExit(tuple(chain), old["rip"], self.regs.read("cr2"), fault.why)
                 vector, error = self._combine(vector, fault)
                 software = False
-                if vector < 0:
-                    break
                 chain.append(vector)
-        self.pending = chain
-        return ShutdownExit(tuple(chain), first, self.regs.read("cr2"), why)
+            else:
+                self.vcpu.trace("exception", {"vector": chain[0], "error": first_error, "pc": old["rip"], "chain": tuple(chain)})
+                return None
 
     @staticmethod
-    def _combine(first: int, fault: _Fault) -> tuple[int, int | None]:
-        if first == DF:
-            return -1, None
+    def _combine(first: int, fault: _Fault) -> tuple[int, int]:
+        """What a fault while `first` is delivered becomes: a double fault, or an exception of its own."""
         second = fault.vector
         if (first == PF and (second == PF or second in CONTRIBUTORY)) or (first in CONTRIBUTORY and second in CONTRIBUTORY):
             return DF, 0
         return second, fault.error
 
-    def _enter(self, vector: int, error: int | None, software: bool) -> None:
-        gate, ist, dpl, selector, interrupt = self._gate(vector, software)
-        cpl, flags = self.regs.read("cs") & 3, self.regs.read("rflags")
-        if software and dpl < cpl:
-            raise _Fault(GP, vector * 8 + 2, f"vector {vector} has DPL {dpl}, the guest runs at CPL {cpl}")
-        target = self._code_segment(selector, cpl, not software)
-        old = {name: self.regs.read(name) for name in ("ss", "rsp", "cs", "rip")}
-        rsp = self._stack(ist, target, cpl, old["rsp"]) & ~15
-        resume = 0 if software or vector in (DB, BP) else 1 << 16  # a fault pushes RF
-        frame = [old["ss"], old["rsp"], flags | resume, old["cs"], old["rip"]] + ([] if error is None else [error])
-        rsp -= 8 * len(frame)
-        self.regs.write_many({"cs": selector & ~3 | target} if target == cpl else {"cs": selector & ~3 | target, "ss": target})
-        if not self.vcpu.vmem_write(rsp, struct.pack(f"<{len(frame)}Q", *reversed(frame))):
-            self.regs.write_many({"cs": old["cs"], "ss": old["ss"]})
-            self.regs.write("cr2", rsp & MASK64)
-            raise _Fault(PF, 2, f"no writable stack at gva {rsp & MASK64:#x}")
-        self.regs.write_many({"rsp": rsp & MASK64, "rip": gate, "rflags": flags & ~_CLEARED & ~(interrupt << 9)})
+    def _enter(self, vector: int, error: int | None, software: bool, old: dict[str, int]) -> None:
+        ring, external = old["cs"] & 3, int(not software)
+        self._look_as(0, ring)
+        handler, ist, dpl, selector, interrupt = self._gate(vector, external)
+        if software and dpl < ring:
+            raise _Fault(GP, vector * 8 + 2, f"vector {vector} has DPL {dpl}, the guest runs at CPL {ring}")
+        code, target = self._code_segment(selector, ring, external)
+        if not canonical(handler):
+            raise _Fault(GP, external, f"the handler of vector {vector} lies at {handler:#x}, which is not canonical")
+        rsp = self._stack(ist, target, ring, old["rsp"], external) & ~15
+        resume = 0 if software or vector in (DB, BP) else _RF  # a fault pushes RF
+        self._look_as(target, ring)
+        rsp = self._push(rsp, [old["ss"], old["rsp"], old["rflags"] | resume, old["cs"], old["rip"]]
+                         + ([] if error is None else [error]), target, external)
+        if selector & ~3 | target != old["cs"]:
+            self.regs.set_segment("cs", selector & ~3 | target, code)
+        if target != ring:
+            self.regs.set_segment("ss", target, (0, 0, 0))  # null, with the new level (SDM vol. 3A 6.14.2)
+        flags = old["rflags"] & ~_CLEARED & ~(interrupt << 9)
+        self.regs.write_many({"rsp": rsp, "rip": handler, "rflags": flags})
 
-    def _gate(self, vector: int, software: bool) -> tuple[int, int, int, int, int]:
+    def _look_as(self, level: int, ring: int) -> None:
+        """Access memory at this level; the CPU reads its own tables in ring 0, wherever the guest was."""
+        if ring:
+            self.regs.set_ring(level)
+
+    def _push(self, rsp: int, words: list[int], ring: int, external: int) -> int:
+        bottom = rsp - 8 * len(words) & MASK64
+        if not canonical(bottom) or not canonical(rsp - 8 & MASK64):
+            raise _Fault(SS, external, f"the stack lies at {bottom:#x}, which is not canonical")
+        if not self.vcpu.vmem_write(bottom, struct.pack(f"<{len(words)}Q", *reversed(words))):
+            slots = (rsp - 8 * i - 8 for i in range(len(words)))
+            gva = next((gva for gva in slots if self.vcpu.translate(gva, uc.UC_PROT_WRITE) is None), bottom)
+            self.regs.write("cr2", gva)
+            raise _Fault(PF, self._page_error(gva, True, ring), f"no writable stack at gva {gva:#x}")
+        return bottom
+
+    def _gate(self, vector: int, external: int) -> tuple[int, int, int, int, int]:
         """(handler, IST, DPL, selector, is interrupt gate) of the IDT entry (SDM vol. 3A 6.14.1)."""
-        ext = 2 | (not software)
         base, limit = self.regs.read("idt_base"), self.regs.read("idt_limit")
         if 16 * vector + 15 > limit:
-            raise _Fault(GP, 8 * vector + ext, f"the IDT (base {base:#x}, limit {limit:#x}) has no entry for vector {vector}")
-        raw = self.vcpu.vmem_read(base + 16 * vector, 16)
+            raise _Fault(GP, 8 * vector + 2 + external, f"the IDT (base {base:#x}, limit {limit:#x}) has no entry {vector}")
+        raw = self.vcpu.vmem_read(base + 16 * vector & MASK64, 16)
         if raw is None:
-            self.regs.write("cr2", (base + 16 * vector) & MASK64)
+            self.regs.write("cr2", base + 16 * vector & MASK64)
             raise _Fault(PF, 0, f"the IDT at gva {base:#x} is not mapped")
         low, selector, ist, kind, mid, high = struct.unpack("<HHBBHI4x", raw)
         if kind & 0x1F not in (0xE, 0xF):
-            raise _Fault(GP, 8 * vector + ext, f"IDT entry {vector} is no gate (type {kind & 0x1F:#x})")
+            raise _Fault(GP, 8 * vector + 2 + external, f"IDT entry {vector} is no gate (type {kind & 0x1F:#x})")
         if not kind & 0x80:
-            raise _Fault(NP, 8 * vector + ext, f"IDT entry {vector} is not present")
+            raise _Fault(NP, 8 * vector + 2 + external, f"IDT entry {vector} is not present")
         return low | mid << 16 | high << 32, ist & 7, kind >> 5 & 3, selector, int(kind & 1 == 0)
 
-    def _code_segment(self, selector: int, cpl: int, hardware: bool) -> int:
-        """The privilege level of the gate's code segment (SDM vol. 3A 6.12.1)."""
+    def _code_segment(self, selector: int, ring: int, external: int) -> tuple[tuple[int, int, int], int]:
+        """The gate's code segment and the privilege level that it leads to (SDM vol. 3A 6.12.1)."""
+        error = selector & ~3 | external
         if not selector & ~3:
-            raise _Fault(GP, int(hardware), "a gate with a null code selector")
-        base, limit = self.regs.read("gdt_base"), self.regs.read("gdt_limit")
-        at = selector & ~7
-        raw = self.vcpu.vmem_read(base + at, 8) if at + 7 <= limit and not selector & 4 else None
-        if raw is None:
-            raise _Fault(GP, selector & ~3 | hardware, f"code selector {selector:#x} is outside the GDT")
-        access = raw[5]
-        if access & 0x18 != 0x18 or not raw[6] & 0x20:
-            raise _Fault(GP, selector & ~3 | hardware, f"selector {selector:#x} is no 64-bit code segment")
-        if not access & 0x80:
-            raise _Fault(NP, selector & ~3 | hardware, f"code segment {selector:#x} is not present")
+            raise _Fault(GP, external, "a gate with a null code selector")
+        found = self.regs.descriptor(selector)
+        self._look_as(0, ring)
+        if found is None:
+            raise _Fault(GP, error, f"code selector {selector:#x} is outside its descriptor table")
+        access = found[2] >> 8
+        if access & 0x18 != 0x18 or not found[2] & 1 << 21:
+            raise _Fault(GP, error, f"selector {selector:#x} is no 64-bit code segment")
         dpl = access >> 5 & 3
-        if dpl > cpl:
-            raise _Fault(GP, selector & ~3 | hardware, f"code segment {selector:#x} has DPL {dpl}, less privileged than CPL {cpl}")
-        return cpl if access & 4 else dpl
+        if dpl > ring:
+            raise _Fault(GP, error, f"code segment {selector:#x} has DPL {dpl}, less privileged than CPL {ring}")
+        if not access & 0x80:
+            raise _Fault(NP, error, f"code segment {selector:#x} is not present")
+        return found, ring if access & 4 else dpl
 
-    def _stack(self, ist: int, target: int, cpl: int, rsp: int) -> int:
+    def _stack(self, ist: int, target: int, ring: int, rsp: int, external: int) -> int:
         """The new stack pointer: IST, the TSS's RSP of the new level, or the present one (SDM vol. 3A 6.14.4)."""
-        if not ist and target == cpl:
+        if not ist and target == ring:
             return rsp
         base, limit = self.regs.read("tr_base"), self.regs.read("tr_limit")
         offset = 0x24 + 8 * (ist - 1) if ist else 4 + 8 * target
-        raw = self.vcpu.vmem_read(base + offset, 8) if offset + 7 <= limit else None
+        if offset + 7 > limit:
+            raise _Fault(TS, self.regs.read("tr") & ~3 | external, f"the TSS (base {base:#x}, limit {limit:#x}) gives no stack")
+        raw = self.vcpu.vmem_read(base + offset & MASK64, 8)
         if raw is None:
-            raise _Fault(TS, self.regs.read("tr") & ~3, f"the TSS (base {base:#x}, limit {limit:#x}) gives no stack")
+            self.regs.write("cr2", base + offset & MASK64)
+            raise _Fault(PF, 0, f"the TSS at gva {base:#x} is not mapped")
         return int.from_bytes(raw, "little")

@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING
 
 from unicorn import x86_const as x86
 
+from labkit.engines.unicorn.calibrate import SEGMENT, calibrate
 from labkit.engines.unicorn.lib import Mmr, Msr, RegBatch, check
 from labkit.errors import InvalidState
 
 if TYPE_CHECKING:
     from labkit.engines.unicorn.lib import Handle
 
-__all__ = ["GPRS", "NATIVE_MSRS", "PLAIN", "X86Registers"]
+__all__ = ["CODE64", "DATA", "GPRS", "NATIVE_MSRS", "PLAIN", "X86Registers"]
 
-GPRS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags")
-_SEGMENTS = ("cs", "ss", "ds", "es", "fs", "gs")
+GPRS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", *(f"r{i}" for i in range(8, 16)), "rip", "rflags")
+_SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")  # in the order of their records
+CODE64, DATA = (0, 0xFFFFFFFF, 0x00AF9B00), (0, 0xFFFFFFFF, 0x00CF9300)  # base, limit, second word of a flat descriptor
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "dr0", "dr1", "dr2", "dr3", "dr6", "dr7")
-PLAIN = {name: getattr(x86, f"UC_X86_REG_{name.upper()}") for name in (*GPRS, *_SEGMENTS, *_CONTROL, "fs_base", "gs_base", "mxcsr")}
+_NAMES = (*GPRS, *_SEGMENTS, *_CONTROL, "fs_base", "gs_base", "mxcsr")
+PLAIN = {name: getattr(x86, f"UC_X86_REG_{name.upper()}") for name in _NAMES}
 _TABLES = {"gdt": x86.UC_X86_REG_GDTR, "idt": x86.UC_X86_REG_IDTR, "tr": x86.UC_X86_REG_TR, "ldt": x86.UC_X86_REG_LDTR}
 _VECTORS = {f"xmm{i}": getattr(x86, f"UC_X86_REG_XMM{i}") for i in range(16)}
 # MSRs that live in the emulated CPU; every other one is kept by the engine
@@ -45,10 +48,12 @@ class X86Registers:
     """Reads and writes one CPU's registers; `extra` holds those that libunicorn lacks (xcr0).
 
     "msr_0x10" is the MSR of that number: `any_msr(index)` reads one, `any_msr(index, value)` sets one, None means there is none.
+    `fetch(gva, size)` reads guest memory.
     """
 
-    def __init__(self, handle: Handle, extra: dict[str, int], any_msr: Callable[[int, int | None], int | None]) -> None:
-        self.handle, self.extra, self.any_msr = handle, extra, any_msr
+    def __init__(self, handle: Handle, extra: dict[str, int], any_msr: Callable[[int, int | None], int | None],
+                 fetch: Callable[[int, int], bytes | None]) -> None:
+        self.handle, self.extra, self.any_msr, self.fetch = handle, extra, any_msr, fetch
         self.batch = RegBatch(tuple(PLAIN.values()))
         self.pc = self.rdi = -1  # as last read in a batch; -1 when they may have changed since
         self.names = (*PLAIN, *(f"{t}_{part}" for t in ("gdt", "idt") for part in ("base", "limit")), "tr", "tr_base", "tr_limit",
@@ -87,6 +92,9 @@ class X86Registers:
         width = 128 if name in _VECTORS else 16 if name in _SEGMENTS else 64
         if not 0 <= value < 1 << width:
             raise InvalidState(f"{name} takes {width} bits, not {value:#x}", name=name, value=value)
+        if name in _SEGMENTS:
+            self._load_segment(name, value)
+            return
         if name in PLAIN:
             status = self.handle.write(PLAIN[name], value)
             if name == "rip" or name == "rdi":
@@ -100,6 +108,50 @@ class X86Registers:
         else:
             status = self._write_table(name, value)
         check(status, f"{name} = {value:#x}")
+
+    def _load_segment(self, name: str, selector: int) -> None:
+        if selector & ~3:
+            hidden, table = self.descriptor(selector), "LDT" if selector & 4 else "GDT"
+            if hidden is None or (name == "cs" and not hidden[2] & 1 << 21):  # L
+                raise InvalidState(f"{name} = {selector:#x}: the {table} has no such segment", name=name)
+            self.set_segment(name, selector, hidden)
+        else:
+            self.set_segment(name, selector, (0, 0, 0))
+        if name == "cs":
+            self.set_ring(selector & 3)
+
+    def descriptor(self, selector: int) -> tuple[int, int, int] | None:
+        """(base, limit, second word) from the descriptor table, read as the CPU itself reads it: in ring 0."""
+        table, ring = "ldt" if selector & 4 else "gdt", self.read("cs") & 3
+        base, end = self.read(f"{table}_base"), self.read(f"{table}_limit")
+        if ring:
+            self.set_ring(0)
+        raw = self.fetch(base + (selector & ~7), 8) if selector | 7 <= end else None
+        if ring:
+            self.set_ring(ring)
+        if raw is None:
+            return None
+        low, high = int.from_bytes(raw[:4], "little"), int.from_bytes(raw[4:], "little")
+        limit = high & 0xF0000 | low & 0xFFFF
+        return high & 0xFF00_0000 | (high & 0xFF) << 16 | low >> 16, limit << 12 | 0xFFF if high & 1 << 23 else limit, high
+
+    def set_segment(self, name: str, selector: int, hidden: tuple[int, int, int]) -> None:
+        """Set a segment register with its hidden part (base, limit, second word of the descriptor), as an interrupt does."""
+        at = calibrate().segments + SEGMENT.size * _SEGMENTS.index(name)
+        record = SEGMENT.pack(selector, *hidden)
+
+        def patch(context: int) -> None:
+            ctypes.memmove(context + at, record, len(record))
+
+        self.handle.patch_context(patch)
+
+    def set_ring(self, level: int) -> None:
+        """Set the privilege level that instructions run and memory is accessed with."""
+        def patch(context: int) -> None:
+            word = ctypes.c_uint32.from_address(context + calibrate().hflags)
+            word.value = word.value & ~3 | level
+
+        self.handle.patch_context(patch)
 
     def _write_table(self, name: str, value: int) -> int:
         table, _, part = name.partition("_")
