@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from labkit.arch import find_arch
@@ -15,7 +14,7 @@ from labkit.engines.base import BudgetExit, Exit, InterruptExit, PioExit, Trace
 from labkit.errors import InvalidState, NotAvailable
 from labkit.explore.controller import VmController
 from labkit.explore.events import Event, events_frame
-from labkit.explore.inspect import MemoryMap, VcpuSnapshot, VmSnapshot
+from labkit.explore.inspect import MemoryMap, VmSnapshot
 from labkit.explore.look import label_gva, look_at_memory, look_at_vm
 from labkit.explore.running import collect, run_scheduled, stream
 from labkit.explore.vcpu import Vcpu
@@ -25,8 +24,7 @@ from labkit.machine.memory import PAGE, Memory
 from labkit.machine.schedule import Schedule
 from labkit.machine.vm import STACK_PAGES, Machine, MachineState
 from labkit.paging.scan import PageTable, scan
-from labkit.paging.walk import Walk
-from labkit.shown import register
+from labkit.shown import draw_with
 from labkit.ucall.abi import HEADER_SIZE
 from labkit.ucall.pool import BadUcallExit, Pool, PoolSnapshot, Ucall
 
@@ -157,10 +155,10 @@ class Vm:
             came = self._take(vcpu._cpu.read_reg(self.arch.ucall.register), vcpu)
         elif self._pool is not None:
             self._pool.saw(vcpu.index, vcpu._cpu.locked_at, self)
-        if type(came) is Ucall:
+        if isinstance(came, Ucall):
             vcpu.state = _FINAL.get(came.cmd, "running")
             self._events.append(Event(came.step, vcpu.index, "ucall", came, None))
-        elif type(came) is BudgetExit:
+        elif isinstance(came, BudgetExit):
             vcpu.state = "running"
         else:
             vcpu.state = _ENDS.get(came.end, "running")
@@ -392,16 +390,10 @@ def _memory_for(program: Program, nr_vcpus: int) -> int:
     return max(DEFAULT_MEMORY, align_up(wanted, 1 << 21))
 
 
-def _drawn(module: str, function: str) -> Callable[[Any], Any]:
-    def draw(snapshot: Any) -> Any:
-        from labkit.views.show import mimebundle
+def _draw(snapshot: Any) -> Any:
+    from labkit.views.dashboard import bundle
 
-        view = getattr(import_module(f"labkit.views.{module}"), function)(snapshot, *([snapshot.page_table] if function != "render" else []))
-        return mimebundle(view)
-
-    return draw
+    return bundle(snapshot)
 
 
-for _kind, _module, _function in ((PoolSnapshot, "pool", "render"), (PageTable, "pages", "render"), (Walk, "pages", "render_walk"),
-                                  (VcpuSnapshot, "stepper", "render"), (MemoryMap, "memory", "render"), (VmSnapshot, "dashboard", "render")):
-    register(_kind, _drawn(_module, _function))
+draw_with(_draw)

@@ -154,14 +154,13 @@ def test_that_inline_styles_are_plain_css() -> None:
     assert "<" not in svg_css() and "&" not in svg_css()
 
 
-def test_that_a_shell_shows_every_snapshot_as_its_view() -> None:
-    core = pytest.importorskip("IPython.core.interactiveshell", reason="IPython is not installed")
-    shell = core.InteractiveShell.instance()
-    dashboard.install(shell)
+def test_that_every_snapshot_has_a_bundle() -> None:
     shown = (sample.vm(), sample.vcpu(), sample.pool(), sample.memory(), sample.page_table(), sample.page_table().walk(0x400000))
     for snapshot, title in zip(shown, ("alloc4", "vCPU 1", "ucall pool", "guest memory", "page tables", "page walk"), strict=True):
-        data, _ = shell.display_formatter.format(snapshot)
+        data, _ = dashboard.bundle(snapshot)
         assert data["text/plain"].startswith(title) and data["text/html"].startswith("<section")
+    with pytest.raises(TypeError):
+        dashboard.bundle(5)
 
 
 # --- hostile text

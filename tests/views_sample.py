@@ -53,7 +53,7 @@ def pool(nr_slots: int = 512, text: str = "vCPU 2: 128 pages touched\n", **chang
         done[slot.index], leaked[slot.index] = slot.state == "done", slot.state == "leaked"
     uses[:7], changed[:2] = (6, 5, 4, 1, 1, 1, 1), True
     made = PoolSnapshot(1277, nr_slots, POOL_GVA, POOL_GPA, SIZE, OFFSET, -(-(OFFSET + nr_slots * SIZE) // 4096), in_use, owner, since, done, leaked,
-                        changed, 1180, uses, (*held, _slot(1, "free", None, None, "NONE", ())), 1)
+                                        changed, 1180, uses, (*held, _slot(1, "free", None, None, "NONE", ())), next_slot=1)
     return replace(made, **changes)
 
 

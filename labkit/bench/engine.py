@@ -32,7 +32,7 @@ void guest_ucalls(uint64_t n)
 		GUEST_SYNC(n++);
 }
 """
-LOOPS, ROUNDS, STEPS = 20_000_000, 20_000, 20_000
+LOOPS, ROUNDS, STEPS = 60_000_000, 20_000, 20_000
 EXACT = 1 << 60  # without a count, a stop at IN takes effect at the end of the block: later instructions have run by then
 
 

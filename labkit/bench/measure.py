@@ -28,13 +28,13 @@ class Result:
 
 
 def best(work: Callable[[], object], times: int = 5) -> float:
-    """Seconds of the fastest of some runs: the one that the machine disturbed least."""
+    """CPU seconds of the fastest of some runs: what others do on the machine meanwhile counts as little as possible."""
     seconds = []
     gc.collect()
     for _ in range(times):
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return min(seconds)
 
 

@@ -13,7 +13,7 @@ from labkit.errors import LabError
 
 __all__ = ["COMMANDS", "main", "parser"]
 
-COMMANDS = ("doctor", "lab", "run", "bench")  # one module each, with add(subparsers); what they need is imported when they run
+COMMANDS = ("doctor", "lab", "run", "freeze", "bench")  # a module each, with add(subparsers); what it needs is imported when it runs
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from labkit.errors import InvalidState, NotAvailable
+from labkit.cli import notebooks
+from labkit.errors import NotAvailable
 
 __all__ = ["HOME", "TOUR", "add", "jupyter_command", "jupyter_environment"]
 
@@ -102,16 +103,10 @@ def _server_facts(server: subprocess.Popen[bytes]) -> dict[str, Any]:
 
 def _in_terminal(path: Path, as_json: bool) -> int:
     """Run the notebook's cells one after the other in a kernel of this Python and print each with what it shows."""
-    import nbformat
-    from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-    try:
-        notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
-    except (ValueError, nbformat.ValidationError) as err:
-        raise InvalidState(f"{path} is not a notebook: {str(err).partition(chr(10))[0][:100]}", path=path) from err
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
-                            extra_arguments=["--IPKernelApp.log_level=ERROR"])  # its warning about TCP is not for a tour
+    notebook = notebooks.read(path)
+    client = notebooks.client(path, notebook)
     failed = ""
     with client.setup_kernel():
         for index, cell in enumerate(notebook.cells):

@@ -34,7 +34,7 @@ def label_gva(vm: Any, gva: int) -> str:
     if stack is not None:
         return f"stack of vCPU {stack}"
     if vm.program is not None and (found := vm.program.symbol_at(gva)) is not None:
-        return found[0].name + (f"+{found[1]:#x}" if found[1] else "")
+        return str(found[0].name) + (f"+{found[1]:#x}" if found[1] else "")
     return next((use.kind for use in vm.machine.space.uses if use.gpa <= walk.gpa < use.gpa + 4096 * use.nr_pages), "")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 from labkit.engines.base import BudgetExit, Exit, HypercallExit
 from labkit.errors import BudgetExceeded, GuestAssertFailed, GuestCrashed, InvalidState
@@ -28,7 +28,7 @@ class Runnable(Protocol):
     def where(self) -> str: ...
 
 
-def run_scheduled(vcpus: list[Any], schedule: Schedule, max_insns: int | None) -> Came:
+def run_scheduled(vcpus: Sequence[Runnable], schedule: Schedule, max_insns: int | None) -> Came:
     """Run until the next ucall or exit of any vCPU; BudgetExit after max_insns instructions in all."""
     left = max_insns
     while True:

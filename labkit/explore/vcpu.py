@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from labkit.arch.model import Arch
 from labkit.engines.base import BudgetExit, Exit
+from labkit.engines.disasm import Decoded
 from labkit.errors import InvalidState
 from labkit.explore.listing import Listing
 from labkit.explore.look import look_at_vcpu
@@ -63,6 +64,11 @@ class Vcpu:
     def pc(self) -> int:
         """Address of the instruction that runs next."""
         return self._cpu.read_reg(self.vm.arch.pc)
+
+    @property
+    def insn(self) -> Decoded | None:
+        """The instruction that runs next: `.mnemonic`, `.op_str`; None where there is none."""
+        return next(iter(self.disassemble(self.pc, 1).insns), None)
 
     def run(self, max_insns: int | None = None) -> Ucall | Exit:
         """Run this vCPU alone until a ucall or another exit; with max_insns at most that far (BudgetExit)."""

@@ -22,7 +22,9 @@ def flags_text(arch: Arch, value: int) -> str:
 class Registers:
     """`regs.rip` reads a register, `regs.rip = 0x1000` writes it; `regs["xmm0"]` works too."""
 
-    __slots__ = ("_arch", "_cpu", "_ready")
+    _arch: Arch
+    _cpu: EngineVcpu
+    _ready: Callable[[], None]
 
     def __init__(self, arch: Arch, cpu: EngineVcpu, ready: Callable[[], None]) -> None:
         object.__setattr__(self, "_arch", arch)

@@ -13,9 +13,9 @@ from labkit.paging.walk import Walk
 from labkit.ucall.pool import PoolSnapshot
 from labkit.views import memory, pages, pool, stepper, timeline
 from labkit.views.draw import Html, cat, el, label, num, plain
-from labkit.views.show import View, columns, header, mimebundle, pane, status_line
+from labkit.views.show import Bundle, View, columns, header, mimebundle, pane, status_line
 
-__all__ = ["PANES", "VIEWS", "Scene", "front", "install", "render", "transport", "walked"]
+__all__ = ["PANES", "VIEWS", "Scene", "bundle", "front", "render", "transport", "walked"]
 
 PANES = ("title", "transport", "timeline", "status", "source", "disassembly", "registers", "stack", "touches", "pool", "card",
          "poolkey", "held", "rail", "memory", "walk", "ruler", "ranges", "changes")  # of all kinds of widget
@@ -109,13 +109,22 @@ def render(vm: VmSnapshot, previous: VmSnapshot | None = None, *, width: float =
     return VIEWS[kind](Scene(vm, previous, width, actions, pinned, {} if memo is None else memo))
 
 
-def install(shell: Any) -> None:
-    """Let an IPython shell show every snapshot as its view: pictures in a notebook, text in a terminal."""
-    drawers: dict[type, Callable[[Any], View]] = {
-        VmSnapshot: render, VcpuSnapshot: stepper.render, PoolSnapshot: pool.render, MemoryMap: memory.render, PageTable: pages.render,
-        Walk: pages.render_walk}
-    for kind, draw in drawers.items():
-        shell.display_formatter.mimebundle_formatter.for_type(kind, lambda shown, draw=draw: mimebundle(draw(shown)))
+def bundle(snapshot: Any) -> Bundle:
+    """What a snapshot of any kind shows of itself: pictures in a notebook, text in a terminal."""
+    match snapshot:
+        case VmSnapshot():
+            return mimebundle(render(snapshot))
+        case VcpuSnapshot():
+            return mimebundle(stepper.render(snapshot))
+        case PoolSnapshot():
+            return mimebundle(pool.render(snapshot))
+        case MemoryMap():
+            return mimebundle(memory.render(snapshot))
+        case PageTable():
+            return mimebundle(pages.render(snapshot))
+        case Walk():
+            return mimebundle(pages.render_walk(snapshot, getattr(snapshot, "page_table", None)))
+    raise TypeError(f"{type(snapshot).__name__} is no snapshot")
 
 
 def front(vm: VmSnapshot) -> VcpuSnapshot:

@@ -7,15 +7,17 @@ import json
 import struct
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from unicorn import unicorn_const as uc
 
 from labkit.engines.base import BudgetExit, DebugExit, Exit, InternalErrorExit, InterruptExit, MmioExit, Regs, Trace
 from labkit.engines.disasm import disassemble
+from labkit.engines.unicorn.blocks import is_memory_loop, settle
 from labkit.engines.unicorn.calibrate import calibrate
-from labkit.engines.unicorn.blocks import is_memory_loop, settle, stub
 from labkit.engines.unicorn.lib import LIB, STOP, CodeHook, EdgeHook, Handle, IntrHook, MemHook
+from labkit.engines.unicorn.stubs import stub
+from labkit.engines.unicorn.tally import MAX_BLOCK, Tally
 from labkit.errors import InvalidState
 
 if TYPE_CHECKING:
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["COUNT_FOR", "Quirks", "UnicornVcpu", "budget_exit"]
 
-SLICE = 1 << 20  # instructions after which a counted run looks up: Ctrl-C, budget
-COUNT_FOR = 1 << 17  # an unbounded run is counted exactly that far, then runs at full speed uncounted
+SLICE = {"each": 1 << 20, "tally": 1 << 24}  # instructions after which a counted run looks up, some 15 ms: Ctrl-C, budget
+COUNT_FOR = 1 << 22  # an unbounded run is counted exactly that far, then runs uncounted
+BY_EACH = 4096  # budgets up to this are counted by Unicorn, an instruction at a time: changing over costs a translation
 _FETCH = (uc.UC_MEM_FETCH_UNMAPPED, uc.UC_MEM_FETCH_PROT)
 _WRITE = (uc.UC_MEM_WRITE_UNMAPPED, uc.UC_MEM_WRITE_PROT)
 _UNMAPPED = (uc.UC_ERR_READ_UNMAPPED, uc.UC_ERR_WRITE_UNMAPPED, uc.UC_ERR_FETCH_UNMAPPED, uc.UC_ERR_READ_PROT, uc.UC_ERR_WRITE_PROT,
@@ -56,6 +59,7 @@ class Quirks(Protocol):
     def invalid(self) -> Exit | None: ...
     def complete(self, value: int) -> bool: ...
     def is_drained(self) -> bool: ...
+    def is_fetch_fault(self, vector: int | None) -> bool: ...
     def read_all(self) -> Regs: ...
     def read(self, name: str) -> int: ...
     def write_many(self, regs: Mapping[str, int]) -> None: ...
@@ -88,14 +92,14 @@ class UnicornVcpu:
         self._extra = 0  # counted by Unicorn, but no step of the architecture
         self._last = (-1, -1)  # (gva, count) of the last instruction that takes more than one count
         self._mmio: MmioExit | None = None
-        self._locked = (ctypes.c_uint64 * 2)(0, ctypes.addressof(self.counter))  # as the "locked" hook wants it
+        self.tally = Tally(vm.arch)
+        self._mode, self._tally_hook = "", 0
+        self._locked = (ctypes.c_uint64 * 4)()  # as the "locked" hook wants it
         self.locked_at = -1
-        self._blocks: dict[int, int] = {}  # translated: gva -> bytes
         self._new_loop = -1
         self._loops: set[int] = set()  # blocks with a hook that looks at `_halt`
         self._halt = ctypes.c_uint8()
         self._fresh, self._forced = True, False
-        self._uncounted_code = False
         self.quirks = vm.quirks(self)
         self._hook_all()
         for gpa, hva, size in vm.slots:
@@ -172,7 +176,7 @@ class UnicornVcpu:
         if self.stale_code:
             self.handle.flush_code()
             self.code_pages.clear()
-            self._blocks.clear()
+            self.tally.close()
             self._fresh = True
         if self.stale_tlb:
             self.handle.flush_tlb()
@@ -211,7 +215,7 @@ class UnicornVcpu:
             LIB.uc_emu_stop(self.handle.h)
             return
         self._halt.value = 1
-        for gva in {gva & -4096 for gva in list(self._blocks)}:
+        for gva in {gva & -4096 for gva in list(self.tally.blocks)}:
             self.handle.forget_code(gva, 4096)
 
     def _run(self, insns: int | None) -> Exit:
@@ -232,60 +236,99 @@ class UnicornVcpu:
                 return InterruptExit()
 
     def _slice(self, left: int | None, done: int) -> Exit | None:
-        """One native run; None when the run goes on behind it."""
-        if left is None and (not self.exact or done >= self.vm.count_for):
-            limit, status = 0, self._run_uncounted()
+        """One native run; None when the run goes on behind it. The mode says who counts: "each", "tally" or nobody ("free")."""
+        if left is None and (not self.exact or done >= self.vm.count_for - MAX_BLOCK):
+            return self._native("free", 0)
+        mode = "each" if (left is not None and left <= BY_EACH) or stub("tally") is None else "tally"
+        return self._native(mode, min(SLICE[mode], self.vm.count_for - done if left is None else left))
+
+    def _native(self, mode: str, limit: int) -> Exit | None:
+        if mode != self._mode:
+            self._change_over(mode)
+        self._stopped, self._extra, self._exception, self._last = "", 0, None, (-1, -1)
+        self._locked[0] = 0
+        self.tally.begin(limit)
+        if mode == "free":
+            status = self._run_uncounted()
         else:
-            limit = min(SLICE, self.vm.count_for - done if left is None else left)
-            status = self._run_counted(limit)
-        count = self.counter.value
+            status = LIB.uc_emu_start(self.handle.h, self.quirks.leave(), 0, 0, limit if mode == "each" else 0)
+        self._skip = -1
         if self._locked[0]:
-            self.locked_at = self.vm.retired() + self._locked[0] - self._extra
+            self.locked_at = self.vm.retired() + self._when_locked() - self._extra
         if self._stopped == "edge":
-            self.insns += count - self._extra
+            self.insns += self._count() - self._extra
             self._install()
             return None
         if self._stopped or status or self._exception is not None:
-            self.insns += max(count - 1, 0) - self._extra
+            pc = self.quirks.arrive()
+            fetch = self.quirks.is_fetch_fault(self._exception) or status in (uc.UC_ERR_FETCH_UNMAPPED, uc.UC_ERR_FETCH_PROT)
+            self.insns += (self._count() if fetch else self._before(pc)) - self._extra
             return self._stop_reason(status)
-        if limit and count > limit:
+        if mode == "each" and self.counter.value > limit:
             return self._budget(limit)
-        trap = self.traps.get(self.quirks.arrive())
-        if trap is None:
-            self.insns += count - self._extra  # the CPU left the loop by itself, or somebody asked it to
-            return None
-        self.insns += max(count - 1, 0) - self._extra
-        return self.quirks.trap(trap)
+        pc = self.quirks.arrive()
+        trap = self.traps.get(pc)
+        if trap is not None and trap.stops and not self.tally.stopped:
+            self.insns += self._before(pc) - self._extra
+            return self.quirks.trap(trap)
+        return self._between_blocks(pc, limit)
 
-    def _run_counted(self, limit: int) -> int:
-        if self._uncounted_code:
-            self.handle.flush_code()  # blocks translated without the counting hook would never stop
-            self._uncounted_code = False
-        self._stopped, self._extra, self._exception, self._locked[0], self._last = "", 0, None, 0, (-1, -1)
-        status: int = LIB.uc_emu_start(self.handle.h, self.quirks.leave(), 0, 0, limit)
-        self._skip = -1
-        return status
+    def _between_blocks(self, pc: int, limit: int) -> Exit | None:
+        """The run ended where a block begins: at the limit, at a block without entry, or because somebody asked."""
+        ran = self._count()
+        self.insns += ran - self._extra
+        if not self.tally.stopped:
+            return None
+        if not self.tally.knows(pc):
+            return self._native("each", 1)
+        count = self.tally.blocks[pc][0]
+        return self._native("each", limit - ran) if ran < limit < ran + count else None
+
+    def _count(self) -> int:
+        """Instructions that the last native run began."""
+        return {"each": self.counter.value, "tally": self.tally.total, "free": 0}[self._mode]
+
+    def _before(self, pc: int) -> int:
+        """Instructions that it finished, when it ended before or in the one at pc."""
+        if self._mode == "tally":
+            return self.tally.before(pc)
+        return max(self._count() - 1, 0)
+
+    def _when_locked(self) -> int:
+        total, _, gva, block = self._locked
+        return self.tally.before(gva, total, block) + 1 if self._mode == "tally" else total
+
+    def _change_over(self, mode: str) -> None:
+        """Blocks carry the hooks that were there when they were translated, so they must go."""
+        if self._mode == "tally":
+            self.handle.unhook(self._tally_hook)
+        if mode == "tally":
+            code = stub("tally")
+            assert code is not None
+            self._tally_hook = self.handle.hook(uc.UC_HOOK_BLOCK, code, data=self.tally.address)
+        self._locked[1] = self.tally.address if mode == "tally" else ctypes.addressof(self.counter)
+        self._mode = mode
+        if mode == "free":
+            self._drop_count_hooks()
+        self.handle.flush_code()
 
     def _run_uncounted(self) -> int:
-        self._uncounted()
-        self._stopped, self._extra, self._exception, self._locked[0], self._last = "", 0, None, 0, (-1, -1)
         self._halt.value = self._forced = False
         with self.vm.shield.native():
             status: int = LIB.uc_emu_start(self.handle.h, self.quirks.leave(), 0, 0, 0)
         stopped = self._forced and not self._stopped and not status and self._exception is None
         if stopped and self.quirks.pc() not in self.traps:
-            self.quirks.set_pc(settle(self.vm.arch, self.quirks.pc(), self._blocks, self.vmem_read))
-        self._halt.value, self._skip = 0, -1
+            blocks = {gva: data for gva, (_count, data) in self.tally.blocks.items()}
+            self.quirks.set_pc(settle(self.vm.arch, self.quirks.pc(), blocks))
+        self._halt.value = 0
         return status
 
-    def _uncounted(self) -> None:
-        """From here on the run is not counted: Unicorn drops its counting hook, and the hooks on REP go too."""
-        if self.exact:
-            self.exact = False
-            for gva in [gva for gva, trap in self.traps.items() if trap.kind == "rep"]:
-                self.handle.unhook(self._hooks.pop(gva))
-                del self.traps[gva]
-        self._uncounted_code = True
+    def _drop_count_hooks(self) -> None:
+        """From here on nothing is counted, so the hooks that correct the count on REP can go."""
+        self.exact = False
+        for gva in [gva for gva, trap in self.traps.items() if trap.kind == "rep"]:
+            self.handle.unhook(self._hooks.pop(gva))
+            del self.traps[gva]
 
     def _budget(self, limit: int) -> Exit | None:
         """The count is used up; an instruction that takes one count more than steps is brought to its end."""
@@ -297,7 +340,7 @@ class UnicornVcpu:
         if trap is None or not self._unfinished(trap, gva):
             return None
         before = self.insns + (trap.kind == "shadow")
-        exit = self._slice(1, 0)
+        exit = self._native("each", 1)
         self.insns = before
         return exit
 
@@ -372,7 +415,7 @@ class UnicornVcpu:
         hook = self.handle.hook(uc.UC_HOOK_MEM_WRITE, MemHook(written), page, page + span - 1)
         self.handle.flush_code()
         try:
-            exit = self._slice(1, 0)
+            exit = self._native("each", 1)
         finally:
             self.handle.unhook(hook)
             self.handle.unmap(page, span)
@@ -383,7 +426,7 @@ class UnicornVcpu:
 
     def _hook_all(self) -> None:
         self.handle.hook(uc.UC_HOOK_INTR, IntrHook(lambda _h, vector, _d: self._intr(vector)))
-        self.handle.hook(uc.UC_HOOK_EDGE_GENERATED, EdgeHook(lambda _h, tb, _p, _d: self._edge(tb.contents.pc, tb.contents.size)))
+        self.handle.hook(uc.UC_HOOK_EDGE_GENERATED, EdgeHook(lambda _h, tb, _p, _d: self._edge(tb.contents)))
 
 
     def _intr(self, vector: int) -> None:
@@ -396,27 +439,29 @@ class UnicornVcpu:
             LIB.uc_emu_stop(self.handle.h)
         self._skip = -1
 
-    def _edge(self, gva: int, size: int) -> None:
+    def _edge(self, tb: Any) -> None:
         """A block was translated and has not run: stop when it holds a sensitive instruction that no hook guards yet."""
-        if self._look(gva, size, whole=True) or self._halt.value:
+        if self._look(tb.pc, tb.size, tb.icount) or self._halt.value:
             self._stopped = "edge"
             LIB.uc_emu_stop(self.handle.h)
 
-    def _look(self, gva: int, size: int, whole: bool) -> bool:
+    def _look(self, gva: int, size: int, count: int) -> bool:
+        """Look through a block of count instructions; 0 means that the block may end before size bytes do."""
         gpa = self.translate(gva, uc.UC_PROT_EXEC)
         data = self.vmem_read(gva, size)
         if gpa is None or data is None:
             return False
+        if count:
+            self.tally.add(gva, count, data)
         page = gpa & -4096
-        self._blocks[gva] = size
         if page not in self.code_pages:
             self.code_pages[page] = self.vm.read(page, 4096)
-        found = self.quirks.scan(data, gva, whole)
+        found = self.quirks.scan(data, gva, count > 0)
         for at in [at for at in self.traps if gva <= at < gva + size and at not in found]:
             del self.traps[at]  # the guest wrote other code there
         self._new = {at: trap for at, trap in found.items() if at not in self._hooks}
         self.traps.update({at: trap for at, trap in found.items() if at in self._hooks})
-        if self._uncounted_code and whole and gva not in self._loops and is_memory_loop(self.vm.arch, gva, data):
+        if self._mode == "free" and count and gva not in self._loops and is_memory_loop(self.vm.arch, gva, data):
             self._loops.add(gva)
             callback = stub("flag") or CodeHook(lambda _h, _a, _s, _d: self._look_at_flag())
             self.handle.hook(uc.UC_HOOK_BLOCK, callback, gva, gva, ctypes.addressof(self._halt))
@@ -431,7 +476,7 @@ class UnicornVcpu:
     def _scan_ahead(self) -> None:
         """Unicorn reports every translated block but the first of an engine's life: look at that one here."""
         pc, self._fresh = self.quirks.pc(), False
-        if self._look(pc, 4096 - (pc & 4095), whole=False):
+        if self._look(pc, 4096 - (pc & 4095), 0):
             self._install()
 
     def _install(self) -> None:
@@ -439,7 +484,8 @@ class UnicornVcpu:
             self.handle.forget_code(self._new_loop, 1)
             self._new_loop = -1
         for gva, trap in self._new.items():
-            callback, data = STOP, None
+            callback: Any = STOP
+            data = None
             if trap.kind == "locked":
                 callback = stub("locked") or CodeHook(lambda _h, _a, _s, _d: self._at_locked())
                 data = ctypes.addressof(self._locked)
@@ -451,11 +497,11 @@ class UnicornVcpu:
         self._new = {}
 
     def _at_locked(self) -> None:
-        self._locked[0] = self.counter.value
+        self._locked[0], self._locked[2] = self.counter.value, 0
 
     def _count_extra(self, gva: int) -> None:
         """At a REP string instruction or a stack-segment load: Unicorn counts one more than the architecture steps."""
-        count = self.counter.value
+        count = self._count()
         if self.traps[gva].kind == "shadow" or (self._last == (gva, count - 1) and self.quirks.is_drained()):
             self._extra += 1
         self._last = (gva, count)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CAPABILITIES", "UnicornVm"]
 
-_QUIRKS: dict[str, Callable[[UnicornVcpu], Quirks]] = {"x86_64": X86}
+_QUIRKS: dict[str, type[Quirks]] = {"x86_64": X86}
 
 CAPABILITIES = (
     Capability("step", True, "one instruction, one REP iteration, one exception delivery"),
@@ -42,7 +41,7 @@ class UnicornVm:
     """The engine's side of one VM."""
 
     name = "unicorn"
-    capabilities = CAPABILITIES
+    capabilities: tuple[Capability, ...] = CAPABILITIES
 
     def __init__(self, arch: str, cpu: CpuModel) -> None:
         if arch not in _QUIRKS:

@@ -13,7 +13,7 @@ from labkit.arch.x86_cpu import APIC_BASE, IA32_TSC, IA32_TSC_ADJUST, XCR0_SUPPO
 from labkit.engines.base import Exit, HaltExit, HypercallExit, PioExit
 from labkit.engines.unicorn.lib import RegBatch
 from labkit.engines.unicorn.traps import PREFIXES, Trap, scan
-from labkit.engines.unicorn.x86_events import DB, GP, UD, X86Events, canonical
+from labkit.engines.unicorn.x86_events import DB, GP, PF, UD, X86Events, canonical
 from labkit.engines.unicorn.x86_regs import CODE64, DATA, NATIVE_MSRS, PLAIN, X86Registers
 
 if TYPE_CHECKING:
@@ -78,6 +78,10 @@ class X86(X86Events):
     def is_drained(self) -> bool:
         """RCX is zero: a REP instruction has no iteration left."""
         return self.regs.read("rcx") == 0
+
+    def is_fetch_fault(self, vector: int | None) -> bool:
+        """A page fault at the program counter itself: no instruction was begun."""
+        return vector == PF and self.regs.read("cr2") == self.pc()
 
     def scan(self, data: bytes, gva: int, whole: bool) -> dict[int, Trap]:
         """Find the sensitive instructions of a block."""

@@ -1,0 +1,75 @@
+"""Counts instructions block by block, exactly, at nearly full speed.
+
+Unicorn's own counting calls a hook at every instruction (50 M/s against 1400 M/s uncounted). A block's instructions are
+known when it is translated, so a hook at its start adds them all; where a run ends inside a block, the rest is taken off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+from labkit.engines.disasm import disassemble
+
+__all__ = ["MAX_BLOCK", "Tally"]
+
+MAX_BLOCK = 512  # instructions: TCG_MAX_INSNS
+_TOTAL, _BLOCK, _TABLE, _LIMIT, _STOPPED = range(5)
+
+
+class Tally:
+    """The counter of one vCPU, as the "tally" hook of stubs.py reads and writes it."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+        self._memory = mmap.mmap(-1, 16 << 16)  # 65536 entries (gva, count), of which the kernel backs those that are used
+        self._table = (ctypes.c_uint64 * (2 << 16)).from_buffer(self._memory)
+        self._data = (ctypes.c_uint64 * 5)(0, 0, ctypes.addressof(self._table), 0, 0)
+        self.address = ctypes.addressof(self._data)
+        self.blocks: dict[int, tuple[int, bytes]] = {}  # gva -> (instructions, bytes), as last translated
+        self._offsets: dict[int, dict[int, int]] = {}
+
+    def add(self, gva: int, count: int, data: bytes) -> None:
+        """A block was translated."""
+        self.blocks[gva] = (count, data)
+        self._offsets.pop(gva, None)
+        self._enter(gva, count)
+
+    def _enter(self, gva: int, count: int) -> None:
+        at = 2 * ((gva ^ gva >> 16) & 0xFFFF)
+        self._table[at], self._table[at + 1] = gva, count
+
+    def begin(self, limit: int) -> None:
+        """Start from zero; the hook stops before a block that would go beyond limit."""
+        self._data[_TOTAL], self._data[_LIMIT], self._data[_STOPPED] = 0, limit, 0
+
+    @property
+    def total(self) -> int:
+        """Instructions of all blocks entered, the present one included."""
+        return self._data[_TOTAL]
+
+    @property
+    def stopped(self) -> bool:
+        """The hook ended the run, at the start of a block that is not counted."""
+        return bool(self._data[_STOPPED])
+
+    def knows(self, gva: int) -> bool:
+        """See to it that the block at gva has its entry in the table, where another may have taken its place."""
+        if gva not in self.blocks:
+            return False
+        self._enter(gva, self.blocks[gva][0])
+        return True
+
+    def before(self, gva: int, total: int | None = None, block: int | None = None) -> int:
+        """Instructions run when the one at gva is about to; gva behind the block means its last one is the one that left."""
+        block = self._data[_BLOCK] if block is None else block
+        total = self._data[_TOTAL] if total is None else total
+        count, data = self.blocks.get(block, (0, b""))
+        if block not in self._offsets:
+            self._offsets[block] = {insn.gva: i for i, insn in enumerate(disassemble(self.arch, data, block))}
+        return total - count + self._offsets[block].get(gva, count - 1)
+
+    def close(self) -> None:
+        """Forget everything."""
+        self.blocks.clear()
+        self._offsets.clear()
