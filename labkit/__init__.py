@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from labkit.errors import (
-    BudgetExceeded, CompileError, ElfError, GuestAssertFailed, GuestCrashed, InvalidState, LabError, MemoryFault, NotAvailable,
-    OutOfMemory, PageFault, SymbolNotFound,
+    BudgetExceeded,
+    CompileError,
+    ElfError,
+    GuestAssertFailed,
+    GuestCrashed,
+    InvalidState,
+    LabError,
+    MemoryFault,
+    NotAvailable,
+    OutOfMemory,
+    PageFault,
+    SymbolNotFound,
 )
 from labkit.guest.program import Program
 from labkit.lab import Vcpu, Vm

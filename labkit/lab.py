@@ -31,8 +31,8 @@ from labkit.ucall.pool import BadUcallExit, Pool, PoolSnapshot, Ucall
 if TYPE_CHECKING:
     import pandas as pd
 
-    from labkit.views.live import Hub
     from labkit.guest.program import Program
+    from labkit.views.live import Hub
 
 __all__ = ["Vcpu", "Vm", "VmState"]
 

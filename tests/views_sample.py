@@ -8,7 +8,16 @@ import numpy as np
 
 from labkit.arch.x86 import X86_PXXV48_4K
 from labkit.explore.inspect import (
-    EventMark, Insn, MemoryMap, MemoryRange, RegisterRow, Selection, StackRow, Touch, VcpuSnapshot, VmSnapshot,
+    EventMark,
+    Insn,
+    MemoryMap,
+    MemoryRange,
+    RegisterRow,
+    Selection,
+    StackRow,
+    Touch,
+    VcpuSnapshot,
+    VmSnapshot,
 )
 from labkit.paging.build import PageTableBuilder
 from labkit.paging.scan import PageTable, scan

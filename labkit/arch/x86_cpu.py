@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from labkit.bits import bit
 
-__all__ = ["APIC_BASE", "CpuModel", "IA32_TSC", "IA32_TSC_ADJUST", "MAXPHYADDR", "XCR0_SUPPORTED"]
+__all__ = ["APIC_BASE", "IA32_TSC", "IA32_TSC_ADJUST", "MAXPHYADDR", "XCR0_SUPPORTED", "CpuModel"]
 
 MAXPHYADDR = 40
 XCR0_SUPPORTED = 0b11  # x87 | SSE

@@ -7,7 +7,7 @@ return, a thread reads what the C-level handler writes to the wakeup descriptor,
 
 from __future__ import annotations
 
-import _signal  # signal.getsignal makes an enum of what it returns, which takes as long as a whole ucall
+import _signal  # type: ignore[import-not-found]  # signal.getsignal makes an enum of what it returns, which takes as long as a whole ucall
 import contextlib
 import os
 import signal

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from labkit.errors import LabError
 from labkit.explore.inspect import (
-    EventMark, Insn, MemoryMap, MemoryRange, RegisterRow, Selection, StackRow, Touch, VcpuSnapshot, VmSnapshot,
+    EventMark,
+    Insn,
+    MemoryMap,
+    MemoryRange,
+    RegisterRow,
+    Selection,
+    StackRow,
+    Touch,
+    VcpuSnapshot,
+    VmSnapshot,
 )
 from labkit.explore.listing import Listing, read_code
 from labkit.explore.touch import Operands, operands

@@ -15,8 +15,22 @@ from labkit.errors import MemoryFault
 from labkit.machine.memory import Memory
 from labkit.shown import mimebundle
 from labkit.ucall.abi import (
-    BITMAP_BYTES, GUEST_ERROR_STRING, GUEST_FILE, GUEST_LINE, GUEST_UCALL_FAILED, HEADER, HEADER_SIZE, NR_SLOTS, OFFSET_BUFFER,
-    UCALL_BUFFER_LEN, UCALL_MAX_ARGS, UCALL_SIZE, UcallCmd, cmd_name, decode_text, has_text,
+    BITMAP_BYTES,
+    GUEST_ERROR_STRING,
+    GUEST_FILE,
+    GUEST_LINE,
+    GUEST_UCALL_FAILED,
+    HEADER,
+    HEADER_SIZE,
+    NR_SLOTS,
+    OFFSET_BUFFER,
+    UCALL_BUFFER_LEN,
+    UCALL_MAX_ARGS,
+    UCALL_SIZE,
+    UcallCmd,
+    cmd_name,
+    decode_text,
+    has_text,
 )
 
 if TYPE_CHECKING:

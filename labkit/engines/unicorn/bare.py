@@ -13,7 +13,7 @@ __all__ = ["open_uc", "pc", "stop_at_in"]
 
 def open_uc(hva: int, size: int, regs: Mapping[str, int]) -> Any:
     """A Uc over host memory, in long mode with these registers."""
-    uc: Any = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+    uc: Any = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)  # type: ignore[attr-defined, no-untyped-call]
     uc.ctl_exits_enabled(True)
     uc.ctl_set_exits([])
     uc.mem_map_ptr(0, size, unicorn.UC_PROT_ALL, hva)

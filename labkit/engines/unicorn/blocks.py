@@ -2,8 +2,8 @@
 
 `uc_emu_stop` from another thread leaves the program counter where memory was last touched, or in the middle of a
 read-modify-write. Dropping the translated code brings the CPU back in order, but a block that jumps to itself stays linked to
-itself. If such a block touches memory, a hook looks at a flag once a round and stops in order. If not, stopping it from outside is exact but for the program
-counter, which `settle` knows.
+itself. If such a block touches memory, a hook looks at a flag once a round and stops in order. If not, stopping it from
+outside is exact but for the program counter, which `settle` knows.
 """
 
 from __future__ import annotations

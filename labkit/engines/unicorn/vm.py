@@ -14,11 +14,11 @@ from labkit.engines.unicorn.x86 import X86
 from labkit.errors import NotAvailable
 
 if TYPE_CHECKING:
-    from labkit.engines.unicorn.vcpu import Quirks
+    from labkit.engines.unicorn.vcpu import QuirksOf
 
 __all__ = ["CAPABILITIES", "UnicornVm"]
 
-_QUIRKS: dict[str, type[Quirks]] = {"x86_64": X86}
+_QUIRKS: dict[str, QuirksOf] = {"x86_64": X86}
 
 CAPABILITIES = (
     Capability("step", True, "one instruction, one REP iteration, one exception delivery"),
@@ -70,7 +70,7 @@ class UnicornVm:
         first, last = gpa & -4096, gpa + size - 1
         for vcpu in self.vcpus:
             vcpu.stale_tlb = True
-            if not vcpu.stale_code and any(first <= page <= last for page in vcpu.code_pages):
+            if not vcpu.stale_code and any(first <= page <= last for page in vcpu.guards.code_pages):
                 vcpu.stale_code = True
 
     def read(self, gpa: int, size: int) -> bytes:
