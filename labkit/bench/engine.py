@@ -11,7 +11,7 @@ from labkit.engines.unicorn import bare
 from labkit.guest.program import Program
 from labkit.lab import Vm
 
-__all__ = ["results"]
+__all__ = ["program", "results"]
 
 GUEST = """
 #include "labkit.h"

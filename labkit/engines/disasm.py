@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from labkit.errors import NotAvailable
 
-__all__ = ["Decoded", "disassemble"]
+__all__ = ["Decoded", "decoder", "disassemble"]
 
 
 class Decoded(NamedTuple):

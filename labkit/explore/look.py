@@ -25,7 +25,7 @@ from labkit.ucall.abi import BITMAP_BYTES, OFFSET_ARGS, OFFSET_BUFFER, OFFSET_HV
 if TYPE_CHECKING:
     from labkit.explore.vcpu import Vcpu
 
-__all__ = ["label_gva", "look_at_memory", "look_at_vcpu", "look_at_vm", "select"]
+__all__ = ["label_gva", "look_at_memory", "look_at_vcpu", "look_at_vm", "next_slot", "select", "status_of"]
 
 BEFORE, AFTER, STACK_ROWS, SOURCE_ROWS = 4, 9, 6, 12
 LETTERS = {"SYNC": "S", "PRINTF": "P", "DONE": "D", "ABORT": "A", "UNHANDLED": "A"}

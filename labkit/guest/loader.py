@@ -59,9 +59,9 @@ def kernel_globals(program: Program, machine: Machine, cpu: CpuModel) -> None:
             space.write(symbol.gva, int(value).to_bytes(symbol.size, "little"))
 
 
-def program_string(program: Program, gva: int) -> str | None:
+def program_string(program: Program | None, gva: int) -> str | None:
     """A string constant of the program, from its file and not from the guest's memory; None when there is none."""
-    segment = program.segment_at(gva)
+    segment = program.segment_at(gva) if program is not None else None
     if segment is None:
         return None
     raw = segment.data[gva - segment.gva:gva - segment.gva + STRING_LIMIT]

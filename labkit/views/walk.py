@@ -13,24 +13,8 @@ from labkit.paging.entries import classify_all
 from labkit.paging.scan import PageTable
 from labkit.paging.walk import Walk, WalkStep
 from labkit.views.draw import (
-    Html,
-    Lattice,
-    Point,
-    bar,
-    cat,
-    cross,
-    dashes,
-    grid,
-    hx,
-    key,
-    num,
-    path,
-    plain,
-    rect,
-    squares,
-    svg,
-    text,
-)
+    Html, Lattice, Point, bar, cat, cross, dashes, grid, hx, key, num, path, plain, rect, squares, svg, text,
+)  # isort: skip
 
 __all__ = ["PageObject", "draw", "size_name", "walk_key"]
 

@@ -232,6 +232,7 @@ class UnicornVcpu:
         return self.native(mode, min(SLICE[mode], self.vm.count_for - done if left is None else left))
 
     def native(self, mode: str, limit: int) -> Exit | None:
+        """One native run of at most limit instructions, counted as mode says."""
         if mode != self.mode:
             self._change_over(mode)
         self._exception = None

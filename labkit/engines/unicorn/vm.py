@@ -16,7 +16,7 @@ from labkit.errors import NotAvailable
 if TYPE_CHECKING:
     from labkit.engines.unicorn.vcpu import QuirksOf
 
-__all__ = ["CAPABILITIES", "UnicornVm"]
+__all__ = ["CAPABILITIES", "UnicornVm", "shield"]
 
 _QUIRKS: dict[str, QuirksOf] = {"x86_64": X86}
 
