@@ -199,7 +199,8 @@ def test_that_a_message_becomes_an_action(widget: Any, message: dict[str, object
 
 @pytest.mark.parametrize("message", [
     None, 5, {}, {"act": "close"}, {"act": "__init__"}, {"act": "home"}, {"act": "vcpu"}, {"act": "select", "kind": "slot", "value": "x"},
-    {"act": "select", "kind": "entry", "value": 1}, {"act": "select", "kind": "byte", "value": -1}, {"act": "toggle_breakpoint", "value": 1 << 70},
+    {"act": "select", "kind": "entry", "value": 1}, {"act": "select", "kind": "byte", "value": -1},
+    {"act": "toggle_breakpoint", "value": 1 << 70},
     {"act": "select", "kind": "slot", "value": 1.5}, {"act": "select", "kind": "slot", "value": [1]},
 ])
 def test_that_nonsense_from_a_browser_does_nothing(widget: Any, message: object) -> None:
@@ -258,6 +259,7 @@ def test_that_a_widget_carries_its_fallbacks(widget: Any) -> None:
 
 
 def test_that_drawing_loads_neither_widgets_nor_pandas() -> None:
-    script = "import sys, labkit.views.dashboard, labkit.views.live; print([m for m in ('anywidget', 'ipywidgets', 'pandas', 'IPython') if m in sys.modules])"
+    script = ("import sys, labkit.views.dashboard, labkit.views.live;"
+              "print([m for m in ('anywidget', 'ipywidgets', 'pandas', 'IPython') if m in sys.modules])")
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -93,7 +93,7 @@ def test_that_the_level_ramp_is_an_order_in_both_themes() -> None:
 
 
 def test_that_both_themes_define_every_variable_that_the_style_sheet_uses() -> None:
-    used = set(re.findall(r"var\(--([a-z0-9-]+)", css())) - {name for name in re.findall(r"var\(--(jp-[a-z0-9-]+)", css())}
+    used = set(re.findall(r"var\(--([a-z0-9-]+)", css())) - set(re.findall(r"var\(--(jp-[a-z0-9-]+)", css()))
     assert used <= set(LIGHT) | {"mono", "sans"} and set(DARK) == set(LIGHT)
     assert "[data-jp-theme-light=false]" in css() and "@container" in css()
 
@@ -187,12 +187,13 @@ def hostile() -> list[View]:
     bad = replace(
         vcpu, where=EVIL, symbol=EVIL, file=EVIL, mode=EVIL, state=EVIL, outlook=EVIL, source=((34, EVIL + "// int " + EVIL),),
         disassembly=tuple(replace(insn, mnemonic=EVIL, op_str=EVIL, comment=EVIL) for insn in vcpu.disassembly),
-        registers=tuple(replace(row, name=EVIL, note=EVIL) for row in vcpu.registers), stack=tuple(replace(row, note=EVIL) for row in vcpu.stack),
+        registers=tuple(replace(row, name=EVIL, note=EVIL) for row in vcpu.registers),
+        stack=tuple(replace(row, note=EVIL) for row in vcpu.stack),
         touches=tuple(replace(touch, note=EVIL, gpa=None) for touch in vcpu.touches))
     table, layout = replace(sample.page_table(), labels=lambda gva: EVIL), sample.memory()
     layout = replace(layout, ranges=tuple(replace(part, kind=EVIL) for part in layout.ranges))
-    vm = sample.vm(name=EVIL, schedule=EVIL, status=EVIL, vcpus=(bad,), vcpu=1, pool=sample.pool(held=held), page_table=table, memory=layout,
-                   selection=replace(sample.selection(), label=EVIL, path=(EVIL,)),
+    vm = sample.vm(name=EVIL, schedule=EVIL, status=EVIL, vcpus=(bad,), vcpu=1, pool=sample.pool(held=held), page_table=table,
+                   memory=layout, selection=replace(sample.selection(), label=EVIL, path=(EVIL,)),
                    events=tuple(replace(mark, text=EVIL, kind=EVIL, vcpu=1) for mark in sample.vm().events))
     return [dashboard.render(vm, kind=kind, actions=("run",)) for kind in dashboard.VIEWS]
 
@@ -223,7 +224,7 @@ def test_that_the_pool_counts_what_it_draws() -> None:
     drawn = view.panes["pool"]
     paths = dict(re.findall(r'<path d="([^"]*)" class="(c-use|c-flt|c-done|c-chg)"', drawn))
     assert {cls: d.count("M") for d, cls in paths.items()} == {"c-use": 2, "c-flt": 3, "c-done": 1, "c-chg": 2}
-    assert '"own">0</text>' not in drawn and re.search(r'class="own"[^>]*>2</text>', drawn) and re.search(r'class="own dn"[^>]*>D</text>', drawn)
+    assert re.findall(r'class="own(?: dn)?"[^>]*>([^<]*)<', drawn) == ["0", "2", "D"]
 
 
 def test_that_pool_cells_do_not_move_when_slots_change() -> None:
@@ -239,8 +240,9 @@ def test_that_a_previous_snapshot_decides_what_changed() -> None:
 
 
 @pytest.mark.parametrize(("slot", "says"), [
-    (2, f'Slot 2, vCPU 2, PRINTF "vCPU 2: 128 pages touched\\n", since step {num(1080)}.'), (6, "Slot 6, vCPU 3, DONE, since step 986, held by design."),
-    (3, 'Slot 3, vCPU 3, PRINTF "hello\\n", since step 498, leaked.'), (1, "Slot 1 is free, used 5 times."), (99, "Slot 99 is free, never used."),
+    (2, f'Slot 2, vCPU 2, PRINTF "vCPU 2: 128 pages touched\\n", since step {num(1080)}.'),
+    (6, "Slot 6, vCPU 3, DONE, since step 986, held by design."), (3, 'Slot 3, vCPU 3, PRINTF "hello\\n", since step 498, leaked.'),
+    (1, "Slot 1 is free, used 5 times."), (99, "Slot 99 is free, never used."),
 ])
 def test_that_the_status_spells_the_selected_slot(slot: int, says: str) -> None:
     view = pool.render(sample.pool(), selection=replace(sample.selection(), slot=slot))
@@ -289,7 +291,8 @@ def test_that_tables_count_their_present_entries() -> None:
 
 def test_that_a_hole_ends_in_a_cross_and_the_sentence_of_the_error() -> None:
     view = pages.render(sample.page_table(), gva=0x201234)
-    assert "c-cross" in view.panes["walk"] and "is not present (entry 0x0)." in view.panes["walk"] and view.panes["walk"].count('role="grid"') == 3
+    drawn = view.panes["walk"]
+    assert "c-cross" in drawn and "is not present (entry 0x0)." in drawn and drawn.count('role="grid"') == 3
     assert view.status.startswith("gva 0x201234: PD[0x1] at gpa ")
 
 
@@ -311,7 +314,8 @@ def test_that_changes_are_bars_on_cells_and_rows() -> None:
     view = pages.render(sample.page_table(late=True), sample.page_table(), gva=0x90406028d0)
     bars = re.findall(r'<path d="([^"]*)" class="c-chg"', view.panes["walk"])
     assert sum(d.count("M") for d in bars) == 4
-    assert re.findall(r'class="sg">(.)<', view.panes["changes"]) == ["−", "~", "+"] and "2 added, 1 removed, 1 changed" in view.panes["changes"]
+    assert re.findall(r'class="sg">(.)<', view.panes["changes"]) == ["−", "~", "+"]
+    assert "2 added, 1 removed, 1 changed" in view.panes["changes"]
 
 
 def test_that_encryption_is_fill_and_word() -> None:
@@ -332,8 +336,8 @@ def test_that_the_ruler_names_every_flag_once_and_shows_every_bit() -> None:
         assert len(digits) == 64 and digits.count("1") == step.entry.bit_count()
 
 
-@pytest.mark.parametrize(("level", "index", "leads"), [(0, 0, 0x400000), (3, 5, 0x9040605000), (3, 0x1ff, 0x90407ff000), (1, 0x41, 0x90406028d0),
-                                                       (0, 256, 0xffff800000000000)])
+@pytest.mark.parametrize(("level", "index", "leads"), [
+    (0, 0, 0x400000), (3, 5, 0x9040605000), (3, 0x1ff, 0x90407ff000), (1, 0x41, 0x90406028d0), (0, 256, 0xffff800000000000)])
 def test_that_a_click_on_an_entry_leads_to_its_first_page(level: int, index: int, leads: int) -> None:
     assert pages.gva_of(sample.page_table(), 0x90406028d0, level, index) == leads
 
@@ -341,7 +345,8 @@ def test_that_a_click_on_an_entry_leads_to_its_first_page(level: int, index: int
 def test_that_the_page_shows_the_slots_in_it() -> None:
     table, snapshot = sample.page_table(), sample.pool()
     first = pages.pool_objects(snapshot, table.walk(0x9040602000), 2)
-    assert [thing.name for thing in first] == ["in_use", "slot 0", "slot 1", "slot 2", "slot 3"] and [thing.chosen for thing in first].index(True) == 3
+    assert [thing.name for thing in first] == ["in_use", "slot 0", "slot 1", "slot 2", "slot 3"]
+    assert [thing.name for thing in first if thing.chosen] == ["slot 2"]
     second = pages.pool_objects(snapshot, table.walk(0x9040603000))
     assert second[0].name == "slot 3" and second[0].offset < 0
     assert pages.pool_objects(snapshot, table.walk(0x400000)) == [] == pages.pool_objects(None, table.walk(0x9040602000))
@@ -400,8 +405,9 @@ def test_that_crowded_events_become_ticks_and_the_newest_keep_their_letter() -> 
 
 
 def test_that_the_time_axis_stays_while_steps_go_by() -> None:
-    ticks = [re.findall(r'd="([^"]*)" class="c-rule"', dashboard.render(sample.vm(step=step)).panes["timeline"]) for step in (1100, 1999, 2001)]
-    assert len(ticks[0]) == 5 and ticks[0] == ticks[1]
+    drawn = [dashboard.render(sample.vm(step=step)).panes["timeline"] for step in (1100, 1999, 2001)]
+    labels = [re.findall(r">([\d\u2009]+)</text>", one) for one in drawn]
+    assert labels[0] == labels[1] != labels[2] and len(labels[0]) == 4
 
 
 @pytest.mark.parametrize("actions", [(), ("run",), ("step", "step_line", "run"), ("home", "back", "step", "run", "end")])
@@ -414,7 +420,8 @@ def test_that_only_buttons_on_offer_are_shown_and_run_is_the_filled_one(actions:
 
 def test_that_the_rail_spells_the_path() -> None:
     rail = re.sub(r"<[^>]*>", "", dashboard.render(sample.vm(51)).panes["rail"])
-    assert rail == "slot 2 vCPU 2, PRINTF → gva 0x90406028d0 → PML4[0x1] PDPT[0x41] PD[0x3] PT[0x2] → gpa 0x408d0 shared → hva 0x7f3a5c0408d0"
+    assert rail == ("slot 2 vCPU 2, PRINTF → gva 0x90406028d0 → PML4[0x1] PDPT[0x41] PD[0x3] PT[0x2] → "
+                    "gpa 0x408d0 shared → hva 0x7f3a5c0408d0")
 
 
 def test_that_one_selection_is_outlined_in_every_view() -> None:

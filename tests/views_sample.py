@@ -40,14 +40,16 @@ CODE = [("40125c", "1c", "mov", "rdx, [rip + 0x3f5d]", "ucall_pool"), ("401263",
         ("401266", "26", "je", "0x4012b8", "to line 40"), ("401268", "28", "xor", "eax, eax", ""), ("40126a", "2a", "nop", "", ""),
         ("40126c", "2c", "lock bts", "[rdx], rax", "bit 1 of in_use is 0"), ("401271", "31", "jb", "0x4012ae", "not taken: CF will be 0"),
         ("401273", "33", "imul", "rcx, rax, 0x448", "sizeof ucall"), ("40127a", "3a", "lea", "rbx, [rdx + rcx + 0x40]", "&ucalls[i]"),
-        ("40127f", "3f", "lea", "rdi, [rbx + 8]", "uc->args"), ("401283", "43", "xor", "esi, esi", ""), ("401285", "45", "mov", "edx, 0x38", "")]
+        ("40127f", "3f", "lea", "rdi, [rbx + 8]", "uc->args"), ("401283", "43", "xor", "esi, esi", ""),
+        ("401285", "45", "mov", "edx, 0x38", "")]
 REGS = [("rip", 0x40126c, "ucall_alloc+0x2c"), ("rax", 1, "was 0; the bit to try"), ("rbx", 0, ""), ("rcx", 1, "nr_args"),
         ("rdx", POOL_GVA, "ucall_pool, shared"), ("rsi", 0x408e10, '"hello"'), ("rdi", 1, "UCALL_SYNC"), ("rbp", 0, ""),
-        ("rsp", 0x41fee8, "stack of vCPU 1"), ("r8", 0x80, ""), ("r9", 0, ""), ("r10", 0, ""), ("r11", 0x246, ""), ("r12", 0, ""), ("r13", 0, ""),
-        ("r14", 0, ""), ("r15", 0, ""), ("rflags", 0x202, "IF; CF cleared"), ("cr3", 0x180000, "PML4")]
+        ("rsp", 0x41fee8, "stack of vCPU 1"), ("r8", 0x80, ""), ("r9", 0, ""), ("r10", 0, ""), ("r11", 0x246, ""), ("r12", 0, ""),
+        ("r13", 0, ""), ("r14", 0, ""), ("r15", 0, ""), ("rflags", 0x202, "IF; CF cleared"), ("cr3", 0x180000, "PML4")]
 STACK = [(0x41fee8, 0x401341, "ret to ucall+0x41"), (0x41fef0, 1, "saved rbx"), (0x41fef8, 0x40d018, "uc"),
          (0x41ff00, 0x401018, "ret to guest_code+0x88"), (0x41ff08, 1, "vcpu index"), (0x41ff10, 0, "")]
-EVENTS = [(62, 0, "S"), (128, 1, "S"), (190, 2, "P"), (252, 3, "P"), (330, 0, "P"), (402, 1, "S"), (468, 2, "S"), (530, 3, "P"), (606, 0, "S"),
+EVENTS = [(62, 0, "S"), (128, 1, "S"), (190, 2, "P"), (252, 3, "P"), (330, 0, "P"), (402, 1, "S"), (468, 2, "S"), (530, 3, "P"),
+          (606, 0, "S"),
           (668, 1, "P"), (742, 2, "S"), (804, 3, "P"), (872, 0, "S"), (930, 1, "S"), (1010, 3, "D"), (1104, 2, "P"), (1206, 0, "P")]
 
 
@@ -61,8 +63,9 @@ def pool(nr_slots: int = 512, text: str = "vCPU 2: 128 pages touched\n", **chang
         in_use[slot.index], owner[slot.index], since[slot.index] = True, slot.vcpu, slot.since
         done[slot.index], leaked[slot.index] = slot.state == "done", slot.state == "leaked"
     uses[:7], changed[:2] = (6, 5, 4, 1, 1, 1, 1), True
-    made = PoolSnapshot(1277, nr_slots, POOL_GVA, POOL_GPA, SIZE, OFFSET, -(-(OFFSET + nr_slots * SIZE) // 4096), in_use, owner, since, done, leaked,
-                                        changed, 1180, uses, (*held, _slot(1, "free", None, None, "NONE", ())), next_slot=1)
+    nr_pages, known = -(-(OFFSET + nr_slots * SIZE) // 4096), (*held, _slot(1, "free", None, None, "NONE", ()))
+    made = PoolSnapshot(1277, nr_slots, POOL_GVA, POOL_GPA, SIZE, OFFSET, nr_pages, in_use, owner, since, done, leaked, changed, 1180, uses,
+                        known, next_slot=1)
     return replace(made, **changes)
 
 
@@ -107,14 +110,15 @@ def page_table(c_bit: int | None = None, late: bool = False) -> PageTable:
 
 def _label(gva: int) -> str:
     spans = ((0x400000, 0x408000, "code"), (0x408000, 0x40e000, "data, bss"), (0x41c000, 0x430000, "stacks of 4 vCPUs"),
-             (POOL_GVA, POOL_GVA + 138 * 4096, "ucall pool"), (0x9040696000, 0x904069a000, "mailbox"), (0x90406a0000, 0x90406d0000, "test_mem"))
+             (POOL_GVA, POOL_GVA + 138 * 4096, "ucall pool"), (0x9040696000, 0x904069a000, "mailbox"),
+             (0x90406a0000, 0x90406d0000, "test_mem"))
     return next((name for low, high, name in spans if low <= gva < high), "")
 
 
 def memory(protected: bool = False) -> MemoryMap:
     """2 MiB in one memslot."""
-    parts = ((0x10, 8, "code"), (0x18, 6, "data"), (0x20, 20, "stacks"), (0x40, 138, "ucall pool"), (0xd0, 48, "test_mem"), (0x100, 4, "mailbox"),
-             (0x180, 8, "page tables"))
+    parts = ((0x10, 8, "code"), (0x18, 6, "data"), (0x20, 20, "stacks"), (0x40, 138, "ucall pool"), (0xd0, 48, "test_mem"),
+             (0x100, 4, "mailbox"), (0x180, 8, "page tables"))
     return MemoryMap(((0, 0x200000),), tuple(
         MemoryRange(gfn * 4096, nr, kind, protected and kind not in ("ucall pool", "mailbox")) for gfn, nr, kind in parts), 1277)
 
@@ -124,10 +128,11 @@ def vcpu(index: int = 1, state: str = "running", late: bool = True) -> VcpuSnaps
     insns = tuple(Insn(int(gva, 16), int(offset, 16), b"", mnemonic, ops, comment, gva == "40126c", False)
                   for gva, offset, mnemonic, ops, comment in CODE)
     then = {} if late else {"rax": 0, "rflags": 0x203, "rip": 0x40126a}
-    regs = tuple(RegisterRow(name, then.get(name, value), note, name in ("rax", "rflags"), value if value > 0x1000 and name != "cr3" else None)
-                 for name, value, note in REGS)
+    regs = tuple(RegisterRow(name, then.get(name, value), note, name in ("rax", "rflags"),
+                             value if value > 0x1000 and name != "cr3" else None) for name, value, note in REGS)
     return VcpuSnapshot(
-        index, 1277 if late else 1276, state, "ring 0, long mode", 0x40126c, "ucall_alloc+0x2c", "ucall_alloc", "ucall.c", 34, tuple(enumerate(SOURCE, 31)), frozenset({38}),
+        index, 1277 if late else 1276, state, "ring 0, long mode", 0x40126c, "ucall_alloc+0x2c", "ucall_alloc", "ucall.c", 34,
+        tuple(enumerate(SOURCE, 31)), frozenset({38}),
         insns, regs, tuple(StackRow(*row) for row in STACK), (Touch("reads", POOL_GVA, POOL_GPA, 8, 0x7d, None, "in_use[0]"),
                                                               Touch("writes", POOL_GVA, POOL_GPA, 8, 0x7d, 0x7f, "in_use[0]")),
         "Bit 1 of in_use is clear: slot 1 will be its own.")

@@ -8,11 +8,13 @@ import numpy as np
 
 from labkit.explore.inspect import Selection
 from labkit.ucall.pool import PoolSnapshot, Slot
+from labkit.views.show import View, columns, header, pane, rail, status_line
+
+# isort: off
 from labkit.views.draw import (
     DIGITS, Html, Lattice, Row, aligned, bar, cat, cross, dashes, el, esc, grid, hx, key, label, num, path, plain, rect, select,
     squares, svg, table, text,
-)  # isort: skip
-from labkit.views.show import View, columns, header, pane, rail, status_line
+)
 
 __all__ = ["counts", "marks", "render", "status"]
 

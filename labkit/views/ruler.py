@@ -56,7 +56,7 @@ def draw(mode: PagingMode, rows: Sequence[tuple[WalkStep, str]], width: float) -
 def _row(mode: PagingMode, shown: Sequence[Part], value: int, y: float, width: float) -> Html:
     """Flags wide, other bits narrow, so that a row fills the width."""
     flags, others = sum(part.flag for part in shown), sum(part.high - part.low + 1 for part in shown if not part.flag)
-    wide = min(34 if width < 700 else 72, (width - others * 8) / max(flags, 1))
+    wide = min(34 if width < 700 else 72, (width - others * max(8, width * .0112)) / max(flags, 1))
     thin = (width - flags * wide) / max(others, 1)
     x, out, names = 0.0, Html(), Html()
     where: dict[str, list[tuple[float, float]]] = {"c-one": [], "c-zero": []}

@@ -42,8 +42,7 @@ def _tokens(theme: dict[str, str], jupyter: bool) -> str:
     """The colours and fonts as CSS variables, standing behind JupyterLab's own where there are such."""
     fonts = {"mono": ("--jp-code-font-family", MONO), "sans": ("--jp-ui-font-family", SANS)}
     both = {name: (JUPYTER.get(name, ""), colour) for name, colour in theme.items()} | fonts
-    return "".join(f"--{name}:{f'var({theirs},{ours})' if jupyter and theirs else ours};"
-                   for name, (theirs, ours) in both.items())
+    return "".join(f"--{name}:{f'var({theirs},{ours})' if jupyter and theirs else ours};" for name, (theirs, ours) in both.items())
 
 
 @cache

@@ -12,9 +12,7 @@ from labkit.arch.desc import Level, PagingMode
 from labkit.paging.entries import classify_all
 from labkit.paging.scan import PageTable
 from labkit.paging.walk import Walk, WalkStep
-from labkit.views.draw import (
-    Html, Lattice, Point, bar, cat, cross, dashes, grid, hx, key, num, path, plain, rect, squares, svg, text,
-)  # isort: skip
+from labkit.views.draw import Html, Lattice, Point, bar, cat, cross, dashes, grid, hx, key, num, path, plain, rect, squares, svg, text
 
 __all__ = ["PageObject", "draw", "size_name", "walk_key"]
 

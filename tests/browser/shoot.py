@@ -8,10 +8,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-import views_sample as sample
+import views_sample as sample  # noqa: E402
 
-from labkit.views import dashboard, memory, pages, pool, stepper
-from labkit.views.show import View
+from labkit.views import dashboard, memory, pages, pool, stepper  # noqa: E402
+from labkit.views.show import View  # noqa: E402
 
 ACTIONS = ("step", "step_line", "run")
 
@@ -24,7 +24,7 @@ def views(width: int) -> dict[str, View]:
     big = sample.pool(4096)
     return {
         "vm": dashboard.render(now, before, width=width, actions=ACTIONS),
-        "sev": dashboard.render(sample.vm(51), sample.vm(51, late=False), width=width, actions=(*ACTIONS, "home", "back", "back_line", "end")),
+        "sev": dashboard.render(sample.vm(51), sample.vm(51, late=False), width=width, actions=(*ACTIONS, "home", "back", "end")),
         "pool": pool.render(sample.pool(), width=width, selection=sample.selection()),
         "pool4096": pool.render(big, width=width),
         "walk": pages.render(now.page_table, before.page_table, width=width, gva=gva, objects=objects, pinned=0x40126c),
@@ -50,12 +50,12 @@ def main() -> None:
     for width in widths:
         drawn = views(width - 40)
         for theme in ("light", "dark"):
-            body = "".join(f"<p style='font:11px monospace;margin:18px 0 4px;color:#888'>{name}</p>{view.html}" for name, view in drawn.items())
+            body = "".join(f"<p style='font:11px monospace;color:#888'>{name}</p>{view.html}" for name, view in drawn.items())
             page = next(iter(drawn.values())).page(theme)
             start, end = page.index("<section"), page.index("</body>")
             shoot(page[:start] + body + page[end:], out / f"{theme}-{width}.png", width, 5200 if width > 700 else 7400)
-        still = "".join(f"<p>{name}</p>{view.img_html}" for name, view in drawn.items())
-        shoot(f"<!doctype html><meta charset=utf-8><body style='background:#111;margin:20px'>{still}", out / f"static-{width}.png", width, 5200)
+        still = "<body style='background:#111;margin:20px'>" + "".join(f"<p>{view.img_html}" for view in drawn.values())
+        shoot("<!doctype html><meta charset=utf-8>" + still, out / f"static-{width}.png", width, 5200)
 
 
 if __name__ == "__main__":

@@ -63,9 +63,9 @@ class LabView {
     this.id = ++made;
     this.dirty = new Set();
     this.frame = 0;
-    this.painted = 0;
+    this.painted = -Infinity;
     this.sent = model.get('acks');
-    this.spoken = 0;
+    this.spoken = -Infinity;
     this.hovering = false;
     this.cursors = new Map(); // grid name -> active cell
     this.root = document.createElement('section');
