@@ -47,8 +47,9 @@ SETTLED = "document.querySelector('section.lk[data-step]') && !document.querySel
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a JupyterLab of labkit's on a copy of the tour, with directories of its own."""
     home = tmp_path_factory.mktemp("lab")
-    notebook = shutil.copy(REPO / "notebooks" / "00_tour.ipynb", home)
+    (home / "notebooks").mkdir()
     (home / "config").mkdir()
+    notebook = shutil.copy(REPO / "notebooks" / "00_tour.ipynb", home / "notebooks")
     (home / "config" / "jupyter_lab_config.json").write_text('{"LabApp": {"expose_app_in_browser": true}}')
     env = {**os.environ, "PYTHONPATH": str(REPO), "JUPYTER_PREFER_ENV_PATH": "1", "JUPYTER_CONFIG_DIR": str(home / "config"),
            "JUPYTER_DATA_DIR": str(home / "data"), "JUPYTER_RUNTIME_DIR": str(home / "run"), "JUPYTERLAB_SETTINGS_DIR": str(home / "set"),
@@ -81,9 +82,14 @@ class Tour:
         self.page.wait_for_function("(words) => document.querySelector('section.lk [role=status]').innerText.includes(words)", arg=words)
 
     def shoot(self, name: str) -> None:
-        """A picture of the dashboard, and one of the page around it."""
-        self.page.locator("section.lk").first.screenshot(path=OUT / f"tour-{name}-dashboard.png")
+        """A picture of the page, and one of the whole dashboard."""
+        dashboard = self.page.locator("section.lk").first
+        dashboard.scroll_into_view_if_needed()
         self.page.screenshot(path=OUT / f"tour-{name}.png")
+        self.page.set_viewport_size({"width": 1400, "height": 1900})
+        dashboard.scroll_into_view_if_needed()
+        dashboard.screenshot(path=OUT / f"tour-{name}-dashboard.png")
+        self.page.set_viewport_size({"width": 1400, "height": 1000})
 
 
 @pytest.fixture(scope="module")

@@ -234,6 +234,11 @@ def test_that_pool_cells_do_not_move_when_slots_change() -> None:
     assert grounds(free) == grounds(sample.pool())
 
 
+def test_that_a_full_pool_draws_every_cell() -> None:
+    full = np.ones(512, bool)
+    assert "…" not in pool.render(sample.pool(in_use=full, done=full)).html  # where a long text would have been cut
+
+
 def test_that_a_previous_snapshot_decides_what_changed() -> None:
     view = pool.render(sample.pool(), sample.pool(step=900))
     assert "none changed since step 900" in view.status and "c-chg" not in view.html

@@ -39,17 +39,18 @@ READY = """async () => {
 WATCH = """() => {
   window.painted = 0;
   const seen = () => requestAnimationFrame(() => { window.painted = Date.now() / 1000; });
-  for (const one of document.querySelectorAll('section.lk')) new MutationObserver(seen).observe(one, { childList: true, subtree: true });
-}"""
+  for (const one of document.querySelectorAll('section.lk')) new MutationObserver(seen).observe(one, { attributeFilter: ['data-step'] });
+}"""  # the views put a step into data-step when they have drawn it; the announcement to a screen reader may come later
 
 
 @contextlib.contextmanager
 def _lab(home: Path) -> Iterator[str]:
     """A JupyterLab with directories of its own; gives its address."""
-    import nbformat
-
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])  # type: ignore[no-untyped-call]
-    nbformat.write(book, home / "bench.ipynb")  # type: ignore[no-untyped-call]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}  # without it JupyterLab asks which
+    cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": cell, "outputs": [], "execution_count": None}
+             for i, cell in enumerate(CELLS)]
+    book = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    (home / "bench.ipynb").write_text(json.dumps(book))
     (home / "config").mkdir()
     (home / "config" / "jupyter_lab_config.json").write_text('{"LabApp": {"expose_app_in_browser": true}}')
     dirs = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "run", "JUPYTERLAB_SETTINGS_DIR": "set",

@@ -90,7 +90,7 @@ def rect(x: float, y: float, w: float, h: float, cls: str) -> Html:
 
 def path(d: str, cls: str, **attributes: Attribute) -> Html:
     """A path, or nothing for an empty one."""
-    return el("path", d=d, cls=cls, **attributes) if d else Html()
+    return el("path", d=Html(d), cls=cls, **attributes) if d else Html()  # our own text: never cut, whatever its length
 
 
 def text(x: float | str, y: float, words: str, cls: str | None = None, anchor: str | None = None) -> Html:
