@@ -15,6 +15,7 @@ from labkit.engines.base import BudgetExit, Exit, InterruptExit, PioExit, Trace
 from labkit.errors import InvalidState, NotAvailable
 from labkit.explore.controller import VmController
 from labkit.explore.events import Event, events_frame
+from labkit.explore.explain import explain
 from labkit.explore.inspect import MemoryMap, VmSnapshot
 from labkit.explore.look import label_gva, look_at_memory, look_at_vm
 from labkit.explore.running import collect, run_scheduled, stream
@@ -69,8 +70,7 @@ class Vm:
         self.vcpus: list[Vcpu] = []
         self.protect: str | None = None
         self._pool: Pool | None = None
-        self._events: list[Event] = []
-        self._observers: list[Callable[[], None]] = []
+        self._events, self._observers = list[Event](), list[Callable[[], None]]()
         self._host = HostGlobals(program) if program else None
         self._seen_pool: PoolSnapshot | None = None
         self._hub: Hub | None = None
@@ -191,10 +191,11 @@ class Vm:
 
     def run_until_done(self, max_insns: int | None = None) -> list[Ucall]:
         """Run all vCPUs to their DONE under the schedule; returns every ucall, raises as Vcpu.run_until_done does."""
-        return collect(self.stream(max_insns), self._whereabouts)
+        return collect(self.stream(max_insns), self.explain)
 
-    def _whereabouts(self) -> str:
-        return ", ".join(f"vCPU {v.index} {v.state} at {v.where()}" for v in self.vcpus)
+    def explain(self, came: Ucall | Exit) -> str:
+        """One sentence for what ended a guest: vCPU, instruction, source line, address."""
+        return explain(self, came)
 
     # --- memory
 

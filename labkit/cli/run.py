@@ -76,8 +76,8 @@ def _verdict(vm: Vm, last: Ucall | Exit | None) -> tuple[str, str]:
     if all(vcpu.state == "done" for vcpu in vm.vcpus):
         return "done", ""
     if isinstance(last, Ucall):
-        return ENDS.get(last.cmd, last.cmd.lower()), last.text or ""
-    return (last.end, str(last)) if last is not None else ("nothing", "no vCPU ran")
+        return ENDS.get(last.cmd, last.cmd.lower()), vm.explain(last)
+    return (last.end, vm.explain(last)) if last is not None else ("nothing", "no vCPU ran")
 
 
 def _show(came: Ucall | Exit, as_json: bool) -> None:

@@ -93,6 +93,9 @@ class BudgetExit(Exit):
     insns: int
     end = "budget"
 
+    def __str__(self) -> str:
+        return f"{self.insns} instructions run"
+
 
 @dataclass(frozen=True)
 class InterruptExit(Exit):

@@ -70,7 +70,7 @@ def stream(run: Callable[[int | None], Came], done: Callable[[], bool], clock: C
             return
 
 
-def collect(coming: Iterator[Came], whereabouts: Callable[[], str]) -> list[Ucall]:
+def collect(coming: Iterator[Came], explain: Callable[[Came], str]) -> list[Ucall]:
     """The ucalls of a stream that ends well; raises GuestAssertFailed, BudgetExceeded or GuestCrashed for one that does not."""
     ucalls: list[Ucall] = []
     for came in coming:
@@ -80,12 +80,12 @@ def collect(coming: Iterator[Came], whereabouts: Callable[[], str]) -> list[Ucal
             continue
         match came:
             case Ucall(cmd="ABORT"):
-                raise GuestAssertFailed(f"vCPU {came.vcpu}: {came.text} ({came.file}:{came.line})", vcpu=came.vcpu, ucall=came,
-                                        file=came.file, line=came.line, expr=came.expr, ucalls=ucalls)
+                raise GuestAssertFailed(explain(came), vcpu=came.vcpu, ucall=came, file=came.file, line=came.line, expr=came.expr,
+                                        ucalls=ucalls)
             case Ucall():
-                raise GuestCrashed(f"vCPU {came.vcpu}: {came.text}", vcpu=came.vcpu, ucall=came, exit=None, ucalls=ucalls)
+                raise GuestCrashed(explain(came), vcpu=came.vcpu, ucall=came, exit=None, ucalls=ucalls)
             case BudgetExit():
-                raise BudgetExceeded(f"the budget of instructions is used up: {whereabouts()}", insns=came.insns, ucalls=ucalls)
+                raise BudgetExceeded(explain(came), insns=came.insns, ucalls=ucalls)
             case _:
-                raise GuestCrashed(f"{came}; {whereabouts()}", exit=came, ucalls=ucalls)
+                raise GuestCrashed(explain(came), exit=came, ucalls=ucalls)
     return ucalls

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from labkit.arch.model import Arch
 from labkit.engines.base import BudgetExit, Exit
 from labkit.engines.disasm import Decoded
 from labkit.errors import InvalidState
+from labkit.explore.explain import explain, place
 from labkit.explore.listing import Listing
 from labkit.explore.look import look_at_vcpu
 from labkit.explore.running import collect, stream
@@ -79,7 +81,7 @@ class Vcpu:
 
         Raises GuestAssertFailed on ABORT, BudgetExceeded, and GuestCrashed on anything else that ends a guest.
         """
-        return collect(stream(self.run, lambda: self.state == "done", lambda: self.step_count, max_insns), lambda: repr(self)[1:-1])
+        return collect(stream(self.run, lambda: self.state == "done", lambda: self.step_count, max_insns), partial(explain, self.vm))
 
     def step(self, count: int = 1) -> Ucall | Exit | None:
         """Run count instructions; a ucall or an exit on the way ends it early and is returned."""
@@ -144,10 +146,7 @@ class Vcpu:
 
     def where(self) -> str:
         """The program counter as symbol+offset, with the source line when there is one."""
-        if self.vm.program is None:
-            return f"{self.pc:#x}"
-        line = self.source_line()
-        return self.vm.program.describe(self.pc) + (f" ({line.file}:{line.line})" if line else "")
+        return place(self.vm, self.pc)
 
     def look(self) -> VcpuSnapshot:
         """Registers, code, stack and what the next instruction touches, as one snapshot that shows itself."""

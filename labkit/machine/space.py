@@ -80,6 +80,10 @@ class AddressSpace:
             raise OutOfMemory(f"no {nr_pages} free virtual pages in a row from gva {min_gva:#x} on", nr_pages=nr_pages)
         return vpn * PAGE
 
+    def guard(self) -> None:
+        """Keep the next free virtual page unmapped for ever."""
+        self.valid.set(self.unused_gva(1) // PAGE)
+
     def alloc(self, size: int, kind: str = "alloc", min_gva: int = MIN_GVA, writable: bool = True, nx: bool = True,
               **flags: bool) -> int:
         """Zeroed memory of at least size bytes, mapped page by page (vm_vaddr_alloc); returns its gva."""

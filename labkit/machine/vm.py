@@ -58,6 +58,7 @@ class Machine:
         index = len(self.vcpus)
         if index >= MAX_VCPUS:
             raise InvalidState(f"a VM has at most {MAX_VCPUS} vCPUs, as the selftests' KVM_MAX_VCPUS")
+        self.space.guard()  # a stack that overflows faults there, instead of eating what lies below
         self.stacks.append(self.space.alloc(STACK_PAGES * PAGE, "stacks"))
         vcpu = self.engine.create_vcpu(index, trace)
         self.vcpus.append(vcpu)

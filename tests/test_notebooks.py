@@ -1,0 +1,198 @@
+"""Every notebook: its style, that it runs from top to bottom, and that what is committed is what a run gives."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from elftools.elf.elffile import ELFFile
+from nbclient import NotebookClient
+
+from labkit.cli import freeze
+from labkit.guest.compile import compile_guest
+
+REPO = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
+GUESTS = REPO / "data" / "guests"
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+HOST = re.compile(r"\b0x7[0-9a-f]{11}\b")  # an address of host memory differs from run to run
+NUMBERS = re.compile(r"\b(0x)?[0-9a-f]*\d[0-9a-f]*\b( \d{3})*")  # another compiler makes other steps and addresses
+PLACES = re.compile(r"/(home|Users|root|tmp|work|usr|opt|mnt|var)/|site-packages|[A-Z]:\\\\")
+
+
+@cache
+def read(path: Path) -> Any:
+    """The notebook as it is committed."""
+    return nbformat.read(path, as_version=4)
+
+
+def cells(path: Path, kind: str) -> list[Any]:
+    return [cell for cell in read(path).cells if cell.cell_type == kind]
+
+
+def sections(path: Path) -> list[list[Any]]:
+    """The cells from each ## heading to the next."""
+    found: list[list[Any]] = []
+    for cell in read(path).cells:
+        if cell.source.startswith("## "):
+            found.append([])
+        if found:
+            found[-1].append(cell)
+    return found
+
+
+def said(notebook: Any) -> list[list[str]]:
+    """The plain text that each code cell shows."""
+    return [[output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in cell.outputs]
+            for cell in notebook.cells if cell.cell_type == "code"]
+
+
+# --- style ---
+
+def test_that_the_tour_is_there() -> None:
+    assert "00_tour" in [path.stem for path in NOTEBOOKS]
+
+
+@each
+def test_that_the_title_is_one_question(path: Path) -> None:
+    titles = [line for cell in cells(path, "markdown") for line in cell.source.splitlines() if line.startswith("# ")]
+    assert len(titles) == 1 and titles[0].count("?") == 1 and titles[0].endswith("?")
+    assert read(path).cells[0].source.startswith(titles[0])
+
+
+@each
+def test_that_it_has_20_to_45_cells_and_as_much_prose_as_code(path: Path) -> None:
+    prose, code = cells(path, "markdown"), cells(path, "code")
+    assert 20 <= len(prose) + len(code) <= 45
+    assert sum(len(cell.source) for cell in prose) >= sum(len(cell.source) for cell in code)
+
+
+@each
+def test_that_code_cells_are_short(path: Path) -> None:
+    lengths = [len(cell.source.splitlines()) for cell in cells(path, "code")]
+    python = [len(cell.source.splitlines()) for cell in cells(path, "code") if not cell.source.startswith("%%guest")]
+    assert max(lengths) <= 12 and sorted(python)[len(python) // 2] <= 3
+    for cell in cells(path, "code"):
+        assert not re.search(r"^def .*\n(?:[ \t]+.*\n){5}", cell.source, re.MULTILINE), "a def of more than five lines"
+
+
+@each
+def test_that_each_part_predicts_and_pins_its_lesson(path: Path) -> None:
+    *parts, exercises = sections(path)
+    for part in parts:
+        text = "\n".join(cell.source for cell in part)
+        assert "**Predict:**" in text and re.search(r"^assert ", text, re.MULTILINE), part[0].source.splitlines()[0]
+    text = "\n".join(cell.source for cell in exercises)
+    assert text.count("<details><summary>Answer</summary>") == text.count("</details>") == 3
+    assert len(re.findall(r"^seed = \d+$", text, re.MULTILINE)) == 3
+
+
+@each
+def test_that_a_commit_is_cited(path: Path) -> None:
+    assert re.search(r"commit [0-9a-f]{12}\b", "\n".join(cell.source for cell in cells(path, "markdown")))
+
+
+@each
+def test_that_it_is_frozen_with_its_outputs(path: Path) -> None:
+    copy = nbformat.from_dict(read(path))
+    assert freeze.freeze(copy) == []
+    assert [cell.execution_count for cell in cells(path, "code")] == list(range(1, len(cells(path, "code")) + 1))
+    kinds = [output.output_type for cell in cells(path, "code") for output in cell.outputs]
+    assert "error" not in kinds and kinds.count("execute_result") > len(kinds) // 2
+
+
+@each
+def test_that_a_committed_picture_has_a_text_and_comes_from_nowhere(path: Path) -> None:
+    pages = [output.data["text/html"] for cell in cells(path, "code") for output in cell.outputs if "text/html" in output.get("data", {})]
+    images = re.findall(r"<img[^>]*>", "".join(pages))
+    assert images and all(re.search(r'src="data:image/', image) and re.search(r'alt="[^"]+"', image) for image in images)
+    assert all("text/plain" in output.data for cell in cells(path, "code") for output in cell.outputs if "data" in output)
+    assert "http" not in "".join(pages)
+
+
+@each
+def test_that_no_machine_is_named(path: Path) -> None:
+    found = PLACES.search(path.read_text(encoding="utf-8"))
+    assert found is None, found
+
+
+def test_that_host_addresses_and_numbers_are_recognised() -> None:
+    assert HOST.sub("HVA", "hva 0x7f3a5c0408d0, gpa 0x408d0") == "hva HVA, gpa 0x408d0"
+    assert NUMBERS.sub("N", "step 2 736 640, 400ff0 +20 lock bts") == "step N, N +N lock bts"
+
+
+@pytest.mark.parametrize("guest", ["hello", "secret"])
+def test_that_the_tours_guests_come_prebuilt(guest: str) -> None:
+    [cell] = [cell for cell in cells(REPO / "notebooks" / "00_tour.ipynb", "code") if cell.source.startswith(f"%%guest {guest}\n")]
+    assert cell.source.partition("\n")[2].strip() == (GUESTS / f"{guest}.c").read_text().partition("\n")[2].strip()
+
+
+# --- running ---
+
+@dataclass(frozen=True)
+class Run:
+    """A notebook after a run, and how long that took."""
+
+    notebook: Any
+    seconds: float
+
+
+def run(path: Path, **env: str) -> Run:
+    """Run a copy of a notebook in a kernel of this Python that finds no program in PATH; raises when a cell fails."""
+    notebook = nbformat.from_dict(read(path))
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
+                            coalesce_streams=True)
+    start = time.monotonic()
+    client.execute(env={**os.environ, "PATH": "", "PYTHONPATH": str(REPO), **env})
+    return Run(notebook, time.monotonic() - start)
+
+
+@cache
+def ran(path: Path) -> Run:
+    """One run of a notebook for all tests."""
+    return run(path)
+
+
+@each
+def test_that_it_runs_in_under_a_minute_with_ziglang_alone(path: Path) -> None:
+    assert ran(path).seconds < 60
+
+
+def compiled_alike() -> bool:
+    """Whether the compiler here is the one that the committed guests, and so the committed outputs, were made with."""
+    def producer(file: Any) -> object:
+        return next(ELFFile(file).get_dwarf_info().iter_CUs()).get_top_DIE().attributes["DW_AT_producer"].value
+
+    with (GUESTS / "hello.elf").open("rb") as kept:
+        return producer(kept) == producer(io.BytesIO(compile_guest(GUESTS / "hello.c", compiler="zig").image))
+
+
+@each
+def test_that_the_committed_text_is_what_a_run_gives(path: Path) -> None:
+    loose = not compiled_alike()
+
+    def same(texts: list[list[str]]) -> list[list[str]]:
+        plain = [[HOST.sub("HVA", text) for text in cell] for cell in texts]
+        return [[NUMBERS.sub("N", text) for text in cell] for cell in plain] if loose else plain
+
+    for index, (kept, now) in enumerate(zip(same(said(read(path))), same(said(ran(path).notebook)), strict=True)):
+        assert kept == now, f"code cell {index + 1} is stale: labkit freeze --execute {path.relative_to(REPO)}"
+
+
+def test_that_the_tour_runs_without_any_compiler(tmp_path: Path) -> None:
+    (tmp_path / "ziglang").mkdir()
+    (tmp_path / "ziglang" / "__init__.py").touch()  # found before the real one, and has no compiler in it
+    done = run(REPO / "notebooks" / "00_tour.ipynb", PYTHONPATH=f"{tmp_path}:{REPO}")
+    assert "No compiler here, so this is hello.elf" in "".join(said(done.notebook)[1])

@@ -1,0 +1,95 @@
+"""`labkit run` from outside: what it prints, how it ends, its exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GUESTS = Path(__file__).resolve().parents[1] / "data" / "guests"
+SOURCE = """
+#include "labkit.h"
+void guest_code(uint64_t vcpu) { GUEST_SYNC(7); GUEST_PRINTF("I am %lu\\n", vcpu); GUEST_DONE(); }
+void guest_fails(uint64_t vcpu) { GUEST_ASSERT_EQ(1 + 1, 3); }
+void guest_null(uint64_t vcpu) { *(volatile int *)0 = 1; }
+void guest_spins(uint64_t vcpu) { for (;;); }
+void guest_mmio(uint64_t vcpu) { ucall(0x17, 1, 5UL); GUEST_DONE(); }
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "guest.c"
+    path.write_text(SOURCE)
+    return path
+
+
+def run(*args: object) -> tuple[int, list[dict[str, Any]], str]:
+    command = [sys.executable, "-m", "labkit.cli", "run", *map(str, args)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines() if "--json" in args], done.stderr
+
+
+def test_that_each_ucall_is_one_line_and_the_end_is_another(source: Path) -> None:
+    status, lines, _ = run(source, "--json")
+    assert status == 0
+    assert lines[0]["cmd"] == "SYNC" and lines[0]["vcpu"] == 0 and lines[0]["args"][1] == 7 and lines[0]["text"] is None
+    assert lines[1] == {"vcpu": 0, "cmd": "PRINTF", "args": [0] * 7, "text": "I am 0\n"}
+    assert [line.get("cmd") for line in lines] == ["SYNC", "PRINTF", "DONE", None] and lines[-1]["end"] == "done"
+
+
+def test_that_every_vcpu_gets_its_index(source: Path) -> None:
+    status, lines, _ = run(source, "--vcpus", 3, "--json")
+    assert status == 0 and sorted(line["text"] for line in lines if line.get("text")) == ["I am 0\n", "I am 1\n", "I am 2\n"]
+
+
+@pytest.mark.parametrize(("entry", "end", "why"), [
+    ("guest_fails", "abort", "guest.c:4"), ("guest_null", "unhandled", "#PF (error code 0x2) and no handler, at guest_null+"),
+    ("guest_spins", "budget", "vCPU 0 running at guest_spins"),
+])
+def test_that_a_guest_that_is_not_done_says_why_and_where(source: Path, entry: str, end: str, why: str) -> None:
+    status, lines, _ = run(source, "--entry", entry, "--max-insns", 50_000, "--json")
+    assert status == 1 and lines[-1]["end"] == end and why in lines[-1]["why"]
+
+
+def test_that_an_abort_has_file_line_and_expression(source: Path) -> None:
+    abort = run(source, "--entry", "guest_fails", "--json")[1][0]
+    assert (abort["file"].endswith("guest.c"), abort["line"], abort["expr"]) == (True, 4, "1 + 1 == 3")
+
+
+def test_that_a_number_that_is_no_command_is_none_with_its_number(source: Path) -> None:
+    first = run(source, "--entry", "guest_mmio", "--json")[1][0]
+    assert (first["cmd"], first["number"], first["args"][0]) == ("NONE", 0x17, 5)
+
+
+@pytest.mark.parametrize(("entry", "end"), [("guest_halts", "halted"), ("guest_loses_idt", "shutdown"), ("guest_fills_bitmap", "bad-ucall"),
+                                            ("guest_overflows_stack", "shutdown")])
+def test_that_a_bad_guest_ends_in_its_own_word(entry: str, end: str) -> None:
+    status, lines, _ = run(GUESTS / "bad.elf", "--entry", entry, "--json")
+    assert status == 1 and lines[-1]["end"] == end and "vCPU 0" in lines[-1]["why"]
+
+
+def test_that_a_forged_hva_is_reported_and_never_followed() -> None:
+    _, lines, _ = run(GUESTS / "bad.elf", "--entry", "guest_forges_hva", "--max-insns", 5000, "--json")
+    assert lines[0]["cmd"] == "NONE" and "0x4141414141414141 is no memory of this VM" in lines[0]["why"]
+
+
+@pytest.mark.parametrize(("args", "words"), [
+    (("nowhere.c",), "No such file"), ((GUESTS / "hello.elf", "--entry", "nope"), "no symbol 'nope'"),
+    ((GUESTS / "hello.elf", "--protect", "sev"), "not part of this labkit yet"), ((GUESTS / "hello.elf", "--vcpus", "0"), "at least one vCPU"),
+    ((GUESTS / "hello.elf", "--backend", "bochs"), "only unicorn"), ((GUESTS / "hello.elf", "--schedule", "lottery"), "round_robin"),
+    ((GUESTS / "hello.elf", "--max-insns", "-1"), "not negative"), (("/bin/true",), "position independent"),
+])
+def test_that_bad_input_is_one_clear_line(args: tuple[object, ...], words: str) -> None:
+    status, _, stderr = run(*args)
+    assert status == 1 and words in stderr and "Traceback" not in stderr
+
+
+def test_that_c_that_does_not_compile_is_the_compilers_own_message(tmp_path: Path) -> None:
+    (tmp_path / "bad.c").write_text("int x = ;\n")
+    status, _, stderr = run(tmp_path / "bad.c")
+    assert status == 1 and "bad.c:1:9: error: expected expression" in stderr
