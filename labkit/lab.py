@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Vcpu", "Vm", "VmState"]
 
-DEFAULT_MEMORY = 8 << 20
-_SPARE = 2 << 20  # beside program, stacks and pool: page tables and what a guest or a test allocates
+DEFAULT_MEMORY, _SPARE = 8 << 20, 2 << 20  # bytes; to spare: page tables, and what guests and tests allocate
 _ENDS = {"halted": "halted", "shutdown": "shutdown", "internal-error": "stuck"}
 _FINAL = {"DONE": "done", "ABORT": "aborted", "UNHANDLED": "unhandled"}
 

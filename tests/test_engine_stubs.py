@@ -24,7 +24,8 @@ def call(host: str, name: str, address: int, data: bytes, table: bytes = b"") ->
     uc.mem_write(TABLE, table)
     uc.mem_write(STACK, struct.pack("<Q", RETURN))
     regs = ({x86.UC_X86_REG_RDI: 1, x86.UC_X86_REG_RSI: address, x86.UC_X86_REG_RDX: 4, x86.UC_X86_REG_RCX: DATA, x86.UC_X86_REG_RSP: STACK}
-            if host == "x86_64" else {arm.UC_ARM64_REG_X0: 1, arm.UC_ARM64_REG_X1: address, arm.UC_ARM64_REG_X3: DATA, arm.UC_ARM64_REG_LR: RETURN})
+            if host == "x86_64" else {arm.UC_ARM64_REG_X0: 1, arm.UC_ARM64_REG_X1: address, arm.UC_ARM64_REG_X3: DATA,
+                  arm.UC_ARM64_REG_LR: RETURN})
     for reg, value in regs.items():
         uc.reg_write(reg, value)
     ends: list[int] = []

@@ -80,7 +80,8 @@ def test_that_a_forged_hva_is_reported_and_never_followed() -> None:
 
 @pytest.mark.parametrize(("args", "words"), [
     (("nowhere.c",), "No such file"), ((GUESTS / "hello.elf", "--entry", "nope"), "no symbol 'nope'"),
-    ((GUESTS / "hello.elf", "--protect", "sev"), "not part of this labkit yet"), ((GUESTS / "hello.elf", "--vcpus", "0"), "at least one vCPU"),
+    ((GUESTS / "hello.elf", "--protect", "sev"), "not part of this labkit yet"),
+    ((GUESTS / "hello.elf", "--vcpus", "0"), "at least one vCPU"),
     ((GUESTS / "hello.elf", "--backend", "bochs"), "only unicorn"), ((GUESTS / "hello.elf", "--schedule", "lottery"), "round_robin"),
     ((GUESTS / "hello.elf", "--max-insns", "-1"), "not negative"), (("/bin/true",), "position independent"),
 ])

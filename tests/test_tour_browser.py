@@ -38,8 +38,8 @@ READY = f"""async () => {{
   await soon(90, 'opening the notebook', ready(window.jupyterapp));
 }}"""
 RUN = f"""async () => {{ {SOON} await soon(90, 'running all cells', window.jupyterapp.commands.execute('notebook:run-all-cells')); }}"""
-OUTPUTS = """() => window.jupyterapp.shell.currentWidget.content.widgets
-  .filter((cell) => cell.model.type === 'code').map((cell) => [cell.model.executionCount, cell.model.outputs.toJSON().map((one) => one.output_type)])"""
+OUTPUTS = """() => window.jupyterapp.shell.currentWidget.content.widgets.filter((cell) => cell.model.type === 'code')
+  .map(({ model }) => [model.executionCount, model.outputs.toJSON().map((one) => one.output_type)])"""
 SETTLED = "document.querySelector('section.lk[data-step]') && !document.querySelector('section.lk.wait')"
 
 

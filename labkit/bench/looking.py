@@ -64,4 +64,4 @@ def _python(code: str) -> str:
 
 
 def _startup() -> float:
-    return min(float(_python("import time; t = time.perf_counter(); import json, argparse; print(time.perf_counter() - t)")) for _ in range(3))
+    return min(float(_python(IMPORT.replace("labkit", "json, argparse"))) for _ in range(3))

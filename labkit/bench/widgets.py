@@ -47,8 +47,8 @@ WATCH = """() => {
 def _lab(home: Path) -> Iterator[str]:
     """A JupyterLab with directories of its own; gives its address."""
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}  # without it JupyterLab asks which
-    cells: list[dict[str, object]] = [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": cell, "outputs": [], "execution_count": None}
-                                      for i, cell in enumerate(CELLS)]
+    fresh: dict[str, object] = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
+    cells = [{**fresh, "id": f"c{i}", "source": cell} for i, cell in enumerate(CELLS)]
     book = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
     (home / "bench.ipynb").write_text(json.dumps(book))
     (home / "config").mkdir()

@@ -74,5 +74,6 @@ class Listing:
         head = [f"{self.symbol or hex(self.start)}:"]
         if not self.insns:
             return f"{head[0]} no instruction at {self.pc:#x}"
-        return "\n".join(head + [f"{'=>' if i.gva == self.pc else '  '} {i.gva:x} +{i.gva - self.start:<4x} {i.mnemonic:<9} {i.op_str}".rstrip()
-                                 for i in self.insns])
+        marks = ("=>" if insn.gva == self.pc else "  " for insn in self.insns)
+        rows = (f"{mark} {i.gva:x} +{i.gva - self.start:<4x} {i.mnemonic:<9} {i.op_str}" for mark, i in zip(marks, self.insns, strict=True))
+        return "\n".join([*head, *(row.rstrip() for row in rows)])

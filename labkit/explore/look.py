@@ -226,7 +226,8 @@ def status_of(cpu: VcpuSnapshot) -> str:
     if insn is None:
         return f"vCPU {cpu.index}: no instruction at {cpu.pc:#x}."
     line = f", line {cpu.line}" if cpu.line else ""
-    return f"vCPU {cpu.index} is about to run {insn.mnemonic} {insn.op_str} at {cpu.where}{line}. {cpu.outlook}".replace(" at", " at", 1).strip()
+    what = f"{insn.mnemonic} {insn.op_str}".strip()
+    return f"vCPU {cpu.index} is about to run {what} at {cpu.where}{line}. {cpu.outlook}".strip()
 
 
 def select(vm: Any, kind: str, value: int) -> Selection | None:

@@ -17,7 +17,9 @@ from unicorn.unicorn_py3 import unicorn as binding
 
 from labkit.errors import InvalidState, LabError, NotAvailable
 
-__all__ = ["LIB", "STOP", "CodeHook", "EdgeHook", "Handle", "InsnInvalidHook", "IntrHook", "MemHook", "Mmr", "Msr", "RegBatch", "Tb", "check"]
+__all__ = [
+    "LIB", "STOP", "CodeHook", "EdgeHook", "Handle", "InsnInvalidHook", "IntrHook", "MemHook", "Mmr", "Msr", "RegBatch", "Tb", "check",
+]
 
 CodeHook = ctypes.CFUNCTYPE(None, c_void_p, c_uint64, c_uint32, c_void_p)
 IntrHook = ctypes.CFUNCTYPE(None, c_void_p, c_uint32, c_void_p)

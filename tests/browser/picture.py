@@ -1,0 +1,48 @@
+"""The README's picture, light and dark: a real run, drawn by labkit's views, photographed by Chromium: python tests/browser/picture.py."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+REPO = Path(__file__).parents[2]
+sys.path[:0] = [str(REPO), str(REPO / "tests"), str(Path(__file__).parent)]
+
+from shoot import ACTIONS, shoot  # noqa: E402
+
+import labkit as lk  # noqa: E402
+from labkit.explore.controller import VmController  # noqa: E402
+from labkit.views import dashboard  # noqa: E402
+
+WIDTH, HEIGHT = 1000, 1275
+
+
+def moment() -> VmController:
+    """Four vCPUs, one of them done, and another about to take a slot."""
+    vm = lk.Vm.create(lk.Program.load(REPO / "data" / "guests" / "two_vcpus.elf"), nr_vcpus=4, schedule="round_robin:40")
+    while vm.vcpus[0].state != "done":
+        vm.run()
+    controller = VmController(vm)
+    controller.act("vcpu", index=2)
+    while "will be its own" not in vm.vcpus[2].look().outlook:
+        controller.act("step")
+    controller.act("select", kind="slot", value=3)
+    return controller
+
+
+def main() -> None:
+    """Both themes into notebooks/pictures."""
+    controller = moment()
+    view = dashboard.render(controller.snapshot(), width=WIDTH - 40, actions=ACTIONS)
+    print(view.text)
+    with tempfile.TemporaryDirectory() as work:
+        for theme in ("light", "dark"):
+            shot = Path(work) / f"dashboard-{theme}.png"
+            shoot(view.page(theme), shot, WIDTH, HEIGHT)
+            (REPO / "notebooks" / "pictures").mkdir(exist_ok=True)
+            (REPO / "notebooks" / "pictures" / shot.name).write_bytes(shot.read_bytes())
+
+
+if __name__ == "__main__":
+    main()
