@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import re
 import time
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ import pytest
 from elftools.elf.elffile import ELFFile
 from nbclient import NotebookClient
 
+import labkit as lk
 from labkit.cli import freeze
 from labkit.guest.compile import compile_guest
 
 REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
+TOUR = REPO / "notebooks" / "00_tour.ipynb"
 GUESTS = REPO / "data" / "guests"
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -132,8 +135,41 @@ def test_that_host_addresses_and_numbers_are_recognised() -> None:
 
 @pytest.mark.parametrize("guest", ["hello", "secret"])
 def test_that_the_tours_guests_come_prebuilt(guest: str) -> None:
-    [cell] = [cell for cell in cells(REPO / "notebooks" / "00_tour.ipynb", "code") if cell.source.startswith(f"%%guest {guest}\n")]
+    [cell] = [cell for cell in cells(TOUR, "code") if cell.source.startswith(f"%%guest {guest}\n")]
     assert cell.source.partition("\n")[2].strip() == (GUESTS / f"{guest}.c").read_text().partition("\n")[2].strip()
+
+
+# --- the tour's answers ---
+
+
+def answer(letter: str) -> str:
+    """The folded answer of an exercise."""
+    [cell] = [cell for cell in cells(TOUR, "markdown") if f"**{letter}. " in cell.source]
+    return str(cell.source.partition("<details>")[2])
+
+
+def hello(**options: Any) -> Any:
+    return lk.Vm.create(lk.Program.load(GUESTS / "hello.elf"), **options)
+
+
+@pytest.mark.parametrize(("seed", "index"), [(1, "0x29"), (2, "0x14")])
+def test_that_answer_a_is_right(seed: int, index: str) -> None:
+    vm, slot = hello(), random.Random(seed).randrange(512)
+    assert str(vm.page_table().walk(vm.pool.gva + 64 + 1096 * slot).steps[-1]) == f"PT[{index}]"
+    assert re.search(rf"seed {seed}\D*{index}\b", answer("A"))
+
+
+@pytest.mark.parametrize(("seed", "slot"), [(1, 1), (4, 3)])
+def test_that_answer_b_is_right(seed: int, slot: int) -> None:
+    vm = hello()
+    vm.write(vm.pool.gva, random.Random(seed).getrandbits(512).to_bytes(64, "little"))
+    assert vm.run().slot == slot and re.search(rf"seed {seed}\D*slot {slot}\b", answer("B"))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_that_answer_c_is_right(seed: int) -> None:
+    assert {uc.slot for uc in hello(nr_vcpus=4, schedule=f"random:{seed}:30").run_until_done()} == {0, 1, 2, 3}
+    assert "Slots 0 to 3, whatever the seed" in answer("C")
 
 
 # --- running ---
@@ -194,5 +230,5 @@ def test_that_the_committed_text_is_what_a_run_gives(path: Path) -> None:
 def test_that_the_tour_runs_without_any_compiler(tmp_path: Path) -> None:
     (tmp_path / "ziglang").mkdir()
     (tmp_path / "ziglang" / "__init__.py").touch()  # found before the real one, and has no compiler in it
-    done = run(REPO / "notebooks" / "00_tour.ipynb", PYTHONPATH=f"{tmp_path}:{REPO}")
+    done = run(TOUR, PYTHONPATH=f"{tmp_path}:{REPO}")
     assert "No compiler here, so this is hello.elf" in "".join(said(done.notebook)[1])
