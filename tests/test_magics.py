@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
@@ -58,3 +60,21 @@ def test_that_a_wrong_line_is_refused_in_words(shell, capsys, line, words):
 
 def test_that_a_backslash_in_the_line_does_not_swallow_the_cell(shell):
     assert shell.run_cell(f"%%guest x \\\n{GOOD}").success is False or shell.user_ns["x"].symbol("guest_code")
+
+
+@pytest.fixture
+def no_compiler(tmp_path, monkeypatch):
+    (tmp_path / "ziglang").mkdir()
+    (tmp_path / "ziglang" / "__init__.py").touch()  # found before the real one, and has no compiler in it
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", "")
+
+
+@pytest.mark.parametrize(("line", "change", "made"), [("hello", "", True), ("hello", "x", False), ("hello --opt=-O2", "", False),
+                                                      ("leak", "", False)])
+def test_that_without_a_compiler_only_the_very_guest_that_comes_along_will_do(shell, capsys, no_compiler, line, change, made):
+    source = (Path(__file__).parent.parent / "data" / "guests" / "hello.c").read_text().partition("\n")[2]
+    assert shell.run_cell(f"%%guest {line}\n{source}{change}").success is made
+    shown = "".join(capsys.readouterr())
+    assert ("No compiler here, so this is hello.elf" if made else "pip install ziglang") in shown
+    assert ("hello" in shell.user_ns) is made

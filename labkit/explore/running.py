@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from labkit.engines.base import BudgetExit, Exit, HypercallExit
+from labkit.engines.base import BudgetExit, DebugExit, Exit, HypercallExit
 from labkit.errors import BudgetExceeded, GuestAssertFailed, GuestCrashed, InvalidState
 from labkit.machine.schedule import Schedule
 from labkit.ucall.pool import BadUcallExit, Ucall
@@ -71,7 +71,7 @@ def stream(run: Callable[[int | None], Came], done: Callable[[], bool], clock: C
 
 
 def collect(coming: Iterator[Came], explain: Callable[[Came], str]) -> list[Ucall]:
-    """The ucalls of a stream that ends well; raises GuestAssertFailed, BudgetExceeded or GuestCrashed for one that does not."""
+    """The ucalls of a stream that ends well; raises GuestAssertFailed, BudgetExceeded, GuestCrashed, or InvalidState at a breakpoint."""
     ucalls: list[Ucall] = []
     for came in coming:
         if isinstance(came, Ucall):
@@ -86,6 +86,8 @@ def collect(coming: Iterator[Came], explain: Callable[[Came], str]) -> list[Ucal
                 raise GuestCrashed(explain(came), vcpu=came.vcpu, ucall=came, exit=None, ucalls=ucalls)
             case BudgetExit():
                 raise BudgetExceeded(explain(came), insns=came.insns, ucalls=ucalls)
+            case DebugExit():
+                raise InvalidState(f"a breakpoint, not the end: {explain(came)}; run() goes on from here", exit=came, ucalls=ucalls)
             case _:
                 raise GuestCrashed(explain(came), exit=came, ucalls=ucalls)
     return ucalls

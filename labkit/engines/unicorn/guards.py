@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from unicorn import unicorn_const as uc
 
 from labkit.engines.unicorn.blocks import is_memory_loop
-from labkit.engines.unicorn.lib import LIB, STOP, CodeHook, EdgeHook
+from labkit.engines.unicorn.lib import LIB, STOP, CodeHook, EdgeHook, Page
 from labkit.engines.unicorn.stubs import stub
 
 if TYPE_CHECKING:
@@ -19,30 +19,68 @@ __all__ = ["Guards"]
 
 
 class Guards:
-    """The hooks of one vCPU. A block is looked through when Unicorn translates it, before it runs for the first time."""
+    """The hooks of one vCPU. A block is looked through when Unicorn translates it, before it runs for the first time.
+
+    So code that the guest writes, jumps into the middle of or maps elsewhere is covered too. The translations of one page of gvas
+    are always those of one page of gpas: when another lies there, all are dropped.
+    """
 
     def __init__(self, vcpu: UnicornVcpu) -> None:
         self.vcpu, self.handle = vcpu, vcpu.handle
         self.traps: dict[int, Trap] = {}
-        self.code_pages: dict[int, bytes] = {}  # gpa -> as it was when a block of it was first translated
-        self.stopped = ""  # who ended the native run: "edge", "breakpoint", or nobody here
+        self.code_pages: dict[int, bytes] = {}  # gpa -> as it was when a block of it was last translated
+        self.stopped = ""  # who ended the native run: "edge", "breakpoint", "hole", or nobody here
         self.skip = -1  # the breakpoint that the run begins at
         self.extra = 0  # counted by Unicorn, but no step of the architecture
         self.last = (-1, -1)  # (gva, count) of the last instruction that takes more than one count
+        self._again = False  # it came round to itself
         self.locked = (ctypes.c_uint64 * 4)()  # as the "locked" hook of stubs.py wants it
         self.halt = ctypes.c_uint8()  # somebody wants an uncounted run to end
         self.breakpoints: frozenset[int] = frozenset()
         self._hooked_breakpoints: frozenset[int] = frozenset()
-        self._hooks: dict[int, int] = {}  # gva -> hook
-        self._new: dict[int, Trap] = {}
+        self._hooks: dict[int, tuple[str, int]] = {}  # gva -> (what it does, hook)
+        self._mapped: dict[int, int] = {}  # page of gvas -> page of gpas
+        self._found: dict[int, Trap] = {}  # in the last block, as are the next two
+        self._stale: list[int] = []  # where hooks are that do not fit any more
+        self._remapped = False
         self._loops: set[int] = set()  # blocks with a hook that looks at `halt`
         self._new_loop = -1
+        self._know_a_block()
         self.handle.hook(uc.UC_HOOK_EDGE_GENERATED, EdgeHook(lambda _h, tb, _p, _d: self._edge(tb.contents)))
+
+    def _know_a_block(self) -> None:
+        """Run two blocks of our own: Unicorn reports a new block only when it knows the one before."""
+        page, before = Page(self.vcpu.quirks.two_blocks), self.handle.context()
+        self.handle.map(0, page.hva, 4096, uc.UC_PROT_ALL)
+        LIB.uc_emu_start(self.handle.h, 0, 0, 0, 0)
+        self.handle.unmap(0, 4096)
+        self.handle.set_context(before)
+        self.handle.flush_code()
 
     def begin(self) -> None:
         """A native run begins."""
-        self.stopped, self.extra, self.last = "", 0, (-1, -1)
-        self.locked[0] = 0
+        self.stopped, self.extra, self.locked[0] = "", 0, 0
+        if self.last[1]:  # 0: the run before ended in its midst
+            self.last = (-1, -1)
+
+    def flush(self) -> None:
+        """Forget every translation."""
+        self.handle.flush_code()
+        self.code_pages.clear()
+        self._mapped.clear()
+        self.vcpu.tally.close()
+
+    def read(self, gva: int, size: int) -> bytes:
+        """Code as the CPU would fetch it, up to the first byte that it could not."""
+        data = b""
+        while len(data) < size:
+            at = gva + len(data)
+            gpa = self.vcpu.translate(at, uc.UC_PROT_EXEC)
+            part = b"" if gpa is None else self.vcpu.vm.read(gpa, min(size - len(data), 4096 - (at & 4095)))
+            if not part:
+                break
+            data += part
+        return data
 
     def set_breakpoints(self, gvas: frozenset[int]) -> None:
         """Stop with DebugExit before the instructions at these addresses."""
@@ -52,67 +90,84 @@ class Guards:
         self.breakpoints = gvas
 
     def _at_breakpoint(self, gva: int) -> None:
-        if gva in self.breakpoints and gva != self.skip:
+        trap, count = self.traps.get(gva), self.vcpu.count()
+        if gva not in self.breakpoints or (trap is not None and trap.stops):  # the run loop sees to those
+            return
+        again = self.last == (gva, count - 1) or (self.last == (gva, count) and self._again)
+        if gva != self.skip and not (again and trap is not None and trap.kind == "rep"):
             self.stopped = "breakpoint"
             LIB.uc_emu_stop(self.handle.h)
         self.skip = -1
 
     def _edge(self, tb: Any) -> None:
-        """A block was translated and has not run: stop when it holds a sensitive instruction that no hook guards yet."""
+        """A block was translated and has not run: stop when something must be done about it, or when somebody asked."""
         if self._look(tb.pc, tb.size, tb.icount) or self.halt.value:
             self.stopped = "edge"
             LIB.uc_emu_stop(self.handle.h)
 
     def _look(self, gva: int, size: int, count: int) -> bool:
-        """Look through a block of count instructions; 0 means that the block may end before size bytes do."""
-        gpa = self.vcpu.translate(gva, uc.UC_PROT_EXEC)
-        data = self.vcpu.vmem_read(gva, size)
-        if gpa is None or data is None:
-            return False
-        if count:
-            self.vcpu.tally.add(gva, count, data)
-        page = gpa & -4096
-        if page not in self.code_pages:
-            self.code_pages[page] = self.vcpu.vm.read(page, 4096)
-        found = self.vcpu.quirks.scan(data, gva, count > 0)
-        for at in [at for at in self.traps if gva <= at < gva + size and at not in found]:
-            del self.traps[at]  # the guest wrote other code there
-        self._new = {at: trap for at, trap in found.items() if at not in self._hooks}
-        self.traps.update({at: trap for at, trap in found.items() if at in self._hooks})
-        if self.vcpu.mode == "free" and count and gva not in self._loops and is_memory_loop(self.vcpu.vm.arch, gva, data):
-            self._loops.add(gva)
-            callback = stub("flag") or CodeHook(lambda _h, _a, _s, _d: self._look_at_flag())
-            self.handle.hook(uc.UC_HOOK_BLOCK, callback, gva, gva, ctypes.addressof(self.halt))
-            self._new_loop = gva
+        data = self.read(gva, size)
+        for page in range(gva & -4096, gva + size, 4096):
+            self._remapped |= self._note(page)
+        self.vcpu.tally.add(gva, count, data)
+        self._found = self.vcpu.quirks.scan(data, gva)
+        if self.vcpu.mode == "free":
+            self._found = {at: trap for at, trap in self._found.items() if trap.kind != "rep"}
+            if gva not in self._loops and is_memory_loop(self.vcpu.vm.arch, gva, data):
+                self._new_loop = gva
+        here = [(at, work) for at, (work, _) in self._hooks.items() if gva <= at < gva + size]
+        self._stale = [at for at, work in here if work != _work(self._found.get(at))]
+        if self._stale or self._remapped or self._new_loop >= 0 or not self._hooks.keys() >= self._found.keys():
             return True
-        return bool(self._new)
+        self.traps.update(self._found)
+        return False
+
+    def _note(self, page: int) -> bool:
+        """Remember what a page of gvas is mapped to, and its contents; True when it was mapped to something else."""
+        gpa = self.vcpu.translate(page, uc.UC_PROT_EXEC)
+        if gpa is None:
+            return False
+        self.code_pages[gpa] = self.vcpu.vm.read(gpa, 4096)
+        return self._mapped.setdefault(page, gpa) != gpa
 
     def _look_at_flag(self) -> None:
         if self.halt.value:
             LIB.uc_emu_stop(self.handle.h)
 
-    def scan_ahead(self, pc: int) -> None:
-        """Unicorn reports every translated block but the first of an engine's life: look at that one here."""
-        if self._look(pc, 4096 - (pc & 4095), 0):
-            self.install()
-
     def install(self) -> None:
-        """Put hooks where the last block asked for them, and have it translated again."""
+        """Do what the last block asked for, and have it translated again."""
+        if self._remapped:
+            self._stale, self._remapped = list(self._hooks), False
+            self.flush()
+        for gva in self._stale:
+            self._unhook(gva)
+        self._stale = []
         if self._new_loop >= 0:
+            self._loops.add(self._new_loop)
+            flag: Any = stub("flag") or CodeHook(lambda _h, _a, _s, _d: self._look_at_flag())
+            self.handle.hook(uc.UC_HOOK_BLOCK, flag, self._new_loop, self._new_loop, ctypes.addressof(self.halt))
             self.handle.forget_code(self._new_loop, 1)
             self._new_loop = -1
-        for gva, trap in self._new.items():
-            callback: Any = STOP
-            data = None
-            if trap.kind == "locked":
-                callback = stub("locked") or CodeHook(lambda _h, _a, _s, _d: self._at_locked())
-                data = ctypes.addressof(self.locked)
-            elif not trap.stops:
-                callback = CodeHook(lambda _h, at, _s, _d: self._count_extra(at))
-            self._hooks[gva] = self.handle.hook(uc.UC_HOOK_CODE, callback, gva, gva, data)
-            self.handle.forget_code(gva, 1)
-        self.traps.update(self._new)
-        self._new = {}
+        for gva, trap in self._found.items():
+            if gva not in self._hooks:
+                self._hook(gva, trap)
+        self.traps.update(self._found)
+
+    def _hook(self, gva: int, trap: Trap) -> None:
+        callback: Any = STOP
+        data = None
+        if trap.kind == "locked":
+            callback = stub("locked") or CodeHook(lambda _h, _a, _s, _d: self._at_locked())
+            data = ctypes.addressof(self.locked)
+        elif not trap.stops:
+            callback = CodeHook(lambda _h, at, _s, _d: self._count_extra(at))
+        self._hooks[gva] = _work(trap), self.handle.hook(uc.UC_HOOK_CODE, callback, gva, gva, data)
+        self.handle.forget_code(gva, 1)
+
+    def _unhook(self, gva: int) -> None:
+        self.handle.unhook(self._hooks.pop(gva)[1])
+        self.handle.forget_code(gva, 1)
+        self.traps.pop(gva, None)
 
     def _at_locked(self) -> None:
         self.locked[0], self.locked[2] = self.vcpu.counter.value, 0
@@ -120,12 +175,22 @@ class Guards:
     def _count_extra(self, gva: int) -> None:
         """At a REP string instruction or a stack-segment load: Unicorn counts one more than the architecture steps."""
         count = self.vcpu.count()
-        if self.traps[gva].kind == "shadow" or (self.last == (gva, count - 1) and self.vcpu.quirks.is_drained()):
+        self._again = self.last == (gva, count - 1)
+        if self.is_shadow(gva) or (self._again and self.vcpu.quirks.is_drained()):
             self.extra += 1
         self.last = (gva, count)
+
+    def is_shadow(self, gva: int) -> bool:
+        """The instruction there keeps the single-step trap away until the one behind it has run."""
+        trap = self.traps.get(gva)
+        return trap is not None and trap.kind == "shadow"
 
     def drop_count_hooks(self) -> None:
         """From here on nothing is counted, so the hooks that correct the count on REP can go."""
         for gva in [gva for gva, trap in self.traps.items() if trap.kind == "rep"]:
-            self.handle.unhook(self._hooks.pop(gva))
-            del self.traps[gva]
+            self._unhook(gva)
+
+
+def _work(trap: Trap | None) -> str:
+    """What the hook of a trap does."""
+    return "" if trap is None else "stop" if trap.stops else "locked" if trap.kind == "locked" else "count"

@@ -18,7 +18,8 @@ from unicorn.unicorn_py3 import unicorn as binding
 from labkit.errors import InvalidState, LabError, NotAvailable
 
 __all__ = [
-    "LIB", "STOP", "CodeHook", "EdgeHook", "Handle", "InsnInvalidHook", "IntrHook", "MemHook", "Mmr", "Msr", "RegBatch", "Tb", "check",
+    "LIB", "STOP", "CodeHook", "EdgeHook", "Handle", "InsnInvalidHook", "IntrHook", "MemHook", "Mmr", "Msr", "Page", "RegBatch", "Tb",
+    "check",
 ]
 
 CodeHook = ctypes.CFUNCTYPE(None, c_void_p, c_uint64, c_uint32, c_void_p)
@@ -80,6 +81,15 @@ def check(status: int, what: str) -> None:
         raise LabError(f"unicorn: {what}: {LIB.uc_strerror(status).decode()}", status=status)
 
 
+class Page:
+    """A page of host memory, to be mapped for a moment."""
+
+    def __init__(self, data: bytes = b"") -> None:
+        self.buffer = ctypes.create_string_buffer(2 * 4096)
+        self.hva = -(-ctypes.addressof(self.buffer) // 4096) * 4096
+        ctypes.memmove(self.hva, data, len(data))
+
+
 class RegBatch:
     """A fixed set of 64-bit registers read or written in one call; `values` is the buffer."""
 
@@ -124,7 +134,13 @@ class Handle:
         self._removed.clear()
 
     def forget_code(self, gva: int, size: int) -> None:
-        """Forget the translated blocks of a range; a range that is not mapped has none."""
+        """Forget the translated blocks of a range; a range that is not mapped has none, and Unicorn's page fault is undone."""
+        before = self.context()
+        self.drop_code(gva, size)
+        self.set_context(before)
+
+    def drop_code(self, gva: int, size: int) -> None:
+        """The same from another thread while code runs."""
         code = uc.UC_CTL_IO_WRITE << 30 | 2 << 26 | uc.UC_CTL_TB_REMOVE_CACHE
         LIB.uc_ctl(c_void_p(self.h), c_uint32(code), c_uint64(gva), c_uint64(gva + size))
 
@@ -137,8 +153,10 @@ class Handle:
         return hook.value
 
     def unhook(self, hook: int) -> None:
-        """Remove a hook; `flush_code` must follow before the next run."""
+        """Remove a hook; `flush_code` must follow before the next run. Page faults that Unicorn makes of it are undone."""
+        before = self.context()
         check(LIB.uc_hook_del(self.h, hook), "uc_hook_del")
+        self.set_context(before)
         self._removed.append(self._callbacks.pop(hook))
 
     def read_batch(self, batch: RegBatch) -> Any:

@@ -1,89 +1,136 @@
-"""Accesses to guest-physical holes: the instruction runs once with a page of its own in the hole."""
+"""MMIO: an access to a guest-physical address without memslot leaves for the host, and the instruction is made whole again.
+
+The instruction runs with pages of its own in the holes. What it reads there must be known, so each read that is not ends the
+attempt and becomes an exit; when all are known it runs to its end, and each of its writes becomes an exit behind it.
+"""
 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc
 
 from labkit.engines.base import Exit, InternalErrorExit, MmioExit
-from labkit.engines.unicorn.lib import LIB, MemHook
+from labkit.engines.unicorn.lib import LIB, MemHook, Page
 
 if TYPE_CHECKING:
     from labkit.engines.unicorn.vcpu import UnicornVcpu
 
-__all__ = ["FETCHES", "UNMAPPED", "Mmio"]
+__all__ = ["FETCHES", "HOLES", "Mmio"]
 
 FETCHES = (uc.UC_ERR_FETCH_UNMAPPED, uc.UC_ERR_FETCH_PROT)
-UNMAPPED = (*FETCHES, uc.UC_ERR_READ_UNMAPPED, uc.UC_ERR_WRITE_UNMAPPED, uc.UC_ERR_READ_PROT, uc.UC_ERR_WRITE_PROT)
+HOLES = (*FETCHES, uc.UC_ERR_READ_UNMAPPED, uc.UC_ERR_WRITE_UNMAPPED, uc.UC_ERR_READ_PROT, uc.UC_ERR_WRITE_PROT)
 _FETCH = (uc.UC_MEM_FETCH_UNMAPPED, uc.UC_MEM_FETCH_PROT)
 _WRITE = (uc.UC_MEM_WRITE_UNMAPPED, uc.UC_MEM_WRITE_PROT)
+_UNMAPPED = uc.UC_HOOK_MEM_UNMAPPED | uc.UC_HOOK_MEM_PROT
 
 
 class Mmio:
-    """The MMIO accesses of one vCPU; `pending` is a read that waits for its value."""
+    """The accesses to holes of one vCPU's present instruction."""
 
     def __init__(self, vcpu: UnicornVcpu) -> None:
-        self.vcpu, self.handle = vcpu, vcpu.handle
-        self.pending: MmioExit | None = None
+        self.vcpu = vcpu
+        self.waiting: MmioExit | None = None  # a read whose value the host has yet to give
+        self.reads: list[MmioExit] = []  # of the instruction that will run again, with their values
+        self.writes: list[MmioExit] = []  # of an instruction that is over, not reported yet
+        self._met: tuple[int, int, int] | None = None  # (kind, gpa, size) that ended an attempt
 
-    def fault(self, pc: int) -> Exit | None:
-        """A hole in guest memory. Which one is found by running the instruction again with hooks: any hook on memory makes all
-        memory accesses six times slower, so none is there before it is needed."""
-        faults: list[tuple[int, int, int, int]] = []
+    def complete(self, value: int) -> bool:
+        """Give the value of the read that left last; False when there was none."""
+        if self.waiting is not None:
+            self.waiting = replace(self.waiting, data=value & (1 << 8 * self.waiting.size) - 1)
+        return self.waiting is not None
 
-        def unmapped(_h: int, kind: int, gpa: int, size: int, value: int, _d: int) -> bool:
-            faults.append((kind, gpa, size, value))
-            return False
+    def resume(self) -> Exit | None:
+        """What must happen before the vCPU goes on."""
+        if self.writes:
+            return self.writes.pop(0)
+        if self.waiting is None:
+            return None
+        self.reads.append(self.waiting)
+        self.waiting = None
+        return self.meet()
 
-        hook = self.handle.hook(uc.UC_HOOK_MEM_UNMAPPED | uc.UC_HOOK_MEM_PROT, MemHook(unmapped))
-        self.handle.flush_code()
-        LIB.uc_emu_start(self.handle.h, pc, 0, 0, 1)
-        self.handle.unhook(hook)
-        self.handle.flush_code()
-        if not faults:
-            return self.vcpu.refuse("Unicorn met a hole in guest memory and did not find it again")
-        kind, gpa, size, value = faults[0]
-        if kind in _FETCH:
-            return InternalErrorExit(f"instruction fetch from gpa {gpa:#x}, where no memslot is", pc)
-        if kind in _WRITE:
-            return self._write(gpa, size, value & (1 << 8 * size) - 1)
-        self.pending = MmioExit(gpa, size, False, 0)
-        return self.pending
+    def forget(self) -> None:
+        """The vCPU goes on elsewhere."""
+        self.waiting, self.reads = None, []
 
-    def finish(self) -> Exit | None:
-        """Carry out the load that left with an MMIO read; a read-modify-write leaves again with its write."""
-        assert self.pending is not None
-        mmio, self.pending = self.pending, None
-        data = (mmio.data & (1 << 8 * mmio.size) - 1).to_bytes(mmio.size, "little")
-        return self._with_page(mmio.gpa, data)
+    def state(self) -> list[list[list[int]]]:
+        """What a snapshot must keep."""
+        waiting = [self.waiting] if self.waiting else []
+        return [[[exit.gpa, exit.size, exit.is_write, exit.data] for exit in part] for part in (waiting, self.reads, self.writes)]
 
-    def _write(self, gpa: int, size: int, value: int) -> Exit | None:
-        return self._with_page(gpa, bytes(size)) or MmioExit(gpa, size, True, value)
+    def set_state(self, state: list[list[list[int]]]) -> None:
+        """Put `state` back."""
+        waiting, self.reads, self.writes = ([MmioExit(gpa, size, bool(w), data) for gpa, size, w, data in part] for part in state)
+        self.waiting = waiting[0] if waiting else None
 
-    def _with_page(self, gpa: int, data: bytes) -> Exit | None:
-        page, offset = gpa & -4096, gpa & 4095
-        span = 4096 if offset + len(data) <= 4096 else 8192
-        buffer = ctypes.create_string_buffer(span + 4096)
-        hva = -(-ctypes.addressof(buffer) // 4096) * 4096
-        ctypes.memmove(hva + offset, data, len(data))
-        if self.vcpu.vm.overlaps(page, span):
-            return self.vcpu.refuse(f"an access of {len(data)} bytes at gpa {gpa:#x} runs across the end of a memslot")
-        writes: list[MmioExit] = []
+    def meet(self) -> Exit | None:
+        """Carry out the instruction at the program counter, which touches a hole."""
+        vcpu, pc = self.vcpu, self.vcpu.quirks.pc()
+        pages = {page for read in self.reads for page in _pages(read.gpa, read.size)}
+        before = vcpu.handle.context()
+        while True:
+            exit = self._attempt(pages)
+            if self._met is None:
+                self.reads = []
+                return exit or (self.writes.pop(0) if self.writes else None)
+            vcpu.handle.set_context(before)
+            vcpu.quirks.set_pc(pc)
+            self.writes.clear()
+            kind, gpa, size = self._met
+            if kind in _FETCH:
+                return InternalErrorExit(f"instruction fetch from gpa {gpa:#x}, where no memslot is", pc)
+            if any(vcpu.vm.overlaps(page, 4096) for page in _pages(gpa, size)):
+                return vcpu.refuse(f"an access of {size} bytes at gpa {gpa:#x} runs across the end of a memslot")
+            if kind not in _WRITE:
+                self.waiting = MmioExit(gpa, size, False, 0)
+                return self.waiting
+            pages |= _pages(gpa, size)
 
-        def written(_h: int, _kind: int, at: int, count: int, value: int, _d: int) -> bool:
-            writes.append(MmioExit(at, count, True, value & (1 << 8 * count) - 1))
-            return True
-
-        self.handle.map(page, hva, span, uc.UC_PROT_ALL)
-        self.handle.flush_tlb()
-        hook = self.handle.hook(uc.UC_HOOK_MEM_WRITE, MemHook(written), page, page + span - 1)
-        self.handle.flush_code()
+    def _attempt(self, pages: set[int]) -> Exit | None:
+        handle = self.vcpu.handle
+        buffers = {page: Page() for page in pages}
+        for read in self.reads:
+            for i, byte in enumerate(read.data.to_bytes(read.size, "little")):
+                ctypes.c_uint8.from_address(buffers[read.gpa + i & -4096].hva + (read.gpa + i & 4095)).value = byte
+        for page, buffer in buffers.items():
+            handle.map(page, buffer.hva, 4096, uc.UC_PROT_ALL)
+        hooks = [handle.hook(_UNMAPPED, MemHook(self._unmapped))]
+        for page in pages:
+            hooks.append(handle.hook(uc.UC_HOOK_MEM_READ, MemHook(self._read), page, page + 4095))
+            hooks.append(handle.hook(uc.UC_HOOK_MEM_WRITE, MemHook(self._written), page, page + 4095))
+        handle.flush_tlb()
+        handle.flush_code()
+        self._met = None
         try:
-            exit = self.vcpu.native("each", 1)
+            return self.vcpu.run_one()
         finally:
-            self.handle.unhook(hook)
-            self.handle.unmap(page, span)
-            self.handle.flush_tlb()
-        return exit or next(iter(writes), None)
+            for hook in hooks:
+                handle.unhook(hook)
+            for page in pages:
+                handle.unmap(page, 4096)
+            handle.flush_tlb()
+            handle.flush_code()
+
+    def _unmapped(self, _h: int, kind: int, gpa: int, size: int, _value: int, _d: int) -> bool:
+        self._met = self._met or (kind, gpa, size)
+        self.vcpu.guards.stopped = "hole"
+        return False
+
+    def _read(self, h: int, kind: int, gpa: int, size: int, _value: int, _d: int) -> bool:
+        if not any(read.gpa <= gpa and gpa + size <= read.gpa + read.size for read in self.reads):
+            self._met = self._met or (kind, gpa, size)
+            self.vcpu.guards.stopped = "hole"
+            LIB.uc_emu_stop(h)
+        return True
+
+    def _written(self, _h: int, _kind: int, gpa: int, size: int, value: int, _d: int) -> bool:
+        self.writes.append(MmioExit(gpa, size, True, value & (1 << 8 * size) - 1))
+        return True
+
+
+def _pages(gpa: int, size: int) -> set[int]:
+    return {gpa & -4096, gpa + size - 1 & -4096}

@@ -34,39 +34,42 @@ _KINDS = {
     "pio": "in out", "string_pio": "insb insw insd outsb outsw outsd", "halt": "hlt", "cpuid": "cpuid", "rdtsc": "rdtsc rdtscp",
     "rdmsr": "rdmsr", "wrmsr": "wrmsr", "xgetbv": "xgetbv", "xsetbv": "xsetbv", "hypercall": "vmcall vmmcall",
     "random": "rdrand rdseed", "syscall": "syscall", "sysenter": "sysenter sysexit", "icebp": "int1",
-    "monitor": "monitor mwait", "rdpmc": "rdpmc",
+    "monitor": "monitor mwait", "rdpmc": "rdpmc", "pause": "pause",
     "undefined": "vmrun vmload vmsave stgi clgi skinit invlpga vmxon vmlaunch vmresume vmread vmwrite vmptrld vmptrst vmclear "
                  "monitorx mwaitx rsm getsec",
     "refused": "xsave xsave64 xsaveopt xsaveopt64 xsavec xsavec64 xsaves xsaves64 xrstor xrstor64 xrstors xrstors64",
 }
 _BY_MNEMONIC = {mnemonic: kind for kind, names in _KINDS.items() for mnemonic in names.split()}
 PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
-_STRING = re.compile(r"(?:movs|stos|lods|cmps|scas)[bwdq]$")
+_STRING = frozenset(b"\xa4\xa5\xa6\xa7\xaa\xab\xac\xad\xae\xaf")
+_VECTOR = frozenset(b"\xc4\xc5\x62")  # in 64-bit mode always VEX and EVEX
 # Every byte sequence that can begin or be part of one of them; a block without a match needs no decoding
 _SUSPECT = re.compile(
-    rb"[\xf0\x86\x87\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xc4\xc5\x62\x8f\xf1]|[\xf2\xf3][\x40-\x4f\x66\x67]*[\xa4-\xa7\xaa-\xaf]"
+    rb"[\xf0\x86\x87\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xc4\xc5\x62\x8f\xf1]"
+    rb"|[\xf2\xf3][\x26\x2e\x36\x3e\x40-\x4f\x64-\x67\xf0\xf2\xf3]*[\x90\xa4-\xa7\xaa-\xaf]"
     rb"|\x0f[\x00\x01\x05\x30-\x37\x78\x79\xa2\xaa\xae\xc7]|\x8e[\x10-\x17\x50-\x57\x90-\x97\xd0-\xd7]", re.DOTALL)
-_ENDS = re.compile(r"j|ret|iret|call|loop|syscall|sysret|hlt|ud2|int")
 
 
 def _kind(data: bytes, mnemonic: str, op_str: str) -> str | None:
     words = mnemonic.split()
     if words[-1] in _BY_MNEMONIC:
         return _BY_MNEMONIC[words[-1]]
-    if words[0] in ("rep", "repe", "repne") and _STRING.match(words[-1]):
+    opcode = _opcode(data)
+    if opcode in _STRING and (0xF2 in data or 0xF3 in data):  # capstone does not show every one of them
         return "rep"
     if words[0] in ("lock", "xacquire", "xrelease") or (words[-1] == "xchg" and "[" in op_str):
         return "locked"
     if words[-1] == "mov" and op_str.startswith("ss,"):
         return "shadow"
-    opcode = next((b for b in data if b not in PREFIXES), 0)
-    if opcode in (0xC4, 0xC5, 0x62) or (opcode == 0x8F and words[-1] != "pop"):
-        return "vector"
-    return None
+    return "vector" if opcode in _VECTOR or (opcode == 0x8F and words[-1] != "pop") else None
 
 
-def scan(data: bytes, gva: int, whole: bool) -> dict[int, Trap]:
-    """The sensitive instructions of one block by gva; with `whole` all of data is the block, else it ends at the first jump.
+def _opcode(data: bytes) -> int:
+    return next((b for b in data if b not in PREFIXES and b >> 4 != 4), 0)  # 0x4x: REX
+
+
+def scan(data: bytes, gva: int) -> dict[int, Trap]:
+    """The sensitive instructions of one block by gva.
 
     Bytes inside a block that capstone cannot decode though Unicorn went on behind them are refused too ("unknown").
     """
@@ -79,10 +82,7 @@ def scan(data: bytes, gva: int, whole: bool) -> dict[int, Trap]:
         raw = data[at - gva:end - gva]
         if (kind := _kind(raw, mnemonic, op_str)) is not None:
             found[at] = Trap(kind, at, raw, mnemonic, op_str)
-        if not whole and _ENDS.match(mnemonic):
-            return found
     rest = data[end - gva:]
-    if whole and rest:
-        opcode = next((b for b in rest if b not in PREFIXES), 0)
-        found[end] = Trap("vector" if opcode in (0xC4, 0xC5, 0x62) else "unknown", end, rest[:15], ".byte", rest[:15].hex(" "))
+    if rest:
+        found[end] = Trap("vector" if _opcode(rest) in _VECTOR else "unknown", end, rest[:15], ".byte", rest[:15].hex(" "))
     return found

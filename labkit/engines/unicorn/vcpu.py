@@ -5,19 +5,19 @@ from __future__ import annotations
 import ctypes
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 from unicorn import unicorn_const as uc
 
-from labkit.engines.base import BudgetExit, DebugExit, Exit, InternalErrorExit, InterruptExit, MmioExit, Regs, Trace
+from labkit.engines.base import BudgetExit, DebugExit, Exit, InternalErrorExit, InterruptExit, Regs, Trace
 from labkit.engines.disasm import disassemble
 from labkit.engines.unicorn.blocks import settle
 from labkit.engines.unicorn.calibrate import calibrate
 from labkit.engines.unicorn.guards import Guards
 from labkit.engines.unicorn.lib import LIB, Handle, IntrHook
-from labkit.engines.unicorn.mmio import FETCHES, UNMAPPED, Mmio
+from labkit.engines.unicorn.mmio import FETCHES, HOLES, Mmio
 from labkit.engines.unicorn.stubs import stub
 from labkit.engines.unicorn.tally import MAX_BLOCK, Tally
 from labkit.errors import InvalidState
@@ -53,18 +53,22 @@ class Quirks(Protocol):
     """What one architecture adds to the run loop."""
 
     awaits: list[int] | None
+    two_blocks: bytes  # code of two blocks that do nothing and end the run
+    fault_register: int  # libunicorn's number of the register that says where a page fault was
 
     def pc(self) -> int: ...
     def leave(self) -> int: ...  # the program counter to run from; what was known of registers is void
     def arrive(self) -> int: ...  # the program counter after a run, and other registers that a trap will ask for
     def set_pc(self, gva: int) -> None: ...
-    def scan(self, data: bytes, gva: int, whole: bool) -> dict[int, Trap]: ...
+    def scan(self, data: bytes, gva: int) -> dict[int, Trap]: ...
     def trap(self, trap: Trap) -> Exit | None: ...
     def exception(self, vector: int) -> Exit | None: ...
     def invalid(self) -> Exit | None: ...
     def complete(self, value: int) -> bool: ...
     def is_drained(self) -> bool: ...
     def is_fetch_fault(self, vector: int | None) -> bool: ...
+    def forget_exception(self) -> object: ...
+    def shorten_block(self) -> None: ...  # the next block that runs is one instruction long
     def read_all(self) -> Regs: ...
     def read(self, name: str) -> int: ...
     def write_many(self, regs: Mapping[str, int]) -> None: ...
@@ -89,9 +93,9 @@ class UnicornVcpu:
         self.mode, self._tally_hook = "", 0
         self.locked_at = -1
         self._exception: int | None = None
-        self._fresh, self._forced = True, False
-        self.guards, self.mmio = Guards(self), Mmio(self)
+        self._forced, self._shortened = False, (-1, -1)
         self.quirks = vm.quirks(self)
+        self.guards, self.mmio = Guards(self), Mmio(self)
         self.handle.hook(uc.UC_HOOK_INTR, IntrHook(lambda _h, vector, _d: self._intr(vector)))
         for gpa, hva, size in vm.slots:
             self.map(gpa, hva, size)
@@ -104,7 +108,8 @@ class UnicornVcpu:
 
     def set_regs(self, regs: Mapping[str, int]) -> None:
         """Set the named registers; raises InvalidState for a name or a value that does not fit."""
-        self.mmio.pending = None if "rip" in regs else self.mmio.pending
+        if "rip" in regs:
+            self.mmio.forget()
         self.quirks.write_many(regs)
 
     def read_reg(self, name: str) -> int:
@@ -113,8 +118,7 @@ class UnicornVcpu:
 
     def save(self) -> bytes:
         """The whole CPU state: Unicorn's, and what labkit keeps beside it."""
-        mmio = None if self.mmio.pending is None else [self.mmio.pending.gpa, self.mmio.pending.size, self.mmio.pending.data]
-        facts = {"insns": self.insns, "exact": self.exact, "mmio": mmio, "extra": self.quirks.extra_state()}
+        facts = {"insns": self.insns, "exact": self.exact, "mmio": self.mmio.state(), "extra": self.quirks.extra_state()}
         text = json.dumps(facts).encode()
         return _HEADER.pack(b"LKU1", len(text)) + text + self.handle.context()
 
@@ -127,7 +131,7 @@ class UnicornVcpu:
         self.handle.set_context(state[_HEADER.size + size:])
         self.quirks.leave()
         self.insns, self.exact = facts["insns"], facts["exact"]
-        self.mmio.pending = None if facts["mmio"] is None else MmioExit(facts["mmio"][0], facts["mmio"][1], False, facts["mmio"][2])
+        self.mmio.set_state(facts["mmio"])
         self.quirks.set_extra_state(facts["extra"])
         self.stale_tlb = self.stale_code = True
 
@@ -142,21 +146,27 @@ class UnicornVcpu:
         self.handle.map(gpa, hva, size, uc.UC_PROT_ALL)
 
     def vmem_read(self, gva: int, size: int) -> bytes | None:
-        """Guest-virtual memory as the CPU itself would translate it; None when it would fault."""
+        """Guest-virtual memory as the CPU itself would read it; None when it would fault."""
         buffer = ctypes.create_string_buffer(size)
-        bad = LIB.uc_vmem_read(ctypes.c_void_p(self.handle.h), ctypes.c_uint64(gva), uc.UC_PROT_READ, buffer, ctypes.c_size_t(size))
-        return None if bad else buffer.raw
+        read = self._quietly(LIB.uc_vmem_read, gva, uc.UC_PROT_READ, buffer, ctypes.c_size_t(size))
+        return buffer.raw if read else None
 
     def vmem_write(self, gva: int, data: bytes) -> bool:
         """Write as the CPU itself would, permissions and dirty bits included; False when it would fault."""
-        return not LIB.uc_vmem_write(ctypes.c_void_p(self.handle.h), ctypes.c_uint64(gva), uc.UC_PROT_WRITE, data,
-                                     ctypes.c_size_t(len(data)))
+        return self._quietly(LIB.uc_vmem_write, gva, uc.UC_PROT_WRITE, data, ctypes.c_size_t(len(data)))
 
     def translate(self, gva: int, access: int = uc.UC_PROT_READ) -> int | None:
         """The gpa behind a gva, None when the access would fault."""
         gpa = ctypes.c_uint64()
-        bad = LIB.uc_vmem_translate(ctypes.c_void_p(self.handle.h), ctypes.c_uint64(gva), access, ctypes.byref(gpa))
-        return None if bad else gpa.value
+        return gpa.value if self._quietly(LIB.uc_vmem_translate, gva, access, ctypes.byref(gpa)) else None
+
+    def _quietly(self, function: Callable[..., int], gva: int, *args: object) -> bool:
+        """Whether that worked; a failed look of ours must not stay behind in the guest's fault register."""
+        before = self.handle.read(self.quirks.fault_register)
+        if not function(ctypes.c_void_p(self.handle.h), ctypes.c_uint64(gva), *args):
+            return True
+        self.handle.write(self.quirks.fault_register, before)
+        return False
 
     def _sync(self) -> None:
         """Forget what the host, or another vCPU, changed since this vCPU last ran."""
@@ -165,10 +175,7 @@ class UnicornVcpu:
             if len(self.vm.vcpus) > 1 and any(self.vm.read(gpa, 4096) != seen for gpa, seen in self.guards.code_pages.items()):
                 self.stale_code = True
         if self.stale_code:
-            self.handle.flush_code()
-            self.guards.code_pages.clear()
-            self.tally.close()
-            self._fresh = True
+            self.guards.flush()
         if self.stale_tlb:
             self.handle.flush_tlb()
         self.stale_tlb = self.stale_code = False
@@ -182,9 +189,7 @@ class UnicornVcpu:
 
     def complete(self, value: int) -> None:
         """Give the value that the last IN, MMIO read or hypercall returns."""
-        if self.mmio.pending is not None:
-            self.mmio.pending = MmioExit(self.mmio.pending.gpa, self.mmio.pending.size, False, value)
-        elif not self.quirks.complete(value):
+        if not self.mmio.complete(value) and not self.quirks.complete(value):
             raise InvalidState(f"vCPU {self.index}: the last exit reads nothing, so there is nothing to complete")
 
     def run(self, insns: int | None = None) -> Exit:
@@ -204,16 +209,14 @@ class UnicornVcpu:
             return
         self.guards.halt.value = 1
         for gva in {gva & -4096 for gva in list(self.tally.blocks)}:
-            self.handle.forget_code(gva, 4096)
+            self.handle.drop_code(gva, 4096)
 
     def _run(self, insns: int | None) -> Exit:
         if self.stale_tlb or self.stale_code or self.vm.runner is not self:
             self._sync()
-        start, self.quirks.awaits, self.guards.skip, self.locked_at = self.insns, None, self.quirks.pc(), -1
-        if self._fresh:
-            self._fresh = False
-            self.guards.scan_ahead(self.guards.skip)
-        if self.mmio.pending is not None and (exit := self.mmio.finish()) is not None:
+        start, self.quirks.awaits, self.locked_at = self.insns, None, -1
+        self.guards.skip, self.guards.last = self.quirks.pc(), (-1, -1)
+        if (insns is None or insns > 0) and (exit := self.mmio.resume()) is not None:
             return exit
         while True:
             left = None if insns is None else insns - (self.insns - start)
@@ -242,7 +245,6 @@ class UnicornVcpu:
             status = self._run_uncounted()
         else:
             status = LIB.uc_emu_start(self.handle.h, self.quirks.leave(), 0, 0, limit if mode == "each" else 0)
-        self.guards.skip = -1
         if self.guards.locked[0]:
             self.locked_at = self.vm.retired() + self._when_locked() - self.guards.extra
         if self.guards.stopped == "edge":
@@ -250,25 +252,25 @@ class UnicornVcpu:
             self.guards.install()
             return None
         if self.guards.stopped or status or self._exception is not None:
-            pc = self.quirks.arrive()
-            fetch = self.quirks.is_fetch_fault(self._exception) or status in FETCHES
-            self.insns += (self.count() if fetch else self._before(pc)) - self.guards.extra
-            return self._stop_reason(status)
+            return self._stop_reason(status, limit)
         if mode == "each" and self.counter.value > limit:
             return self._budget(limit)
         pc = self.quirks.arrive()
         trap = self.guards.traps.get(pc)
         if trap is not None and trap.stops and not self.tally.stopped:
             self.insns += self._before(pc) - self.guards.extra
+            if pc in self.guards.breakpoints and pc != self.guards.skip:
+                return DebugExit(pc)
+            self.guards.skip = -1
             return self.quirks.trap(trap)
         return self._between_blocks(pc, limit)
 
     def _between_blocks(self, pc: int, limit: int) -> Exit | None:
         """The run ended where a block begins: at the limit, at a block without entry, or because somebody asked."""
         ran = self.count()
-        self.insns += ran - self.guards.extra
-        if not self.tally.stopped:
-            return None
+        exit = self._budget(ran)
+        if exit is not None or not self.tally.stopped:
+            return exit
         if not self.tally.knows(pc):
             return self.native("each", 1)
         count = self.tally.blocks[pc][0]
@@ -302,6 +304,16 @@ class UnicornVcpu:
             self.exact = False
             self.guards.drop_count_hooks()
         self.handle.flush_code()
+        if mode != "each":
+            self._drop_counting()
+
+    def _drop_counting(self) -> None:
+        """Unicorn removes its counting hook when a run begins, and takes faults where counted code is no longer mapped."""
+        before, self.guards.halt.value = self.handle.context(), 1
+        LIB.uc_emu_start(self.handle.h, self.quirks.pc(), 0, 0, 0)  # up to the first block, which `halt` does not let run
+        self.handle.flush_code()
+        self.handle.set_context(before)
+        self.guards.halt.value = 0
 
     def _run_uncounted(self) -> int:
         self.guards.halt.value, self._forced = 0, False
@@ -314,35 +326,60 @@ class UnicornVcpu:
         self.guards.halt.value = 0
         return status
 
-    def _budget(self, limit: int) -> Exit | None:
-        """The count is used up; an instruction that takes one count more than steps is brought to its end."""
-        self.insns += limit - self.guards.extra
+    def _budget(self, ran: int) -> Exit | None:
+        """Between two instructions; one that takes one count more than steps is brought to its end."""
+        self.insns += ran - self.guards.extra
         gva, at = self.guards.last
-        if at != limit:
+        if at != ran:
             return None
-        trap = self.guards.traps.get(gva)
-        if trap is None or not self._unfinished(trap, gva):
+        shadow = self.guards.is_shadow(gva)
+        if not shadow and not (self.quirks.pc() == gva and self.quirks.is_drained()):
+            self.guards.last = (gva, 0)  # for the next native run, whose counter begins at 0
             return None
-        before = self.insns + (trap.kind == "shadow")
-        exit = self.native("each", 1)
-        self.insns = before
+        after = self.insns + shadow
+        exit = self.run_one()
+        self.insns = after
         return exit
 
-    def _unfinished(self, trap: Trap, gva: int) -> bool:
-        """The instruction that just ran needs one more of Unicorn's counts: its step is not over."""
-        return trap.kind == "shadow" or (self.quirks.pc() == gva and self.quirks.is_drained())
+    def run_one(self) -> Exit | None:
+        """Run until one instruction more has retired, or the exit that comes first."""
+        before = self.insns
+        while (exit := self.native("each", 1)) is None and self.insns == before and self.guards.stopped != "hole":
+            pass
+        return exit
 
-    def _stop_reason(self, status: int) -> Exit | None:
-        pc = self.quirks.pc()
-        if self.guards.stopped == "breakpoint":
-            return DebugExit(pc)
+    def _stop_reason(self, status: int, limit: int) -> Exit | None:
+        pc, guards = self.quirks.arrive(), self.guards
+        if status in FETCHES or self.quirks.is_fetch_fault(self._exception):
+            ran = self.count()  # the instruction there was never begun
+            self.insns += ran - guards.extra
+            return self._fetch_fault(pc, bool(limit) and ran >= limit)
+        self.insns += self._before(pc) - guards.extra + (guards.last == (pc, self.count()) and guards.is_shadow(pc))
+        if guards.stopped:
+            return DebugExit(pc) if guards.stopped == "breakpoint" else None
         if self._exception is not None:
             return self.quirks.exception(self._exception)
-        if status in UNMAPPED:
-            return self.mmio.fault(pc)
+        if status in HOLES:
+            return self.mmio.meet()
         if status == uc.UC_ERR_INSN_INVALID:
             return self.quirks.invalid()
         return self.refuse(f"unicorn: {LIB.uc_strerror(status).decode()}")
+
+    def _fetch_fault(self, pc: int, spent: bool) -> Exit | None:
+        """Code ends here, or further on: Unicorn fetches a whole block before it runs the first instruction."""
+        code = self.guards.read(pc, 15)
+        if len(code) == 15 or next(disassemble(self.vm.arch, code, pc), None) is not None:
+            if self._shortened == (pc, self.insns):
+                return self.refuse("Unicorn cannot fetch this instruction and does not say why")
+            self._shortened = (pc, self.insns)
+            self.quirks.shorten_block()
+        elif not spent:
+            if self._exception is not None:
+                return self.quirks.exception(self._exception)
+            gpa = self.translate(pc + len(code), uc.UC_PROT_EXEC)
+            return InternalErrorExit(f"instruction fetch from gpa {gpa or 0:#x}, where no memslot is", pc)
+        self.quirks.forget_exception()
+        return None
 
     def _intr(self, vector: int) -> None:
         self._exception = vector
@@ -351,6 +388,6 @@ class UnicornVcpu:
     def refuse(self, why: str) -> InternalErrorExit:
         """The exit for what this engine will not run, with the bytes at the program counter."""
         pc = self.quirks.pc()
-        data = self.vmem_read(pc, 15) or b""
+        data = self.guards.read(pc, 15)
         insn = next(disassemble(self.vm.arch, data, pc), None)
         return InternalErrorExit(why, pc, data[: insn.size] if insn else data, insn.text if insn else "")

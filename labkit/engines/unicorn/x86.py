@@ -13,7 +13,7 @@ from labkit.arch.x86_cpu import APIC_BASE, IA32_TSC, IA32_TSC_ADJUST, XCR0_SUPPO
 from labkit.engines.base import Exit, HaltExit, HypercallExit, PioExit
 from labkit.engines.unicorn.lib import RegBatch
 from labkit.engines.unicorn.traps import PREFIXES, Trap, scan
-from labkit.engines.unicorn.x86_events import DB, GP, PF, UD, X86Events, canonical
+from labkit.engines.unicorn.x86_events import DB, GP, UD, X86Events, canonical
 from labkit.engines.unicorn.x86_regs import CODE64, DATA, NATIVE_MSRS, PLAIN, X86Registers
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class X86(X86Events):
     """The quirks of x86-64, one per vCPU."""
 
     uc_arch, uc_mode = uc.UC_ARCH_X86, uc.UC_MODE_64
+    two_blocks, fault_register = b"\xeb\x00\xf4", PLAIN["cr2"]
 
     def __init__(self, vcpu: UnicornVcpu) -> None:
         super().__init__(vcpu)
@@ -79,13 +80,9 @@ class X86(X86Events):
         """RCX is zero: a REP instruction has no iteration left."""
         return self.regs.read("rcx") == 0
 
-    def is_fetch_fault(self, vector: int | None) -> bool:
-        """A page fault at the program counter itself: no instruction was begun."""
-        return vector == PF and self.regs.read("cr2") == self.pc()
-
-    def scan(self, data: bytes, gva: int, whole: bool) -> dict[int, Trap]:
+    def scan(self, data: bytes, gva: int) -> dict[int, Trap]:
         """Find the sensitive instructions of a block."""
-        return scan(data, gva, whole)
+        return scan(data, gva)
 
     def trap(self, trap: Trap) -> Exit | None:
         """Carry out one sensitive instruction; None when the run goes on."""
@@ -355,6 +352,10 @@ class X86(X86Events):
             return self.deliver(UD)
         if self.regs.read("rcx"):  # no extension or hint is announced
             return self.deliver(GP, 0)
+        return self._retire(trap)
+
+    def _do_pause(self, trap: Trap) -> Exit | None:
+        """Unicorn leaves its loop at PAUSE; at a place of our own choosing that can be told from other reasons."""
         return self._retire(trap)
 
     def _do_rdpmc(self, trap: Trap) -> Exit | None:

@@ -50,18 +50,41 @@ class X86Events:
 
     def exception(self, vector: int) -> Exit | None:
         """An exception that Unicorn reported: read what it was, clear Unicorn's memory of it, deliver it."""
-        where, facts = calibrate(), [0, 0]
+        code, software = self.forget_exception()
+        error = code if vector in WITH_ERROR and not software else None
+        return self.deliver(vector, error, software)
 
-        def take(context: int) -> None:
-            facts[0] = ctypes.c_uint32.from_address(context + where.error_code).value
-            facts[1] = ctypes.c_int32.from_address(context + where.is_int).value
-            ctypes.c_int32.from_address(context + where.old_exception).value = -1
-            ctypes.c_int32.from_address(context + where.is_int).value = 0
-            ctypes.c_uint32.from_address(context + where.error_code).value = 0
+    def forget_exception(self) -> tuple[int, bool]:
+        """Clear what Unicorn remembers of its last exception; returns the error code, and whether it was INT n."""
+        facts = self._error_code()
 
-        self.handle.patch_context(take)
-        error = facts[0] if vector in WITH_ERROR and not facts[1] else None
-        return self.deliver(vector, error, software=bool(facts[1]))
+        def forget(context: int) -> None:
+            for offset, value in ((where.old_exception, -1), (where.is_int, 0), (where.error_code, 0)):
+                ctypes.c_int32.from_address(context + offset).value = value
+
+        where = calibrate()
+        self.handle.patch_context(forget)
+        return facts
+
+    def _error_code(self) -> tuple[int, bool]:
+        blob, where = self.handle.context(), calibrate()
+        return struct.unpack_from("<I", blob, where.error_code)[0], blob[where.is_int] == 1
+
+    def is_fetch_fault(self, vector: int | None) -> bool:
+        """A page fault on an instruction, which then never began."""
+        if vector != PF:
+            return False
+        error, gva, pc = self._error_code()[0], self.regs.read("cr2"), self.regs.read("rip")
+        if self.regs.read("efer") & 1 << 11 or self.regs.read("cr4") & 1 << 20:  # NXE or SMEP: the I/D bit is there
+            return bool(error & 16)
+        return not error & 2 and (gva == pc or (not gva & 4095 and 0 < gva - pc < 4096))
+
+    def shorten_block(self) -> None:
+        """Let the next block be one instruction: as behind MOV SS, where Unicorn wants to see about interrupts."""
+        def patch(context: int) -> None:
+            ctypes.c_uint32.from_address(context + calibrate().hflags).value |= 1 << 3
+
+        self.handle.patch_context(patch)
 
     def invalid(self) -> Exit | None:
         """An instruction that Unicorn does not have: #UD."""
