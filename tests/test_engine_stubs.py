@@ -11,21 +11,27 @@ from unicorn import x86_const as x86
 
 from labkit.engines.unicorn.stubs import MACHINE_CODE, stub
 
-CODE, DATA, TABLE, STOP, STACK, RETURN = 0x10000, 0x20000, 0x100000, 0x30000, 0x48000, 0x50000
+CODE, DATA, TABLE, STOP, STACK, RETURN, READ, RCX = 0x10000, 0x20000, 0x100000, 0x30000, 0x48000, 0x50000, 0x60000, 0x70000
+# uc_reg_read(uc, reg, value), for register 38 only: *value = the word at RCX
+REG_READ = {"x86_64": bytes.fromhex("83fe267508488b0425000007004889 02c3".replace(" ", "")),
+            "aarch64": struct.pack("<6I", 0x7100983F, 0x54000081, 0xD2A000E4, 0xF9400084, 0xF9000044, 0xD65F03C0)}
 HOSTS = ["x86_64", "aarch64"]
 
 
-def call(host: str, name: str, address: int, data: bytes, table: bytes = b"") -> tuple[bytes, bool]:
+def call(host: str, name: str, address: int, data: bytes, table: bytes = b"", rcx: int = 0) -> tuple[bytes, bool]:
     """Call a hook as libunicorn does; what it left in its data, and whether it called uc_emu_stop."""
     uc = unicorn.Uc(*((unicorn.UC_ARCH_X86, unicorn.UC_MODE_64) if host == "x86_64" else (unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)))
     uc.mem_map(0, 0x300000)
-    uc.mem_write(CODE, bytes.fromhex(MACHINE_CODE[host, name]).replace(b"SSSSSSSS", struct.pack("<Q", STOP)))
+    code = bytes.fromhex(MACHINE_CODE[host, name]).replace(b"SSSSSSSS", struct.pack("<Q", STOP))
+    uc.mem_write(CODE, code.replace(b"GGGGGGGG", struct.pack("<Q", READ)).replace(b"RRRR", struct.pack("<I", 38)))
+    uc.mem_write(READ, REG_READ[host])
     uc.mem_write(DATA, data)
     uc.mem_write(TABLE, table)
+    uc.mem_write(RCX, struct.pack("<Q", rcx))
     uc.mem_write(STACK, struct.pack("<Q", RETURN))
     regs = ({x86.UC_X86_REG_RDI: 1, x86.UC_X86_REG_RSI: address, x86.UC_X86_REG_RDX: 4, x86.UC_X86_REG_RCX: DATA, x86.UC_X86_REG_RSP: STACK}
             if host == "x86_64" else {arm.UC_ARM64_REG_X0: 1, arm.UC_ARM64_REG_X1: address, arm.UC_ARM64_REG_X3: DATA,
-                  arm.UC_ARM64_REG_LR: RETURN})
+                  arm.UC_ARM64_REG_LR: RETURN, arm.UC_ARM64_REG_SP: STACK})
     for reg, value in regs.items():
         uc.reg_write(reg, value)
     ends: list[int] = []
@@ -58,5 +64,14 @@ def test_that_a_locked_instruction_is_remembered_with_its_count(host: str) -> No
     assert struct.unpack("<4Q", data[:32]) == (41, DATA + 32, 0x401111, 42) and not stopped
 
 
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(("gva", "count", "rcx", "extra", "again"), [
+    (0x401000, 8, 0, 1, 1), (0x401000, 8, 5, 0, 1), (0x401000, 9, 0, 0, 0), (0x401001, 8, 0, 0, 0),
+])
+def test_that_a_drained_rep_that_came_round_to_itself_is_no_step(host: str, gva: int, count: int, rcx: int, extra: int, again: int) -> None:
+    data, stopped = call(host, "rep", gva, struct.pack("<7Q", DATA + 48, 0x401000, 7, 0, 99, 9, count), rcx=rcx)
+    assert struct.unpack("<7Q", data) == (DATA + 48, gva, count, extra, rcx, again, count) and not stopped
+
+
 def test_that_this_host_has_its_stubs() -> None:
-    assert all(stub(name) for name in ("tally", "flag", "locked"))
+    assert all(stub(name) for name in ("tally", "flag", "locked", "rep"))

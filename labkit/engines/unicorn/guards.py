@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from labkit.engines.unicorn.traps import Trap
     from labkit.engines.unicorn.vcpu import UnicornVcpu
 
-__all__ = ["Guards"]
+__all__ = ["NOTHING", "Guards"]
+
+NOTHING = ((1 << 64) - 1, (1 << 64) - 1)  # no instruction, at no count
 
 
 class Guards:
@@ -31,9 +33,7 @@ class Guards:
         self.code_pages: dict[int, bytes] = {}  # gpa -> as it was when a block of it was last translated
         self.stopped = ""  # who ended the native run: "edge", "breakpoint", "hole", or nobody here
         self.skip = -1  # the breakpoint that the run begins at
-        self.extra = 0  # counted by Unicorn, but no step of the architecture
-        self.last = (-1, -1)  # (gva, count) of the last instruction that takes more than one count
-        self._again = False  # it came round to itself
+        self._rep = (ctypes.c_uint64 * 6)()  # as the "rep" hook of stubs.py wants it: counter, gva, count, extra, rcx, again
         self.locked = (ctypes.c_uint64 * 4)()  # as the "locked" hook of stubs.py wants it
         self.halt = ctypes.c_uint8()  # somebody wants an uncounted run to end
         self.breakpoints: frozenset[int] = frozenset()
@@ -57,11 +57,29 @@ class Guards:
         self.handle.set_context(before)
         self.handle.flush_code()
 
+    @property
+    def extra(self) -> int:
+        """Counted by Unicorn in this run, but no step of the architecture."""
+        return self._rep[3]
+
+    @property
+    def last(self) -> tuple[int, int]:
+        """(gva, count) of the last instruction that takes more than one count."""
+        return self._rep[1], self._rep[2]
+
+    @last.setter
+    def last(self, value: tuple[int, int]) -> None:
+        self._rep[1], self._rep[2] = value
+
+    def count_at(self, counter: int) -> None:
+        """Where in host memory the count is from now on."""
+        self.locked[1] = self._rep[0] = counter
+
     def begin(self) -> None:
         """A native run begins."""
-        self.stopped, self.extra, self.locked[0] = "", 0, 0
-        if self.last[1]:  # 0: the run before ended in its midst
-            self.last = (-1, -1)
+        self.stopped, self._rep[3], self.locked[0] = "", 0, 0
+        if self._rep[2]:  # 0: the run before ended in its midst
+            self.last = NOTHING
 
     def flush(self) -> None:
         """Forget every translation."""
@@ -93,7 +111,7 @@ class Guards:
         trap, count = self.traps.get(gva), self.vcpu.count()
         if gva not in self.breakpoints or (trap is not None and trap.stops):  # the run loop sees to those
             return
-        again = self.last == (gva, count - 1) or (self.last == (gva, count) and self._again)
+        again = self.last == (gva, count - 1) or (self.last == (gva, count) and self._rep[5])
         if gva != self.skip and not (again and trap is not None and trap.kind == "rep"):
             self.stopped = "breakpoint"
             LIB.uc_emu_stop(self.handle.h)
@@ -159,6 +177,8 @@ class Guards:
         if trap.kind == "locked":
             callback = stub("locked") or CodeHook(lambda _h, _a, _s, _d: self._at_locked())
             data = ctypes.addressof(self.locked)
+        elif trap.kind == "rep" and (rep := stub("rep")) is not None:
+            callback, data = rep, ctypes.addressof(self._rep)
         elif not trap.stops:
             callback = CodeHook(lambda _h, at, _s, _d: self._count_extra(at))
         self._hooks[gva] = _work(trap), self.handle.hook(uc.UC_HOOK_CODE, callback, gva, gva, data)
@@ -175,10 +195,10 @@ class Guards:
     def _count_extra(self, gva: int) -> None:
         """At a REP string instruction or a stack-segment load: Unicorn counts one more than the architecture steps."""
         count = self.vcpu.count()
-        self._again = self.last == (gva, count - 1)
-        if self.is_shadow(gva) or (self._again and self.vcpu.quirks.is_drained()):
-            self.extra += 1
-        self.last = (gva, count)
+        self._rep[5] = self.last == (gva, count - 1)
+        if self.is_shadow(gva) or (self._rep[5] and self.vcpu.quirks.is_drained()):
+            self._rep[3] += 1
+        self.last = gva, count
 
     def is_shadow(self, gva: int) -> bool:
         """The instruction there keeps the single-step trap away until the one behind it has run."""

@@ -15,7 +15,7 @@ from labkit.engines.base import BudgetExit, DebugExit, Exit, InternalErrorExit, 
 from labkit.engines.disasm import disassemble
 from labkit.engines.unicorn.blocks import settle
 from labkit.engines.unicorn.calibrate import calibrate
-from labkit.engines.unicorn.guards import Guards
+from labkit.engines.unicorn.guards import NOTHING, Guards
 from labkit.engines.unicorn.lib import LIB, Handle, IntrHook
 from labkit.engines.unicorn.mmio import FETCHES, HOLES, Mmio
 from labkit.engines.unicorn.stubs import stub
@@ -215,7 +215,7 @@ class UnicornVcpu:
         if self.stale_tlb or self.stale_code or self.vm.runner is not self:
             self._sync()
         start, self.quirks.awaits, self.locked_at = self.insns, None, -1
-        self.guards.skip, self.guards.last = self.quirks.pc(), (-1, -1)
+        self.guards.skip, self.guards.last = self.quirks.pc(), NOTHING
         if (insns is None or insns > 0) and (exit := self.mmio.resume()) is not None:
             return exit
         while True:
@@ -298,7 +298,7 @@ class UnicornVcpu:
             code = stub("tally")
             assert code is not None
             self._tally_hook = self.handle.hook(uc.UC_HOOK_BLOCK, code, data=self.tally.address)
-        self.guards.locked[1] = self.tally.address if mode == "tally" else ctypes.addressof(self.counter)
+        self.guards.count_at(self.tally.address if mode == "tally" else ctypes.addressof(self.counter))
         self.mode = mode
         if mode == "free":
             self.exact = False

@@ -1,0 +1,114 @@
+"""Ctrl-C at any moment: the guest stops at once, and goes on later as if nothing had been. In a process of its own, with a watchdog."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAD = """
+import faulthandler, json, os, signal, threading, time
+faulthandler.dump_traceback_later(50, exit=True)
+import labkit as lk
+program = lk.Program.compile('''
+#include "labkit.h"
+static uint64_t words[512];
+static noinline uint64_t fib(uint64_t n) { return n < 2 ? n : fib(n - 1) + fib(n - 2); }
+void guest_memory(uint64_t n)
+{
+	uint64_t sum = n;
+	for (uint64_t i = 0; i < n; i++) {
+		words[i & 511] ^= sum;
+		sum = sum * 25214903917 + words[i * 7 & 511];
+	}
+	GUEST_SYNC(sum);
+}
+void guest_registers(uint64_t n)
+{
+	uint64_t sum = 0;
+	while (n--)
+		asm volatile("lea 3(%0,%0,2), %0" : "+r"(sum));
+	GUEST_SYNC(sum);
+}
+void guest_calls(uint64_t n) { GUEST_SYNC(fib(n)); }
+void guest_copies(uint64_t n)
+{
+	uint64_t total = 0;
+	while (n--) {
+		uint64_t count = 512, from = (uint64_t)words, to = from;
+		asm volatile("rep movsq" : "+c"(count), "+S"(from), "+D"(to) : : "memory");
+		total += count + to - (uint64_t)words;
+	}
+	GUEST_SYNC(total);
+}
+void guest_spins(void) { for (;;); }
+void guest_pauses(void) { for (;;) cpu_relax(); }
+''')
+def disturbed(every):
+    end = threading.Event()
+    def shoot():
+        while not end.wait(every):
+            os.kill(os.getpid(), signal.SIGINT)
+    thread = threading.Thread(target=shoot, daemon=True)
+    thread.start()
+    return end, thread
+"""
+MANY = HEAD + """
+entry, n = ENTRY, COUNT
+def vcpu():
+    vm = lk.Vm.create(program, entry)
+    vm.vcpus[0].args_set(n)
+    return vm.vcpus[0]
+truth = vcpu().run()
+cpu, hits, came = vcpu(), 0, None
+end, thread = disturbed(0.02)
+while came is None:
+    try:
+        came = cpu.run()
+        break
+    except KeyboardInterrupt:
+        hits += 1
+while True:
+    try:
+        end.set()
+        thread.join()
+        break
+    except KeyboardInterrupt:
+        pass
+if came is None:  # the last one came between the exit and its return: it is recorded
+    came = cpu.vm._events[-1].ucall
+print(json.dumps([hits, list(came.args) == list(truth.args)]))
+"""
+ONCE = HEAD + """
+vm = lk.Vm.create(program, ENTRY)
+threading.Timer(0.4, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+begin = time.monotonic()
+try:
+    vm.run(COUNT)
+except KeyboardInterrupt:
+    print(json.dumps([time.monotonic() - begin, vm.vcpus[0].where(), vm.vcpus[0].step() is None, len(vm.page_table())]))
+"""
+
+
+def result(code: str, entry: str, count: int | None) -> list[object]:
+    code = f"ENTRY, COUNT = {entry!r}, {count}\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer: list[object] = json.loads(done.stdout)
+    return answer
+
+
+@pytest.mark.parametrize(("entry", "n"), [("guest_memory", 40_000_000), ("guest_registers", 400_000_000), ("guest_calls", 36),
+                                          ("guest_copies", 200_000)])
+def test_that_a_guest_disturbed_many_times_computes_the_same(entry: str, n: int) -> None:
+    hits, same = result(MANY, entry, n)
+    assert isinstance(hits, int) and hits >= 3 and same
+
+
+@pytest.mark.parametrize("entry", ["guest_spins", "guest_pauses"])
+@pytest.mark.parametrize("budget", [None, 10**12])
+def test_that_a_guest_that_never_ends_stops_at_once_and_can_be_looked_at(entry: str, budget: int | None) -> None:
+    seconds, where, steps, leaves = result(ONCE, entry, budget)
+    assert isinstance(seconds, float) and seconds < 2 and str(where).startswith(entry) and steps and leaves

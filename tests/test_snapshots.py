@@ -1,0 +1,94 @@
+"""Snapshots, forks and schedules: the same state gives the same run, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import labkit as lk
+
+GUESTS = Path(__file__).resolve().parents[1] / "data" / "guests"
+PROGRAM = lk.Program.load(GUESTS / "two_vcpus.elf")
+
+
+def everything(vm: lk.Vm) -> tuple[Any, ...]:
+    """All that a guest could tell two VMs apart by, and the history that the host keeps; addresses of the host left out."""
+    memory = [bytes(slot.data) for slot in vm.memory.slots]
+    return memory, [dict(v.regs.all()) for v in vm.vcpus], [v.step_count for v in vm.vcpus], vm.step, vm.pool.since.tolist(), [
+        (e.step, e.vcpu, e.kind, e.ucall) for e in vm._events]
+
+
+def run(vm: lk.Vm, insns: int) -> None:
+    if insns and any(v.state in ("not started", "running") for v in vm.vcpus):
+        end = vm.step + insns
+        while vm.step < end and any(v.state in ("not started", "running") for v in vm.vcpus):
+            vm.run(end - vm.step)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 3000), st.integers(1, 3000), st.sampled_from(["round_robin:7", "round_robin:100", "random:3:40", "sequential"]))
+def test_that_a_restored_vm_runs_as_it_ran_before(first: int, second: int, schedule: str) -> None:
+    with lk.Vm.create(PROGRAM, nr_vcpus=2, schedule=schedule) as vm:
+        run(vm, first)
+        state = vm.snapshot()
+        run(vm, second)
+        once = everything(vm)
+        vm.restore(state)
+        run(vm, second)
+        assert everything(vm) == once
+
+
+def test_that_a_fork_goes_its_own_way_and_knows_its_slots() -> None:
+    vm = lk.Vm.create(PROGRAM)
+    vm.run()
+    twin = vm.fork()
+    assert everything(twin) == everything(vm)
+    here = everything(vm)
+    twin.run_until_done()
+    assert everything(vm) == here and twin.pool.held[0].hva_ok
+    vm.run_until_done()
+    assert everything(vm) == everything(twin)
+
+
+def test_that_a_snapshot_of_another_shape_is_refused() -> None:
+    state = lk.Vm.create(PROGRAM).snapshot()
+    with pytest.raises(lk.InvalidState, match="2 vCPUs|1 vCPUs"):
+        lk.Vm.create(PROGRAM, nr_vcpus=2).restore(state)
+
+
+def test_that_a_pending_mmio_read_survives_a_snapshot() -> None:
+    program = lk.Program.compile('#include "labkit.h"\nvoid guest_code(void) { GUEST_SYNC(*(volatile uint32_t *)0x10000000); GUEST_DONE(); }')
+    vm = lk.Vm.create(program)
+    vm.machine.space.map(0x10000000, 0x10000000)
+    assert vm.run().end == "mmio"  # type: ignore[union-attr]
+    state = vm.snapshot()
+    for value in (0x1234, 0x5678):
+        vm.restore(state)
+        vm.vcpus[0].complete(value)
+        assert vm.run().args[1] == value  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("schedule", ["round_robin:1", "round_robin:13", "random:1:30", "random:2:30", "sequential"])
+def test_that_a_named_schedule_repeats_and_every_vcpu_is_done(schedule: str) -> None:
+    logs = []
+    for _ in range(2):
+        with lk.Vm.create(PROGRAM, nr_vcpus=3, schedule=schedule) as vm:
+            logs.append([tuple(uc) for uc in vm.run_until_done()])
+            assert {v.state for v in vm.vcpus} == {"done"}
+    assert logs[0] == logs[1]
+
+
+def test_that_two_vms_keep_their_own_copy_of_a_global() -> None:
+    program = lk.Program.load(GUESTS / "two_vms.elf")
+    one, two = lk.Vm.create(program), lk.Vm.create(program)
+    two.write_guest_global("secret", 20)
+    assert [vm.run().args[1] for vm in (one, two)] == [1, 20]  # type: ignore[union-attr]
+    one.run_until_done()
+    assert (one.sync_global_from_guest("secret"), two.sync_global_from_guest("secret")) == (2, 20)
+    two.host_globals["secret"] = 7
+    two.sync_global_to_guest("secret")
+    assert two.sync_global_from_guest("secret") == 7
