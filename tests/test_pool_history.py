@@ -51,13 +51,17 @@ def test_that_512_dones_fill_the_pool_for_ever() -> None:
 
 FORGED = {
     "foreign": lambda vm, other: 0x4141414141414141, "another": lambda vm, other: other.pool.hva + 64,
-    "unaligned": lambda vm, other: vm.pool.hva + 65, "behind": lambda vm, other: vm.pool.hva + 64 + 512 * 1096,
-    "bitmap": lambda vm, other: vm.pool.hva, "stale": lambda vm, other: vm.pool.hva + 64 + 1096 * 9, "exhausted": lambda vm, other: 2**64 - 1,
+    "unaligned": lambda vm, other: vm.pool.hva + 65,
+    "behind": lambda vm, other: vm.pool.hva + 64 + 512 * 1096,
+    "bitmap": lambda vm, other: vm.pool.hva, "stale": lambda vm, other: vm.pool.hva + 64 + 1096 * 9,
+    "exhausted": lambda vm, other: 2**64 - 1,
 }
 
 
-@pytest.mark.parametrize(("name", "kind"), [("foreign", "foreign"), ("another", "foreign"), ("unaligned", "unaligned"), ("behind", "foreign"),
-                                            ("bitmap", "foreign"), ("stale", "stale"), ("exhausted", "exhausted")])
+@pytest.mark.parametrize(("name", "kind"), [
+    ("foreign", "foreign"), ("another", "foreign"), ("unaligned", "unaligned"), ("behind", "foreign"), ("bitmap", "foreign"),
+    ("stale", "stale"), ("exhausted", "exhausted"),
+])
 def test_that_a_value_that_is_no_slot_in_use_is_an_event_and_nothing_is_read(name: str, kind: str) -> None:
     source = '#include "labkit.h"\nvoid guest_code(uint64_t value) { ucall_arch_do_ucall(value); GUEST_DONE(); }'
     program = lk.Program.compile(source)

@@ -56,12 +56,13 @@ def test_that_a_fork_goes_its_own_way_and_knows_its_slots() -> None:
 
 def test_that_a_snapshot_of_another_shape_is_refused() -> None:
     state = lk.Vm.create(PROGRAM).snapshot()
-    with pytest.raises(lk.InvalidState, match="2 vCPUs|1 vCPUs"):
+    with pytest.raises(lk.InvalidState, match="a machine with 1 vCPUs"):
         lk.Vm.create(PROGRAM, nr_vcpus=2).restore(state)
 
 
 def test_that_a_pending_mmio_read_survives_a_snapshot() -> None:
-    program = lk.Program.compile('#include "labkit.h"\nvoid guest_code(void) { GUEST_SYNC(*(volatile uint32_t *)0x10000000); GUEST_DONE(); }')
+    source = '#include "labkit.h"\nvoid guest_code(void) { GUEST_SYNC(*(volatile uint32_t *)0x10000000); GUEST_DONE(); }'
+    program = lk.Program.compile(source)
     vm = lk.Vm.create(program)
     vm.machine.space.map(0x10000000, 0x10000000)
     assert vm.run().end == "mmio"  # type: ignore[union-attr]
