@@ -32,7 +32,7 @@ void guest_ucalls(uint64_t n)
 		GUEST_SYNC(n++);
 }
 """
-LOOPS, ROUNDS, STEPS = 60_000_000, 20_000, 20_000
+LOOPS, ROUNDS, STEPS = 60_000_000, 10_000, 10_000
 EXACT = 1 << 60  # without a count, a stop at IN takes effect at the end of the block: later instructions have run by then
 
 
@@ -64,7 +64,7 @@ def _plain(count: int | None) -> tuple[float, float]:
         peer.uc.context_restore(first[1])
         peer.run(peer.start, count or 0)
 
-    return best_pair(ours, theirs, 3)
+    return best_pair(ours, theirs, 4)
 
 
 def results() -> Iterator[Result]:
@@ -96,7 +96,7 @@ def _ucalls() -> Result:
             pc = peer.run(pc, EXACT)
         at[0] = pc
 
-    mine, bare_time = best_pair(ours, theirs, 3)
+    mine, bare_time = best_pair(ours, theirs, 7)
     return Result("ucall round trip with decode", bare_time / mine, "of bare exit and resume", 0.6, True,
                   f"{ROUNDS / mine / 1e3:.1f} k/s, bare {ROUNDS / bare_time / 1e3:.1f} k/s")
 
@@ -117,7 +117,7 @@ def _stepping() -> Result:
             pc = peer.run(pc, 1)
         at[0] = pc
 
-    mine, bare_time = best_pair(ours, theirs, 3)
+    mine, bare_time = best_pair(ours, theirs, 7)
     return Result("stepping", bare_time / mine, "of a bare count=1 loop", 0.5, True,
                   f"{STEPS / mine / 1e3:.1f} k/s, bare {STEPS / bare_time / 1e3:.1f} k/s")
 
