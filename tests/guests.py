@@ -16,7 +16,7 @@ from labkit.guest.compile import find_compiler
 CODE, DATA, HANDLERS, STACKS, TABLES = 0x1000_0000, 0x2000_0000, 0x3000_0000, 0x4000_0000, 0x5000_0000
 PAGES = 4  # of code, of data, and of each of the three stacks
 KERNEL_CS, KERNEL_SS, USER_CS, USER_SS = 0x08, 0x10, 0x33, 0x2B  # the user's selectors are Linux's own
-USER_SEGMENTS = (0x00CFF3000000FFFF, 0x00AFFB000000FFFF)  # data at 0x28, code at 0x30
+MORE_SEGMENTS = (0x00CFF3000000FFFF, 0x00AFFB000000FFFF, 0x00CFF3000000FFFF & ~(1 << 47))  # 0x28 data, 0x30 code, 0x38 not present
 STACK_TOP, RING0_TOP, IST_TOP = (STACKS + 0x10000 * i + PAGES * 4096 for i in range(3))  # IST_TOP is IST 1's
 
 
@@ -50,7 +50,7 @@ def bare(code: str | bytes, *, user: bool = False, nr_vcpus: int = 1, handler: s
     space.write(CODE, asm(code) if isinstance(code, str) else code)
     space.write(HANDLERS, (asm(handler) if isinstance(handler, str) else handler).ljust(16, b"\xcc") * 256)
     vm.machine.install_handlers([HANDLERS + 16 * vector for vector in range(256)])
-    for index, segment in enumerate(USER_SEGMENTS):
+    for index, segment in enumerate(MORE_SEGMENTS):
         space.write(vm.machine.tables_gva + 0x28 + 8 * index, segment.to_bytes(8, "little"))
     tss = vm.machine.tables_gva + vm.arch.tss_offset
     space.write(tss + 4, RING0_TOP.to_bytes(8, "little"))
@@ -62,7 +62,7 @@ def bare(code: str | bytes, *, user: bool = False, nr_vcpus: int = 1, handler: s
 
 def start(vcpu: lk.Vcpu, user: bool = False) -> None:
     """Registers that both rings share: flags, stack, data pointers; then the ring."""
-    vcpu._cpu.set_regs({"rsp": STACK_TOP - 256, "rsi": DATA, "rdi": DATA + 0x100, "rflags": 0x202, "gdt_limit": 0x37})
+    vcpu._cpu.set_regs({"rsp": STACK_TOP - 256, "rsi": DATA, "rdi": DATA + 0x100, "rflags": 0x202, "gdt_limit": 0x3F})
     if user:
         vcpu._cpu.set_regs({"cs": USER_CS, "ss": USER_SS})
 

@@ -175,6 +175,9 @@ LOOPS = {
     "cpuid": "1: xor eax,eax; cpuid; inc r8; jmp 1b",
     "locked": "1: lock inc qword ptr [rsi]; call 2f; jmp 1b; 2: push rax; pop rdx; ret",
     "itself": "1: jmp 1b",
+    "a block of two lengths": "mov eax,0x2b; 1: mov ss,eax; 2: inc rdx; inc r8; inc r9; dec ecx; jg 2b; mov ecx,3; jmp 1b",
+    "writes its own block": "1: inc r8; inc byte ptr [rip+1]; mov dl,0; add r9,rdx; jmp 1b",
+    "writes the next block": "1: inc byte ptr [rip+3]; jmp 2f; 2: mov dl,0; add r9,rdx; jmp 1b",
     "long": "1: .rept 700; inc rax; .endr; jmp 1b",
 }
 

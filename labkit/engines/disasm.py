@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from labkit.errors import NotAvailable
 
-__all__ = ["Decoded", "decoder", "disassemble"]
+__all__ = ["Decoded", "MemoryOperand", "decoder", "disassemble", "memory_operands"]
 
 
 class Decoded(NamedTuple):
@@ -23,6 +23,15 @@ class Decoded(NamedTuple):
     def text(self) -> str:
         """Mnemonic and operands."""
         return f"{self.mnemonic} {self.op_str}".strip()
+
+
+class MemoryOperand(NamedTuple):
+    """What an instruction says of a memory access of its own; names are empty where it says nothing."""
+
+    base: str
+    segment: str
+    reads: bool
+    writes: bool
 
 
 @cache
@@ -42,3 +51,14 @@ def disassemble(arch: str, data: bytes, gva: int) -> Iterator[Decoded]:
     """The instructions in data, which lies at gva; stops at the first bytes that are no instruction."""
     for at, size, mnemonic, op_str in decoder(arch).disasm_lite(data, gva):
         yield Decoded(at, size, mnemonic, op_str)
+
+
+def memory_operands(arch: str, data: bytes) -> list[MemoryOperand]:
+    """The explicit memory operands of the first instruction in data; none for bytes that are no instruction."""
+    insn = next(iter(decoder(arch, detail=True).disasm(data, 0)), None)
+    name = decoder(arch, detail=True).reg_name
+    if insn is None:
+        return []
+    both = 3 * ("cmpxchg" in insn.mnemonic)  # capstone says that it only reads
+    return [MemoryOperand(name(op.mem.base) or "", name(op.mem.segment) or "", bool((op.access | both) & 1), bool((op.access | both) & 2))
+            for op in insn.operands if op.type == 3]  # X86_OP_MEM

@@ -34,6 +34,7 @@ class Guards:
         self.stopped = ""  # who ended the native run: "edge", "breakpoint", "hole", or nobody here
         self.skip = -1  # the breakpoint that the run begins at
         self._rep = (ctypes.c_uint64 * 6)()  # as the "rep" hook of stubs.py wants it: counter, gva, count, extra, rcx, again
+        self._restarted = -1  # where an instruction was begun anew
         self.locked = (ctypes.c_uint64 * 4)()  # as the "locked" hook of stubs.py wants it
         self.halt = ctypes.c_uint8()  # somebody wants an uncounted run to end
         self.breakpoints: frozenset[int] = frozenset()
@@ -119,9 +120,20 @@ class Guards:
 
     def _edge(self, tb: Any) -> None:
         """A block was translated and has not run: stop when something must be done about it, or when somebody asked."""
+        if tb.icount == 1 and self.vcpu.count() and self._is_restart(tb.pc):
+            self._restarted = tb.pc
+            self._rep[3] += self.vcpu.count() - self.vcpu.before(tb.pc)
+            self.vcpu.tally.doubt(tb.pc)
         if self._look(tb.pc, tb.size, tb.icount) or self.halt.value:
             self.stopped = "edge"
             LIB.uc_emu_stop(self.handle.h)
+
+    def _is_restart(self, gva: int) -> bool:
+        """An instruction that writes into its own block is begun anew, in a block of its own: it was counted, and did not run."""
+        if self.vcpu.quirks.wants_short_block():
+            return False
+        around = (self.vcpu.tally.offsets(start) for start, (_, data) in self.vcpu.tally.blocks.items() if start <= gva < start + len(data))
+        return any(gva in block and block[gva] + 1 < len(block) for block in around)
 
     def _look(self, gva: int, size: int, count: int) -> bool:
         data = self.read(gva, size)
@@ -135,7 +147,7 @@ class Guards:
                 self._new_loop = gva
         here = [(at, work) for at, (work, _) in self._hooks.items() if gva <= at < gva + size]
         self._stale = [at for at, work in here if work != _work(self._found.get(at))]
-        if self._stale or self._remapped or self._new_loop >= 0 or not self._hooks.keys() >= self._found.keys():
+        if self._stale or self._remapped or self._restarted >= 0 or self._new_loop >= 0 or not self._hooks.keys() >= self._found.keys():
             return True
         self.traps.update(self._found)
         return False
@@ -170,6 +182,10 @@ class Guards:
             if gva not in self._hooks:
                 self._hook(gva, trap)
         self.traps.update(self._found)
+        if self._restarted >= 0:
+            self.handle.forget_code(self._restarted, 1)
+            self.vcpu.quirks.shorten_block()  # or it would begin anew for ever
+            self._restarted = -1
 
     def _hook(self, gva: int, trap: Trap) -> None:
         callback: Any = STOP

@@ -28,16 +28,26 @@ class Tally:
         self.address = ctypes.addressof(self._data)
         self.blocks: dict[int, tuple[int, bytes]] = {}  # gva -> (instructions, bytes), as last translated
         self._offsets: dict[int, dict[int, int]] = {}
+        self._unsure: set[int] = set()  # where blocks of two lengths begin; they are left to Unicorn's own counting
 
     def add(self, gva: int, count: int, data: bytes) -> None:
-        """A block was translated."""
+        """A block was translated; a shorter one too where the CPU wants to look up, as behind STI and MOV SS."""
+        known, before = self.blocks.get(gva, (count, b""))
         self.blocks[gva] = (count, data)
         self._offsets.pop(gva, None)
-        self._enter(gva, count)
+        if known != count and (before.startswith(data) or data.startswith(before)):
+            self.doubt(gva)
+        elif gva not in self._unsure:
+            self._enter(gva, count)
 
-    def _enter(self, gva: int, count: int) -> None:
+    def doubt(self, gva: int) -> None:
+        """Do not count the block at gva: one entry cannot be right for all of them."""
+        self._unsure.add(gva)
+        self._enter(gva, 0, 0)
+
+    def _enter(self, gva: int, count: int, key: int | None = None) -> None:
         at = 2 * ((gva ^ gva >> 16) & 0xFFFF)
-        self._table[at], self._table[at + 1] = gva, count
+        self._table[at], self._table[at + 1] = gva if key is None else key, count
 
     def begin(self, limit: int) -> None:
         """Start from zero; the hook stops before a block that would go beyond limit."""
@@ -55,7 +65,7 @@ class Tally:
 
     def knows(self, gva: int) -> bool:
         """See to it that the block at gva has its entry in the table, where another may have taken its place."""
-        if gva not in self.blocks:
+        if gva not in self.blocks or gva in self._unsure:
             return False
         self._enter(gva, self.blocks[gva][0])
         return True
@@ -64,12 +74,18 @@ class Tally:
         """Instructions run when the one at gva is about to; gva behind the block means its last one is the one that left."""
         block = self._data[_BLOCK] if block is None else block
         total = self._data[_TOTAL] if total is None else total
-        count, data = self.blocks.get(block, (0, b""))
-        if block not in self._offsets:
-            self._offsets[block] = {insn.gva: i for i, insn in enumerate(disassemble(self.arch, data, block))}
-        return total - count + self._offsets[block].get(gva, count - 1)
+        count = self.blocks.get(block, (0, b""))[0]
+        return total - count + self.offsets(block).get(gva, count - 1)
+
+    def offsets(self, gva: int) -> dict[int, int]:
+        """The instructions of the block at gva: their own gvas, and how many are before them."""
+        if gva not in self._offsets:
+            data = self.blocks.get(gva, (0, b""))[1]
+            self._offsets[gva] = {insn.gva: i for i, insn in enumerate(disassemble(self.arch, data, gva))}
+        return self._offsets[gva]
 
     def close(self) -> None:
         """Forget everything."""
         self.blocks.clear()
         self._offsets.clear()
+        self._unsure.clear()

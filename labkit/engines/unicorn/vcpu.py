@@ -69,6 +69,7 @@ class Quirks(Protocol):
     def is_fetch_fault(self, vector: int | None) -> bool: ...
     def forget_exception(self) -> object: ...
     def shorten_block(self) -> None: ...  # the next block that runs is one instruction long
+    def wants_short_block(self) -> bool: ...  # the CPU itself wants it so
     def read_all(self) -> Regs: ...
     def read(self, name: str) -> int: ...
     def write_many(self, regs: Mapping[str, int]) -> None: ...
@@ -258,7 +259,7 @@ class UnicornVcpu:
         pc = self.quirks.arrive()
         trap = self.guards.traps.get(pc)
         if trap is not None and trap.stops and not self.tally.stopped:
-            self.insns += self._before(pc) - self.guards.extra
+            self.insns += self.before(pc) - self.guards.extra
             if pc in self.guards.breakpoints and pc != self.guards.skip:
                 return DebugExit(pc)
             self.guards.skip = -1
@@ -280,7 +281,7 @@ class UnicornVcpu:
         """Instructions that the last native run began."""
         return {"each": self.counter.value, "tally": self.tally.total, "free": 0}[self.mode]
 
-    def _before(self, pc: int) -> int:
+    def before(self, pc: int) -> int:
         """Instructions that it finished, when it ended before or in the one at pc."""
         if self.mode == "tally":
             return self.tally.before(pc)
@@ -354,7 +355,7 @@ class UnicornVcpu:
             ran = self.count()  # the instruction there was never begun
             self.insns += ran - guards.extra
             return self._fetch_fault(pc, bool(limit) and ran >= limit)
-        self.insns += self._before(pc) - guards.extra + (guards.last == (pc, self.count()) and guards.is_shadow(pc))
+        self.insns += self.before(pc) - guards.extra + (guards.last == (pc, self.count()) and guards.is_shadow(pc))
         if guards.stopped:
             return DebugExit(pc) if guards.stopped == "breakpoint" else None
         if self._exception is not None:

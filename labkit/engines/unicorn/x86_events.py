@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from unicorn import unicorn_const as uc
 
 from labkit.engines.base import Exit, ShutdownExit
+from labkit.engines.disasm import disassemble, memory_operands
 from labkit.engines.unicorn.calibrate import calibrate
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ DE, DB, BP, UD, DF, TS, NP, SS, GP, PF = 0, 1, 3, 6, 8, 10, 11, 12, 13, 14
 WITH_ERROR = frozenset({DF, TS, NP, SS, GP, PF, 17, 21})
 CONTRIBUTORY = frozenset({DE, TS, NP, SS, GP})
 MASK64 = (1 << 64) - 1
+_STACK = ("push", "pop", "call", "ret", "enter", "leave")
 _SAVED = ("cs", "ss", "rip", "rsp", "rflags")
 _CLEARED = 1 << 8 | 1 << 14 | 1 << 16 | 1 << 17  # TF NT RF VM
 _RF = 1 << 16
@@ -51,8 +53,23 @@ class X86Events:
     def exception(self, vector: int) -> Exit | None:
         """An exception that Unicorn reported: read what it was, clear Unicorn's memory of it, deliver it."""
         code, software = self.forget_exception()
-        error = code if vector in WITH_ERROR and not software else None
-        return self.deliver(vector, error, software)
+        if software or vector not in WITH_ERROR:
+            return self.deliver(vector, None, software)
+        return self.deliver(*self._refine(vector, code))
+
+    def _refine(self, vector: int, error: int) -> tuple[int, int]:
+        """What Unicorn says otherwise than hardware: RMW faults as a write at once, and a stack that is not canonical is #SS."""
+        if (vector, error) != (GP, 0) and not (vector == PF and not error & 0x12):
+            return vector, error
+        data = self.vcpu.guards.read(self.regs.read("rip"), 15)
+        operands = memory_operands("x86_64", data)
+        if vector == PF:
+            return PF, error | 2 * any(op.reads and op.writes for op in operands)
+        insn = next(disassemble("x86_64", data, 0), None)
+        bases = [op.base for op in operands if op.base in ("rsp", "rbp") and op.segment not in ("fs", "gs")]
+        if insn and insn.mnemonic.startswith(_STACK):
+            bases.append("rbp" if insn.mnemonic == "leave" else "rsp")
+        return (SS if any(not canonical(self.regs.read(base)) for base in bases) else GP), 0
 
     def forget_exception(self) -> tuple[int, bool]:
         """Clear what Unicorn remembers of its last exception; returns the error code, and whether it was INT n."""
@@ -79,6 +96,10 @@ class X86Events:
             return bool(error & 16)
         return not error & 2 and (gva == pc or (not gva & 4095 and 0 < gva - pc < 4096))
 
+    def wants_short_block(self) -> bool:
+        """The guest steps itself (TF), or the instruction stands behind STI or MOV SS."""
+        return bool(struct.unpack_from("<I", self.handle.context(), calibrate().hflags)[0] & (1 << 8 | 1 << 3))
+
     def shorten_block(self) -> None:
         """Let the next block be one instruction: as behind MOV SS, where Unicorn wants to see about interrupts."""
         def patch(context: int) -> None:
@@ -87,8 +108,12 @@ class X86Events:
         self.handle.patch_context(patch)
 
     def invalid(self) -> Exit | None:
-        """An instruction that Unicorn does not have: #UD."""
-        return self.deliver(UD)
+        """An instruction that Unicorn does not have: #UD; it says so of INT 6 too."""
+        pc = self.regs.read("rip")
+        if self.vcpu.guards.read(pc, 2) != b"\xcd\x06":
+            return self.deliver(UD)
+        self.regs.write("rip", pc + 2)
+        return self.deliver(UD, software=True)
 
     def page_fault(self, gva: int, write: bool) -> Exit | None:
         """A page fault of an access that the host made for the guest."""
@@ -111,6 +136,8 @@ class X86Events:
                     self.regs.set_ring(old["cs"] & 3)
                     self.pending = chain
                     return ShutdownExit(tuple(chain), old["rip"], self.regs.read("cr2"), fault.why)
+                if software:  # a fault lies at the INT itself
+                    old["rip"] -= 1 if vector == BP and self.vcpu.guards.read(old["rip"] - 2, 2) != b"\xcd\x03" else 2
                 vector, error = self._combine(vector, fault)
                 software = False
                 chain.append(vector)
