@@ -12,6 +12,7 @@ from labkit.engines.unicorn.lib import LIB, STOP, CodeHook, EdgeHook, Page
 from labkit.engines.unicorn.stubs import stub
 
 if TYPE_CHECKING:
+    from labkit.engines.base import Exit
     from labkit.engines.unicorn.traps import Trap
     from labkit.engines.unicorn.vcpu import UnicornVcpu
 
@@ -35,6 +36,7 @@ class Guards:
         self.skip = -1  # the breakpoint that the run begins at
         self._rep = (ctypes.c_uint64 * 6)()  # as the "rep" hook of stubs.py wants it: counter, gva, count, extra, rcx, again
         self._restarted = -1  # where an instruction was begun anew
+        self._strange = ""  # why the CPU's mode is none that we run
         self.locked = (ctypes.c_uint64 * 4)()  # as the "locked" hook of stubs.py wants it
         self.halt = ctypes.c_uint8()  # somebody wants an uncounted run to end
         self.breakpoints: frozenset[int] = frozenset()
@@ -132,10 +134,12 @@ class Guards:
         """An instruction that writes into its own block is begun anew, in a block of its own: it was counted, and did not run."""
         if self.vcpu.quirks.wants_short_block():
             return False
-        around = (self.vcpu.tally.offsets(start) for start, (_, data) in self.vcpu.tally.blocks.items() if start <= gva < start + len(data))
+        tally = self.vcpu.tally
+        around = (tally.offsets(start) for start, (_, data) in tally.blocks.items() if start <= gva < start + len(data))
         return any(gva in block and block[gva] + 1 < len(block) for block in around)
 
     def _look(self, gva: int, size: int, count: int) -> bool:
+        self._strange = self.vcpu.quirks.strange_mode()
         data = self.read(gva, size)
         for page in range(gva & -4096, gva + size, 4096):
             self._remapped |= self._note(page)
@@ -147,7 +151,9 @@ class Guards:
                 self._new_loop = gva
         here = [(at, work) for at, (work, _) in self._hooks.items() if gva <= at < gva + size]
         self._stale = [at for at, work in here if work != _work(self._found.get(at))]
-        if self._stale or self._remapped or self._restarted >= 0 or self._new_loop >= 0 or not self._hooks.keys() >= self._found.keys():
+        if self._strange or self._stale or self._remapped or self._restarted >= 0 or self._new_loop >= 0:
+            return True
+        if not self._hooks.keys() >= self._found.keys():
             return True
         self.traps.update(self._found)
         return False
@@ -164,8 +170,11 @@ class Guards:
         if self.halt.value:
             LIB.uc_emu_stop(self.handle.h)
 
-    def install(self) -> None:
-        """Do what the last block asked for, and have it translated again."""
+    def install(self) -> Exit | None:
+        """Do what the last block asked for, and have it translated again; an exit when it cannot be run at all."""
+        if self._strange:
+            self.handle.flush_code()
+            return self.vcpu.refuse(self._strange)
         if self._remapped:
             self._stale, self._remapped = list(self._hooks), False
             self.flush()
@@ -186,6 +195,7 @@ class Guards:
             self.handle.forget_code(self._restarted, 1)
             self.vcpu.quirks.shorten_block()  # or it would begin anew for ever
             self._restarted = -1
+        return None
 
     def _hook(self, gva: int, trap: Trap) -> None:
         callback: Any = STOP

@@ -36,6 +36,7 @@ class Mmio:
         self.reads: list[MmioExit] = []  # of the instruction that will run again, with their values
         self.writes: list[MmioExit] = []  # of an instruction that is over, not reported yet
         self._met: tuple[int, int, int] | None = None  # (kind, gpa, size) that ended an attempt
+        self._crossing: tuple[int, int] | None = None  # (gpa, size) of the access that led there, if it touches two pages
 
     def complete(self, value: int) -> bool:
         """Give the value of the read that left last; False when there was none."""
@@ -73,6 +74,7 @@ class Mmio:
         pages = {page for read in self.reads for page in _pages(read.gpa, read.size)}
         before = vcpu.handle.context()
         while True:
+            vcpu.guards.skip = pc  # a breakpoint here has had its turn
             exit = self._attempt(pages)
             if self._met is None:
                 self.reads = []
@@ -83,6 +85,7 @@ class Mmio:
             kind, gpa, size = self._met
             if kind in _FETCH:
                 return InternalErrorExit(f"instruction fetch from gpa {gpa:#x}, where no memslot is", pc)
+            gpa, size = self._crossing or (gpa, size)
             if any(vcpu.vm.overlaps(page, 4096) for page in _pages(gpa, size)):
                 return vcpu.refuse(f"an access of {size} bytes at gpa {gpa:#x} runs across the end of a memslot")
             if kind not in _WRITE:
@@ -98,13 +101,14 @@ class Mmio:
                 ctypes.c_uint8.from_address(buffers[read.gpa + i & -4096].hva + (read.gpa + i & 4095)).value = byte
         for page, buffer in buffers.items():
             handle.map(page, buffer.hva, 4096, uc.UC_PROT_ALL)
-        hooks = [handle.hook(_UNMAPPED, MemHook(self._unmapped))]
+        hooks = [handle.hook(_UNMAPPED, MemHook(self._unmapped)),
+                 handle.hook(uc.UC_HOOK_MEM_READ | uc.UC_HOOK_MEM_WRITE, MemHook(self._touched))]
         for page in pages:
             hooks.append(handle.hook(uc.UC_HOOK_MEM_READ, MemHook(self._read), page, page + 4095))
             hooks.append(handle.hook(uc.UC_HOOK_MEM_WRITE, MemHook(self._written), page, page + 4095))
         handle.flush_tlb()
         handle.flush_code()
-        self._met = None
+        self._met = self._crossing = None
         try:
             return self.vcpu.run_one()
         finally:
@@ -119,6 +123,11 @@ class Mmio:
         self._met = self._met or (kind, gpa, size)
         self.vcpu.guards.stopped = "hole"
         return False
+
+    def _touched(self, _h: int, _kind: int, gpa: int, size: int, _value: int, _d: int) -> bool:
+        if self._met is None:
+            self._crossing = (gpa, size) if (gpa & 4095) + size > 4096 else None
+        return True
 
     def _read(self, h: int, kind: int, gpa: int, size: int, _value: int, _d: int) -> bool:
         if not any(read.gpa <= gpa and gpa + size <= read.gpa + read.size for read in self.reads):

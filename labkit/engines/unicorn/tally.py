@@ -81,7 +81,11 @@ class Tally:
         """The instructions of the block at gva: their own gvas, and how many are before them."""
         if gva not in self._offsets:
             data = self.blocks.get(gva, (0, b""))[1]
-            self._offsets[gva] = {insn.gva: i for i, insn in enumerate(disassemble(self.arch, data, gva))}
+            insns = list(disassemble(self.arch, data, gva))
+            self._offsets[gva] = {insn.gva: i for i, insn in enumerate(insns)}
+            end = insns[-1].gva + insns[-1].size if insns else gva
+            if end < gva + len(data):  # Unicorn sees an instruction where capstone sees none
+                self._offsets[gva][end] = len(insns)
         return self._offsets[gva]
 
     def close(self) -> None:

@@ -42,7 +42,6 @@ _KINDS = {
 _BY_MNEMONIC = {mnemonic: kind for kind, names in _KINDS.items() for mnemonic in names.split()}
 PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 _STRING = frozenset(b"\xa4\xa5\xa6\xa7\xaa\xab\xac\xad\xae\xaf")
-_VECTOR = frozenset(b"\xc4\xc5\x62")  # in 64-bit mode always VEX and EVEX
 # Every byte sequence that can begin or be part of one of them; a block without a match needs no decoding
 _SUSPECT = re.compile(
     rb"[\xf0\x86\x87\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xc4\xc5\x62\x8f\xf1]"
@@ -61,7 +60,13 @@ def _kind(data: bytes, mnemonic: str, op_str: str) -> str | None:
         return "locked"
     if words[-1] == "mov" and op_str.startswith("ss,"):
         return "shadow"
-    return "vector" if opcode in _VECTOR or (opcode == 0x8F and words[-1] != "pop") else None
+    return "vector" if _is_vector(data) else None
+
+
+def _is_vector(data: bytes) -> bool:
+    """VEX, EVEX, or XOP, which is a POP whose second byte would name no register."""
+    rest = data.lstrip(bytes(PREFIXES))
+    return rest[:1] in (b"\xc4", b"\xc5", b"\x62") or (rest[:1] == b"\x8f" and rest[1:2] != b"" and rest[1] & 0x1F >= 8)
 
 
 def _opcode(data: bytes) -> int:
@@ -84,5 +89,5 @@ def scan(data: bytes, gva: int) -> dict[int, Trap]:
             found[at] = Trap(kind, at, raw, mnemonic, op_str)
     rest = data[end - gva:]
     if rest:
-        found[end] = Trap("vector" if _opcode(rest) in _VECTOR else "unknown", end, rest[:15], ".byte", rest[:15].hex(" "))
+        found[end] = Trap("vector" if _is_vector(rest) else "unknown", end, rest[:15], ".byte", rest[:15].hex(" "))
     return found

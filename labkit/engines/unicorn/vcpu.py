@@ -70,6 +70,7 @@ class Quirks(Protocol):
     def forget_exception(self) -> object: ...
     def shorten_block(self) -> None: ...  # the next block that runs is one instruction long
     def wants_short_block(self) -> bool: ...  # the CPU itself wants it so
+    def strange_mode(self) -> str: ...  # why code cannot be run as the CPU stands, or ""
     def read_all(self) -> Regs: ...
     def read(self, name: str) -> int: ...
     def write_many(self, regs: Mapping[str, int]) -> None: ...
@@ -250,8 +251,7 @@ class UnicornVcpu:
             self.locked_at = self.vm.retired() + self._when_locked() - self.guards.extra
         if self.guards.stopped == "edge":
             self.insns += self.count() - self.guards.extra
-            self.guards.install()
-            return None
+            return self.guards.install()
         if self.guards.stopped or status or self._exception is not None:
             return self._stop_reason(status, limit)
         if mode == "each" and self.counter.value > limit:

@@ -330,9 +330,9 @@ class X86(X86Events):
         """SYSCALL in long mode (SDM vol. 2B): Unicorn alone would only step over it."""
         if not self.regs.read("efer") & 1:
             return self.deliver(UD)
-        star, flags = self.regs.read("star"), self.regs.read("rflags")
+        star, flags = self.regs.read("star"), self.regs.read("rflags") & ~(1 << 16)  # RF
         selector = star >> 32 & 0xFFFC
-        self._retire(trap, rcx=trap.gva + len(trap.data), r11=flags, rflags=flags & ~self.regs.read("sfmask") & ~0x10000 | 2)
+        self._retire(trap, rcx=trap.gva + len(trap.data), r11=flags, rflags=flags & ~self.regs.read("sfmask") | 2)
         self.regs.set_segment("cs", selector, CODE64)  # no descriptor table is asked
         self.regs.set_segment("ss", selector + 8, DATA)
         self.regs.set_ring(0)

@@ -98,7 +98,14 @@ class X86Events:
 
     def wants_short_block(self) -> bool:
         """The guest steps itself (TF), or the instruction stands behind STI or MOV SS."""
-        return bool(struct.unpack_from("<I", self.handle.context(), calibrate().hflags)[0] & (1 << 8 | 1 << 3))
+        return bool(self._hflags() & (1 << 8 | 1 << 3))
+
+    def strange_mode(self) -> str:
+        """Code is read as 64-bit code, and looked through as such."""
+        return "" if self._hflags() & 1 << 15 else "the CPU left 64-bit mode, and this engine runs no other"
+
+    def _hflags(self) -> int:
+        return int(struct.unpack_from("<I", self.handle.context(), calibrate().hflags)[0])
 
     def shorten_block(self) -> None:
         """Let the next block be one instruction: as behind MOV SS, where Unicorn wants to see about interrupts."""
