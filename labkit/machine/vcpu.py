@@ -46,6 +46,8 @@ class Registers:
         try:
             return self[name]
         except InvalidState as err:
+            if "name" not in err.facts:
+                raise
             raise AttributeError(str(err)) from None
 
     def __setattr__(self, name: str, value: int) -> None:

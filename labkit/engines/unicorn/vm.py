@@ -11,7 +11,7 @@ from labkit.engines.base import Capability, Trace
 from labkit.engines.interrupt import Shield
 from labkit.engines.unicorn.vcpu import COUNT_FOR, UnicornVcpu
 from labkit.engines.unicorn.x86 import X86
-from labkit.errors import NotAvailable
+from labkit.errors import InvalidState, NotAvailable
 
 if TYPE_CHECKING:
     from labkit.engines.unicorn.vcpu import QuirksOf
@@ -50,6 +50,7 @@ class UnicornVm:
         self.quirks = _QUIRKS[arch]
         self.slots: list[tuple[int, int, int]] = []
         self.vcpus: list[UnicornVcpu] = []
+        self.closed = False
         self.runner: UnicornVcpu | None = None
         self.count_for = COUNT_FOR
 
@@ -61,6 +62,8 @@ class UnicornVm:
 
     def create_vcpu(self, index: int, trace: Trace) -> UnicornVcpu:
         """Make one vCPU in its reset state."""
+        if self.closed:
+            raise InvalidState("this VM is closed")
         vcpu = UnicornVcpu(self, index, trace)
         self.vcpus.append(vcpu)
         return vcpu
@@ -97,5 +100,6 @@ class UnicornVm:
 
     def close(self) -> None:
         """Release every vCPU."""
+        self.closed = True
         for vcpu in self.vcpus:
             vcpu.close()

@@ -191,7 +191,7 @@ class X86Events:
         if not canonical(bottom) or not canonical(rsp - 8 & MASK64):
             raise _Fault(SS, external, f"the stack lies at {bottom:#x}, which is not canonical")
         if not self.vcpu.vmem_write(bottom, struct.pack(f"<{len(words)}Q", *reversed(words))):
-            slots = (rsp - 8 * i - 8 for i in range(len(words)))
+            slots = (rsp - 8 * i - 8 & MASK64 for i in range(len(words)))
             gva = next((gva for gva in slots if self.vcpu.translate(gva, uc.UC_PROT_WRITE) is None), bottom)
             self.regs.write("cr2", gva)
             raise _Fault(PF, self._page_error(gva, True, ring), f"no writable stack at gva {gva:#x}")

@@ -1,0 +1,151 @@
+"""Several VMs and several vCPUs: side by side, under named schedules, the same every time, and gone when they are closed."""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from guests import CODE, DATA, bare
+
+import labkit as lk
+from labkit.engines.base import BudgetExit, HaltExit
+
+GUESTS = Path(__file__).parents[1] / "data" / "guests"
+SCHEDULES = ["round_robin:1", "round_robin:2", "round_robin:17", "round_robin", "random:7:30", "random:8", "sequential"]
+COUNTER = """#include "labkit.h"
+static atomic_t locked;
+static volatile uint64_t loose;
+void guest_code(uint64_t vcpu)
+{
+	for (int i = 0; i < 50; i++) {
+		atomic_inc(&locked);
+		uint64_t before = loose;
+		cpu_relax();
+		loose = before + 1;
+	}
+	GUEST_SYNC_ARGS(1, vcpu, atomic_read(&locked), loose, 0);
+	GUEST_DONE();
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def counter() -> lk.Program:
+    return lk.Program.compile(COUNTER)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_that_a_schedule_gives_the_same_run_every_time(counter, schedule):
+    runs = []
+    for _ in range(2):
+        with lk.Vm.create(counter, nr_vcpus=3, schedule=schedule) as vm:
+            runs.append((vm.run_until_done(1_000_000), vm.step, [vcpu.step_count for vcpu in vm.vcpus]))
+    assert runs[0] == runs[1] and max(uc.args[3] for uc in runs[0][0] if uc.cmd == "SYNC") == 150
+
+
+def test_that_schedules_differ_where_guests_race(counter):
+    loose = {}
+    for schedule in SCHEDULES:
+        with lk.Vm.create(counter, nr_vcpus=3, schedule=schedule) as vm:
+            loose[schedule] = max(uc.args[4] for uc in vm.run_until_done() if uc.cmd == "SYNC")
+    assert loose["sequential"] == 150 > loose["round_robin:1"] and len(set(loose.values())) > 2
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_that_a_run_may_be_cut_anywhere(schedule):
+    def state(*budgets: int) -> list[dict[str, int]]:
+        vm = bare("1: lock xadd [rsi],rax; inc r8; add rax,r8; jmp 1b", nr_vcpus=2)
+        vm.schedule = type(vm.schedule).named(schedule)
+        for index, vcpu in enumerate(vm.vcpus):
+            vcpu._cpu.set_regs({"rax": index + 1, "rsi": DATA})
+        for budget in budgets:
+            assert vm.run(budget) == BudgetExit(budget)
+        return [dict(vcpu.regs.all()) for vcpu in vm.vcpus]
+
+    assert state(1000) == state(1, 1, 1, 500, 497) == state(*[250] * 4)
+
+
+def test_that_vms_run_side_by_side_as_each_would_alone():
+    program = lk.Program.load(GUESTS / "two_vms.elf")
+    alone = lk.Vm.create(program).run_until_done()
+    vms = [lk.Vm.create(program) for _ in range(5)]
+    vms[3].write_guest_global("secret", 100)
+    together = [[] for _ in vms]
+    while any(vcpu.state != "done" for vm in vms for vcpu in vm.vcpus):
+        for vm, ucalls in zip(vms, together, strict=True):
+            if vm.vcpus[0].state != "done" and not isinstance(came := vm.run(11), BudgetExit):
+                ucalls.append(came)
+    assert together[0] == together[1] == together[4] == alone and "secret 200" in together[3][1].text
+
+
+def test_that_a_vcpu_s_page_tables_and_data_written_by_another_are_seen_at_its_next_turn():
+    vm = bare("1: mov rax,[rsi]; jmp 1b", nr_vcpus=2)
+    writer, reader = vm.vcpus
+    vm.write(CODE + 0x100, b"\x48\xff\x06\xf4")  # inc qword ptr [rsi]; hlt
+    writer._cpu.set_regs({"rip": CODE + 0x100})
+    for count in range(1, 4):
+        writer.regs.rip = CODE + 0x100
+        assert writer.run(9) == HaltExit()
+        reader.run(4)
+        assert reader.regs.rax == count
+
+
+def rss() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="this machine has no /proc to count descriptors in")
+def test_that_vms_that_were_closed_leave_nothing_behind():
+    program = lk.Program.load(GUESTS / "hello.elf")
+
+    def use(count: int, close: bool = True) -> None:
+        for _ in range(count):
+            vm = lk.Vm.create(program, nr_vcpus=1)
+            vm.run_until_done(100_000)
+            vm.snapshot()
+            if close:
+                vm.close()
+        gc.collect()
+
+    use(20)
+    use(20, close=False)
+    before = len(os.listdir("/proc/self/fd")), threading.active_count(), rss(), len(os.listdir("/proc/self/map_files"))
+    use(100)
+    use(100, close=False)
+    after = len(os.listdir("/proc/self/fd")), threading.active_count(), rss(), len(os.listdir("/proc/self/map_files"))
+    assert after[:2] == before[:2] and after[2] - before[2] < 40 << 20 and after[3] - before[3] < 20
+
+
+CLOSED = [lambda vm: vm.vcpus[0].run(5), lambda vm: vm.vcpus[0].regs.rip, lambda vm: vm.vcpus[0].regs.all(), lambda vm: vm.snapshot(),
+          lambda vm: vm.vcpus[0].step(), lambda vm: vm.vcpus[0].disassemble(), lambda vm: setattr(vm.vcpus[0].regs, "rax", 1),
+          lambda vm: vm.vcpus[0].break_at(CODE), lambda vm: vm.add_vcpu(CODE), lambda vm: vm.vcpus[0].set_entry(CODE), lambda vm: vm.fork()]
+
+
+@pytest.mark.parametrize("use", CLOSED)
+def test_that_a_closed_vm_says_so(use):
+    vm = bare("nop")
+    vm.close()
+    vm.close()
+    with pytest.raises(lk.InvalidState, match="closed"):
+        use(vm)
+    assert vm.read(CODE, 1) == b"\x90" and "barebones" in repr(vm)
+
+
+def test_that_python_ends_quietly_with_vms_open_and_closed():
+    code = (f"import labkit as lk; vms = [lk.Vm.create(lk.Program.load({str(GUESTS / 'hello.elf')!r})) for _ in range(3)];"
+            "vms[0].close(); vms[1].run_until_done(); keep = vms[1].vcpus[0]; print('end')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+def test_that_a_vm_has_at_most_512_vcpus():
+    vm = bare("nop", memory=32 << 20)
+    vm.machine.vcpus.extend(vm.machine.vcpus[:1] * 511)
+    with pytest.raises(lk.InvalidState, match="at most 512"):
+        vm.add_vcpu(CODE)
