@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +18,13 @@ from labkit.explore.explain import explain
 from labkit.explore.inspect import MemoryMap, VmSnapshot
 from labkit.explore.look import label_gva, look_at_memory, look_at_vm
 from labkit.explore.running import collect, run_scheduled, stream
+from labkit.explore.state import VmState, put_state, take_state
 from labkit.explore.vcpu import Vcpu
 from labkit.guest.globals import HostGlobals, write_guest_global
 from labkit.guest.loader import kernel_globals, load_program, program_string
 from labkit.machine.memory import PAGE, Memory
 from labkit.machine.schedule import Schedule
-from labkit.machine.vm import STACK_PAGES, Machine, MachineState
+from labkit.machine.vm import STACK_PAGES, Machine
 from labkit.paging.scan import PageTable, scan
 from labkit.shown import draw_with
 from labkit.ucall.abi import HEADER_SIZE
@@ -43,22 +43,6 @@ _ENDS = {"halted": "halted", "shutdown": "shutdown", "internal-error": "stuck"}
 _FINAL = {"DONE": "done", "ABORT": "aborted", "UNHANDLED": "unhandled"}
 
 
-@dataclass(frozen=True)
-class VmState:
-    """A snapshot of a VM: memory, CPUs, allocators, pool history, schedule and events."""
-
-    step: int
-    machine: MachineState
-    pool: dict[str, object] | None
-    schedule: tuple[Any, ...]
-    events: tuple[Event, ...]
-    states: tuple[str, ...]
-
-    def __repr__(self) -> str:
-        size = sum(len(data) for _, data in self.machine.slots) >> 10
-        return f"<VmState step {self.step}, {len(self.states)} vCPUs, {size} KiB, {len(self.events)} events>"
-
-
 class Vm:
     """One virtual machine; `Vm.create` makes one with a program, page tables, a ucall pool and vCPUs."""
 
@@ -69,8 +53,8 @@ class Vm:
         self.vcpus: list[Vcpu] = []
         self.protect: str | None = None
         self._pool: Pool | None = None
-        self._events, self._observers = list[Event](), list[Callable[[], None]]()
-        self._host = HostGlobals(program) if program else None
+        self._events, self._observers = list[Event | Ucall](), list[Callable[[], None]]()
+        self._host, self._string = HostGlobals(program) if program else None, partial(program_string, program)
         self._seen_pool: PoolSnapshot | None = None
         self._hub: Hub | None = None
 
@@ -151,13 +135,15 @@ class Vm:
     def arrived(self, vcpu: Vcpu, exit: Exit) -> Ucall | Exit:
         """An engine's exit becomes a ucall when it is one; it is recorded, and a held-back Ctrl-C is raised."""
         came: Ucall | Exit = exit
+        if vcpu.state == "not started" and self._pool is not None:
+            self._pool.begins(vcpu.index)
         if type(exit) is PioExit and exit.port == self.arch.ucall.number:
             came = self._take(vcpu._cpu.read_reg(self.arch.ucall.register), vcpu)
         elif self._pool is not None:
-            self._pool.saw(vcpu.index, vcpu._cpu.locked_at, self)
+            self._pool.saw(vcpu.index, vcpu._cpu.locked_at, self.step)
         if isinstance(came, Ucall):
             vcpu.state = _FINAL.get(came.cmd, "running")
-            self._events.append(Event(came.step, vcpu.index, "ucall", came, None))
+            self._events.append(came)
         elif isinstance(came, BudgetExit):
             vcpu.state = "running"
         else:
@@ -170,12 +156,12 @@ class Vm:
         return came
 
     def _take(self, value: int, vcpu: Vcpu) -> Ucall | BadUcallExit:
-        step = self.step
+        step = self.machine.engine.retired()
         if value == 0:
             return Ucall("NONE", (0,) * 7, None, vcpu.index, None, step)
         if self._pool is None:
             return BadUcallExit(value, "no pool", "this VM was created without a ucall pool", vcpu.index)
-        return self._pool.take(value, vcpu.index, step, vcpu._cpu.locked_at, partial(program_string, self.program))
+        return self._pool.take(value, vcpu.index, step, vcpu._cpu.locked_at, self._string)
 
     def run(self, max_insns: int | None = None) -> Ucall | Exit:
         """Run all vCPUs under the schedule until the next ucall or exit of any; at most max_insns in all (BudgetExit)."""
@@ -322,7 +308,7 @@ class Vm:
         return events_frame(self._events)
 
     def _record(self, vcpu: int, kind: str, **facts: object) -> None:
-        self._events.append(Event(self.step, vcpu, kind, None, facts))
+        self._events.append(Event(self.step, vcpu, kind, facts))
 
     def observe(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call back after every change; returns a function that ends it."""
@@ -343,18 +329,11 @@ class Vm:
 
     def snapshot(self) -> VmState:
         """The whole VM, bit for bit."""
-        return VmState(self.step, self.machine.state(), self._pool.state() if self._pool else None, self.schedule.save(),
-                       tuple(self._events), tuple(v.state for v in self.vcpus))
+        return take_state(self)
 
     def restore(self, state: VmState) -> None:
         """Go back (or on) to a snapshot of this VM; raises InvalidState for one of a VM of another shape."""
-        self.machine.set_state(state.machine)
-        if self._pool is not None and state.pool is not None:
-            self._pool.set_state(state.pool)
-        self.schedule = Schedule.restored(state.schedule)
-        self._events = list(state.events)
-        for vcpu, was in zip(self.vcpus, state.states, strict=True):
-            vcpu.state = was
+        put_state(self, state)
         self.changed()
 
     def fork(self) -> Vm:

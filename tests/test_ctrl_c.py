@@ -78,7 +78,7 @@ while True:
     except KeyboardInterrupt:
         pass
 if came is None:  # the last one came between the exit and its return: it is recorded
-    came = cpu.vm._events[-1].ucall
+    came = cpu.vm._events[-1]
 print(json.dumps([hits, list(came.args) == list(truth.args)]))
 """
 ONCE = HEAD + """

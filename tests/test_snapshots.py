@@ -19,7 +19,7 @@ def everything(vm: lk.Vm) -> tuple[Any, ...]:
     """All that a guest could tell two VMs apart by, and the history that the host keeps; addresses of the host left out."""
     memory = [bytes(slot.data) for slot in vm.memory.slots]
     return memory, [dict(v.regs.all()) for v in vm.vcpus], [v.step_count for v in vm.vcpus], vm.step, vm.pool.since.tolist(), [
-        (e.step, e.vcpu, e.kind, e.ucall) for e in vm._events]
+        (e.step, e.vcpu, e.kind, e.what) for e in vm._events]
 
 
 def run(vm: lk.Vm, insns: int) -> None:

@@ -14,20 +14,17 @@ __all__ = ["Event", "events_frame"]
 
 
 class Event(NamedTuple):
-    """One event; `ucall` for a ucall, `facts` for anything else."""
+    """Something that happened and is no ucall; a Ucall is its own event."""
 
     step: int
     vcpu: int
     kind: str
-    ucall: Ucall | None
-    facts: dict[str, object] | None
+    facts: dict[str, object]
 
     @property
     def what(self) -> str:
         """One line for a person."""
-        if self.ucall is not None:
-            return repr(self.ucall)[1:-1].split(" ", 3)[-1]
-        facts = dict(self.facts or {})
+        facts = dict(self.facts)
         where = f" at {facts.pop('where')}" if "where" in facts else ""
         if "exit" in facts:
             return f"{facts['exit']}{where}"
@@ -35,11 +32,11 @@ class Event(NamedTuple):
         return ", ".join(shown) + where
 
 
-def events_frame(events: Sequence[Event]) -> pd.DataFrame:
+def events_frame(events: Sequence[Event | Ucall]) -> pd.DataFrame:
     """One row an event: step, vcpu, kind, what, and for a ucall cmd, args, text and slot (None elsewhere)."""
     import pandas as pd
 
-    rows = [(e.step, e.vcpu, e.kind, e.what, *((u.cmd, u.args, u.text, u.slot) if (u := e.ucall) else (None,) * 4)) for e in events]
+    rows = [(e.step, e.vcpu, e.kind, e.what, *((e.cmd, e.args, e.text, e.slot) if isinstance(e, Ucall) else (None,) * 4)) for e in events]
     frame = pd.DataFrame(rows, columns=["step", "vcpu", "kind", "what", "cmd", "args", "text", "slot"], dtype=object)
     frame = frame.astype({"step": "int64", "vcpu": "int64", "slot": "Int64"})
     return frame.rename_axis("seq")

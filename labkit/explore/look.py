@@ -21,6 +21,7 @@ from labkit.explore.listing import Listing, read_code
 from labkit.explore.touch import Operands, operands
 from labkit.machine.vcpu import flags_text
 from labkit.ucall.abi import BITMAP_BYTES, OFFSET_ARGS, OFFSET_BUFFER, OFFSET_HVA, UCALL_SIZE
+from labkit.ucall.pool import Ucall
 
 if TYPE_CHECKING:
     from labkit.explore.vcpu import Vcpu
@@ -211,7 +212,7 @@ def look_at_vm(vm: Any, front: int = 0, selection: Selection | None = None) -> V
         ops = operands(vm.arch.name, read_code(vm.vcpus[front].read, cpu.pc, 15), vm.vcpus[front].regs.all(), cpu.pc, vm.vcpus[front].read)
         pool = replace(pool, next_slot=next_slot(vm, ops)) if pool is not None else None
         status = status_of(cpu)
-    marks = tuple(EventMark(e.step, e.vcpu, LETTERS.get(e.ucall.cmd, "N") if e.ucall else "X", e.what) for e in vm._events)
+    marks = tuple(EventMark(e.step, e.vcpu, LETTERS.get(e.cmd, "N") if isinstance(e, Ucall) else "X", e.what) for e in vm._events)
     states = {cpu.state for cpu in cpus}
     return VmSnapshot(vm.name, vm.arch.name, vm.backend, vm.protect or "no encryption", ", ".join(sorted(states)) or "no vCPU",
                       vm.schedule.name.replace("_", " "), vm.step, front, cpus, pool, vm.page_table(), look_at_memory(vm), selection,

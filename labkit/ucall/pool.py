@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from struct import Struct
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ from labkit.ucall.abi import (
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["BadUcallExit", "Clock", "Pool", "PoolSnapshot", "Slot", "SlotState", "Ucall"]
+__all__ = ["BadUcallExit", "Pool", "PoolSnapshot", "Slot", "SlotState", "Ucall"]
 
 SlotState = Literal["free", "held", "done", "leaked"]
 Strings = Callable[[int], str | None]  # gva of a string constant -> its text, from the program and not from the guest
@@ -58,6 +58,16 @@ class Ucall(NamedTuple):
     file: str | None = None  # of an ABORT, as are line and expr
     line: int | None = None
     expr: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """What it is among events."""
+        return "ucall"
+
+    @property
+    def what(self) -> str:
+        """One line for a person, for a table that has a column for the vCPU."""
+        return repr(self)[1:-1].split(" ", 3)[-1]
 
     def __repr__(self) -> str:
         args = list(self.args)
@@ -146,17 +156,6 @@ class PoolSnapshot:
         return mimebundle(self)
 
 
-class Clock(Protocol):
-    """Something that knows the VM's present step."""
-
-    @property
-    def step(self) -> int: ...
-
-
-class _Now(NamedTuple):
-    step: int
-
-
 class Pool:
     """The host's side of one VM's pool: makes it, looks up what a guest hands over, and keeps the history of its bits."""
 
@@ -171,6 +170,7 @@ class Pool:
         self.uses = [0] * NR_SLOTS
         self.done = [False] * NR_SLOTS
         self._seen = bytes(BITMAP_BYTES)  # the bitmap when the host last looked
+        self._heard: dict[int, int] = {}  # vCPU -> slot of its last ucall, as long as it has not given it back
 
     @staticmethod
     def image(hva: int) -> bytes:
@@ -179,16 +179,18 @@ class Pool:
         header["ucalls"]["hva"] = hva + BITMAP_BYTES + UCALL_SIZE * np.arange(NR_SLOTS, dtype=np.uint64)
         return header.tobytes()
 
-    def saw(self, vcpu: int, locked: int, clock: Clock) -> None:
-        """A vCPU came back: slots that it took and gave back meanwhile.
+    def saw(self, vcpu: int, locked: int, step: int) -> bytes:
+        """A vCPU came back at `step`: slots that it took and gave back meanwhile. Returns in_use as it is now.
 
         `locked` is the step of its last locked instruction, which for a test-and-set is the taking itself; without one (-1)
-        the step is that of the clock, now.
+        slots were taken at `step`.
         """
         now = self._data[self._offset:self._offset + BITMAP_BYTES]
+        if locked >= 0 and (index := self._heard.pop(vcpu, -1)) >= 0 and now[index >> 3] >> (index & 7) & 1 and self._gone_on(vcpu, index):
+            self._taken(index, vcpu, locked)  # it gave the slot back with a locked instruction, and has it again
         if now == self._seen:
-            return
-        step = locked if locked >= 0 else clock.step
+            return now
+        step = locked if locked >= 0 else step
         changed = int.from_bytes(now, "little") ^ int.from_bytes(self._seen, "little")
         self._seen = now
         while changed:
@@ -199,6 +201,14 @@ class Pool:
             else:
                 self.owner[index] = self.since[index] = -1
                 self.done[index] = False
+        return now
+
+    def begins(self, vcpu: int) -> None:
+        """A vCPU begins anew: what it held it will not give back."""
+        self._heard.pop(vcpu, None)
+
+    def _gone_on(self, vcpu: int, index: int) -> bool:
+        return self.owner[index] == vcpu and not self.done[index]
 
     def _taken(self, index: int, vcpu: int, step: int) -> None:
         self.owner[index], self.since[index], self.done[index] = vcpu, step, False
@@ -214,12 +224,10 @@ class Pool:
         index, rest = divmod(value - self.hva - BITMAP_BYTES, UCALL_SIZE)
         if rest or not 0 <= index < NR_SLOTS:
             return self._refuse(value, vcpu, index, rest)
-        at = self._offset + BITMAP_BYTES + UCALL_SIZE * index
-        if not self._data[self._offset + (index >> 3)] >> (index & 7) & 1:
+        if not self.saw(vcpu, locked, step)[index >> 3] >> (index & 7) & 1:
             return BadUcallExit(value, "stale", f"slot {index} is not in use: its bit in in_use is clear", vcpu)
-        if locked >= 0 and self._seen[index >> 3] >> (index & 7) & 1:  # given back and taken again since the host last looked
-            self._taken(index, vcpu, locked)
-        self.saw(vcpu, locked, _Now(step))
+        self._heard[vcpu] = index
+        at = self._offset + BITMAP_BYTES + UCALL_SIZE * index
         fields = _FIELDS.unpack_from(self._data, at)
         cmd, args = fields[0], fields[1:]
         name = _NAMES.get(cmd) or cmd_name(cmd)
@@ -253,7 +261,7 @@ class Pool:
 
     def snapshot(self, step: int, finished: frozenset[int], seen: PoolSnapshot | None = None) -> PoolSnapshot:
         """The pool now; `finished` are the vCPUs at their DONE, `seen` the state that changes are marked against."""
-        self.saw(-1, -1, _Now(step))  # what nobody came back with was written by the host
+        self.saw(-1, -1, step)  # what nobody came back with was written by the host
         in_use, owner, uses = self.bits(), np.array(self.owner, np.int16), np.array(self.uses, np.int32)
         done = np.array(self.done, np.bool_) & in_use
         leaked = in_use & ~done & np.isin(owner, list(finished))
@@ -275,10 +283,11 @@ class Pool:
 
     def state(self) -> dict[str, object]:
         """What the host knows beyond guest memory, for a snapshot."""
-        return {"hva": self.hva, "seen": self._seen, "slots": [list(column) for column in (self.owner, self.since, self.uses, self.done)]}
+        slots = [list(column) for column in (self.owner, self.since, self.uses, self.done)]
+        return {"hva": self.hva, "seen": self._seen, "heard": dict(self._heard), "slots": slots}
 
     def set_state(self, state: dict[str, object]) -> None:
         """Put `state` back."""
         facts: dict[str, Any] = dict(state)
-        self.hva, self._seen = facts["hva"], facts["seen"]
+        self.hva, self._seen, self._heard = facts["hva"], facts["seen"], dict(facts["heard"])
         self.owner, self.since, self.uses, self.done = (list(column) for column in facts["slots"])

@@ -67,7 +67,7 @@ class _Scratch:
         LIB.uc_emu_stop(self.handle.h)
 
     def run(self, count: int = PATTERN) -> bytes:
-        LIB.uc_emu_start(self.handle.h, CODE, 0, 0, count)
+        self.handle.run(CODE, count)
         return self.handle.context()
 
 

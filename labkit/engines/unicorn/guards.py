@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from labkit.engines.unicorn.traps import Trap
     from labkit.engines.unicorn.vcpu import UnicornVcpu
 
-__all__ = ["NOTHING", "Guards"]
+__all__ = ["Guards"]
 
 NOTHING = ((1 << 64) - 1, (1 << 64) - 1)  # no instruction, at no count
 
@@ -55,12 +55,11 @@ class Guards:
         """Run two blocks of our own: Unicorn reports a new block only when it knows the one before."""
         page, before = Page(self.vcpu.quirks.two_blocks), self.handle.context()
         self.handle.map(0, page.hva, 4096, uc.UC_PROT_ALL)
-        LIB.uc_emu_start(self.handle.h, 0, 0, 0, 0)
+        self.handle.run(0)
         self.handle.unmap(0, 4096)
         self.handle.set_context(before)
         self.handle.flush_code()
 
-    @property
     def extra(self) -> int:
         """Counted by Unicorn in this run, but no step of the architecture."""
         return self._rep[3]
@@ -78,11 +77,16 @@ class Guards:
         """Where in host memory the count is from now on."""
         self.locked[1] = self._rep[0] = counter
 
+    def forget_last(self) -> None:
+        """Another run begins: what was the last instruction means nothing now."""
+        self._rep[2] = 1
+
     def begin(self) -> None:
         """A native run begins."""
-        self.stopped, self._rep[3], self.locked[0] = "", 0, 0
-        if self._rep[2]:  # 0: the run before ended in its midst
-            self.last = NOTHING
+        rep = self._rep
+        self.stopped, rep[3], self.locked[0] = "", 0, 0
+        if rep[2]:  # 0: the run before ended in its midst
+            rep[1], rep[2] = NOTHING
 
     def flush(self) -> None:
         """Forget every translation."""

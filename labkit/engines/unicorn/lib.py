@@ -8,8 +8,10 @@ a hook whose callback is C's own `uc_emu_stop`, which ends a run in 1 us, and th
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint16, c_uint32, c_uint64, c_void_p
+from functools import partial
 from typing import Any
 
 from unicorn import unicorn_const as uc
@@ -58,9 +60,7 @@ def _load() -> ctypes.CDLL:
     lib.uc_context_size.restype = c_size_t
     signatures = {
         "uc_open": [c_int, c_int, c_void_p], "uc_close": [c_void_p], "uc_emu_stop": [c_void_p], "uc_strerror": [c_int],
-        "uc_emu_start": [c_void_p, c_uint64, c_uint64, c_uint64, c_size_t],
         "uc_reg_read": [c_void_p, c_int, c_void_p], "uc_reg_write": [c_void_p, c_int, c_void_p],
-        "uc_reg_read_batch": [c_void_p, c_void_p, c_void_p, c_int], "uc_reg_write_batch": [c_void_p, c_void_p, c_void_p, c_int],
         "uc_mem_map_ptr": [c_void_p, c_uint64, c_size_t, c_uint32, c_void_p], "uc_mem_unmap": [c_void_p, c_uint64, c_size_t],
         "uc_context_alloc": [c_void_p, c_void_p], "uc_context_free": [c_void_p], "uc_context_size": [c_void_p],
         "uc_context_save": [c_void_p, c_void_p], "uc_context_restore": [c_void_p, c_void_p], "uc_hook_del": [c_void_p, c_size_t],
@@ -91,15 +91,38 @@ class Page:
 
 
 class RegBatch:
-    """A fixed set of 64-bit registers read or written in one call; `values` is the buffer."""
+    """A fixed set of 64-bit registers read or written in one call.
 
-    def __init__(self, ids: tuple[int, ...]) -> None:
+    The arguments are made once: to convert them takes ctypes longer than libunicorn takes to answer.
+    """
+
+    def __init__(self, handle: Handle, ids: tuple[int, ...]) -> None:
         n = len(ids)
-        self.values: Any = (c_uint64 * n)()
-        base = ctypes.addressof(self.values)
-        self.pointers = (c_void_p * n)(*(base + 8 * i for i in range(n)))
-        self.ids = (c_int * n)(*ids)
-        self.count = n
+        self._values = (c_uint64 * n)()
+        base, form = ctypes.addressof(self._values), struct.Struct(f"={n}Q")
+        args = c_void_p(handle.h), (c_int * n)(*ids), (c_void_p * n)(*(base + 8 * i for i in range(n))), c_int(n)
+        self._read, self._write = partial(LIB["uc_reg_read_batch"], *args), partial(LIB["uc_reg_write_batch"], *args)
+        self._unpack, self._pack = partial(form.unpack_from, self._values), partial(form.pack_into, self._values, 0)
+        handle.batches.append(self)
+
+    def read(self) -> tuple[int, ...]:
+        """The registers as they are in the CPU."""
+        self._read()
+        return self._unpack()
+
+    def write(self, *values: int) -> None:
+        """Set them all."""
+        self._pack(*values)
+        if status := self._write():
+            check(status, "uc_reg_write_batch")
+
+    def close(self) -> None:
+        """The engine is gone."""
+        self._read = self._write = partial(_closed)
+
+
+def _closed() -> int:
+    raise InvalidState("this VM is closed")
 
 
 class Handle:
@@ -112,6 +135,9 @@ class Handle:
         self.h: int = handle.value
         self._callbacks: dict[int, object] = {}
         self._removed: list[object] = []  # callbacks that translated code may still call
+        self.batches: list[RegBatch] = []
+        self._from, self._count = c_uint64(), c_size_t()
+        self._start = partial(LIB["uc_emu_start"], c_void_p(handle.value), self._from, c_uint64(0), c_uint64(0), self._count)
         self._one = c_uint64()
         self.ctl_write(uc.UC_CTL_UC_USE_EXITS, c_int(1))
         self.ctl_write(uc.UC_CTL_UC_EXITS, c_void_p(None), c_size_t(0))
@@ -119,6 +145,11 @@ class Handle:
         self._context = c_void_p()
         check(LIB.uc_context_alloc(self.h, byref(self._context)), "uc_context_alloc")
         self.context_size: int = LIB.uc_context_size(self.h)
+
+    def run(self, gva: int, count: int = 0) -> int:
+        """Run from gva, at most count instructions (0: any number); returns libunicorn's status."""
+        self._from.value, self._count.value = gva, count
+        return int(self._start())
 
     def ctl_write(self, what: int, *args: Any) -> None:
         """`uc_ctl` in its writing form."""
@@ -158,15 +189,6 @@ class Handle:
         check(LIB.uc_hook_del(self.h, hook), "uc_hook_del")
         self.set_context(before)
         self._removed.append(self._callbacks.pop(hook))
-
-    def read_batch(self, batch: RegBatch) -> Any:
-        """Fill the batch's buffer from the CPU and return it."""
-        LIB.uc_reg_read_batch(self.h, batch.ids, batch.pointers, batch.count)
-        return batch.values
-
-    def write_batch(self, batch: RegBatch) -> None:
-        """Set the CPU's registers from the batch's buffer."""
-        check(LIB.uc_reg_write_batch(self.h, batch.ids, batch.pointers, batch.count), "uc_reg_write_batch")
 
     def read(self, reg: int) -> int:
         """One register of up to 64 bits."""
@@ -223,6 +245,10 @@ class Handle:
             LIB.uc_close(self.h)
             del self.h
             self._callbacks.clear()
+            self._start = partial(_closed)
+            for batch in self.batches:
+                batch.close()
+            self.batches.clear()
 
     def __getattr__(self, name: str) -> int:
         """A closed engine has no `h`: whoever still wants to use it is told so."""

@@ -44,8 +44,13 @@ class Mmio:
             self.waiting = replace(self.waiting, data=value & (1 << 8 * self.waiting.size) - 1)
         return self.waiting is not None
 
+    @property
+    def pending(self) -> bool:
+        """Something must happen before the vCPU goes on."""
+        return bool(self.writes) or self.waiting is not None
+
     def resume(self) -> Exit | None:
-        """What must happen before the vCPU goes on."""
+        """Do what must happen before the vCPU goes on."""
         if self.writes:
             return self.writes.pop(0)
         if self.waiting is None:

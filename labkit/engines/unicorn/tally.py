@@ -28,6 +28,7 @@ class Tally:
         self.address = ctypes.addressof(self._data)
         self.blocks: dict[int, tuple[int, bytes]] = {}  # gva -> (instructions, bytes), as last translated
         self._offsets: dict[int, dict[int, int]] = {}
+        self._back: dict[tuple[int, int], int] = {}  # (block, gva in it) -> what `before` takes off
         self._unsure: set[int] = set()  # where blocks of two lengths begin; they are left to Unicorn's own counting
 
     def add(self, gva: int, count: int, data: bytes) -> None:
@@ -35,6 +36,7 @@ class Tally:
         known, before = self.blocks.get(gva, (count, b""))
         self.blocks[gva] = (count, data)
         self._offsets.pop(gva, None)
+        self._back.clear()
         if known != count and (before.startswith(data) or data.startswith(before)):
             self.doubt(gva)
         elif gva not in self._unsure:
@@ -51,17 +53,17 @@ class Tally:
 
     def begin(self, limit: int) -> None:
         """Start from zero; the hook stops before a block that would go beyond limit."""
-        self._data[_TOTAL], self._data[_LIMIT], self._data[_STOPPED] = 0, limit, 0
+        data = self._data
+        data[_TOTAL], data[_LIMIT], data[_STOPPED] = 0, limit, 0
 
     @property
     def total(self) -> int:
         """Instructions of all blocks entered, the present one included."""
         return self._data[_TOTAL]
 
-    @property
     def stopped(self) -> bool:
         """The hook ended the run, at the start of a block that is not counted."""
-        return bool(self._data[_STOPPED])
+        return self._data[_STOPPED] != 0
 
     def knows(self, gva: int) -> bool:
         """See to it that the block at gva has its entry in the table, where another may have taken its place."""
@@ -70,12 +72,18 @@ class Tally:
         self._enter(gva, self.blocks[gva][0])
         return True
 
-    def before(self, gva: int, total: int | None = None, block: int | None = None) -> int:
+    def before(self, gva: int) -> int:
         """Instructions run when the one at gva is about to; gva behind the block means its last one is the one that left."""
-        block = self._data[_BLOCK] if block is None else block
-        total = self._data[_TOTAL] if total is None else total
-        count = self.blocks.get(block, (0, b""))[0]
-        return total - count + self.offsets(block).get(gva, count - 1)
+        data = self._data
+        return data[_TOTAL] + self.back(data[_BLOCK], gva)
+
+    def back(self, block: int, gva: int) -> int:
+        """What to add (0 or less) to the total of a block just entered, for the instructions run when the one at gva is about to."""
+        found = self._back.get((block, gva))
+        if found is None:
+            count = self.blocks.get(block, (0, b""))[0]
+            found = self._back[block, gva] = self.offsets(block).get(gva, count - 1) - count
+        return found
 
     def offsets(self, gva: int) -> dict[int, int]:
         """The instructions of the block at gva: their own gvas, and how many are before them."""
@@ -92,4 +100,5 @@ class Tally:
         """Forget everything."""
         self.blocks.clear()
         self._offsets.clear()
+        self._back.clear()
         self._unsure.clear()

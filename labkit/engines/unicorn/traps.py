@@ -16,18 +16,17 @@ __all__ = ["PREFIXES", "Trap", "scan"]
 
 @dataclass(frozen=True)
 class Trap:
-    """A sensitive instruction: `kind` names its handler; only `stops` ones are taken out of Unicorn's hands."""
+    """A sensitive instruction: `kind` names its handler; only `stops` ones are taken out of Unicorn's hands before they run.
+
+    The others only correct the count.
+    """
 
     kind: str
     gva: int
     data: bytes
     mnemonic: str
     op_str: str
-
-    @property
-    def stops(self) -> bool:
-        """Ends the run before the instruction; the others only correct the count."""
-        return self.kind not in ("rep", "shadow", "locked")
+    stops: bool = True
 
 
 _KINDS = {
@@ -41,6 +40,7 @@ _KINDS = {
 }
 _BY_MNEMONIC = {mnemonic: kind for kind, names in _KINDS.items() for mnemonic in names.split()}
 PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
+_COUNTED = frozenset({"rep", "shadow", "locked"})
 _STRING = frozenset(b"\xa4\xa5\xa6\xa7\xaa\xab\xac\xad\xae\xaf")
 # Every byte sequence that can begin or be part of one of them; a block without a match needs no decoding
 _SUSPECT = re.compile(
@@ -86,7 +86,7 @@ def scan(data: bytes, gva: int) -> dict[int, Trap]:
         end = at + size
         raw = data[at - gva:end - gva]
         if (kind := _kind(raw, mnemonic, op_str)) is not None:
-            found[at] = Trap(kind, at, raw, mnemonic, op_str)
+            found[at] = Trap(kind, at, raw, mnemonic, op_str, kind not in _COUNTED)
     rest = data[end - gva:]
     if rest:
         found[end] = Trap("vector" if _is_vector(rest) else "unknown", end, rest[:15], ".byte", rest[:15].hex(" "))

@@ -15,7 +15,7 @@ from labkit.engines.base import BudgetExit, DebugExit, Exit, InternalErrorExit, 
 from labkit.engines.disasm import disassemble
 from labkit.engines.unicorn.blocks import settle
 from labkit.engines.unicorn.calibrate import calibrate
-from labkit.engines.unicorn.guards import NOTHING, Guards
+from labkit.engines.unicorn.guards import Guards
 from labkit.engines.unicorn.lib import LIB, Handle, IntrHook
 from labkit.engines.unicorn.mmio import FETCHES, HOLES, Mmio
 from labkit.engines.unicorn.stubs import stub
@@ -92,8 +92,8 @@ class UnicornVcpu:
         self.counter = ctypes.c_uint64.from_address(self.handle.h + calibrate().counter)
         self.stale_tlb = self.stale_code = False
         self.tally = Tally(vm.arch)
-        self.mode, self._tally_hook = "", 0
-        self.locked_at = -1
+        self.mode, self._tally_hook, self._by_block = "", 0, "tally" if stub("tally") else "each"
+        self.locked_at, self._stop = -1, self.stop
         self._exception: int | None = None
         self._forced, self._asked, self._shortened = False, 0, (-1, -1)
         self.quirks = vm.quirks(self)
@@ -197,7 +197,7 @@ class UnicornVcpu:
     def run(self, insns: int | None = None) -> Exit:
         """Run until an exit; with `insns`, until that many instructions retired (BudgetExit)."""
         shield = self.vm.shield
-        shield.enter(self.stop)
+        shield.enter(self._stop)
         try:
             return self._run(insns)
         finally:
@@ -222,8 +222,9 @@ class UnicornVcpu:
         if self.stale_tlb or self.stale_code or self.vm.runner is not self:
             self._sync()
         start, self.quirks.awaits, self.locked_at = self.insns, None, -1
-        self.guards.skip, self.guards.last = self.quirks.pc(), NOTHING
-        if (insns is None or insns > 0) and (exit := self.mmio.resume()) is not None:
+        self.guards.skip = self.quirks.pc()
+        self.guards.forget_last()
+        if self.mmio.pending and (insns is None or insns > 0) and (exit := self.mmio.resume()) is not None:
             return exit
         while True:
             left = None if insns is None else insns - (self.insns - start)
@@ -238,36 +239,36 @@ class UnicornVcpu:
         """One native run; None when the run goes on behind it. The mode says who counts: "each", "tally" or nobody ("free")."""
         if left is None and (not self.exact or done >= self.vm.count_for - MAX_BLOCK):
             return self.native("free", 0)
-        mode = "each" if (left is not None and left <= BY_EACH) or stub("tally") is None else "tally"
+        mode = "each" if left is not None and left <= BY_EACH else self._by_block
         return self.native(mode, min(SLICE[mode], self.vm.count_for - done if left is None else left))
 
     def native(self, mode: str, limit: int) -> Exit | None:
         """One native run of at most limit instructions, counted as mode says."""
         if mode != self.mode:
             self._change_over(mode)
-        self._exception = None
-        self.guards.begin()
-        self.tally.begin(limit)
+        guards, tally, self._exception = self.guards, self.tally, None
+        guards.begin()
+        tally.begin(limit)
         if mode == "free":
             status = self._run_uncounted()
         else:
-            status = LIB.uc_emu_start(self.handle.h, self.quirks.leave(), 0, 0, limit if mode == "each" else 0)
-        if self.guards.locked[0]:
-            self.locked_at = self.vm.retired() + self._when_locked() - self.guards.extra
-        if self.guards.stopped == "edge":
-            self.insns += self.count() - self.guards.extra
-            return self.guards.install()
-        if self.guards.stopped or status or self._exception is not None:
+            status = self.handle.run(self.quirks.leave(), limit if mode == "each" else 0)
+        if guards.locked[0]:
+            self.locked_at = self.vm.retired() + self._when_locked() - guards.extra()
+        if guards.stopped == "edge":
+            self.insns += self.count() - guards.extra()
+            return guards.install()
+        if guards.stopped or status or self._exception is not None:
             return self._stop_reason(status, limit)
         if mode == "each" and self.counter.value > limit:
             return self._budget(limit)
         pc = self.quirks.arrive()
-        trap = self.guards.traps.get(pc)
-        if trap is not None and trap.stops and not self.tally.stopped:
-            self.insns += self.before(pc) - self.guards.extra
-            if pc in self.guards.breakpoints and pc != self.guards.skip:
+        trap = guards.traps.get(pc)
+        if trap is not None and trap.stops and not tally.stopped():
+            self.insns += (tally.before(pc) if mode == "tally" else self.before(pc)) - guards.extra()
+            if pc in guards.breakpoints and pc != guards.skip:
                 return DebugExit(pc)
-            self.guards.skip = -1
+            guards.skip = -1
             return self.quirks.trap(trap)
         return self._between_blocks(pc, limit)
 
@@ -275,7 +276,7 @@ class UnicornVcpu:
         """The run ended where a block begins: at the limit, at a block without entry, or because somebody asked."""
         ran = self.count()
         exit = self._budget(ran)
-        if exit is not None or not self.tally.stopped:
+        if exit is not None or not self.tally.stopped():
             return exit
         if not self.tally.knows(pc):
             return self.native("each", 1)
@@ -293,8 +294,8 @@ class UnicornVcpu:
         return max(self.count() - 1, 0)
 
     def _when_locked(self) -> int:
-        total, _, gva, block = self.guards.locked
-        return self.tally.before(gva, total, block) + 1 if self.mode == "tally" else total
+        total, _, gva, block = self.guards.locked[:]
+        return total + self.tally.back(block, gva) + 1 if self.mode == "tally" else total
 
     def _change_over(self, mode: str) -> None:
         """Blocks carry the hooks that were there when they were translated, so they must go."""
@@ -316,7 +317,7 @@ class UnicornVcpu:
     def _drop_counting(self) -> None:
         """Unicorn removes its counting hook when a run begins, and takes faults where counted code is no longer mapped."""
         before, self.guards.halt.value = self.handle.context(), 1
-        LIB.uc_emu_start(self.handle.h, self.quirks.pc(), 0, 0, 0)  # up to the first block, which `halt` does not let run
+        self.handle.run(self.quirks.pc())  # up to the first block, which `halt` does not let run
         self.handle.flush_code()
         self.handle.set_context(before)
         self.guards.halt.value = 0
@@ -324,7 +325,7 @@ class UnicornVcpu:
     def _run_uncounted(self) -> int:
         self.guards.halt.value, self._forced, self._asked = 0, False, 0
         with self.vm.shield.native():
-            status: int = LIB.uc_emu_start(self.handle.h, self.quirks.leave(), 0, 0, 0)
+            status = self.handle.run(self.quirks.leave())
         stopped = self._forced and not self.guards.stopped and not status and self._exception is None
         if stopped and self.quirks.pc() not in self.guards.traps:
             blocks = {gva: data for gva, (_count, data) in self.tally.blocks.items()}
@@ -334,7 +335,7 @@ class UnicornVcpu:
 
     def _budget(self, ran: int) -> Exit | None:
         """Between two instructions; one that takes one count more than steps is brought to its end."""
-        self.insns += ran - self.guards.extra
+        self.insns += ran - self.guards.extra()
         gva, at = self.guards.last
         if at != ran:
             return None
@@ -358,9 +359,9 @@ class UnicornVcpu:
         pc, guards = self.quirks.arrive(), self.guards
         if status in FETCHES or self.quirks.is_fetch_fault(self._exception):
             ran = self.count()  # the instruction there was never begun
-            self.insns += ran - guards.extra
+            self.insns += ran - guards.extra()
             return self._fetch_fault(pc, bool(limit) and ran >= limit)
-        self.insns += self.before(pc) - guards.extra + (guards.last == (pc, self.count()) and guards.is_shadow(pc))
+        self.insns += self.before(pc) - guards.extra() + (guards.last == (pc, self.count()) and guards.is_shadow(pc))
         if guards.stopped:
             return DebugExit(pc) if guards.stopped == "breakpoint" else None
         if self._exception is not None:

@@ -49,8 +49,8 @@ class X86(X86Events):
         self._retired = False
         self.awaits: list[int] | None = None  # what `complete` sets: [bytes of rax], or [bytes, gva]
         self.random = random.Random(f"labkit {vcpu.index}")
-        self._hot = RegBatch(tuple(PLAIN[name] for name in ("rip", "rax", "rdx", "rdi", "cs", "rflags")))
-        self._pair = RegBatch((PLAIN["rip"], PLAIN["rax"]))
+        self._hot = RegBatch(vcpu.handle, tuple(PLAIN[name] for name in ("rip", "rax", "rdx", "rdi", "cs", "rflags")))
+        self._pair = RegBatch(vcpu.handle, (PLAIN["rip"], PLAIN["rax"]))
         self.read, self.read_all = self.regs.read, self.regs.read_all
         self.write_many: Callable[[Mapping[str, int]], None] = self.regs.write_many
 
@@ -63,9 +63,9 @@ class X86(X86Events):
 
     def arrive(self) -> int:
         """Read what a trap asks for most in one call; returns RIP."""
-        hot = self.handle.read_batch(self._hot)
-        self.regs.pc, self._rax, self._rdx, self.regs.rdi, self._cs, self._flags = hot
-        return self.regs.pc
+        regs = self.regs
+        regs.pc, self._rax, self._rdx, regs.rdi, self._cs, self._flags = self._hot.read()
+        return regs.pc
 
     def leave(self) -> int:
         """RIP, once more: from here on the CPU changes what was read."""
@@ -86,9 +86,8 @@ class X86(X86Events):
 
     def trap(self, trap: Trap) -> Exit | None:
         """Carry out one sensitive instruction; None when the run goes on."""
-        handler: Callable[[Trap], Exit | None] = getattr(self, f"_do_{trap.kind}")
         stepped, self._retired = self._flags & _TF, False
-        exit = handler(trap)
+        exit = _HANDLERS[trap.kind](self, trap)
         if stepped and self._retired and self.regs.read("rflags") & _TF:  # the guest steps itself (SDM vol. 3B 17.3.1.4)
             self.regs.write("dr6", self.regs.read("dr6") | _BS)
             self.vcpu.insns -= 1
@@ -146,10 +145,8 @@ class X86(X86Events):
         rax, mask = self._rax, (1 << 8 * size) - 1
         self.vcpu.insns += 1
         self._retired = True
-        pair = self._pair.values
-        pair[0] = self.regs.pc = trap.gva + len(trap.data) & MASK64
-        pair[1] = rax if out else 0 if size == 4 else rax & ~mask
-        self.handle.write_batch(self._pair)
+        self.regs.pc = trap.gva + len(trap.data) & MASK64
+        self._pair.write(self.regs.pc, rax if out else 0 if size == 4 else rax & ~mask)
         if out:
             return PioExit(port, size, True, rax & mask)
         self.awaits = [size]
@@ -377,6 +374,8 @@ class X86(X86Events):
         return self.vcpu.refuse("the XSAVE family, whose state components Unicorn does not keep as XCR0 says")
 
 
+_HANDLERS: dict[str, Callable[[X86, Trap], Exit | None]] = {
+    name.removeprefix("_do_"): handler for name, handler in vars(X86).items() if name.startswith("_do_")}
 
 @cache
 def _in_exit(port: int, size: int) -> PioExit:

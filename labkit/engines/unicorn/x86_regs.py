@@ -54,14 +54,14 @@ class X86Registers:
     def __init__(self, handle: Handle, extra: dict[str, int], any_msr: Callable[[int, int | None], int | None],
                  fetch: Callable[[int, int], bytes | None]) -> None:
         self.handle, self.extra, self.any_msr, self.fetch = handle, extra, any_msr, fetch
-        self.batch = RegBatch(tuple(PLAIN.values()))
+        self.batch = RegBatch(handle, tuple(PLAIN.values()))
         self.pc = self.rdi = -1  # as last read in a batch; -1 when they may have changed since
         self.names = (*PLAIN, *(f"{t}_{part}" for t in ("gdt", "idt") for part in ("base", "limit")), "tr", "tr_base", "tr_limit",
                       "ldt", *NATIVE_MSRS, *_VECTORS, *extra)
 
     def read_all(self) -> dict[str, int]:
         """Every register by name."""
-        values = dict(zip(PLAIN, self.handle.read_batch(self.batch), strict=True))
+        values = dict(zip(PLAIN, self.batch.read(), strict=True))
         return {name: values[name] if name in values else self.read(name) for name in self.names}
 
     def read(self, name: str) -> int:

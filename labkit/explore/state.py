@@ -1,0 +1,46 @@
+"""The whole state of a VM as one value: taken, put back, and carried over to a twin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from labkit.explore.events import Event
+from labkit.machine.schedule import Schedule
+from labkit.machine.vm import MachineState
+from labkit.ucall.pool import Ucall
+
+__all__ = ["VmState", "put_state", "take_state"]
+
+
+@dataclass(frozen=True)
+class VmState:
+    """A snapshot of a VM: memory, CPUs, allocators, pool history, schedule and events."""
+
+    step: int
+    machine: MachineState
+    pool: dict[str, object] | None
+    schedule: tuple[Any, ...]
+    events: tuple[Event | Ucall, ...]
+    states: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        size = sum(len(data) for _, data in self.machine.slots) >> 10
+        return f"<VmState step {self.step}, {len(self.states)} vCPUs, {size} KiB, {len(self.events)} events>"
+
+
+def take_state(vm: Any) -> VmState:
+    """The VM as it is, bit for bit."""
+    return VmState(vm.step, vm.machine.state(), vm._pool.state() if vm._pool else None, vm.schedule.save(), tuple(vm._events),
+                   tuple(vcpu.state for vcpu in vm.vcpus))
+
+
+def put_state(vm: Any, state: VmState) -> None:
+    """Make the VM what it was; raises InvalidState for the state of a VM of another shape, and changes nothing then."""
+    vm.machine.set_state(state.machine)
+    if vm._pool is not None and state.pool is not None:
+        vm._pool.set_state(state.pool)
+    vm.schedule = Schedule.restored(state.schedule)
+    vm._events = list(state.events)
+    for vcpu, was in zip(vm.vcpus, state.states, strict=True):
+        vcpu.state = was
