@@ -114,23 +114,33 @@ def test_that_the_event_loop_paints_what_is_left() -> None:
 # --- what
 
 
-def test_that_views_of_one_vm_share_one_snapshot_per_paint() -> None:
+def test_that_views_of_one_vm_share_one_snapshot_per_paint_and_are_sent_when_all_are_drawn() -> None:
     run, shown = Run(), list[str]()
     hub = Hub(run)
-    hub.watch(lambda: shown.append("a"), True)
-    hub.watch(lambda: shown.append("b"), True)
+
+    def painter(name: str) -> Callable[[], Callable[[], None]]:
+        def paint() -> Callable[[], None]:
+            shown.append(f"draw {name}")
+            return lambda: shown.append(f"send {name}")
+        return paint
+
+    for name in "ab":
+        hub.watch(painter(name), True)
     shown.clear()
     run.snapshots, hub.publisher._next = 0, 0
     run.go()
-    assert shown == ["a", "b"] and run.snapshots == 1
+    assert shown == ["draw a", "draw b", "send a", "send b"] and run.snapshots == 1
+
+
+def nothing() -> Callable[[], None]:
+    return lambda: None
 
 
 def test_that_nobody_looking_costs_no_snapshot() -> None:
     run = Run()
     hub = Hub(run)
-    paint: Callable[[], None] = lambda: None  # noqa: E731
-    hub.watch(paint, True)
-    hub.watch(paint, False)
+    hub.watch(nothing, True)
+    hub.watch(nothing, False)
     run.snapshots = 0
     run.go()
     assert run.snapshots == 0
@@ -139,7 +149,7 @@ def test_that_nobody_looking_costs_no_snapshot() -> None:
 def test_that_changes_are_marked_against_the_last_settled_state() -> None:
     run = Run()
     hub = Hub(run)
-    hub.watch(lambda: None, True)
+    hub.watch(nothing, True)
     assert hub.before is None
     for _ in range(50):
         run.go()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from typing import Literal
@@ -94,7 +94,7 @@ class PagingMode:
     levels: tuple[Level, ...]  # from the root down
     present: Match
     pa: Field  # the frame, as a gpa
-    flags: Mapping[str, int]  # name -> bit
+    flags: Mapping[str, int] = field(hash=False)  # name -> bit
     table: Match = Match(0)  # a present entry above the last level points to a table (else: it is a leaf)
     huge: int = 0  # bits to set in a huge leaf
     pat_huge: int = 0  # frame bits that mean something else in a huge leaf

@@ -77,7 +77,7 @@ def results() -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as home, _lab(Path(home)) as url, sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
         page = browser.new_page(viewport={"width": 1400, "height": 3000})
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(60_000)
         page.goto(url)
         page.wait_for_function("window.jupyterapp")
         page.evaluate(READY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -85,7 +86,9 @@ def draw(walk: Walk, found: PageTable | None, width: float, *, before: PageTable
         if step is not None or walk.gpa is None:
             out += _bits(plan, column, level, walk.gva, step is None)
         if step is not None:
-            out += _table(plan, mode, column, step, found, before)
+            gpa = step.entry_gpa - step.index * mode.entry_size
+            now, old = (_entries(mode, level, table, gpa) for table in (found, before))
+            out += _table(plan, mode, column, level, gpa, step.index, step.entry, now, old if before is not None else now)
     if walk.gpa is not None:
         out += _page(plan, walk, objects)
     links = cat(_link(plan, column, step) for column, step in enumerate(walk.steps))
@@ -101,22 +104,23 @@ def _bits(plan: _Plan, column: int, level: Level, gva: int, unread: bool) -> Htm
     return out + text(x, 64, level.name if unread else "", "d")
 
 
-def _entries(mode: PagingMode, level: Level, found: PageTable | None, gpa: int) -> Entries | None:
+def _entries(mode: PagingMode, level: Level, found: PageTable | None, gpa: int) -> bytes:
     data = b"" if found is None else found.tables.get(gpa, b"")
-    enough = len(data) >= level.nr_entries * mode.entry_size
-    return np.frombuffer(data, mode.dtype, level.nr_entries).astype(np.uint64) if enough else None
+    size = level.nr_entries * mode.entry_size
+    return data[:size] if len(data) >= size else b""
 
 
-def _table(plan: _Plan, mode: PagingMode, column: int, step: WalkStep, found: PageTable | None, before: PageTable | None) -> Html:
-    level, x, gpa = step.level, plan.x(column), step.entry_gpa - step.index * mode.entry_size
-    nr, size, where = level.nr_entries, size_name(level.size), f"[{hx(step.index, 3)}]"
+@lru_cache(maxsize=64)  # of all that is painted this takes longest, and from step to step most tables stay what they are
+def _table(plan: _Plan, mode: PagingMode, column: int, level: Level, gpa: int, index: int, entry: int, now: bytes, before: bytes) -> Html:
+    x, nr, size, where = plan.x(column), level.nr_entries, size_name(level.size), f"[{hx(index, 3)}]"
     lattice = Lattice(x, TOP, COLS, plan.pitch, plan.tall / nr * COLS)
-    known, old = _entries(mode, level, found, gpa), _entries(mode, level, before, gpa)
+    known = np.frombuffer(now, mode.dtype).astype(np.uint64) if now else None
     entries, changed = np.zeros(nr, np.uint64) if known is None else known, list[int]()
     if known is None:
-        entries[step.index] = step.entry
-    elif before is not None:
-        changed = np.flatnonzero(known != (0 if old is None else old)).tolist()
+        entries[index] = entry
+    elif now != before:
+        old = np.frombuffer(before, mode.dtype).astype(np.uint64) if before else 0
+        changed = np.flatnonzero(known != old).tolist()
     present = np.flatnonzero(classify_all(mode, level, entries).present).tolist()
     foot = size if known is None or plan.narrow else f"{len(present)} of {nr}, {size} each"
     out = text(x, 64, level.name, "b")
@@ -127,7 +131,7 @@ def _table(plan: _Plan, mode: PagingMode, column: int, step: WalkStep, found: Pa
         out += cat(text(x - 12, y + 8, f"{first:03x}", "m s d", "end") for y, first, _ in lattice.rows(nr)[::8] if not column)
     cells, words = _cells(mode, level, entries, lattice, changed), f"{level.name} at gpa {hx(gpa)}, {len(present)} present"
     return out + text(x, TOP + plan.tall + 13, foot, "s d") + grid(
-        "entry", words, cells, column, rows=lattice.rows(nr), x=x, pitch=plan.pitch, h=lattice.tall, at=step.index,
+        "entry", words, cells, column, rows=lattice.rows(nr), x=x, pitch=plan.pitch, h=lattice.tall, at=index,
         each=f"{level.name}[{{h}}] = {{v}}", none=f"{level.name}[{{h}}]: not present",
         values=[(i, 1, hx(int(entries[i]))) for i in present])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -39,7 +41,7 @@ class LabWidget(_Panes):
         super().__init__(layout_html=str(self.view().layout), step=hub.shown.step, **self._drawn(940))
         hub.watch(self.paint, True)  # until the last browser that showed it says bye
         self.on_msg(self._receive)
-        self.observe(lambda _change: self.paint(), "width")
+        self.observe(lambda _change: self.paint()(), "width")
 
     def view(self, width: int = 940) -> View:
         """The same picture as a View, for a notebook without kernel and for a terminal."""
@@ -47,11 +49,14 @@ class LabWidget(_Panes):
         return dashboard.render(hub.shown, hub.before, width=width, kind=self._kind, actions=hub.controller.actions,
                                 pinned=self._pinned, memo=self._memo)
 
-    def paint(self) -> None:
-        """Show the hub's snapshot: one message with the panes that changed."""
+    def paint(self) -> Callable[[], None]:
+        """Draw the hub's snapshot; what is returned sends it, as one message with the panes that changed."""
+        return partial(self._put, self._hub.shown.step, self._drawn(min(max(self.width, 320), 4000)))
+
+    def _put(self, step: int, drawn: dict[str, str]) -> None:
         with self.hold_sync():
-            self.step = self._hub.shown.step
-            for name, body in self._drawn(min(max(self.width, 320), 4000)).items():
+            self.step = step
+            for name, body in drawn.items():
                 setattr(self, name, body)
 
     def close(self) -> None:
