@@ -43,6 +43,22 @@ void guest_copies(uint64_t n)
 	}
 	GUEST_SYNC(total);
 }
+static noinline uint64_t odd(uint64_t i) { return i & 1 ? i * 3 : words[i & 511]; }
+void guest_branches(uint64_t n)
+{
+	static uint64_t (*volatile call)(uint64_t) = odd;
+	uint64_t sum = 0;
+	for (uint64_t i = 0; i < n; i++)
+		sum += i % 3 ? call(i) : sum >> 7;
+	GUEST_SYNC(sum);
+}
+void guest_jumps(uint64_t n)
+{
+	uint64_t sum = 0;
+	asm volatile("lea 2f(%%rip), %%rax; lea 1f(%%rip), %%rcx; 1: add $3, %1; test $8, %1; jz 3f; incq words(%%rip);"
+		"3: jmp *%%rax; 2: dec %0; jz 4f; jmp *%%rcx; 4:" : "+r"(n), "+r"(sum) : : "rax", "rcx", "memory");
+	GUEST_SYNC(sum + words[0]);
+}
 void guest_spins(void) { for (;;); }
 void guest_pauses(void) { for (;;) cpu_relax(); }
 ''')
@@ -101,7 +117,8 @@ def result(code: str, entry: str, count: int | None) -> list[object]:
 
 
 @pytest.mark.parametrize(("entry", "n"), [("guest_memory", 40_000_000), ("guest_registers", 400_000_000), ("guest_calls", 36),
-                                          ("guest_copies", 200_000)])
+                                          ("guest_copies", 200_000),
+                                          ("guest_branches", 30_000_000), ("guest_jumps", 50_000_000)])
 def test_that_a_guest_disturbed_many_times_computes_the_same(entry: str, n: int) -> None:
     hits, same = result(MANY, entry, n)
     assert isinstance(hits, int) and hits >= 3 and same

@@ -1,9 +1,9 @@
 """Blocks that jump to themselves: how to stop a CPU that never comes back.
 
 `uc_emu_stop` from another thread leaves the program counter where memory was last touched, or in the middle of a
-read-modify-write. Dropping the translated code brings the CPU back in order, but a block that jumps to itself stays linked to
-itself. If such a block touches memory, a hook looks at a flag once a round and stops in order. If not, stopping it from
-outside is exact but for the program counter, which `settle` knows.
+read-modify-write; dropping translated code under a running CPU crashes it now and then. So a hook at the head of every loop
+looks at a flag once a round and stops in order: whatever runs for ever jumps backwards. Only a block that jumps to itself and
+touches no memory goes without: stopping it from outside is exact but for the program counter, which `settle` knows.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from collections.abc import Mapping
 
 from labkit.engines.disasm import Decoded, disassemble
 
-__all__ = ["is_memory_loop", "settle"]
+__all__ = ["loop_head", "settle"]
 
 _STACK = ("push", "pop", "call", "ret", "leave", "enter")
 
 
-def is_memory_loop(arch: str, gva: int, data: bytes) -> bool:
-    """Whether a block jumps to its own start and touches memory on the way."""
+def loop_head(arch: str, gva: int, data: bytes) -> int | None:
+    """Where a loop that this block closes must look at the flag: the block it jumps back to, itself if it touches memory."""
     block = list(disassemble(arch, data, gva))
-    return _loops(block) and any(("[" in i.op_str and i.mnemonic not in ("lea", "nop")) or i.mnemonic in _STACK for i in block)
+    if _loops(block):
+        touches = any(("[" in i.op_str and i.mnemonic not in ("lea", "nop")) or i.mnemonic in _STACK for i in block)
+        return gva if touches else None
+    target = _target(block[-1]) if block else None
+    return target if target is not None and target < gva else None
 
 
 def settle(arch: str, stale: int, blocks: Mapping[int, bytes]) -> int:

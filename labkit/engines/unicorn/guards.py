@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from unicorn import unicorn_const as uc
 
-from labkit.engines.unicorn.blocks import is_memory_loop
+from labkit.engines.unicorn.blocks import loop_head
 from labkit.engines.unicorn.lib import LIB, STOP, CodeHook, EdgeHook, Page
 from labkit.engines.unicorn.stubs import stub
 
@@ -47,9 +47,9 @@ class Guards:
         self._stale: list[int] = []  # where hooks are that do not fit any more
         self._remapped = False
         self._loops: set[int] = set()  # blocks with a hook that looks at `halt`
-        self._new_loop = -1
+        self._new_loops: set[int] = set()
         self._know_a_block()
-        self.handle.hook(uc.UC_HOOK_EDGE_GENERATED, EdgeHook(lambda _h, tb, _p, _d: self._edge(tb.contents)))
+        self.handle.hook(uc.UC_HOOK_EDGE_GENERATED, EdgeHook(lambda _h, tb, before, _d: self._edge(tb.contents, before.contents)))
 
     def _know_a_block(self) -> None:
         """Run two blocks of our own: Unicorn reports a new block only when it knows the one before."""
@@ -124,8 +124,10 @@ class Guards:
             LIB.uc_emu_stop(self.handle.h)
         self.skip = -1
 
-    def _edge(self, tb: Any) -> None:
+    def _edge(self, tb: Any, before: Any) -> None:
         """A block was translated and has not run: stop when something must be done about it, or when somebody asked."""
+        if self.vcpu.mode == "free" and tb.pc <= before.pc:  # it was reached backwards, by a return or an indirect jump
+            self._want_flag(tb.pc)
         if tb.icount == 1 and self.vcpu.count() and self._is_restart(tb.pc):
             self._restarted = tb.pc
             self._rep[3] += self.vcpu.count() - self.vcpu.before(tb.pc)
@@ -151,16 +153,19 @@ class Guards:
         self._found = self.vcpu.quirks.scan(data, gva)
         if self.vcpu.mode == "free":
             self._found = {at: trap for at, trap in self._found.items() if trap.kind != "rep"}
-            if gva not in self._loops and is_memory_loop(self.vcpu.vm.arch, gva, data):
-                self._new_loop = gva
+            self._want_flag(loop_head(self.vcpu.vm.arch, gva, data))
         here = [(at, work) for at, (work, _) in self._hooks.items() if gva <= at < gva + size]
         self._stale = [at for at, work in here if work != _work(self._found.get(at))]
-        if self._strange or self._stale or self._remapped or self._restarted >= 0 or self._new_loop >= 0:
+        if self._strange or self._stale or self._remapped or self._restarted >= 0 or self._new_loops:
             return True
         if not self._hooks.keys() >= self._found.keys():
             return True
         self.traps.update(self._found)
         return False
+
+    def _want_flag(self, head: int | None) -> None:
+        if head is not None and head not in self._loops:
+            self._new_loops.add(head)
 
     def _note(self, page: int) -> bool:
         """Remember what a page of gvas is mapped to, and its contents; True when it was mapped to something else."""
@@ -185,12 +190,12 @@ class Guards:
         for gva in self._stale:
             self._unhook(gva)
         self._stale = []
-        if self._new_loop >= 0:
-            self._loops.add(self._new_loop)
+        while self._new_loops:
+            head = self._new_loops.pop()
+            self._loops.add(head)
             flag: Any = stub("flag") or CodeHook(lambda _h, _a, _s, _d: self._look_at_flag())
-            self.handle.hook(uc.UC_HOOK_BLOCK, flag, self._new_loop, self._new_loop, ctypes.addressof(self.halt))
-            self.handle.forget_code(self._new_loop, 1)
-            self._new_loop = -1
+            self.handle.hook(uc.UC_HOOK_BLOCK, flag, head, head, ctypes.addressof(self.halt))
+            self.handle.forget_code(head, 1)
         for gva, trap in self._found.items():
             if gva not in self._hooks:
                 self._hook(gva, trap)

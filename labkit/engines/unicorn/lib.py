@@ -167,13 +167,9 @@ class Handle:
     def forget_code(self, gva: int, size: int) -> None:
         """Forget the translated blocks of a range; a range that is not mapped has none, and Unicorn's page fault is undone."""
         before = self.context()
-        self.drop_code(gva, size)
-        self.set_context(before)
-
-    def drop_code(self, gva: int, size: int) -> None:
-        """The same from another thread while code runs."""
         code = uc.UC_CTL_IO_WRITE << 30 | 2 << 26 | uc.UC_CTL_TB_REMOVE_CACHE
         LIB.uc_ctl(c_void_p(self.h), c_uint32(code), c_uint64(gva), c_uint64(gva + size))
+        self.set_context(before)
 
     def hook(self, kind: int, callback: Any, begin: int = 1, end: int = 0, data: int | None = None) -> int:
         """Add a hook (a ctypes callback, or the address of a C function); the whole address space by default."""

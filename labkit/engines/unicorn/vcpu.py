@@ -95,7 +95,7 @@ class UnicornVcpu:
         self.mode, self._tally_hook, self._by_block = "", 0, "tally" if stub("tally") else "each"
         self.locked_at, self._stop = -1, self.stop
         self._exception: int | None = None
-        self._forced, self._asked, self._shortened = False, 0, (-1, -1)
+        self._forced, self._shortened = False, (-1, -1)
         self.quirks = vm.quirks(self)
         self.guards, self.mmio = Guards(self), Mmio(self)
         self.handle.hook(uc.UC_HOOK_INTR, IntrHook(lambda _h, vector, _d: self._intr(vector)))
@@ -204,19 +204,11 @@ class UnicornVcpu:
             shield.running = False
 
     def stop(self) -> None:
-        """Make an uncounted run return, from another thread; the caller repeats it until the run is over (see blocks.py).
-
-        Loops that touch memory look at the flag by themselves. Only where that was not enough is the code dropped, which is
-        not free of danger while the CPU looks for its next block; and last, what is left is stopped from outside.
-        """
-        self._asked += 1
-        self.guards.halt.value = 1
-        if self._asked == 2:
-            for gva in {gva & -4096 for gva in list(self.tally.blocks)}:
-                self.handle.drop_code(gva, 4096)
-        elif self._asked > 2:
+        """Make an uncounted run return, from another thread; the caller repeats it until the run is over (see blocks.py)."""
+        if self.guards.halt.value:  # it was asked before: what does not look at the flag is stopped from outside
             self._forced = True
             LIB.uc_emu_stop(self.handle.h)
+        self.guards.halt.value = 1
 
     def _run(self, insns: int | None) -> Exit:
         if self.stale_tlb or self.stale_code or self.vm.runner is not self:
@@ -323,7 +315,7 @@ class UnicornVcpu:
         self.guards.halt.value = 0
 
     def _run_uncounted(self) -> int:
-        self.guards.halt.value, self._forced, self._asked = 0, False, 0
+        self.guards.halt.value, self._forced = 0, False
         with self.vm.shield.native():
             status = self.handle.run(self.quirks.leave())
         stopped = self._forced and not self.guards.stopped and not status and self._exception is None
