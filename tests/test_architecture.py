@@ -30,11 +30,12 @@ HOMES = {
     "ziglang": ("guest",),
     "capstone": ("engines", "explore", "machine"),
     "numba": ("engines/unicorn",),
+    "cryptography": ("sev", "bench"),
     "pandas": ("paging", "machine", "ucall", "sev", "explore", "lab"),
     "numpy": ("paging", "engines", "machine", "guest", "ucall", "sev", "explore", "views", "lab", "bench"),
     "jupyter_core": ("cli",), "nbclient": ("cli",), "nbformat": ("cli",),
 }
-LAZY = {"pandas", "matplotlib", "numba", "ziglang", "anywidget", "ipywidgets", "IPython", "nbclient", "nbformat"}
+LAZY = {"pandas", "matplotlib", "numba", "cryptography", "ziglang", "anywidget", "ipywidgets", "IPython", "nbclient", "nbformat"}
 LAZY_EXEMPT = {"views", "magics"}  # rooms that are themselves loaded only when first needed
 
 MAX_FILE, MAX_FUNCTION, MAX_PYTHON, MAX_C_AND_JS = 400, 40, 8000, 1500
