@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 __all__ = [
-    "BudgetExceeded", "CompileError", "ElfError", "GuestAssertFailed", "GuestCrashed", "InvalidState", "LabError",
-    "MemoryFault", "NotAvailable", "OutOfMemory", "PageFault", "SymbolNotFound",
+    "BudgetExceeded", "CompileError", "ElfError", "GuestAssertFailed", "GuestCrashed", "InvalidState", "KvmError",
+    "LabError", "MemoryFault", "NotAvailable", "OutOfMemory", "PageFault", "PspError", "SymbolNotFound",
 ]
 
 
@@ -64,3 +64,11 @@ class GuestCrashed(LabError):
 
 class BudgetExceeded(LabError):
     """The instruction budget ran out before the guest was done (facts: vcpu, insns)."""
+
+
+class PspError(LabError):
+    """The secure processor refused a command (facts: status, found, and command where one was given)."""
+
+
+class KvmError(LabError):
+    """KVM refused an ioctl on an encrypted VM (facts: errno, command, and status where the firmware was asked)."""
