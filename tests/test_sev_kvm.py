@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from copy import deepcopy
 from errno import EBUSY, EINVAL, EIO, ENOTTY, EPERM
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,15 @@ def test_that_an_snp_launch_refuses_and_undoes(name: str, fields: dict[str, int]
     kvm_command(vm, "SNP_LAUNCH_UPDATE", gpa=SPA, size=4096)
     assert errno_of(vm, name, **fields)[0] == errno
     assert set(vm.host.rmp.entries) == {SPA}
+
+
+def test_that_a_deep_copy_of_a_vm_is_a_whole_machine() -> None:
+    vm = make_vm(VmType.SNP)
+    kvm_command(vm, "SNP_LAUNCH_START", policy=SNP_POLICY)
+    twin = deepcopy(vm)
+    kvm_command(twin, "SNP_LAUNCH_UPDATE", gpa=SPA, size=4096)
+    assert twin.snp and vm.snp and twin.cipher is vm.cipher is not None and any(twin.snp.digest) and not any(vm.snp.digest)
+    assert twin.snp.psp is twin.host.psp is not vm.host.psp and twin.snp.rmp is twin.host.rmp and not vm.host.rmp.entries
 
 
 @pytest.mark.parametrize("policy", [0, SnpPolicy.SMT, SnpPolicy.RESERVED_ONE, SNP_POLICY | SnpPolicy.SINGLE_SOCKET, SNP_POLICY | 1 << 21])

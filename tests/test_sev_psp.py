@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from copy import deepcopy
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sev_sample import PLAIN, SPA, good_fields, in_state, make_psp, start, status_of
 
 from labkit.errors import InvalidState, PspError
@@ -309,11 +312,38 @@ def test_that_the_same_seed_gives_the_same_launch() -> None:
 def test_that_a_copy_goes_its_own_way() -> None:
     psp = make_psp()
     handle = start(psp)
-    twin = psp.copy(psp.memory)
+    twin = deepcopy(psp)
     digest = psp.guests[handle].digest
     twin.command("LAUNCH_UPDATE_DATA", handle=handle, spa=SPA, size=16)
     twin.command("LAUNCH_MEASURE", handle=handle, size=48)
-    assert psp.guests[handle].digest == digest != twin.guests[handle].digest and psp.guests[handle].state == GuestState.LAUNCH_UPDATE
+    twin.command("DEACTIVATE", handle=handle)
+    assert psp.guests[handle].digest == digest != twin.guests[handle].digest and not psp.guests[handle].measured
+    assert psp.command("GUEST_STATUS", handle=handle)[1:] == (1, GuestState.LAUNCH_UPDATE) and not psp.used_asids
+
+
+fields = st.fixed_dictionaries({}, optional={
+    "handle": st.integers(0, 3), "policy": st.integers(0, 63), "asid": st.sampled_from([0, 1, 2, 8, 9, 99]),
+    "spa": st.sampled_from([0, SPA, SPA + 1, 1 << 40]), "size": st.sampled_from([0, 15, 16, 48, 4096]), "header": st.just(bytes(52)),
+    "data": st.just(bytes(16)), "session": st.sampled_from([b"", bytes(128)]), "pdh": st.just(make_psp().pdh),
+})
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.sampled_from(sorted(RULES)), fields), max_size=25))
+def test_that_any_sequence_of_commands_is_answered(sequence: list[tuple[str, dict[str, Any]]]) -> None:
+    psp = make_psp()
+    for name, some in sequence:
+        before = {handle: guest.state for handle, guest in psp.guests.items()}
+        status = status_of(psp, name, **some)
+        assert not status or {handle: guest.state for handle, guest in psp.guests.items()} == before
+    for guest in psp.guests.values():
+        assert guest.state and (not guest.asid or guest.asid in psp.asids(bool(guest.policy & Policy.ES)))
+        assert all(other.cipher.key == guest.cipher.key for other in psp.guests.values() if guest.asid and other.asid == guest.asid)
+
+
+def test_that_a_field_no_command_has_is_refused() -> None:
+    with pytest.raises(InvalidState, match="LAUNCH_START has no such field"):
+        make_psp().command("LAUNCH_START", colour=3)
 
 
 def test_that_every_status_has_a_sentence() -> None:

@@ -6,10 +6,10 @@ import hashlib
 import struct
 
 import pytest
-from sev_sample import PLAIN, SPA, make_psp, start
+from sev_sample import PLAIN, SPA, make_psp, start, status_of
 
 from labkit.errors import PspError
-from labkit.sev.policy import SnpPolicy, Status
+from labkit.sev.policy import Policy, SnpPolicy, Status
 from labkit.sev.psp import Psp
 from labkit.sev.rmp import PAGE_NOT_VALIDATED, Rmp, RmpEntry, RmpFault, RmpStatus, guest_access, host_access
 from labkit.sev.snp import PageType, SnpGuest, SnpState, extend
@@ -46,6 +46,7 @@ def test_that_a_launch_starts_only_with_a_fitting_policy_and_asid(policy: int, a
 def test_that_an_snp_asid_is_taken_until_it_is_flushed() -> None:
     psp = make_psp()
     guest = launch(psp)
+    assert status_of(psp, "ACTIVATE", handle=psp.command("LAUNCH_START", policy=Policy.ES), asid=guest.asid) == S.ASID_OWNED
     for status in (S.ASID_OWNED, S.DFFLUSH_REQUIRED):
         with pytest.raises(PspError) as caught:
             launch(psp)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import labkit as lk
 from labkit.errors import InvalidState
 from labkit.sev.cipher import MemoryCipher
+from labkit.sev.cpu import encryption_leaf, sev_status
 from labkit.sev.vmsa import VMSA, VMSA_SIZE, seal, unseal, vmsa_page, vmsa_registers
 
 CIPHER, SPA = MemoryCipher(bytes(range(16))), 0x77000
@@ -43,6 +44,25 @@ def test_that_flat_segments_get_the_attributes_of_svm(regs: dict[str, int]) -> N
 def test_that_every_field_has_a_place_of_its_own(some: dict[str, int]) -> None:
     page = vmsa_page(some)
     assert {field: VMSA.get(page, field) for field in some} == some
+
+
+@pytest.mark.parametrize(("regs", "level"), [({"cs": 8}, 0), ({"cs": 0x2B}, 3), ({"cs": 0x2B, "cpl": 1}, 1)])
+def test_that_the_ring_is_kept_beside_the_selector(regs: dict[str, int], level: int) -> None:
+    assert vmsa_registers(vmsa_page(regs))["cpl"] == level
+
+
+@pytest.mark.parametrize(("protect", "eax", "status"), [("sev", 0x402, 1), ("sev-es", 0x40A, 3), ("snp", 0x41A, 7)])
+@pytest.mark.parametrize("c_bit", [47, 51])
+def test_that_the_cpu_says_where_the_c_bit_is(protect: str, eax: int, status: int, c_bit: int) -> None:
+    assert encryption_leaf(protect, c_bit, 5, 15, 8) == (eax, c_bit | 5 << 6, 15, 8) and sev_status(protect) == status
+
+
+@pytest.mark.parametrize(("protect", "c_bit", "reduction"), [
+    ("sev", 31, 0), ("sev", 64, 0), ("sev", 47, 64), ("sev", 47, -1), ("tdx", 47, 0),
+])
+def test_that_a_c_bit_lies_above_addresses(protect: str, c_bit: int, reduction: int) -> None:
+    with pytest.raises(InvalidState, match="C-bit"):
+        encryption_leaf(protect, c_bit, reduction)
 
 
 def test_that_fields_do_not_overlap() -> None:

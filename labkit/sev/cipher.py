@@ -72,6 +72,9 @@ class MemoryCipher:
         self._tweaks = np.empty((CHUNK // PAGE + 1, PAGE // BLOCK, 2), np.uint64)  # buffers for one chunk: allocating costs more than AES
         self._mixed, self._done = np.empty((CHUNK // BLOCK, 2), np.uint64), bytearray(CHUNK + BLOCK)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryCipher:
+        return self  # nothing in it changes
+
     def encrypt(self, spa: int, data: bytes | bytearray | memoryview) -> bytes:
         """Ciphertext of data at spa, both multiples of 16; raises InvalidState when they are not."""
         out = bytearray(len(data))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from labkit.errors import InvalidState
 
@@ -41,6 +41,14 @@ class Request:
     data: bytes = b""
     pdh: bytes = b""
     session: bytes = b""
+
+    @classmethod
+    def of(cls, command: str, fields: dict[str, Any]) -> Request:
+        """A request from named fields; raises InvalidState for a name that no command has or a value that does not fit."""
+        try:
+            return cls(command, **fields)
+        except TypeError as err:
+            raise InvalidState(f"{command} has no such field: {err}") from err
 
     def __post_init__(self) -> None:
         for name, bits in (("policy", 32), ("handle", 32), ("asid", 32), ("spa", 52), ("size", 32)):

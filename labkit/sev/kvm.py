@@ -13,7 +13,7 @@ from errno import EBUSY, EINVAL, EIO, ENOTTY, EPERM
 from typing import Any, NamedTuple
 
 from labkit.errors import KvmError, PspError
-from labkit.sev.cipher import PAGE
+from labkit.sev.cipher import PAGE, MemoryCipher
 from labkit.sev.policy import SnpPolicy
 from labkit.sev.psp import Psp
 from labkit.sev.rmp import Rmp, RmpEntry
@@ -73,6 +73,12 @@ class KvmVm:
     snp: SnpGuest | None = None
     dead: bool = False
     spa: Callable[[int], int] = lambda gpa: gpa  # the nested table
+
+    @property
+    def cipher(self) -> MemoryCipher | None:
+        """The key that private memory is under; None before LAUNCH_START."""
+        guest = self.snp or self.host.psp.guests.get(self.handle)
+        return guest.cipher if guest else None
 
     def close(self) -> None:
         """Give up the guest and its ASID, as the last close of the VM does."""
@@ -167,7 +173,7 @@ def _forward(vm: KvmVm, name: str, fields: dict[str, Any]) -> Any:
             raise _error(EINVAL, f"{size:#x} bytes at {spa:#x}: none, or more than one page", name)
     if name == "SEND_START" and not fields.get("pdh"):
         raise _error(EINVAL, "no certificate of the target", name)
-    return vm.host.psp.command(name, handle=vm.handle, **fields)
+    return vm.host.psp.command(name, **{**fields, "handle": vm.handle})
 
 
 def _init(vm: KvmVm, name: str, fields: dict[str, Any]) -> None:
@@ -253,14 +259,14 @@ def _snp_page(vm: KvmVm, guest: SnpGuest, spa: int, gpa: int, kind: int) -> None
 
 
 def _snp_finish(vm: KvmVm, name: str, fields: dict[str, Any]) -> None:
-    if vm.snp is None or fields.pop("flags", 0):
+    if vm.snp is None or fields.get("flags"):
         raise _error(EINVAL, "no SNP_LAUNCH_START, or flags", name)
     for vcpu in vm.vcpus:
         if vcpu.protected:
             raise _error(EINVAL, "a VMSA is encrypted already", name)
         _snp_page(vm, vm.snp, vcpu.vmsa_spa, VMSA_GPA, PageType.VMSA)
         vcpu.protected = True
-    vm.snp.finish(**fields)
+    vm.snp.finish(fields.get("host_data", bytes(32)))
 
 
 _BODIES: dict[str, Callable[[KvmVm, str, dict[str, Any]], Any]] = {

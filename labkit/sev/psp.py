@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Callable
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -58,6 +58,9 @@ class Guest:
     measured: list[Measured] = field(default_factory=list)
     content: Any = field(default_factory=hashlib.sha256, repr=False)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Guest:
+        return replace(self, measured=list(self.measured), content=self.content.copy())
+
     @property
     def digest(self) -> bytes:
         """The launch digest so far: SHA-256 of all plaintext in the order of its updates."""
@@ -94,7 +97,7 @@ class Psp:
         try:
             if name not in RULES:
                 raise refusal(S.INVALID_COMMAND, repr(name))
-            rule, request = RULES[name], Request(name, **fields)
+            rule, request = RULES[name], Request.of(name, fields)
             for check in rule.checks:
                 status, test = _CHECKS[check]
                 if found := test(self, request):
@@ -108,11 +111,11 @@ class Psp:
             guest.state = rule.to
         return result
 
-    def copy(self, memory: RawMemory) -> Psp:
-        """The same secure processor over a copy of its memory, for snapshots."""
-        twin = copy(self)
-        twin.memory, twin.used_asids, twin.snp_asids = memory, set(self.used_asids), set(self.snp_asids)
-        twin.guests = {h: replace(g, measured=list(g.measured), content=g.content.copy()) for h, g in self.guests.items()}
+    def __deepcopy__(self, memo: dict[int, Any]) -> Psp:
+        """For snapshots: guests and ASIDs are copied; memory and keys are shared."""
+        twin = memo[id(self)] = copy(self)
+        for name in ("guests", "used_asids", "snp_asids"):
+            setattr(twin, name, deepcopy(getattr(self, name), memo))
         return twin
 
     def fresh(self, size: int) -> bytes:

@@ -7,9 +7,10 @@ report, no VMPL permissions, no migration; the CPUID page is checked for its cou
 from __future__ import annotations
 
 import hashlib
+from copy import copy, deepcopy
 from enum import Enum, IntEnum
 from struct import Struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from labkit.sev.cipher import PAGE, MemoryCipher
 from labkit.sev.policy import SnpPolicy, Status, refusal, refuse_first, snp_policy_api
@@ -77,6 +78,11 @@ class SnpGuest:
         self.vmpcks, self.host_data = psp.fresh(_VMPCK_SIZE), bytes(32)
         self.measured: list[SnpMeasured] = []
         psp.snp_asids.add(asid)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SnpGuest:
+        twin = memo[id(self)] = copy(self)
+        twin.psp, twin.rmp, twin.measured = deepcopy(self.psp, memo), deepcopy(self.rmp, memo), list(self.measured)
+        return twin
 
     def update(self, spa: int, kind: int) -> None:
         """SNP_LAUNCH_UPDATE of one page that RMPUPDATE made immutable and this guest's; it is encrypted in place and becomes valid."""
