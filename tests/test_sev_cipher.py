@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit.errors import InvalidState
@@ -23,6 +23,7 @@ def blocks(data: bytes) -> list[bytes]:
     return [data[i:i + 16] for i in range(0, len(data), 16)]
 
 
+@settings(deadline=None)
 @given(forms, spas, texts)
 def test_that_what_is_encrypted_decrypts_and_only_there(form: str, spa: int, plain: bytes) -> None:
     if spa + len(plain) > 1 << 52:
@@ -32,6 +33,7 @@ def test_that_what_is_encrypted_decrypts_and_only_there(form: str, spa: int, pla
     assert MemoryCipher(bytes(16), form).decrypt(spa, cipher.encrypt(spa, plain)) != plain
 
 
+@settings(deadline=None)
 @given(forms, spas, spas, st.integers(1, 600))
 def test_that_the_same_plaintext_at_two_addresses_shares_no_block(form: str, first: int, second: int, nr: int) -> None:
     first, second = (spa % (1 << 51) for spa in (first, second))
@@ -41,6 +43,7 @@ def test_that_the_same_plaintext_at_two_addresses_shares_no_block(form: str, fir
     assert len(set(blocks(one))) == nr and (not apart or not set(blocks(one)) & set(blocks(two)))
 
 
+@settings(deadline=None)
 @given(forms, spas, spas, st.binary(min_size=64, max_size=64))
 def test_that_moved_ciphertext_garbles_every_block(form: str, there: int, here: int, plain: bytes) -> None:
     there, here = there % (1 << 51), here % (1 << 51)
@@ -49,6 +52,7 @@ def test_that_moved_ciphertext_garbles_every_block(form: str, there: int, here: 
     assert all((a == b) == (here == there) for a, b in zip(blocks(moved), blocks(plain), strict=True))
 
 
+@settings(deadline=None)
 @given(forms, spas, st.binary(min_size=80, max_size=80), st.integers(0, 639))
 def test_that_one_flipped_bit_garbles_exactly_one_block(form: str, spa: int, plain: bytes, bit: int) -> None:
     spa, cipher = spa % (1 << 51), MemoryCipher(KEY, form)
@@ -58,6 +62,7 @@ def test_that_one_flipped_bit_garbles_exactly_one_block(form: str, spa: int, pla
     assert wrong == [bit // 128]
 
 
+@settings(deadline=None)
 @given(spas, st.binary(min_size=32, max_size=32), st.binary(min_size=32, max_size=32))
 def test_that_replayed_ciphertext_decrypts_cleanly(spa: int, old: bytes, new: bytes) -> None:
     spa, cipher = spa % (1 << 51), MemoryCipher(KEY)
@@ -67,6 +72,7 @@ def test_that_replayed_ciphertext_decrypts_cleanly(spa: int, old: bytes, new: by
     assert cipher.decrypt(spa, memory) == old
 
 
+@settings(deadline=None)
 @given(forms, st.lists(spas, min_size=1, max_size=40), st.binary(min_size=16, max_size=16))
 def test_that_single_blocks_agree_with_runs(form: str, where: list[int], plain: bytes) -> None:
     cipher = MemoryCipher(KEY, form)
@@ -75,6 +81,7 @@ def test_that_single_blocks_agree_with_runs(form: str, where: list[int], plain: 
     assert cipher.decrypt_blocks(np.array(where, np.uint64), made).tobytes() == plain * len(where)
 
 
+@settings(deadline=None)
 @given(spas, st.binary(min_size=16, max_size=16))
 def test_that_it_is_aes_between_two_xors(spa: int, plain: bytes) -> None:
     tweak = np.zeros(2, np.uint64)

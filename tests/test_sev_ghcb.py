@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit.sev.ghcb import (
@@ -40,6 +40,7 @@ def test_that_an_msr_request_is_answered_as_kvm_does(host: MsrHost, value: int, 
     assert answer_msr(value, host) == answer
 
 
+@settings(deadline=None)
 @given(st.integers(0, (1 << 64) - 1))
 def test_that_any_msr_value_is_understood(value: int) -> None:
     answer = answer_msr(value, HOST)
@@ -90,12 +91,14 @@ def test_that_only_valid_registers_are_taken() -> None:
     assert request.regs["rax"] == 5 and "rcx" not in request.regs and request.name == "VMMCALL"
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1 << 32), st.booleans())
 def test_that_any_page_is_understood(seed: int, snp: bool) -> None:
     request = parse_ghcb(random.Random(seed).randbytes(4096), snp)
     assert request.refused or request.code in EVENTS
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(EVENTS)), st.integers(0, (1 << 128) - 1), st.binary(min_size=8, max_size=8))
 def test_that_any_bitmap_is_understood(code: int, bitmap: int, info: bytes) -> None:
     request = parse_ghcb(page(code, valid_bitmap=bitmap, sw_exit_info_1=int.from_bytes(info, "little")), True)

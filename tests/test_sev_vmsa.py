@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import labkit as lk
@@ -40,6 +40,7 @@ def test_that_flat_segments_get_the_attributes_of_svm(regs: dict[str, int]) -> N
     assert VMSA.get(page, "cpl") == 0 and VMSA.get(page, "cs_limit") == 0xFFFFFFFF
 
 
+@settings(deadline=None)
 @given(some_registers)
 def test_that_every_field_has_a_place_of_its_own(some: dict[str, int]) -> None:
     page = vmsa_page(some)
