@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from labkit.arch.desc import PagingMode
 
 __all__ = [
-    "BudgetExit", "Capability", "DebugExit", "EngineVcpu", "EngineVm", "Exit", "HaltExit", "HypercallExit",
+    "BudgetExit", "Capability", "Cipher", "DebugExit", "EngineVcpu", "EngineVm", "Exit", "HaltExit", "HypercallExit",
     "InternalErrorExit", "InterruptExit", "MmioExit", "PioExit", "Regs", "ShutdownExit", "Trace",
 ]
 
@@ -128,6 +131,16 @@ class Capability:
     why: str = ""
 
 
+class Cipher(Protocol):
+    """What stands between the guest's view of a page and DRAM's: length-preserving, by 16-byte blocks at system physical addresses."""
+
+    def encrypt_into(self, spa: int, data: Any, out: Any) -> None:
+        """Encrypt from one buffer into another."""
+
+    def decrypt_into(self, spa: int, data: Any, out: Any) -> None:
+        """Decrypt from one buffer into another."""
+
+
 class EngineVcpu(Protocol):
     """One virtual CPU; the caller owns guest memory."""
 
@@ -168,6 +181,12 @@ class EngineVm(Protocol):
 
     name: str
     capabilities: tuple[Capability, ...]
+
+    def protect(self, mode: PagingMode, cipher: Cipher, inverted: bool) -> None:
+        """Before any vCPU: the guest sees memory through the key where an entry's encryption bit says so (inverted: where not).
+
+        Raises NotAvailable on an engine whose guests cannot be encrypted.
+        """
 
     def add_memslot(self, gpa: int, hva: int, size: int) -> None:
         """Let the guest see host memory at `gpa`; the caller keeps it alive."""

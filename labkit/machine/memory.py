@@ -30,11 +30,15 @@ class Memslot:
 
 
 class Memory:
-    """The memslots of one VM; `on_write(gpa, size)` is told of every write that the host makes."""
+    """The memslots of one VM; `on_write(gpa, size)` is told of every write that the host made.
+
+    `on_look(gpa, size)` is told before every access of the host: what lies there may have to be made first.
+    """
 
     def __init__(self) -> None:
         self.slots: list[Memslot] = []
         self.on_write: list[Callable[[int, int], None]] = []
+        self.on_look: list[Callable[[int, int], None]] = []
 
     def add(self, gpa: int, size: int) -> Memslot:
         """Add a zeroed memslot; raises InvalidState when it is not page aligned, too high, or overlaps another."""
@@ -64,6 +68,8 @@ class Memory:
         if slot is None or size < 0:
             raise self._fault("read", gpa, size)
         offset = gpa - slot.gpa
+        if self.on_look:
+            self.looked_at(gpa, size)
         if offset + size <= slot.size:
             return slot.data[offset:offset + size]
         head = slot.size - offset
@@ -80,11 +86,17 @@ class Memory:
             count = min(gpa + size, slot.gpa + slot.size) - at
             parts.append((slot, at - slot.gpa, count))
             at += count
+        self.looked_at(gpa, size)
         done = 0
         for slot, offset, count in parts:
             slot.data[offset:offset + count] = data[done:done + count]
             done += count
         for tell in self.on_write:
+            tell(gpa, size)
+
+    def looked_at(self, gpa: int, size: int) -> None:
+        """The host is about to look at these bytes, or to write a part of them."""
+        for tell in self.on_look:
             tell(gpa, size)
 
     def hva(self, gpa: int) -> int:

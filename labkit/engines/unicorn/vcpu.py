@@ -17,6 +17,7 @@ from labkit.engines.unicorn.blocks import settle
 from labkit.engines.unicorn.calibrate import calibrate
 from labkit.engines.unicorn.guards import Guards
 from labkit.engines.unicorn.lib import LIB, Handle, IntrHook
+from labkit.engines.unicorn.misses import fetch_fault, mmu_miss
 from labkit.engines.unicorn.mmio import FETCHES, HOLES, Mmio
 from labkit.engines.unicorn.stubs import stub
 from labkit.engines.unicorn.tally import MAX_BLOCK, Tally
@@ -70,6 +71,8 @@ class Quirks(Protocol):
     def forget_exception(self) -> object: ...
     def shorten_block(self) -> None: ...  # the next block that runs is one instruction long
     def wants_short_block(self) -> bool: ...  # the CPU itself wants it so
+    def ring(self) -> int: ...  # the privilege level that memory is accessed with
+    def miss(self, error: int | None, gva: int) -> Exit | None: ...  # deliver a page fault at gva, None: it is no address
     def strange_mode(self) -> str: ...  # why code cannot be run as the CPU stands, or ""
     def read_all(self) -> Regs: ...
     def read(self, name: str) -> int: ...
@@ -94,13 +97,15 @@ class UnicornVcpu:
         self.tally = Tally(vm.arch)
         self.mode, self._tally_hook, self._by_block = "", 0, "tally" if stub("tally") else "each"
         self.locked_at, self._stop = -1, self.stop
-        self._exception: int | None = None
-        self._forced, self._shortened = False, (-1, -1)
+        self.exception: int | None = None
+        self._forced, self.shortened = False, (-1, -1)
         self.quirks = vm.quirks(self)
         self.guards, self.mmio = Guards(self), Mmio(self)
         self.handle.hook(uc.UC_HOOK_INTR, IntrHook(lambda _h, vector, _d: self._intr(vector)))
         for gpa, hva, size in vm.slots:
             self.map(gpa, hva, size)
+        if vm.mmu is not None:
+            vm.mmu.attach(self.handle)
 
     # --- registers and state
 
@@ -149,16 +154,22 @@ class UnicornVcpu:
 
     def vmem_read(self, gva: int, size: int) -> bytes | None:
         """Guest-virtual memory as the CPU itself would read it; None when it would fault."""
+        if self.vm.mmu is not None:
+            return self.vm.mmu.access(self.handle, gva, size, self.quirks.ring())
         buffer = ctypes.create_string_buffer(size)
         read = self._quietly(LIB.uc_vmem_read, gva, uc.UC_PROT_READ, buffer, ctypes.c_size_t(size))
         return buffer.raw if read else None
 
     def vmem_write(self, gva: int, data: bytes) -> bool:
         """Write as the CPU itself would, permissions and dirty bits included; False when it would fault."""
+        if self.vm.mmu is not None:
+            return self.vm.mmu.access(self.handle, gva, len(data), self.quirks.ring(), data) is not None
         return self._quietly(LIB.uc_vmem_write, gva, uc.UC_PROT_WRITE, data, ctypes.c_size_t(len(data)))
 
     def translate(self, gva: int, access: int = uc.UC_PROT_READ) -> int | None:
         """The gpa behind a gva, None when the access would fault."""
+        if self.vm.mmu is not None:
+            return self.vm.mmu.translate(self.handle, gva, access, self.quirks.ring())
         gpa = ctypes.c_uint64()
         return gpa.value if self._quietly(LIB.uc_vmem_translate, gva, access, ctypes.byref(gpa)) else None
 
@@ -170,7 +181,7 @@ class UnicornVcpu:
         self.handle.write(self.quirks.fault_register, before)
         return False
 
-    def _sync(self) -> None:
+    def sync(self) -> None:
         """Forget what the host, or another vCPU, changed since this vCPU last ran."""
         if self.vm.runner is not self:
             self.vm.runner = self
@@ -212,7 +223,7 @@ class UnicornVcpu:
 
     def _run(self, insns: int | None) -> Exit:
         if self.stale_tlb or self.stale_code or self.vm.runner is not self:
-            self._sync()
+            self.sync()
         start, self.quirks.awaits, self.locked_at = self.insns, None, -1
         self.guards.skip = self.quirks.pc()
         self.guards.forget_last()
@@ -238,7 +249,7 @@ class UnicornVcpu:
         """One native run of at most limit instructions, counted as mode says."""
         if mode != self.mode:
             self._change_over(mode)
-        guards, tally, self._exception = self.guards, self.tally, None
+        guards, tally, self.exception = self.guards, self.tally, None
         guards.begin()
         tally.begin(limit)
         if mode == "free":
@@ -250,7 +261,7 @@ class UnicornVcpu:
         if guards.stopped == "edge":
             self.insns += self.count() - guards.extra()
             return guards.install()
-        if guards.stopped or status or self._exception is not None:
+        if guards.stopped or status or self.exception is not None:
             return self._stop_reason(status, limit)
         if mode == "each" and self.counter.value > limit:
             return self._budget(limit)
@@ -318,7 +329,7 @@ class UnicornVcpu:
         self.guards.halt.value, self._forced = 0, False
         with self.vm.shield.native():
             status = self.handle.run(self.quirks.leave())
-        stopped = self._forced and not self.guards.stopped and not status and self._exception is None
+        stopped = self._forced and not self.guards.stopped and not status and self.exception is None
         if stopped and self.quirks.pc() not in self.guards.traps:
             blocks = {gva: data for gva, (_count, data) in self.tally.blocks.items()}
             self.quirks.set_pc(settle(self.vm.arch, self.quirks.pc(), blocks))
@@ -349,39 +360,25 @@ class UnicornVcpu:
 
     def _stop_reason(self, status: int, limit: int) -> Exit | None:
         pc, guards = self.quirks.arrive(), self.guards
-        if status in FETCHES or self.quirks.is_fetch_fault(self._exception):
+        if self.vm.mmu is not None and status == uc.UC_ERR_EXCEPTION and self.vm.mmu.facts.why:
+            return mmu_miss(self, self.vm.mmu, pc, limit)
+        if status in FETCHES or self.quirks.is_fetch_fault(self.exception):
             ran = self.count()  # the instruction there was never begun
             self.insns += ran - guards.extra()
-            return self._fetch_fault(pc, bool(limit) and ran >= limit)
+            return fetch_fault(self, pc, bool(limit) and ran >= limit)
         self.insns += self.before(pc) - guards.extra() + (guards.last == (pc, self.count()) and guards.is_shadow(pc))
         if guards.stopped:
             return DebugExit(pc) if guards.stopped == "breakpoint" else None
-        if self._exception is not None:
-            return self.quirks.exception(self._exception)
+        if self.exception is not None:
+            return self.quirks.exception(self.exception)
         if status in HOLES:
             return self.mmio.meet()
         if status == uc.UC_ERR_INSN_INVALID:
             return self.quirks.invalid()
         return self.refuse(f"unicorn: {LIB.uc_strerror(status).decode()}")
 
-    def _fetch_fault(self, pc: int, spent: bool) -> Exit | None:
-        """Code ends here, or further on: Unicorn fetches a whole block before it runs the first instruction."""
-        code = self.guards.read(pc, 15)
-        if len(code) == 15 or next(disassemble(self.vm.arch, code, pc), None) is not None:
-            if self._shortened == (pc, self.insns):
-                return self.refuse("Unicorn cannot fetch this instruction and does not say why")
-            self._shortened = (pc, self.insns)
-            self.quirks.shorten_block()
-        elif not spent:
-            if self._exception is not None:
-                return self.quirks.exception(self._exception)
-            gpa = self.translate(pc + len(code), uc.UC_PROT_EXEC)
-            return InternalErrorExit(f"instruction fetch from gpa {gpa or 0:#x}, where no memslot is", pc)
-        self.quirks.forget_exception()
-        return None
-
     def _intr(self, vector: int) -> None:
-        self._exception = vector
+        self.exception = vector
         LIB.uc_emu_stop(self.handle.h)
 
     def refuse(self, why: str) -> InternalErrorExit:

@@ -7,13 +7,15 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from labkit.arch.x86_cpu import CpuModel
-from labkit.engines.base import Capability, Trace
+from labkit.engines.base import Capability, Cipher, Trace
 from labkit.engines.interrupt import Shield
 from labkit.engines.unicorn.vcpu import COUNT_FOR, UnicornVcpu
 from labkit.engines.unicorn.x86 import X86
 from labkit.errors import InvalidState, NotAvailable
 
 if TYPE_CHECKING:
+    from labkit.arch.desc import PagingMode
+    from labkit.engines.unicorn.mmu import Mmu
     from labkit.engines.unicorn.vcpu import QuirksOf
 
 __all__ = ["CAPABILITIES", "UnicornVm", "shield"]
@@ -53,10 +55,23 @@ class UnicornVm:
         self.closed = False
         self.runner: UnicornVcpu | None = None
         self.count_for = COUNT_FOR
+        self.mmu: Mmu | None = None
+
+    def protect(self, mode: PagingMode, cipher: Cipher, inverted: bool) -> None:
+        """Let the guest see memory through the key where an entry's encryption bit says so (inverted: where it does not)."""
+        from labkit.engines.unicorn.mmu import Mmu
+
+        if self.vcpus or self.mmu is not None:
+            raise InvalidState("a VM is protected once, before it has vCPUs")
+        self.mmu = Mmu(mode, cipher, inverted)
+        for slot in self.slots:
+            self.mmu.add(*slot)
 
     def add_memslot(self, gpa: int, hva: int, size: int) -> None:
         """Let the guest see host memory at `gpa`; the caller keeps it alive."""
         self.slots.append((gpa, hva, size))
+        if self.mmu is not None:
+            self.mmu.add(gpa, hva, size)
         for vcpu in self.vcpus:
             vcpu.map(gpa, hva, size)
 
@@ -71,13 +86,27 @@ class UnicornVm:
     def memory_written(self, gpa: int, size: int) -> None:
         """The host wrote guest memory: translations may be stale, and code if it lay there."""
         first, last = gpa & -4096, gpa + size - 1
+        if self.mmu is not None:
+            self.mmu.host_wrote(gpa, size)
         for vcpu in self.vcpus:
             vcpu.stale_tlb = True
             if not vcpu.stale_code and any(first <= page <= last for page in vcpu.guards.code_pages):
                 vcpu.stale_code = True
 
+    def memory_needed(self, gpa: int, size: int) -> None:
+        """The host is about to look at guest memory, or to write a part of it."""
+        if self.mmu is not None and self.mmu.publish(gpa, size):
+            self.forget_translations()
+
+    def forget_translations(self, code: bool = False) -> None:
+        """No vCPU may go on with what it knows of page tables, nor (code) of instructions."""
+        for vcpu in self.vcpus:
+            vcpu.stale_tlb, vcpu.stale_code = True, vcpu.stale_code or code
+
     def read(self, gpa: int, size: int) -> bytes:
-        """Guest memory by gpa, as far as memslots go."""
+        """Guest memory by gpa as it is executed, as far as memslots go."""
+        if self.mmu is not None:
+            return self.mmu.plain(gpa, size)
         for start, hva, length in self.slots:
             if start <= gpa < start + length:
                 return ctypes.string_at(hva + gpa - start, min(size, start + length - gpa))

@@ -104,6 +104,17 @@ class X86Events:
         """Code is read as 64-bit code, and looked through as such."""
         return "" if self._hflags() & 1 << 15 else "the CPU left 64-bit mode, and this engine runs no other"
 
+    def ring(self) -> int:
+        """The level that memory is accessed with."""
+        return self._hflags() & 3
+
+    def miss(self, error: int | None, gva: int) -> Exit | None:
+        """A fault that labkit's own walker found (SDM vol. 3A 4.7); no error code: the address is not canonical."""
+        if error is None:
+            return self.deliver(*self._refine(GP, 0))
+        self.regs.write("cr2", gva)
+        return self.deliver(*self._refine(PF, error))
+
     def _hflags(self) -> int:
         return int(struct.unpack_from("<I", self.handle.context(), calibrate().hflags)[0])
 

@@ -1,0 +1,291 @@
+"""Encrypted guest memory on Unicorn: two views of every page, and a walker of our own that picks one at each TLB miss.
+
+The raw view is what DRAM holds and all that a host sees; the plain one is what the guest's key makes of it. As in a coherence
+protocol a page is good in one view, or in both as long as nobody writes: a write through one makes the other stale, and before
+a stale one is used it is encrypted or decrypted again. The state of a page is one byte (see mmu.c), read by both sides.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import platform
+from ctypes import c_int, c_uint64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from unicorn import unicorn_const as uc
+
+from labkit.engines.unicorn.lib import LIB, Handle, MemHook, Page
+from labkit.engines.unicorn.mmu_code import MACHINE_CODE
+from labkit.engines.unicorn.x86_regs import PLAIN
+from labkit.errors import InvalidState, NotAvailable
+
+if TYPE_CHECKING:
+    from labkit.arch.desc import PagingMode
+    from labkit.engines.base import Cipher
+
+__all__ = ["FAULT", "NEED", "NONCANONICAL", "Mmu"]
+
+FAULT, NONCANONICAL, NEED = 1, 2, 3
+READ, WRITE, FETCH = 16, 17, 18  # uc_mem_type
+PLAIN_STALE, RAW_STALE, PLAIN_SEEN, RAW_SEEN = 1, 2, 4, 8
+PLAIN_AT = 1 << 44  # where the plain view of gpa 0 lies in Unicorn's own physical memory
+PROBE_AT = 1 << 45
+AS_CS_SAYS = 4
+MAX_SLOTS = 16
+_ACCESS = {uc.UC_PROT_READ: READ, uc.UC_PROT_WRITE: WRITE, uc.UC_PROT_EXEC: FETCH}
+_REGS = ("cr0", "cr3", "cr4", "rflags", "cs")
+
+
+class _Slot(ctypes.Structure):
+    _fields_ = [(name, c_uint64) for name in ("gpa", "size", "raw", "plain", "state")]
+
+
+class _Facts(ctypes.Structure):
+    """`struct mmu` of mmu.c."""
+
+    _fields_ = [("reg_read", c_void_p), ("regs", c_uint64 * 5),
+                *((name, c_uint64) for name in (
+                    "nxe", "levels", "frame", "reserved", "c_bit", "inverted", "plain_at", "peek", "ring", "probed", "probe_at",
+                    "why", "code", "gva", "gpa", "type", "nr_slots")),
+                ("slots", _Slot * MAX_SLOTS)]
+
+
+class _Entry(ctypes.Structure):
+    """`uc_tlb_entry`."""
+
+    _fields_ = [("paddr", c_uint64), ("perms", c_int)]
+
+
+@cache
+def _fill() -> tuple[int, Any, mmap.mmap]:
+    """mmu.c's `fill`: its address, the same as a Python callable, and the executable memory that it lies in."""
+    code = MACHINE_CODE.get({"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine()))
+    if code is None:
+        raise NotAvailable(f"encrypted guests need x86-64 or arm64 as host, not {platform.machine()}")
+    try:
+        page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    except OSError as err:
+        raise NotAvailable(f"encrypted guests need memory that can be executed: {err}") from err
+    raw = bytes.fromhex(code)
+    page[:len(raw)] = raw
+    address = ctypes.addressof(c_int.from_buffer(page))
+    call = ctypes.CFUNCTYPE(c_int, c_void_p, c_uint64, c_int, ctypes.POINTER(_Entry), c_void_p)(address)
+    return address, call, page
+
+
+@dataclass
+class _View:
+    """One memslot: where its raw bytes lie, and the plain ones beside them."""
+
+    gpa: int
+    size: int
+    raw: memoryview
+    plain: mmap.mmap
+    hva: int  # of plain
+    state: NDArray[np.uint8]  # one per page
+    spa: NDArray[np.uint64]  # of each page: which page of DRAM stands behind it
+
+
+class Mmu:
+    """The memory of one protected VM, for all its vCPUs."""
+
+    def __init__(self, mode: PagingMode, cipher: Cipher, inverted: bool) -> None:
+        if mode.c_bit is None:
+            raise InvalidState(f"{mode.name} has no encryption bit")
+        self.cipher, self.views, self._probe = cipher, list[_View](), Page()
+        self.address, self._call, _ = _fill()
+        self.facts = _Facts(ctypes.cast(LIB.uc_reg_read, c_void_p), (c_uint64 * 5)(*(PLAIN[name] for name in _REGS)))
+        facts, self._entry = self.facts, _Entry()
+        facts.nxe, facts.levels, facts.frame, facts.reserved = 1, len(mode.levels), mode.pa.mask, mode.reserved
+        facts.c_bit, facts.inverted, facts.plain_at, facts.ring = 1 << mode.c_bit, inverted, PLAIN_AT, AS_CS_SAYS
+
+    def add(self, gpa: int, hva: int, size: int) -> _View:
+        """A memslot: until somebody encrypts it, what lies in it is ciphertext like any other bytes."""
+        if len(self.views) == MAX_SLOTS:
+            raise InvalidState(f"a protected VM has at most {MAX_SLOTS} memslots")
+        raw = memoryview((ctypes.c_uint8 * size).from_address(hva)).cast("B")
+        plain, nr_pages = mmap.mmap(-1, size), size // 4096
+        state = np.full(nr_pages, PLAIN_STALE, np.uint8)
+        spa = gpa + 4096 * np.arange(nr_pages, dtype=np.uint64)
+        view = _View(gpa, size, raw, plain, ctypes.addressof(ctypes.c_char.from_buffer(plain)), state, spa)
+        self.facts.slots[len(self.views)] = _Slot(gpa, size, hva, view.hva, state.ctypes.data)
+        self.views.append(view)
+        self.facts.nr_slots = len(self.views)
+        return view
+
+    def attach(self, handle: Handle) -> None:
+        """Let an engine look addresses up here."""
+        for view in self.views:
+            handle.map(PLAIN_AT + view.gpa, view.hva, view.size, uc.UC_PROT_ALL)
+        handle.map(PROBE_AT, self._probe.hva, 4096, uc.UC_PROT_ALL)
+        handle.ctl_write(uc.UC_CTL_TLB_TYPE, c_int(uc.UC_TLB_VIRTUAL))
+        handle.hook(uc.UC_HOOK_TLB_FILL, self.address, data=ctypes.addressof(self.facts))
+
+    # --- the two views
+
+    def _at(self, gpa: int) -> tuple[_View, int] | None:
+        return next(((view, (gpa - view.gpa) // 4096) for view in self.views if view.gpa <= gpa < view.gpa + view.size), None)
+
+    def _pages(self, gpa: int, size: int) -> list[tuple[_View, int, int]]:
+        """(view, first page, page behind the last) of a range, as far as memslots go."""
+        return [(view, max(gpa - view.gpa, 0) // 4096, -(-min(gpa + size - view.gpa, view.size) // 4096))
+                for view in self.views if gpa < view.gpa + view.size and view.gpa < gpa + size]
+
+    def settle(self, gpa: int, size: int = 1) -> bool:
+        """Make both views of these pages good; True when plain bytes were made anew. TLBs must be flushed behind it."""
+        made = False
+        for view, first, last in self._pages(gpa, size):
+            for page in (np.flatnonzero(view.state[first:last] & (PLAIN_STALE | RAW_STALE)) + first).tolist():
+                made |= self._settle_page(view, page)
+        self.unsee()
+        return made
+
+    def _settle_page(self, view: _View, page: int) -> bool:
+        cut, spa, made = slice(4096 * page, 4096 * page + 4096), int(view.spa[page]), bool(view.state[page] & PLAIN_STALE)
+        with memoryview(view.plain) as plain:
+            if made:
+                self.cipher.decrypt_into(spa, view.raw[cut], plain[cut])
+            else:
+                self.cipher.encrypt_into(spa, plain[cut], view.raw[cut])
+        view.state[page] &= ~np.uint8(PLAIN_STALE | RAW_STALE)
+        return made
+
+    def unsee(self) -> None:
+        """Every TLB was flushed, or will be before it is used again."""
+        for view in self.views:
+            view.state &= np.uint8(PLAIN_STALE | RAW_STALE)
+
+    def publish(self, gpa: int, size: int) -> bool:
+        """The host is about to look: encrypt what the guest wrote. True when something was, and TLBs must be flushed."""
+        late = False
+        for view, first, last in self._pages(gpa, size):
+            for page in (np.flatnonzero(view.state[first:last] & RAW_STALE) + first).tolist():
+                self._settle_page(view, page)
+                late = True
+        if late:
+            self.unsee()
+        return late
+
+    def host_wrote(self, gpa: int, size: int) -> None:
+        """The host changed the raw view, which it had looked at before."""
+        for view, first, last in self._pages(gpa, size):
+            view.state[first:last] = PLAIN_STALE
+        self.unsee()
+
+    def swap(self, gpa: int, other: int) -> None:
+        """Exchange the pages of DRAM behind two gpas, as a host can in its nested page table."""
+        places = [self._at(gpa), self._at(other)]
+        if places[0] is None or places[1] is None:
+            raise InvalidState(f"gpa {gpa:#x} and {other:#x}: not both lie in memslots")
+        self.publish(gpa & -4096, 4096)
+        self.publish(other & -4096, 4096)
+        (view, page), (there, beside) = places[0], places[1]
+        here, cut = slice(4096 * page, 4096 * page + 4096), slice(4096 * beside, 4096 * beside + 4096)
+        view.raw[here], there.raw[cut] = bytes(there.raw[cut]), bytes(view.raw[here])
+        view.spa[page], there.spa[beside] = int(there.spa[beside]), int(view.spa[page])
+        for at in (gpa, other):
+            self.host_wrote(at & -4096, 4096)
+
+    def plain(self, gpa: int, size: int) -> bytes:
+        """Memory as the key shows it, as far as the memslot goes; what was not decrypted yet is, and no guest need notice."""
+        place = self._at(gpa)
+        if place is None:
+            return b""
+        view, first = place[0], place[1]
+        size = min(size, view.gpa + view.size - gpa)
+        for page in range(first, (gpa + size - view.gpa + 4095) // 4096):
+            if view.state[page] & PLAIN_STALE:
+                self.settle(view.gpa + 4096 * page)
+        return view.plain[gpa - view.gpa:gpa - view.gpa + size]
+
+    # --- the guest's own accesses, made by the host for it
+
+    def translate(self, handle: Handle, gva: int, access: int, ring: int) -> int | None:
+        """The gpa behind a gva, None when the access would fault; nothing is marked accessed or dirty."""
+        self.facts.peek = 1
+        try:
+            return self._walk(handle, gva, _ACCESS[access], ring)
+        finally:
+            self.facts.peek = 0
+
+    def _walk(self, handle: Handle, gva: int, kind: int, ring: int) -> int | None:
+        self.facts.ring = ring
+        try:
+            while not self._call(handle.h, gva, kind, self._entry, ctypes.addressof(self.facts)):
+                if self.facts.why != NEED:
+                    return None
+                self.settle(self.facts.gpa)
+            return int(self._entry.paddr) + (gva & 4095)
+        finally:
+            self.facts.ring = AS_CS_SAYS
+
+    def access(self, handle: Handle, gva: int, size: int, ring: int, data: bytes | None = None) -> bytes | None:
+        """Read, or write data, as the guest itself would: through its tables and the view that they name; None for a fault."""
+        places = []
+        for at in range(gva, gva + size):
+            if at == gva or not at & 4095:
+                paddr = self._walk(handle, at, READ if data is None else WRITE, ring)
+                if paddr is None:
+                    return None
+                places.append((paddr, min(4096 - (at & 4095), gva + size - at)))
+        out = b""
+        for paddr, count in places:
+            bytes_of = self._bytes(paddr, count)
+            if bytes_of is None:
+                return None
+            if data is not None:
+                bytes_of[:] = data[len(out):len(out) + count]
+            out += bytes(bytes_of)
+        return out
+
+    def _bytes(self, paddr: int, size: int) -> memoryview | None:
+        gpa = paddr - PLAIN_AT if paddr >= PLAIN_AT else paddr
+        place = self._at(gpa)
+        if place is None:
+            return None
+        view, offset = place[0], gpa - place[0].gpa
+        whole = memoryview((ctypes.c_uint8 * view.size).from_address(view.hva)).cast("B") if paddr >= PLAIN_AT else view.raw
+        return whole[offset:offset + size]
+
+    def where(self, handle: Handle, pc: int, page: int) -> int:
+        """The gva in `page` that the instruction at pc touches first: Unicorn's callback tells only the page.
+
+        The instruction runs with a page of ours there, and all of it is undone.
+        """
+        seen, before = list[int](), handle.context()
+
+        def touched(_h: int, _kind: int, paddr: int, _size: int, _value: int, _d: int) -> bool:
+            seen.append(paddr - PROBE_AT)
+            LIB.uc_emu_stop(handle.h)
+            return True
+
+        hook = handle.hook(uc.UC_HOOK_MEM_READ | uc.UC_HOOK_MEM_WRITE, MemHook(touched), PROBE_AT, PROBE_AT + 4095)
+        self.facts.probed, self.facts.probe_at = page, PROBE_AT
+        try:
+            handle.flush_tlb()
+            handle.flush_code()
+            handle.run(pc, 1)
+        finally:
+            self.facts.probe_at = 0
+            handle.unhook(hook)
+            handle.set_context(before)
+            handle.flush_tlb()
+            handle.flush_code()
+        return page & -4096 | seen[0] if seen else page
+
+    # --- snapshots
+
+    def state(self) -> list[list[int]]:
+        """What a snapshot keeps beside the raw bytes: which page of DRAM is where."""
+        return [view.spa.tolist() for view in self.views]
+
+    def set_state(self, state: list[list[int]]) -> None:
+        """Put `state` back; the raw bytes are put back by whoever holds them."""
+        for view, spas in zip(self.views, state, strict=True):
+            view.spa[:] = spas
+            view.state[:] = PLAIN_STALE
