@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 __all__ = [
-    "BudgetExit", "Capability", "DebugExit", "EngineVcpu", "EngineVm", "Exit", "HaltExit", "HypercallExit",
+    "BudgetExit", "Capability", "DeadlineExit", "DebugExit", "EngineVcpu", "EngineVm", "Exit", "HaltExit", "HypercallExit",
     "InternalErrorExit", "InterruptExit", "MmioExit", "PioExit", "Regs", "ShutdownExit", "Trace",
 ]
 
@@ -102,6 +102,18 @@ class InterruptExit(Exit):
     """Ctrl-C; the caller records what there is to record and raises KeyboardInterrupt."""
 
     end = "interrupted"
+
+
+@dataclass(frozen=True)
+class DeadlineExit(Exit):
+    """The guest ran for so long without leaving: it spins, or wants more time than the engine's `deadline` gives."""
+
+    seconds: float
+    pc: int
+    end = "deadline"
+
+    def __str__(self) -> str:
+        return f"no exit in {self.seconds:g} s, now at pc {self.pc:#x}; the next run goes on from here"
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from typing import TYPE_CHECKING
 
 from labkit.arch.x86_cpu import CpuModel
 from labkit.engines.base import Capability, Trace
-from labkit.engines.interrupt import Shield
+from labkit.engines.interrupt import shield
 from labkit.engines.unicorn.vcpu import COUNT_FOR, UnicornVcpu
 from labkit.engines.unicorn.x86 import X86
 from labkit.errors import InvalidState, NotAvailable
@@ -16,7 +15,7 @@ from labkit.errors import InvalidState, NotAvailable
 if TYPE_CHECKING:
     from labkit.engines.unicorn.vcpu import QuirksOf
 
-__all__ = ["CAPABILITIES", "UnicornVm", "shield"]
+__all__ = ["CAPABILITIES", "UnicornVm"]
 
 _QUIRKS: dict[str, QuirksOf] = {"x86_64": X86}
 
@@ -29,12 +28,6 @@ CAPABILITIES = (
     Capability("native_speed", False, "an emulator"),
     Capability("avx", False, "Unicorn executes VEX instructions wrongly; they are refused"),
 )
-
-
-@cache
-def shield() -> Shield:
-    """The process's one guard against Ctrl-C inside native code."""
-    return Shield()
 
 
 class UnicornVm:

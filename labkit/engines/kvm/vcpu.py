@@ -1,0 +1,369 @@
+"""One vCPU of /dev/kvm: its run page, its run loop, and what each KVM exit means in labkit's words."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import threading
+import time
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from labkit.engines.base import (
+    BudgetExit,
+    DeadlineExit,
+    DebugExit,
+    Exit,
+    HaltExit,
+    InternalErrorExit,
+    InterruptExit,
+    MmioExit,
+    PioExit,
+    Regs,
+    ShutdownExit,
+    Trace,
+)
+from labkit.engines.disasm import disassemble
+from labkit.engines.kvm.abi import CONSTANTS, EXITS, IOCTLS, MEMBERS, STRUCTS, call, enter, struct
+from labkit.engines.kvm.regs import GPR, Registers
+from labkit.engines.kvm.state import restore, save
+from labkit.engines.kvm.ticker import TICKER, send_kick
+from labkit.errors import InvalidState, LabError
+
+if TYPE_CHECKING:
+    from labkit.engines.kvm.vm import KvmVm
+
+__all__ = ["KvmVcpu"]
+
+RUN = IOCTLS["KVM_RUN"]
+IO, DEBUG, INTR = EXITS["KVM_EXIT_IO"], EXITS["KVM_EXIT_DEBUG"], EXITS["KVM_EXIT_INTR"]
+_UNION = STRUCTS["kvm_run"].padding.offset  # type: ignore[attr-defined]
+_GPRS = STRUCTS["kvm_run"].s.offset  # type: ignore[attr-defined]
+_ENABLE, _STEP, _HW_BP = (CONSTANTS[f"KVM_GUESTDBG_{name}"] for name in ("ENABLE", "SINGLESTEP", "USE_HW_BP"))
+HW_BREAKPOINTS = 4  # debug registers
+RIP, RAX, RDI = GPR["rip"], GPR["rax"], GPR["rdi"]
+_SERIAL = itertools.count(1)
+_HANDLERS = {EXITS[f"KVM_EXIT_{name.upper()}"]: f"_on_{name}" for name in (
+    "io", "hlt", "mmio", "shutdown", "fail_entry", "intr", "internal_error", "x86_rdmsr", "x86_wrmsr", "system_event")}
+
+
+class KvmVcpu:
+    """A vCPU with its file descriptor; it belongs to one thread at a time, which alone touches the descriptor."""
+
+    def __init__(self, vm: KvmVm, index: int, trace: Trace) -> None:
+        self.vm, self.index, self.trace = vm, index, trace
+        self.insns, self.exact, self.locked_at = 0, True, -1
+        self.owner, self.tid, self.entered = threading.get_ident(), threading.get_native_id(), 0
+        self.fd = enter(vm.fd, IOCTLS["KVM_CREATE_VCPU"], index)
+        self.page = mmap.mmap(self.fd, vm.run_size)
+        self.run_page = STRUCTS["kvm_run"].from_buffer(self.page)
+        view = memoryview(self.page)
+        self.u8, self.u32, self.u64 = view, view.cast("I"), view.cast("Q")
+        self.gprs = self.u64[_GPRS // 8:_GPRS // 8 + len(GPR)]
+        self.regs = Registers(self)
+        self.msrs: dict[int, int] = {}  # MSRs that KVM lacks and the VM's table has, as written
+        self.pending = ""  # what the next KVM_RUN completes first: "", "pio", "string", "read", "write"
+        self.awaits: tuple[int, int, int] | None = None  # (place in the run page, bytes, gva of an INS or -1) that complete() sets
+        self.queue: list[Exit] = []  # exits that came in one with another
+        self.answers: list[tuple[int, int]] = []  # (gpa, value) of the reads that the present instruction has had
+        self.replay: list[tuple[int, int]] | None = None  # the same, for an instruction that a restored state begins again
+        self.breakpoints: frozenset[int] = frozenset()
+        self._debug_state: tuple[int, frozenset[int]] = (0, frozenset())
+        self._until = 0.0
+        self._setup()
+        TICKER.vcpus.add(self)
+
+    def _setup(self) -> None:
+        call(self.fd, "KVM_SET_CPUID2", self.vm.cpuid(self.index))
+        regs = struct("kvm_regs")
+        call(self.fd, "KVM_GET_REGS", regs)
+        self.u8[_GPRS:_GPRS + 8 * len(GPR)] = bytes(regs)
+        self.run_page.kvm_valid_regs = CONSTANTS["KVM_SYNC_X86_REGS"]
+        self.cpuid_given = dict(self.vm.cpu.cpuid)
+        self.started = False
+
+    # --- registers and state
+
+    def mine(self) -> None:
+        """Raise InvalidState unless the calling thread is the one that this vCPU belongs to, and it is open."""
+        if threading.get_ident() != self.owner:
+            raise InvalidState(f"vCPU {self.index} belongs to thread {self.owner:#x}, which alone may touch it; this is thread "
+                               f"{threading.get_ident():#x}")
+        if self.fd < 0:
+            raise InvalidState(f"vCPU {self.index}: this VM is closed")
+
+    def get_regs(self) -> Regs:
+        """All registers by their architectural names."""
+        self.settle()
+        return self.regs.read_all()
+
+    def set_regs(self, regs: Mapping[str, int]) -> None:
+        """Set the named registers; raises InvalidState for a name or a value that does not fit."""
+        self.settle()
+        if "rip" in regs and self.pending:
+            self.flush()
+        self.regs.write_many(regs)
+
+    def read_reg(self, name: str) -> int:
+        """One register."""
+        if self.pending == "pio" and name == "rdi":  # what every ucall asks for; the pending IN does not change it
+            self.mine()
+            return int(self.gprs[RDI])
+        self.settle()
+        return self.regs.read(name)
+
+    def save(self) -> bytes:
+        """The whole CPU state, to be given to `restore` of any vCPU of this engine."""
+        self.settle()
+        return save(self)
+
+    def restore(self, state: bytes) -> None:
+        """Put a saved state back; raises InvalidState for bytes that are none."""
+        self.mine()
+        self.flush()
+        restore(self, state)
+
+    def host_msr(self, index: int) -> int | None:
+        """An MSR that KVM lacks and the VM's own table has."""
+        return self.msrs.get(index, self.vm.cpu.msrs.get(index))
+
+    def set_host_msr(self, index: int, value: int) -> bool:
+        """Set one of those; False when the table does not have it."""
+        if index in self.vm.cpu.msrs:
+            self.msrs[index] = value
+        return index in self.vm.cpu.msrs
+
+    def fetch(self, gva: int, size: int) -> bytes:
+        """Guest-virtual memory as far as it is mapped."""
+        data = b""
+        while size > 0:
+            where = struct("kvm_translation", linear_address=gva)
+            call(self.fd, "KVM_TRANSLATE", where)
+            count = min(size, 4096 - (gva & 4095))
+            part = self.vm.read(where.physical_address, count) if where.valid else b""
+            data, gva, size = data + part, gva + count, size - count if len(part) == count else 0
+        return data
+
+    def close(self) -> None:
+        """Release the descriptor and its page; a second call does nothing."""
+        TICKER.vcpus.discard(self)
+        if self.fd >= 0:
+            del self.run_page
+            for view in (self.gprs, self.u32, self.u64, self.u8):
+                view.release()
+            self.page.close()
+            os.close(self.fd)
+            self.fd = -1
+
+    # --- running
+
+    def kick(self) -> None:
+        """Make the present KVM_RUN return; the only thing that other threads may do here."""
+        self.u8[1] = 1  # immediate_exit: a kick that comes before the guest is entered counts too
+        send_kick(self.tid)
+
+    def set_breakpoints(self, gvas: frozenset[int]) -> None:
+        """Stop with DebugExit before the instructions at these addresses."""
+        if gvas:
+            self.vm.need("breakpoints")
+        self.breakpoints = gvas
+
+    def complete(self, value: int) -> None:
+        """Give the value that the last IN or MMIO read returns."""
+        self.mine()
+        if self.awaits is None:
+            raise InvalidState(f"vCPU {self.index}: the last exit reads nothing, so there is nothing to complete")
+        at, size, gva = self.awaits
+        data = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
+        if self.pending:
+            self.u8[at:at + size] = data
+        elif gva >= 0:
+            self.vm.write(self, gva, data)
+        else:
+            keep = self.gprs[RAX] & -1 << 8 * size if size < 4 else 0
+            self.gprs[RAX] = keep | int.from_bytes(data, "little")
+            self.run_page.kvm_dirty_regs |= 1
+
+    def run(self, insns: int | None = None) -> Exit:
+        """Run until an exit; with `insns`, until that many instructions retired (BudgetExit)."""
+        self.mine()
+        if insns is not None and insns <= 0:
+            return BudgetExit(insns)
+        if not self.started:
+            self._first_run()
+        shield = self.vm.shield
+        shield.enter(self.kick)
+        self._until = time.monotonic() + self.vm.deadline
+        try:
+            if self.queue:
+                return self.queue.pop(0)
+            if insns is None and not self.breakpoints:
+                self.exact = False
+                self._debug(0)
+                return self._free()
+            return self._stepped(insns)
+        finally:
+            shield.running = False
+
+    def _first_run(self) -> None:
+        """The VM's CPU table may be edited until now."""
+        self.started = True
+        if self.vm.cpu.cpuid != self.cpuid_given:
+            call(self.fd, "KVM_SET_CPUID2", self.vm.cpuid(self.index))
+
+    def _enter(self) -> int:
+        """One stay in the guest; the exit reason, INTR when somebody asked for a look around."""
+        if self.regs.kept:
+            self.regs.kept.clear()
+        self.entered = next(_SERIAL)
+        if not TICKER.alive:
+            TICKER.start()
+        try:
+            enter(self.fd, RUN, 0)
+            return int(self.u32[2])
+        except InterruptedError:
+            self.u8[1] = 0
+            return INTR
+        except OSError as err:
+            raise InvalidState(f"vCPU {self.index}: KVM cannot run this state: {err.strerror}", pc=self.gprs[RIP]) from err
+        finally:
+            self.entered = 0
+
+    def _free(self) -> Exit:
+        while True:
+            reason = self._enter()
+            self.pending, self.awaits = "", None
+            exit = self._on_io() if reason == IO else self._meet(reason)
+            if exit is not None:
+                return exit
+
+    def _meet(self, reason: int) -> Exit | None:
+        handler = _HANDLERS.get(reason)
+        if handler is None:
+            raise LabError(f"vCPU {self.index}: KVM came back with exit reason {reason}, which labkit does not know", reason=reason)
+        exit: Exit | None = getattr(self, handler)()
+        return exit
+
+    def _stepped(self, insns: int | None) -> Exit:
+        """Instruction by instruction: exactly as many as asked for, and breakpoints without end."""
+        self.vm.need("step")
+        self.settle()
+        self._debug(_ENABLE | _STEP)
+        end, first = None if insns is None else self.insns + insns, True
+        while end is None or self.insns < end:
+            if not first and self.gprs[RIP] in self.breakpoints:
+                return DebugExit(self.gprs[RIP])
+            reason = self._enter()
+            self.pending, self.awaits = "", None
+            if reason == DEBUG:
+                self.insns += 1
+                self.answers.clear()
+                first = False
+            elif (exit := self._meet(reason)) is not None:
+                return exit
+        return BudgetExit(insns or 0)
+
+    def _debug(self, control: int) -> None:
+        if self._debug_state[0] != control:
+            call(self.fd, "KVM_SET_GUEST_DEBUG", struct("kvm_guest_debug", control=control))
+            self._debug_state = (control, frozenset())
+
+    def settle(self) -> None:
+        """Let KVM finish the instruction of the last exit, so that registers are those behind it; a read from a hole has to wait."""
+        self.mine()
+        while self.pending and self.pending != "read":
+            self.pending = ""
+            self.u8[1] = 1
+            reason = self._enter()
+            self.u8[1] = 0
+            if reason not in (INTR, DEBUG) and (exit := self._meet(reason)) is not None:
+                self.queue.append(exit)
+
+    def flush(self) -> None:
+        """Let go of whatever instruction is under way; what it still reads is 0."""
+        self.settle()
+        while self.pending:
+            self.pending = "flushed"
+            self.settle()
+        self.queue.clear()
+        self.awaits, self.replay = None, None
+        self.answers.clear()
+
+    # --- what the exits of KVM mean
+
+    def _member(self, name: str) -> Any:
+        return MEMBERS[name].from_buffer(self.page, _UNION)
+
+    def _on_io(self) -> Exit:
+        word, count, at = self.u32[_UNION // 4], self.u32[_UNION // 4 + 1], self.u64[_UNION // 8 + 1]
+        size, port = word >> 8 & 255, word >> 16
+        self.insns += 1
+        self.pending = "pio"
+        if word & 1:  # OUT
+            parts = [int.from_bytes(self.u8[at + size * i:at + size * (i + 1)], "little") for i in range(count)]
+            self.queue += [PioExit(port, size, True, data) for data in parts[1:]]
+            return PioExit(port, size, True, parts[0])
+        self.u8[at:at + size * count] = bytes(size * count)
+        self.awaits = (at, size, -1)
+        return _in_exit(port, size)
+
+    def _on_hlt(self) -> Exit:
+        self.insns += 1
+        return HaltExit()
+
+    def _on_mmio(self) -> Exit | None:
+        gpa, size, is_write = self.u64[_UNION // 8], self.u32[_UNION // 4 + 4], bool(self.u8[_UNION + 20])
+        at = _UNION + 8
+        if is_write:
+            self.pending = "write"
+            self.insns += 1
+            return MmioExit(gpa, size, True, int.from_bytes(self.u8[at:at + size], "little"))
+        self.u8[at:at + 8] = bytes(8)
+        self.pending = "read"
+        self.awaits = (at, size, -1)
+        return MmioExit(gpa, size, False, 0)
+
+    def _on_shutdown(self) -> Exit:
+        pc, cr2 = int(self.gprs[RIP]), self.regs.read("cr2")
+        return ShutdownExit((), pc, cr2, "KVM says no more than that a fault met a fault while it was delivered")
+
+    def _on_system_event(self) -> Exit:
+        return InternalErrorExit(f"KVM system event {self._member('system_event').type}", int(self.gprs[RIP]))
+
+    def _on_fail_entry(self) -> Exit:
+        why = f"the CPU refuses to enter this state (hardware reason {self._member('fail_entry').hardware_entry_failure_reason:#x})"
+        return InternalErrorExit(why, int(self.gprs[RIP]))
+
+    def _on_internal_error(self) -> Exit:
+        error, pc = self._member("internal"), int(self.gprs[RIP])
+        data = self.fetch(pc, 15)
+        insn = next(disassemble(self.vm.arch, data, pc), None)
+        where = struct("kvm_translation", linear_address=pc)
+        call(self.fd, "KVM_TRANSLATE", where)
+        if error.suberror == CONSTANTS["KVM_INTERNAL_ERROR_EMULATION"] and where.valid and not self.vm.read(where.physical_address, 1):
+            return InternalErrorExit(f"instruction fetch from gpa {where.physical_address:#x}, where no memslot is", pc)
+        why = "KVM cannot emulate this instruction" if error.suberror == 1 else f"KVM internal error, suberror {error.suberror}"
+        return InternalErrorExit(why, pc, data[:insn.size] if insn else data, insn.text if insn else "")
+
+    def _on_intr(self) -> Exit | None:
+        if self.vm.shield.interrupted:
+            return InterruptExit()
+        if time.monotonic() > self._until:
+            return DeadlineExit(self.vm.deadline, int(self.gprs[RIP]))
+        return None
+
+    def _on_x86_rdmsr(self) -> None:
+        msr = self._member("msr")
+        value = self.host_msr(msr.index)
+        msr.error, msr.data = value is None, value or 0
+
+    def _on_x86_wrmsr(self) -> None:
+        msr = self._member("msr")
+        msr.error = msr.index in self.vm.cpu.read_only_msrs or not self.set_host_msr(msr.index, msr.data)
+
+
+@cache
+def _in_exit(port: int, size: int) -> PioExit:
+    return PioExit(port, size, False, 0)

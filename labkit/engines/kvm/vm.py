@@ -1,0 +1,138 @@
+"""A VM of /dev/kvm: memslots with a dirty log, and vCPUs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+from labkit.arch.x86_cpu import CpuModel
+from labkit.engines.base import Capability, Trace
+from labkit.engines.interrupt import shield
+from labkit.engines.kvm.abi import CAPS, CONSTANTS, IOCTLS, call, cpuid2, enter, msrs, struct
+from labkit.engines.kvm.regs import SAVED_MSRS
+from labkit.engines.kvm.vcpu import KvmVcpu
+from labkit.errors import InvalidState, NotAvailable
+
+__all__ = ["KvmVm"]
+
+DEVICE = "/dev/kvm"
+DEADLINE = 20.0  # seconds
+NEEDED = ("USER_MEMORY", "SYNC_REGS", "IMMEDIATE_EXIT", "SET_GUEST_DEBUG", "VCPU_EVENTS", "DEBUGREGS", "XSAVE", "XCRS")
+_INDEXED = (4, 7, 0xB, 0xD)  # CPUID leaves with subleaves
+_TSS_ADDR = 0xFFFB_D000  # three pages that VMX without unrestricted guests keeps for itself; above all memory of ours
+
+
+class KvmVm:
+    """The engine's side of one VM."""
+
+    name = "kvm"
+    capabilities: tuple[Capability, ...] = ()
+
+    def __init__(self, arch: str, cpu: CpuModel) -> None:
+        if arch != os.uname().machine or arch != "x86_64":
+            raise NotAvailable(f"the kvm engine runs guests of its own machine, which is {os.uname().machine}; labkit knows x86_64 there, "
+                               f"not {arch}", arch=arch)
+        self.arch, self.cpu, self.shield, self.deadline = arch, cpu, shield(), DEADLINE
+        self.slots: list[tuple[int, int, int]] = []
+        self.vcpus: list[KvmVcpu] = []
+        self.fd, self._saved = -1, tuple[int, ...]()
+        device = _open()
+        try:
+            self.run_size = enter(device, IOCTLS["KVM_GET_VCPU_MMAP_SIZE"], 0)
+            self.fd = enter(device, IOCTLS["KVM_CREATE_VM"], 0)
+        except OSError as err:
+            raise NotAvailable(f"{DEVICE} makes no VM: {err.strerror}") from err
+        finally:
+            os.close(device)
+        call(self.fd, "KVM_SET_TSS_ADDR", _TSS_ADDR)
+        reasons = CONSTANTS["KVM_MSR_EXIT_REASON_UNKNOWN"] | CONSTANTS["KVM_MSR_EXIT_REASON_INVAL"]
+        self._enable("KVM_CAP_X86_USER_SPACE_MSR", reasons)
+
+    def _enable(self, cap: str, value: int) -> None:
+        """Turn a capability on where there is one."""
+        if enter(self.fd, IOCTLS["KVM_CHECK_EXTENSION"], CAPS[cap]):
+            wish = struct("kvm_enable_cap", cap=CAPS[cap])
+            wish.args[0] = value
+            call(self.fd, "KVM_ENABLE_CAP", wish)
+
+    def cpuid(self, index: int) -> ctypes.Structure:
+        """The VM's CPUID table as KVM wants it, for one vCPU."""
+        entries = []
+        for (leaf, sub), (a, b, c, d) in sorted(self.cpu.cpuid.items()):
+            if leaf == 1:
+                b = b & 0x00FFFFFF | index << 24
+            entries.append((leaf, sub, CONSTANTS["KVM_CPUID_FLAG_SIGNIFCANT_INDEX"] if leaf in _INDEXED else 0, a, b, c, d))
+        return cpuid2(entries)  # type: ignore[no-any-return]
+
+    def add_memslot(self, gpa: int, hva: int, size: int) -> None:
+        """Let the guest see host memory at `gpa`; the caller keeps it alive."""
+        region = struct("kvm_userspace_memory_region", slot=len(self.slots), flags=CONSTANTS["KVM_MEM_LOG_DIRTY_PAGES"],
+                        guest_phys_addr=gpa, memory_size=size, userspace_addr=hva)
+        call(self.fd, "KVM_SET_USER_MEMORY_REGION", region)
+        self.slots.append((gpa, hva, size))
+
+    def create_vcpu(self, index: int, trace: Trace) -> KvmVcpu:
+        """Make one vCPU in its reset state."""
+        if self.fd < 0:
+            raise InvalidState("this VM is closed")
+        self.vcpus.append(KvmVcpu(self, index, trace))
+        return self.vcpus[-1]
+
+    @property
+    def saved_msrs(self) -> tuple[int, ...]:
+        """The MSRs of a snapshot: those of the names, and others that guests change, as far as this KVM has them."""
+        if not self._saved:
+            fd = self.vcpus[0].fd
+            self._saved = tuple(index for index in SAVED_MSRS if call(fd, "KVM_GET_MSRS", msrs({index: 0})) == 1)
+        return self._saved
+
+    def need(self, capability: str) -> None:
+        """Raise NotAvailable, with the reason, for something this VM's KVM cannot do."""
+        for can in self.capabilities:
+            if can.name == capability and not can.have:
+                raise NotAvailable(f"kvm: no {capability}: {can.why}", capability=capability)
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Guest memory by gpa, as far as memslots go."""
+        for start, hva, length in self.slots:
+            if start <= gpa < start + length:
+                return ctypes.string_at(hva + gpa - start, min(size, start + length - gpa))
+        return b""
+
+    def check_interrupt(self) -> None:
+        """Raise the KeyboardInterrupt that a run held back until its exit was recorded."""
+        if self.shield.interrupted:
+            self.shield.check()
+
+    def retired(self) -> int:
+        """The VM's clock: counted instructions, and in free runs those that left the guest."""
+        return sum(vcpu.insns for vcpu in self.vcpus)
+
+    def memory_written(self, gpa: int, size: int) -> None:
+        """The host wrote guest memory: nothing to forget, KVM's guests see the very pages."""
+
+    def close(self) -> None:
+        """Release every vCPU and the VM; a second call does nothing."""
+        for vcpu in self.vcpus:
+            vcpu.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _open() -> int:
+    try:
+        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise NotAvailable(f"there is no {DEVICE}: load kvm_intel, kvm_amd or kvm_pvm, or give the container the device "
+                           f"(--device {DEVICE}); the default engine needs none of this", backend="kvm") from None
+    except OSError as err:
+        raise NotAvailable(f"{DEVICE}: {err.strerror}: add yourself to the group kvm (usermod -aG kvm USER), log in again",
+                           backend="kvm") from err
+    version = enter(device, IOCTLS["KVM_GET_API_VERSION"], 0)
+    missing = [name for name in NEEDED if not enter(device, IOCTLS["KVM_CHECK_EXTENSION"], CAPS[f"KVM_CAP_{name}"])]
+    if version != CONSTANTS["KVM_API_VERSION"] or missing:
+        os.close(device)
+        raise NotAvailable(f"{DEVICE} has API version {version} and lacks {', '.join(missing) or 'nothing'}: labkit needs version "
+                           f"{CONSTANTS['KVM_API_VERSION']} and all of these, which Linux has had since 4.19", backend="kvm")
+    return device
