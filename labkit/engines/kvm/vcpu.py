@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import mmap
 import os
@@ -29,6 +30,7 @@ from labkit.engines.disasm import disassemble
 from labkit.engines.kvm.abi import CONSTANTS, EXITS, IOCTLS, MEMBERS, STRUCTS, call, enter, struct
 from labkit.engines.kvm.regs import GPR, Registers
 from labkit.engines.kvm.state import restore, save
+from labkit.engines.kvm.step import HW_BREAKPOINTS, Stepper
 from labkit.engines.kvm.ticker import TICKER, send_kick
 from labkit.errors import InvalidState, LabError
 
@@ -41,8 +43,6 @@ RUN = IOCTLS["KVM_RUN"]
 IO, DEBUG, INTR = EXITS["KVM_EXIT_IO"], EXITS["KVM_EXIT_DEBUG"], EXITS["KVM_EXIT_INTR"]
 _UNION = STRUCTS["kvm_run"].padding.offset  # type: ignore[attr-defined]
 _GPRS = STRUCTS["kvm_run"].s.offset  # type: ignore[attr-defined]
-_ENABLE, _STEP, _HW_BP = (CONSTANTS[f"KVM_GUESTDBG_{name}"] for name in ("ENABLE", "SINGLESTEP", "USE_HW_BP"))
-HW_BREAKPOINTS = 4  # debug registers
 RIP, RAX, RDI = GPR["rip"], GPR["rax"], GPR["rdi"]
 _SERIAL = itertools.count(1)
 _HANDLERS = {EXITS[f"KVM_EXIT_{name.upper()}"]: f"_on_{name}" for name in (
@@ -58,7 +58,7 @@ class KvmVcpu:
         self.owner, self.tid, self.entered = threading.get_ident(), threading.get_native_id(), 0
         self.fd = enter(vm.fd, IOCTLS["KVM_CREATE_VCPU"], index)
         self.page = mmap.mmap(self.fd, vm.run_size)
-        self.run_page = STRUCTS["kvm_run"].from_buffer(self.page)
+        self.run_page: Any = STRUCTS["kvm_run"].from_buffer(self.page)
         view = memoryview(self.page)
         self.u8, self.u32, self.u64 = view, view.cast("I"), view.cast("Q")
         self.gprs = self.u64[_GPRS // 8:_GPRS // 8 + len(GPR)]
@@ -70,16 +70,17 @@ class KvmVcpu:
         self.answers: list[tuple[int, int]] = []  # (gpa, value) of the reads that the present instruction has had
         self.replay: list[tuple[int, int]] | None = None  # the same, for an instruction that a restored state begins again
         self.breakpoints: frozenset[int] = frozenset()
-        self._debug_state: tuple[int, frozenset[int]] = (0, frozenset())
         self._until = 0.0
         self._setup()
+        self.stepper = Stepper(self)
         TICKER.vcpus.add(self)
 
     def _setup(self) -> None:
         call(self.fd, "KVM_SET_CPUID2", self.vm.cpuid(self.index))
         regs = struct("kvm_regs")
         call(self.fd, "KVM_GET_REGS", regs)
-        self.u8[_GPRS:_GPRS + 8 * len(GPR)] = bytes(regs)
+        self.gprs[RIP], self.gprs[GPR["rflags"]] = regs.rip, regs.rflags  # the others are 0, RDX too, which says who made the CPU
+        self.run_page.kvm_dirty_regs = CONSTANTS["KVM_SYNC_X86_REGS"]
         self.run_page.kvm_valid_regs = CONSTANTS["KVM_SYNC_X86_REGS"]
         self.cpuid_given = dict(self.vm.cpu.cpuid)
         self.started = False
@@ -135,22 +136,29 @@ class KvmVcpu:
             self.msrs[index] = value
         return index in self.vm.cpu.msrs
 
+    def hva(self, gva: int) -> int:
+        """The host address behind a gva as the CPU itself would find it; 0 where nothing is."""
+        gpa = self.gpa(gva)
+        return self.vm.hva(gpa) if gpa is not None else 0
+
+    def gpa(self, gva: int) -> int | None:
+        """The gpa behind a gva; None where nothing is mapped (KVM's word on rights is not to be trusted and not asked for)."""
+        where = struct("kvm_translation", linear_address=gva)
+        call(self.fd, "KVM_TRANSLATE", where)
+        return int(where.physical_address) if where.valid else None
+
     def fetch(self, gva: int, size: int) -> bytes:
         """Guest-virtual memory as far as it is mapped."""
         data = b""
-        while size > 0:
-            where = struct("kvm_translation", linear_address=gva)
-            call(self.fd, "KVM_TRANSLATE", where)
-            count = min(size, 4096 - (gva & 4095))
-            part = self.vm.read(where.physical_address, count) if where.valid else b""
-            data, gva, size = data + part, gva + count, size - count if len(part) == count else 0
+        while len(data) < size and (hva := self.hva(gva + len(data))):
+            data += ctypes.string_at(hva, min(size - len(data), 4096 - (gva + len(data) & 4095)))
         return data
 
     def close(self) -> None:
         """Release the descriptor and its page; a second call does nothing."""
         TICKER.vcpus.discard(self)
         if self.fd >= 0:
-            del self.run_page
+            del self.run_page, self.stepper
             for view in (self.gprs, self.u32, self.u64, self.u8):
                 view.release()
             self.page.close()
@@ -180,7 +188,9 @@ class KvmVcpu:
         if self.pending:
             self.u8[at:at + size] = data
         elif gva >= 0:
-            self.vm.write(self, gva, data)
+            for i in range(size):
+                if hva := self.hva(gva + i):
+                    ctypes.memset(hva, data[i], 1)
         else:
             keep = self.gprs[RAX] & -1 << 8 * size if size < 4 else 0
             self.gprs[RAX] = keep | int.from_bytes(data, "little")
@@ -199,9 +209,9 @@ class KvmVcpu:
         try:
             if self.queue:
                 return self.queue.pop(0)
-            if insns is None and not self.breakpoints:
+            if insns is None and len(self.breakpoints) <= HW_BREAKPOINTS:
                 self.exact = False
-                self._debug(0)
+                self.stepper.free()
                 return self._free()
             return self._stepped(insns)
         finally:
@@ -235,6 +245,8 @@ class KvmVcpu:
         while True:
             reason = self._enter()
             self.pending, self.awaits = "", None
+            if reason == DEBUG:
+                return DebugExit(int(self.gprs[RIP]))
             exit = self._on_io() if reason == IO else self._meet(reason)
             if exit is not None:
                 return exit
@@ -246,29 +258,37 @@ class KvmVcpu:
         exit: Exit | None = getattr(self, handler)()
         return exit
 
-    def _stepped(self, insns: int | None) -> Exit:
-        """Instruction by instruction: exactly as many as asked for, and breakpoints without end."""
-        self.vm.need("step")
-        self.settle()
-        self._debug(_ENABLE | _STEP)
-        end, first = None if insns is None else self.insns + insns, True
-        while end is None or self.insns < end:
-            if not first and self.gprs[RIP] in self.breakpoints:
-                return DebugExit(self.gprs[RIP])
-            reason = self._enter()
-            self.pending, self.awaits = "", None
-            if reason == DEBUG:
-                self.insns += 1
-                self.answers.clear()
-                first = False
-            elif (exit := self._meet(reason)) is not None:
-                return exit
-        return BudgetExit(insns or 0)
+    def stay(self) -> Exit | None:
+        """One stay in the guest: an exit, or None when a step was counted or there was only something to see to."""
+        reason = self._enter()
+        self.pending, self.awaits = "", None
+        if reason != DEBUG:
+            return self._meet(reason)
+        self.insns += 1
+        self.answers.clear()
+        return None
 
-    def _debug(self, control: int) -> None:
-        if self._debug_state[0] != control:
-            call(self.fd, "KVM_SET_GUEST_DEBUG", struct("kvm_guest_debug", control=control))
-            self._debug_state = (control, frozenset())
+    def _stepped(self, insns: int | None) -> Exit:
+        """Instruction by instruction: exactly as many as asked for, and any number of breakpoints."""
+        self.need_step(0)
+        self.settle()
+        if self.queue:
+            return self.queue.pop(0)
+        self.stepper.begin()
+        try:
+            start = self.insns
+            while insns is None or self.insns - start < insns:
+                if self.insns > start and self.gprs[RIP] in self.breakpoints:
+                    return DebugExit(int(self.gprs[RIP]))
+                if (exit := self.stepper.step()) is not None:
+                    return exit
+            return BudgetExit(insns)
+        finally:
+            self.stepper.end()
+
+    def need_step(self, ring: int) -> None:
+        """Raise NotAvailable where KVM's single step is wrong."""
+        self.vm.need("step_user" if ring == 3 else "step")
 
     def settle(self) -> None:
         """Let KVM finish the instruction of the last exit, so that registers are those behind it; a read from a hole has to wait."""
@@ -340,10 +360,9 @@ class KvmVcpu:
         error, pc = self._member("internal"), int(self.gprs[RIP])
         data = self.fetch(pc, 15)
         insn = next(disassemble(self.vm.arch, data, pc), None)
-        where = struct("kvm_translation", linear_address=pc)
-        call(self.fd, "KVM_TRANSLATE", where)
-        if error.suberror == CONSTANTS["KVM_INTERNAL_ERROR_EMULATION"] and where.valid and not self.vm.read(where.physical_address, 1):
-            return InternalErrorExit(f"instruction fetch from gpa {where.physical_address:#x}, where no memslot is", pc)
+        gpa = self.gpa(pc + len(data)) if len(data) < 15 else None
+        if gpa is not None and insn is None:
+            return InternalErrorExit(f"instruction fetch from gpa {gpa:#x}, where no memslot is", pc)
         why = "KVM cannot emulate this instruction" if error.suberror == 1 else f"KVM internal error, suberror {error.suberror}"
         return InternalErrorExit(why, pc, data[:insn.size] if insn else data, insn.text if insn else "")
 

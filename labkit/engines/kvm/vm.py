@@ -92,12 +92,9 @@ class KvmVm:
             if can.name == capability and not can.have:
                 raise NotAvailable(f"kvm: no {capability}: {can.why}", capability=capability)
 
-    def read(self, gpa: int, size: int) -> bytes:
-        """Guest memory by gpa, as far as memslots go."""
-        for start, hva, length in self.slots:
-            if start <= gpa < start + length:
-                return ctypes.string_at(hva + gpa - start, min(size, start + length - gpa))
-        return b""
+    def hva(self, gpa: int) -> int:
+        """The host address of a gpa, 0 for a hole."""
+        return next((hva + gpa - start for start, hva, length in self.slots if start <= gpa < start + length), 0)
 
     def check_interrupt(self) -> None:
         """Raise the KeyboardInterrupt that a run held back until its exit was recorded."""
