@@ -26,26 +26,30 @@ class MachineState:
     cpus: tuple[bytes, ...]
     space: Any
     stacks: tuple[int, ...]
+    tasks: tuple[int, ...] = ()
 
 
 class Machine:
     """A machine without ucalls: what the selftests call a barebones VM."""
 
-    def __init__(self, arch: Arch, engine: EngineVm, memory: Memory) -> None:
-        self.arch, self.engine, self.memory = arch, engine, memory
+    def __init__(self, arch: Arch, engine: EngineVm, memory: Memory, privilege: str = "kernel") -> None:
+        if privilege not in ("kernel", "user"):
+            raise InvalidState(f"privilege {privilege!r}: there are \"kernel\" and \"user\"")
+        self.arch, self.engine, self.memory, self.is_user = arch, engine, memory, privilege == "user"
         for slot in memory.slots:
             engine.add_memslot(slot.gpa, slot.hva, slot.size)
         memory.on_write.append(engine.memory_written)
-        self.space = AddressSpace(memory, arch.mode)
+        self.space = AddressSpace(memory, arch.mode, self.is_user)
         self.vcpus: list[EngineVcpu] = []
         self.stacks: list[int] = []  # gva of each vCPU's stack, lowest byte
+        self.tasks: list[int] = []  # gva of each vCPU's own descriptor page, where guests run as users
         self.tables_gva = self.idt_gva = self.handlers_gva = 0
 
     def boot(self) -> None:
         """Allocate the machine's own tables (GDT, TSS, IDT) and the table of guest exception handlers."""
         if self.arch.nr_vectors:
             self.tables_gva = self.space.alloc(PAGE, "tables")
-            self.space.write(self.tables_gva, self.arch.tables(self.tables_gva))
+            self.space.write(self.tables_gva, self.arch.tables(self.tables_gva, 0))
             self.idt_gva = self.space.alloc(PAGE, "tables")
             self.handlers_gva = self.space.alloc(PAGE, "tables")
 
@@ -60,10 +64,19 @@ class Machine:
             raise InvalidState(f"a VM has at most {MAX_VCPUS} vCPUs, as the selftests' KVM_MAX_VCPUS")
         self.space.guard()  # a stack that overflows faults there, instead of eating what lies below
         self.stacks.append(self.space.alloc(STACK_PAGES * PAGE, "stacks"))
+        if self.is_user:
+            self.tasks.append(self._make_task())
         vcpu = self.engine.create_vcpu(index, trace)
         self.vcpus.append(vcpu)
         self.reset_vcpu(index, entry)
         return vcpu
+
+    def _make_task(self) -> int:
+        """A descriptor page whose exceptions go to a stack of its own: vCPUs must not meet on one."""
+        top = self.space.alloc(STACK_PAGES * PAGE, "stacks") + STACK_PAGES * PAGE
+        gva = self.space.alloc(PAGE, "tables")
+        self.space.write(gva, self.arch.tables(gva, top))
+        return gva
 
     def adopt_vcpu(self, trace: Trace) -> None:
         """Add a vCPU whose state will come from a snapshot."""
@@ -72,7 +85,8 @@ class Machine:
     def reset_vcpu(self, index: int, entry: int) -> None:
         """Bring a vCPU back to its reset state at `entry` (vcpu_arch_set_entry_point() and more)."""
         arch, top = self.arch, self.stacks[index] + STACK_PAGES * PAGE
-        tables = BootTables(self.space.root_gpa, self.tables_gva, self.idt_gva, self.tables_gva + arch.tss_offset)
+        gdt = self.tasks[index] if self.is_user else self.tables_gva
+        tables = BootTables(self.space.root_gpa, gdt, self.idt_gva, gdt + arch.tss_offset, self.is_user)
         regs = arch.reset(tables) | {arch.pc: entry, arch.sp: top - arch.stack_bias, arch.arguments[0]: index}
         self.vcpus[index].set_regs(regs)
 
@@ -91,7 +105,7 @@ class Machine:
         """All memory, CPU and allocator state."""
         slots = tuple((slot.gpa, slot.data[:]) for slot in self.memory.slots)
         return MachineState(slots, tuple(vcpu.save() for vcpu in self.vcpus), (self.space.state(), self.tables_gva, self.idt_gva,
-                                                                              self.handlers_gva), tuple(self.stacks))
+                                                                              self.handlers_gva), tuple(self.stacks), tuple(self.tasks))
 
     def set_state(self, state: MachineState) -> None:
         """Put a state back; raises InvalidState when it is of a machine with other memslots or vCPUs."""
@@ -105,7 +119,7 @@ class Machine:
             vcpu.restore(blob)
         space, self.tables_gva, self.idt_gva, self.handlers_gva = state.space
         self.space.set_state(space)
-        self.stacks = list(state.stacks)
+        self.stacks, self.tasks = list(state.stacks), list(state.tasks)
 
     def close(self) -> None:
         """Release the engine; memory goes with the last reference."""
