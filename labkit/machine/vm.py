@@ -32,7 +32,9 @@ class MachineState:
 class Machine:
     """A machine without ucalls: what the selftests call a barebones VM."""
 
-    def __init__(self, arch: Arch, engine: EngineVm, memory: Memory, privilege: str = "kernel") -> None:
+    def __init__(self, arch: Arch, engine: EngineVm, memory: Memory, privilege: str | None = "kernel") -> None:
+        if privilege is None:
+            privilege = "user" if any(can.name == "user_by_default" and can.have for can in engine.capabilities) else "kernel"
         if privilege not in ("kernel", "user"):
             raise InvalidState(f"privilege {privilege!r}: there are \"kernel\" and \"user\"")
         self.arch, self.engine, self.memory, self.is_user = arch, engine, memory, privilege == "user"
