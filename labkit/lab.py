@@ -17,7 +17,7 @@ from labkit.explore.events import Event, events_frame
 from labkit.explore.explain import explain
 from labkit.explore.inspect import MemoryMap, VmSnapshot
 from labkit.explore.look import label_gva, look_at_memory, look_at_vm
-from labkit.explore.running import collect, run_scheduled, stream
+from labkit.explore.running import collect, run_scheduled, runnable, stream
 from labkit.explore.state import VmState, put_state, take_state
 from labkit.explore.vcpu import Vcpu
 from labkit.guest.globals import HostGlobals, write_guest_global
@@ -167,11 +167,25 @@ class Vm:
 
     def run(self, max_insns: int | None = None) -> Ucall | Exit:
         """Run all vCPUs under the schedule until the next ucall or exit of any; at most max_insns in all (BudgetExit)."""
-        return run_scheduled(self.vcpus, self.schedule, max_insns)
+        try:
+            return self._run(max_insns)
+        finally:
+            self.machine.pause()
+
+    def _run(self, max_insns: int | None) -> Ucall | Exit:
+        if self.schedule.kind != "parallel":
+            return run_scheduled(self.vcpus, self.schedule, max_insns)
+        if max_insns is not None:
+            raise NotAvailable("schedule \"parallel\": instructions of vCPUs that run at once are not counted, so there is no max_insns")
+        index, exit = self.machine.run_parallel(runnable(self.vcpus))
+        return self.arrived(self.vcpus[index], exit)
 
     def stream(self, max_insns: int | None = None) -> Iterator[Ucall | Exit]:
         """Every ucall and exit until all vCPUs are done, one of them fails, or the budget is used up (then BudgetExit last)."""
-        return stream(self.run, self._all_done, lambda: self.step, max_insns)
+        try:
+            yield from stream(self._run, self._all_done, lambda: self.step, max_insns)
+        finally:
+            self.machine.pause()
 
     def _all_done(self) -> bool:
         return all(vcpu.state == "done" for vcpu in self.vcpus)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 __all__ = [
     "BudgetExit", "Capability", "DeadlineExit", "DebugExit", "EngineVcpu", "EngineVm", "Exit", "HaltExit", "HypercallExit",
-    "InternalErrorExit", "InterruptExit", "MmioExit", "PioExit", "Regs", "ShutdownExit", "Trace",
+    "InternalErrorExit", "InterruptExit", "MmioExit", "ParallelVm", "PioExit", "Regs", "ShutdownExit", "Trace",
 ]
 
 Regs = dict[str, int]
@@ -198,3 +198,14 @@ class EngineVm(Protocol):
 
     def close(self) -> None:
         """Release what the engine holds."""
+
+
+@runtime_checkable
+class ParallelVm(Protocol):
+    """The VM of an engine with the capability parallel_vcpus."""
+
+    def run_parallel(self, indices: Sequence[int]) -> tuple[int, Exit]:
+        """Let these vCPUs run, each on its own thread, until one exits; the others go on until they are touched, or `pause`."""
+
+    def pause(self) -> None:
+        """Bring all of them out of the guest."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from labkit.arch.model import Arch, BootTables
-from labkit.engines.base import EngineVcpu, EngineVm, Trace
-from labkit.errors import InvalidState
+from labkit.engines.base import EngineVcpu, EngineVm, Exit, ParallelVm, Trace
+from labkit.errors import InvalidState, NotAvailable
 from labkit.machine.memory import PAGE, Memory
 from labkit.machine.space import AddressSpace
 
@@ -98,6 +98,18 @@ class Machine:
         if not 1 <= len(values) <= len(names):
             raise InvalidState(f"args_set takes 1 to {len(names)} values on {self.arch.name}, not {len(values)}")
         self.vcpus[index].set_regs({name: value & (1 << 64) - 1 for name, value in zip(names, values, strict=False)})
+
+    def run_parallel(self, indices: Sequence[int]) -> tuple[int, Exit]:
+        """Run these vCPUs at once, on real threads, until one exits; raises NotAvailable for an engine that cannot."""
+        if not isinstance(self.engine, ParallelVm):
+            why = next((can.why for can in self.engine.capabilities if can.name == "parallel_vcpus"), "it does not say why")
+            raise NotAvailable(f"schedule \"parallel\": the {self.engine.name} engine runs vCPUs one after the other: {why}")
+        return self.engine.run_parallel(indices)
+
+    def pause(self) -> None:
+        """Stop vCPUs that run at once, if there are any."""
+        if isinstance(self.engine, ParallelVm):
+            self.engine.pause()
 
     def stack_of(self, gva: int) -> int | None:
         """The vCPU whose stack a gva lies in."""

@@ -70,7 +70,7 @@ class KvmVcpu:
         self.answers: list[tuple[int, int]] = []  # (gpa, value) of the reads that the present instruction has had
         self.replay: list[tuple[int, int]] | None = None  # the same, for an instruction that a restored state begins again
         self.breakpoints: frozenset[int] = frozenset()
-        self._until = 0.0
+        self._until, self.pausing = 0.0, False
         self._setup()
         self.stepper = Stepper(self)
         TICKER.vcpus.add(self)
@@ -90,8 +90,7 @@ class KvmVcpu:
     def mine(self) -> None:
         """Raise InvalidState unless the calling thread is the one that this vCPU belongs to, and it is open."""
         if threading.get_ident() != self.owner:
-            raise InvalidState(f"vCPU {self.index} belongs to thread {self.owner:#x}, which alone may touch it; this is thread "
-                               f"{threading.get_ident():#x}")
+            self.vm.lanes.pause(self)
         if self.fd < 0:
             raise InvalidState(f"vCPU {self.index}: this VM is closed")
 
@@ -199,23 +198,29 @@ class KvmVcpu:
     def run(self, insns: int | None = None) -> Exit:
         """Run until an exit; with `insns`, until that many instructions retired (BudgetExit)."""
         self.mine()
+        shield = self.vm.shield
+        shield.enter(self.kick)
+        try:
+            return self.run_here(insns)
+        finally:
+            shield.running = False
+
+    def run_here(self, insns: int | None) -> Exit:
+        """Run on the calling thread, wherever Ctrl-C goes."""
         if insns is not None and insns <= 0:
             return BudgetExit(insns)
         if not self.started:
             self._first_run()
-        shield = self.vm.shield
-        shield.enter(self.kick)
         self._until = time.monotonic() + self.vm.deadline
-        try:
-            if self.queue:
-                return self.queue.pop(0)
-            if insns is None and len(self.breakpoints) <= HW_BREAKPOINTS:
-                self.exact = False
+        if self.queue:
+            return self.queue.pop(0)
+        if insns is None and len(self.breakpoints) <= HW_BREAKPOINTS:
+            self.exact = False
+            if self.breakpoints or self.stepper.control[0]:
+                self.settle()
                 self.stepper.free()
-                return self._free()
-            return self._stepped(insns)
-        finally:
-            shield.running = False
+            return self._free()
+        return self._stepped(insns)
 
     def _first_run(self) -> None:
         """The VM's CPU table may be edited until now."""
@@ -367,7 +372,7 @@ class KvmVcpu:
         return InternalErrorExit(why, pc, data[:insn.size] if insn else data, insn.text if insn else "")
 
     def _on_intr(self) -> Exit | None:
-        if self.vm.shield.interrupted:
+        if self.pausing or (self.vm.shield.interrupted and threading.current_thread() is threading.main_thread()):
             return InterruptExit()
         if time.monotonic() > self._until:
             return DeadlineExit(self.vm.deadline, int(self.gprs[RIP]))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 
 from labkit.arch.x86_cpu import CpuModel
-from labkit.engines.base import Capability, Trace
+from labkit.engines.base import Capability, Exit, Trace
 from labkit.engines.interrupt import shield
 from labkit.engines.kvm.abi import CAPS, CONSTANTS, IOCTLS, call, cpuid2, enter, msrs, struct
+from labkit.engines.kvm.lanes import Lanes
 from labkit.engines.kvm.regs import SAVED_MSRS
 from labkit.engines.kvm.vcpu import KvmVcpu
 from labkit.errors import InvalidState, NotAvailable
@@ -35,6 +37,7 @@ class KvmVm:
         self.arch, self.cpu, self.shield, self.deadline = arch, cpu, shield(), DEADLINE
         self.slots: list[tuple[int, int, int]] = []
         self.vcpus: list[KvmVcpu] = []
+        self.lanes = Lanes(self)
         self.fd, self._saved = -1, tuple[int, ...]()
         device = _open()
         try:
@@ -78,6 +81,15 @@ class KvmVm:
         self.vcpus.append(KvmVcpu(self, index, trace))
         return self.vcpus[-1]
 
+    def run_parallel(self, indices: Sequence[int]) -> tuple[int, Exit]:
+        """Let these vCPUs run, each on its own thread, until one exits; the others go on until they are touched, or `pause`."""
+        return self.lanes.run(indices)
+
+    def pause(self) -> None:
+        """Bring all vCPUs that run in parallel out of the guest."""
+        if self.lanes.lanes:
+            self.lanes.end()
+
     @property
     def saved_msrs(self) -> tuple[int, ...]:
         """The MSRs of a snapshot: those of the names, and others that guests change, as far as this KVM has them."""
@@ -110,6 +122,7 @@ class KvmVm:
 
     def close(self) -> None:
         """Release every vCPU and the VM; a second call does nothing."""
+        self.pause()
         for vcpu in self.vcpus:
             vcpu.close()
         if self.fd >= 0:
