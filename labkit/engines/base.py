@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 __all__ = [
     "BudgetExit", "Capability", "DeadlineExit", "DebugExit", "EngineVcpu", "EngineVm", "Exit", "HaltExit", "HypercallExit",
-    "InternalErrorExit", "InterruptExit", "MmioExit", "ParallelVm", "PioExit", "Regs", "ShutdownExit", "Trace",
+    "InternalErrorExit", "InterruptExit", "LoggingVm", "MmioExit", "ParallelVm", "PioExit", "Regs", "ShutdownExit", "Trace",
 ]
 
 Regs = dict[str, int]
@@ -209,3 +209,11 @@ class ParallelVm(Protocol):
 
     def pause(self) -> None:
         """Bring all of them out of the guest."""
+
+
+@runtime_checkable
+class LoggingVm(Protocol):
+    """The VM of an engine that knows which pages its guests wrote (capability dirty_log)."""
+
+    def pages_written(self) -> list[int]:
+        """The gpas of the pages that guests wrote since the last call; what the host wrote is not among them."""

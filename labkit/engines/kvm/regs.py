@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from labkit.engines.kvm.abi import STRUCTS, call, msrs, struct
+from labkit.engines.kvm.abi import CONSTANTS, STRUCTS, call, msrs, struct
 from labkit.errors import InvalidState
 
 if TYPE_CHECKING:
@@ -60,7 +60,11 @@ class Registers:
 
     def read_all(self) -> dict[str, int]:
         """Every register by name."""
-        return {name: self.read(name) for name in NAMES}
+        table = msrs(dict.fromkeys(NAMED_MSRS.values(), 0))
+        if call(self.fd, "KVM_GET_MSRS", table) != len(NAMED_MSRS):
+            return {name: self.read(name) for name in NAMES}
+        found = dict(zip(NAMED_MSRS, (int(entry.data) for entry in table.entries), strict=True))
+        return {name: found[name] if name in found else self.read(name) for name in NAMES}
 
     def read(self, name: str) -> int:
         """One register; raises InvalidState for a name that x86-64 does not have."""
@@ -81,10 +85,21 @@ class Registers:
         if name == "xcr0":
             return int(self.get("XCRS").xcrs[0].value)
         if name == "tsc_offset":
-            return self.vcpu.tsc_offset()
+            return self.tsc_offset()
         if name in NAMED_MSRS:
             return self.msr(NAMED_MSRS[name])
         return self.msr(self._numbered(name))
+
+    def tsc_offset(self, value: int | None = None) -> int:
+        """What KVM adds to the host's TSC for this vCPU (KVM_VCPU_TSC_OFFSET), 0 where KVM does not say; sets it when given."""
+        place = ctypes.c_uint64(value or 0)
+        group, attr = CONSTANTS["KVM_VCPU_TSC_CTRL"], CONSTANTS["KVM_VCPU_TSC_OFFSET"]
+        wish = struct("kvm_device_attr", group=group, attr=attr, addr=ctypes.addressof(place))
+        if self.vcpu.vm.has("KVM_CAP_VCPU_ATTRIBUTES"):
+            call(self.fd, "KVM_GET_DEVICE_ATTR" if value is None else "KVM_SET_DEVICE_ATTR", wish)
+        elif value:
+            raise InvalidState("this KVM does not let the TSC's offset be set", name="tsc_offset", value=value)
+        return int(place.value)
 
     def _numbered(self, name: str) -> int:
         table, _, number = name.partition("_")
@@ -136,7 +151,7 @@ class Registers:
         elif group == "other":
             for name, value in regs.items():
                 if name == "tsc_offset":
-                    self.vcpu.set_tsc_offset(value)
+                    self.tsc_offset(value)
                 else:
                     self.set_msr(NAMED_MSRS.get(name) or self._numbered(name), value)
         else:

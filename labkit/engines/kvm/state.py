@@ -37,7 +37,7 @@ def save(vcpu: KvmVcpu) -> bytes:
 
 
 def _read_msrs(vcpu: KvmVcpu) -> Any:
-    table = msrs(dict.fromkeys(vcpu.vm.saved_msrs, 0))
+    table = msrs(vcpu.vm.saved_msrs)
     call(vcpu.fd, "KVM_GET_MSRS", table)
     return table
 

@@ -36,9 +36,10 @@ class KvmVm:
                                f"not {arch}", arch=arch)
         self.arch, self.cpu, self.shield, self.deadline = arch, cpu, shield(), DEADLINE
         self.slots: list[tuple[int, int, int]] = []
+        self._logs: list[ctypes.Array[ctypes.c_uint64]] = []  # a bit a page for each slot
         self.vcpus: list[KvmVcpu] = []
-        self.lanes = Lanes(self)
-        self.fd, self._saved = -1, tuple[int, ...]()
+        self.lanes, self._caps = Lanes(self), dict[str, int]()
+        self.fd, self._saved = -1, dict[int, int]()
         device = _open()
         try:
             self.run_size = enter(device, IOCTLS["KVM_GET_VCPU_MMAP_SIZE"], 0)
@@ -53,10 +54,16 @@ class KvmVm:
 
     def _enable(self, cap: str, value: int) -> None:
         """Turn a capability on where there is one."""
-        if enter(self.fd, IOCTLS["KVM_CHECK_EXTENSION"], CAPS[cap]):
+        if self.has(cap):
             wish = struct("kvm_enable_cap", cap=CAPS[cap])
             wish.args[0] = value
             call(self.fd, "KVM_ENABLE_CAP", wish)
+
+    def has(self, cap: str) -> int:
+        """What KVM_CHECK_EXTENSION says: 0 for a capability that it lacks."""
+        if cap not in self._caps:
+            self._caps[cap] = enter(self.fd, IOCTLS["KVM_CHECK_EXTENSION"], CAPS[cap])
+        return self._caps[cap]
 
     def cpuid(self, index: int) -> ctypes.Structure:
         """The VM's CPUID table as KVM wants it, for one vCPU."""
@@ -72,6 +79,7 @@ class KvmVm:
         region = struct("kvm_userspace_memory_region", slot=len(self.slots), flags=CONSTANTS["KVM_MEM_LOG_DIRTY_PAGES"],
                         guest_phys_addr=gpa, memory_size=size, userspace_addr=hva)
         call(self.fd, "KVM_SET_USER_MEMORY_REGION", region)
+        self._logs.append((ctypes.c_uint64 * -(-size // (64 * 4096)))())
         self.slots.append((gpa, hva, size))
 
     def create_vcpu(self, index: int, trace: Trace) -> KvmVcpu:
@@ -80,6 +88,19 @@ class KvmVm:
             raise InvalidState("this VM is closed")
         self.vcpus.append(KvmVcpu(self, index, trace))
         return self.vcpus[-1]
+
+    def pages_written(self) -> list[int]:
+        """The gpas of the pages that guests wrote since the last call, from KVM's dirty log."""
+        pages: list[int] = []
+        for slot, (gpa, _, _) in enumerate(self.slots):
+            log = self._logs[slot]
+            call(self.fd, "KVM_GET_DIRTY_LOG", struct("kvm_dirty_log", slot=slot, dirty_bitmap=ctypes.addressof(log)))
+            for i, word in enumerate(log):
+                while word:
+                    low = word & -word
+                    pages.append(gpa + (64 * i + low.bit_length() - 1 << 12))
+                    word ^= low
+        return pages
 
     def run_parallel(self, indices: Sequence[int]) -> tuple[int, Exit]:
         """Let these vCPUs run, each on its own thread, until one exits; the others go on until they are touched, or `pause`."""
@@ -91,11 +112,11 @@ class KvmVm:
             self.lanes.end()
 
     @property
-    def saved_msrs(self) -> tuple[int, ...]:
+    def saved_msrs(self) -> dict[int, int]:
         """The MSRs of a snapshot: those of the names, and others that guests change, as far as this KVM has them."""
         if not self._saved:
             fd = self.vcpus[0].fd
-            self._saved = tuple(index for index in SAVED_MSRS if call(fd, "KVM_GET_MSRS", msrs({index: 0})) == 1)
+            self._saved = {index: 0 for index in SAVED_MSRS if call(fd, "KVM_GET_MSRS", msrs({index: 0})) == 1}
         return self._saved
 
     def need(self, capability: str) -> None:
