@@ -179,7 +179,10 @@ class EngineVm(Protocol):
     """The engine's side of one VM: memory slots in, vCPUs out."""
 
     name: str
-    capabilities: tuple[Capability, ...]
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What this engine can and cannot do."""
 
     def add_memslot(self, gpa: int, hva: int, size: int) -> None:
         """Let the guest see host memory at `gpa`; the caller keeps it alive."""

@@ -8,6 +8,8 @@ given a count of one. A HLT would lose its exit, so it runs without being steppe
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Generator
+from contextlib import closing
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,7 +27,7 @@ ENABLE, STEP, HW_BP = (CONSTANTS[f"KVM_GUESTDBG_{name}"] for name in ("ENABLE", 
 SYNC_REGS, SYNC_SREGS = CONSTANTS["KVM_SYNC_X86_REGS"], CONSTANTS["KVM_SYNC_X86_SREGS"]
 HW_BREAKPOINTS = 4
 RIP, RCX, FLAGS = GPR["rip"], GPR["rcx"], GPR["rflags"]
-ZF, RF = 1 << 6, 1 << 16
+ZF = 1 << 6
 DE, DB, BP, UD, NP, SS, GP, PF, MF, XM = 0, 1, 3, 6, 11, 12, 13, 14, 16, 19
 _PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 _STRINGS = frozenset(b"\x6c\x6d\x6e\x6f\xa4\xa5\xa6\xa7\xaa\xab\xac\xad\xae\xaf")
@@ -85,41 +87,40 @@ class Stepper:
         self._pages: dict[int, int] = {}  # gva of a page -> hva, under one CR3
         self._cr3 = -1
 
-    def debug(self, control: int, gvas: tuple[int, ...] = ()) -> None:
-        """KVM_SET_GUEST_DEBUG, when it is not so already; execution breakpoints in DR0 to DR3 (SDM vol. 3B 17.2)."""
+    def debug(self, control: int, gvas: tuple[int, ...] = (), kinds: int = 0) -> None:
+        """KVM_SET_GUEST_DEBUG, when it is not so already; execution breakpoints in DR0 to DR3 (SDM vol. 3B 17.2), others as DR7 says."""
         if self.control == (control, gvas):
             return
         wish = struct("kvm_guest_debug", control=control)
         for i, gva in enumerate(gvas):
             wish.debugreg[i] = gva
-            wish.debugreg[7] |= 2 << 2 * i  # global enable; R/W and LEN 0: an instruction
+            wish.debugreg[7] |= 2 << 2 * i | kinds  # global enable; R/W and LEN 0: an instruction
         call(self.vcpu.fd, "KVM_SET_GUEST_DEBUG", wish)
         self.control = control, gvas
 
-    def begin(self) -> None:
-        """Before steps: KVM keeps the special registers in the run page too."""
-        ctypes.memmove(ctypes.addressof(self.sregs), ctypes.addressof(self.vcpu.regs.get("SREGS")), ctypes.sizeof(self.sregs))
-        self.vcpu.run_page.kvm_valid_regs = SYNC_REGS | SYNC_SREGS
-        self._pages.clear()
-
-    def end(self) -> None:
-        """After steps."""
-        self.vcpu.run_page.kvm_valid_regs = SYNC_REGS
-
-    def free(self) -> None:
-        """Let the guest run, up to a breakpoint if there are any; one where it stands does not count."""
+    def free(self) -> Exit | None:
+        """Let the guest run up to a breakpoint, if there are any; one where it stands is stepped over, which may end in an exit."""
         gvas = tuple(sorted(self.vcpu.breakpoints))
-        self.debug(ENABLE | HW_BP if gvas else 0, gvas)
+        exit, before = None, self.vcpu.insns
         if self.vcpu.gprs[RIP] in gvas:
-            self._pass()
+            with closing(self.steps()) as steps:
+                exit = next(exit for exit in steps if exit is not None or self.vcpu.insns > before)
+        self.debug(ENABLE | HW_BP if gvas else 0, gvas)
+        return exit
 
-    def _pass(self) -> None:
-        """Do not stop at the instruction at RIP itself (SDM vol. 3B 17.3.1.1)."""
-        self.vcpu.gprs[FLAGS] |= RF
-        self.vcpu.run_page.kvm_dirty_regs |= SYNC_REGS
+    def steps(self) -> Generator[Exit | None, None, None]:
+        """One step after the other: an exit, or None for a step that is over or interrupted by somebody who wants a look around."""
+        vcpu = self.vcpu
+        ctypes.memmove(ctypes.addressof(self.sregs), ctypes.addressof(vcpu.regs.get("SREGS")), ctypes.sizeof(self.sregs))
+        vcpu.run_page.kvm_valid_regs = SYNC_REGS | SYNC_SREGS  # KVM keeps the special registers in the run page too
+        self._pages.clear()
+        try:
+            while True:
+                yield self._step()
+        finally:
+            vcpu.run_page.kvm_valid_regs = SYNC_REGS
 
-    def step(self) -> Exit | None:
-        """One step; None when it is over, or when it has to be tried again because somebody asked for a look around."""
+    def _step(self) -> Exit | None:
         vcpu = self.vcpu
         vcpu.need_step(self.sregs.cs.selector & 3)
         code = self._peek(vcpu.gprs[RIP])
@@ -127,10 +128,7 @@ class Stepper:
         if kind.halts and not self.sregs.cs.selector & 3:
             self.debug(0)
             return vcpu.stay()
-        handlers = self._handlers((PF, GP, UD, kind.vector))
-        self.debug(ENABLE | STEP | HW_BP, handlers)
-        if vcpu.gprs[RIP] in handlers:
-            self._pass()
+        self.debug(ENABLE | STEP | HW_BP, self._handlers((PF, GP, UD, kind.vector)))
         if kind.rep:
             return self._iterate(kind)
         return vcpu.stay()
@@ -177,4 +175,5 @@ class Stepper:
             gate = self._peek(at) if 16 * vector + 15 <= limit else b""
             if len(gate) >= 12:
                 found.append(int.from_bytes(gate[0:2] + gate[6:12], "little"))
-        return tuple(dict.fromkeys(found))
+        here = self.vcpu.gprs[RIP]  # KVM would stop there at once, whatever RF says
+        return tuple(dict.fromkeys(gva for gva in found if gva != here))

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ class KvmVcpu:
         self.answers: list[tuple[int, int]] = []  # (gpa, value) of the reads that the present instruction has had
         self.replay: list[tuple[int, int]] | None = None  # the same, for an instruction that a restored state begins again
         self.breakpoints: frozenset[int] = frozenset()
-        self._until, self.pausing = 0.0, False
+        self._until, self.pausing = float("inf"), False
         self._setup()
         self.stepper = Stepper(self)
         TICKER.vcpus.add(self)
@@ -218,8 +219,9 @@ class KvmVcpu:
             self.exact = False
             if self.breakpoints or self.stepper.control[0]:
                 self.settle()
-                self.stepper.free()
-            return self._free()
+                if (exit := self.stepper.free()) is not None:
+                    return exit
+            return self.stay_free()
         return self._stepped(insns)
 
     def _first_run(self) -> None:
@@ -246,7 +248,8 @@ class KvmVcpu:
         finally:
             self.entered = 0
 
-    def _free(self) -> Exit:
+    def stay_free(self) -> Exit:
+        """Stay in the guest until an exit, with debug registers as they are."""
         while True:
             reason = self._enter()
             self.pending, self.awaits = "", None
@@ -279,17 +282,14 @@ class KvmVcpu:
         self.settle()
         if self.queue:
             return self.queue.pop(0)
-        self.stepper.begin()
-        try:
-            start = self.insns
+        start = self.insns
+        with closing(self.stepper.steps()) as steps:
             while insns is None or self.insns - start < insns:
                 if self.insns > start and self.gprs[RIP] in self.breakpoints:
                     return DebugExit(int(self.gprs[RIP]))
-                if (exit := self.stepper.step()) is not None:
+                if (exit := next(steps) or self._asked(insns is None)) is not None:
                     return exit
-            return BudgetExit(insns)
-        finally:
-            self.stepper.end()
+        return BudgetExit(insns)
 
     def need_step(self, ring: int) -> None:
         """Raise NotAvailable where KVM's single step is wrong."""
@@ -372,9 +372,13 @@ class KvmVcpu:
         return InternalErrorExit(why, pc, data[:insn.size] if insn else data, insn.text if insn else "")
 
     def _on_intr(self) -> Exit | None:
+        return self._asked(True)
+
+    def _asked(self, in_time: bool) -> Exit | None:
+        """What somebody asked of this run meanwhile; counted runs end by themselves and may take their time."""
         if self.pausing or (self.vm.shield.interrupted and threading.current_thread() is threading.main_thread()):
             return InterruptExit()
-        if time.monotonic() > self._until:
+        if in_time and time.monotonic() > self._until:
             return DeadlineExit(self.vm.deadline, int(self.gprs[RIP]))
         return None
 

@@ -11,6 +11,7 @@ from labkit.engines.base import Capability, Exit, Trace
 from labkit.engines.interrupt import shield
 from labkit.engines.kvm.abi import CAPS, CONSTANTS, IOCTLS, call, cpuid2, enter, msrs, struct
 from labkit.engines.kvm.lanes import Lanes
+from labkit.engines.kvm.probe import probe
 from labkit.engines.kvm.regs import SAVED_MSRS
 from labkit.engines.kvm.vcpu import KvmVcpu
 from labkit.errors import InvalidState, NotAvailable
@@ -18,7 +19,7 @@ from labkit.errors import InvalidState, NotAvailable
 __all__ = ["KvmVm"]
 
 DEVICE = "/dev/kvm"
-DEADLINE = 20.0  # seconds
+DEADLINE = 2.0  # seconds
 NEEDED = ("USER_MEMORY", "SYNC_REGS", "IMMEDIATE_EXIT", "SET_GUEST_DEBUG", "VCPU_EVENTS", "DEBUGREGS", "XSAVE", "XCRS")
 _INDEXED = (4, 7, 0xB, 0xD)  # CPUID leaves with subleaves
 _TSS_ADDR = 0xFFFB_D000  # three pages that VMX without unrestricted guests keeps for itself; above all memory of ours
@@ -28,9 +29,8 @@ class KvmVm:
     """The engine's side of one VM."""
 
     name = "kvm"
-    capabilities: tuple[Capability, ...] = ()
 
-    def __init__(self, arch: str, cpu: CpuModel) -> None:
+    def __init__(self, arch: str, cpu: CpuModel, capabilities: tuple[Capability, ...] | None = None) -> None:
         if arch != os.uname().machine or arch != "x86_64":
             raise NotAvailable(f"the kvm engine runs guests of its own machine, which is {os.uname().machine}; labkit knows x86_64 there, "
                                f"not {arch}", arch=arch)
@@ -38,6 +38,7 @@ class KvmVm:
         self.slots: list[tuple[int, int, int]] = []
         self._logs: list[ctypes.Array[ctypes.c_uint64]] = []  # a bit a page for each slot
         self.vcpus: list[KvmVcpu] = []
+        self._known = capabilities
         self.lanes, self._caps = Lanes(self), dict[str, int]()
         self.fd, self._saved = -1, dict[int, int]()
         device = _open()
@@ -101,6 +102,11 @@ class KvmVm:
                     pages.append(gpa + (64 * i + low.bit_length() - 1 << 12))
                     word ^= low
         return pages
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What this machine's KVM can do, probed once."""
+        return probe() if self._known is None else self._known
 
     def run_parallel(self, indices: Sequence[int]) -> tuple[int, Exit]:
         """Let these vCPUs run, each on its own thread, until one exits; the others go on until they are touched, or `pause`."""
