@@ -20,7 +20,7 @@ from labkit.engines.kvm.regs import GPR
 if TYPE_CHECKING:
     from labkit.engines.kvm.vcpu import KvmVcpu
 
-__all__ = ["HW_BREAKPOINTS", "Stepper"]
+__all__ = ["ENABLE", "HW_BP", "HW_BREAKPOINTS", "Stepper", "kind_of"]
 
 DEBUG = EXITS["KVM_EXIT_DEBUG"]
 ENABLE, STEP, HW_BP = (CONSTANTS[f"KVM_GUESTDBG_{name}"] for name in ("ENABLE", "SINGLESTEP", "USE_HW_BP"))
@@ -39,6 +39,7 @@ class Kind(NamedTuple):
 
     length: int  # of prefixes and opcode: of a string instruction and of HLT, all of it
     halts: bool
+    string: bool
     rep: int  # 0, 0xF2 or 0xF3 of a string instruction
     compares: bool
     narrow: bool  # counts in ECX
@@ -54,7 +55,7 @@ def kind_of(code: bytes) -> Kind:
     if at < len(code) - 1 and code[at] >> 4 == 4:  # REX
         at += 1
     opcode = code[at] if code else 0
-    return Kind(at + 1, opcode == 0xF4, rep if opcode in _STRINGS else 0, opcode in _COMPARES, narrow, _vector(opcode, code[at + 1:at + 2]))
+    return Kind(at + 1, opcode == 0xF4, opcode in _STRINGS, rep if opcode in _STRINGS else 0, opcode in _COMPARES, narrow, _vector(opcode, code[at + 1:at + 2]))
 
 
 def _vector(opcode: int, second: bytes) -> int:
@@ -86,6 +87,7 @@ class Stepper:
         self.sregs = vcpu.run_page.s.sregs
         self._pages: dict[int, int] = {}  # gva of a page -> hva, under one CR3
         self._cr3 = -1
+        self.inside = False  # a REP instruction that has iterations left
 
     def debug(self, control: int, gvas: tuple[int, ...] = (), kinds: int = 0) -> None:
         """KVM_SET_GUEST_DEBUG, when it is not so already; execution breakpoints in DR0 to DR3 (SDM vol. 3B 17.2), others as DR7 says."""
@@ -104,7 +106,7 @@ class Stepper:
         exit, before = None, self.vcpu.insns
         if self.vcpu.gprs[RIP] in gvas:
             with closing(self.steps()) as steps:
-                exit = next(exit for exit in steps if exit is not None or self.vcpu.insns > before)
+                exit = next(exit for exit in steps if exit is not None or (self.vcpu.insns > before and not self.inside))
         self.debug(ENABLE | HW_BP if gvas else 0, gvas)
         return exit
 
@@ -122,6 +124,7 @@ class Stepper:
 
     def _step(self) -> Exit | None:
         vcpu = self.vcpu
+        self.inside = False
         vcpu.need_step(self.sregs.cs.selector & 3)
         code = self._peek(vcpu.gprs[RIP])
         kind = kind_of(code)
@@ -150,6 +153,7 @@ class Stepper:
                 vcpu.insns += 1
             over = left == 1 or (kind.compares and bool(gprs[FLAGS] & ZF) != (kind.rep == 0xF3))
             gprs[RCX], gprs[RIP] = left - 1, start + kind.length if over else start
+            self.inside = not over
         else:  # a fault, or a read from a hole: nothing was done
             gprs[RCX] = left
         vcpu.run_page.kvm_dirty_regs |= SYNC_REGS

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from labkit.engines.disasm import disassemble
 from labkit.engines.kvm.abi import CONSTANTS, EXITS, IOCTLS, MEMBERS, STRUCTS, call, enter, struct
 from labkit.engines.kvm.regs import GPR, Registers
 from labkit.engines.kvm.state import restore, save
-from labkit.engines.kvm.step import HW_BREAKPOINTS, Stepper
+from labkit.engines.kvm.step import HW_BREAKPOINTS, Stepper, kind_of
 from labkit.engines.kvm.ticker import TICKER, send_kick
 from labkit.errors import InvalidState, LabError
 
@@ -66,7 +66,9 @@ class KvmVcpu:
         self.regs = Registers(self)
         self.msrs: dict[int, int] = {}  # MSRs that KVM lacks and the VM's table has, as written
         self.pending = ""  # what the next KVM_RUN completes first: "", "pio", "string", "read", "write"
-        self.awaits: tuple[int, int, int] | None = None  # (place in the run page, bytes, gva of an INS or -1) that complete() sets
+        self.awaits: tuple[int, int] | None = None  # (place in the run page, bytes) that complete() sets
+        self.wrote: int | None = None  # gva that an INS was settled to, whose value complete() still may change
+        self.more: list[int] = []  # such places of an INS that come next
         self.queue: list[Exit] = []  # exits that came in one with another
         self.answers: list[tuple[int, int]] = []  # (gpa, value) of the reads that the present instruction has had
         self.replay: list[tuple[int, int]] | None = None  # the same, for an instruction that a restored state begins again
@@ -161,7 +163,8 @@ class KvmVcpu:
             del self.run_page, self.stepper
             for view in (self.gprs, self.u32, self.u64, self.u8):
                 view.release()
-            self.page.close()
+            with suppress(BufferError):  # somebody still holds a part of it, such as the frame of an exception; it goes with that
+                self.page.close()
             os.close(self.fd)
             self.fd = -1
 
@@ -183,14 +186,16 @@ class KvmVcpu:
         self.mine()
         if self.awaits is None:
             raise InvalidState(f"vCPU {self.index}: the last exit reads nothing, so there is nothing to complete")
-        at, size, gva = self.awaits
+        at, size = self.awaits
         data = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
         if self.pending:
             self.u8[at:at + size] = data
-        elif gva >= 0:
-            for i in range(size):
-                if hva := self.hva(gva + i):
-                    ctypes.memset(hva, data[i], 1)
+            if self.pending == "pio" and not self.more and kind_of(self.fetch(int(self.gprs[RIP]), 15)).string:
+                self.settle()  # INS: what was read lies in memory from now on
+        elif self.wrote is not None:
+            for i, byte in enumerate(data):
+                if hva := self.hva(self.wrote + i):
+                    ctypes.memset(hva, byte, 1)
         else:
             keep = self.gprs[RAX] & -1 << 8 * size if size < 4 else 0
             self.gprs[RAX] = keep | int.from_bytes(data, "little")
@@ -215,6 +220,8 @@ class KvmVcpu:
         self._until = time.monotonic() + self.vm.deadline
         if self.queue:
             return self.queue.pop(0)
+        if self.more:
+            return self._next_element()
         if insns is None and len(self.breakpoints) <= HW_BREAKPOINTS:
             self.exact = False
             if self.breakpoints or self.stepper.control[0]:
@@ -285,7 +292,7 @@ class KvmVcpu:
         start = self.insns
         with closing(self.stepper.steps()) as steps:
             while insns is None or self.insns - start < insns:
-                if self.insns > start and self.gprs[RIP] in self.breakpoints:
+                if self.insns > start and self.gprs[RIP] in self.breakpoints and not self.stepper.inside:
                     return DebugExit(int(self.gprs[RIP]))
                 if (exit := next(steps) or self._asked(insns is None)) is not None:
                     return exit
@@ -298,7 +305,10 @@ class KvmVcpu:
     def settle(self) -> None:
         """Let KVM finish the instruction of the last exit, so that registers are those behind it; a read from a hole has to wait."""
         self.mine()
-        while self.pending and self.pending != "read":
+        if self.pending == "pio" and not self.more and self.awaits:
+            kind = kind_of(self.fetch(int(self.gprs[RIP]), 15))
+            self.wrote = int(self.gprs[RDI]) if kind.string else None
+        while self.pending and self.pending != "read" and not self.more:
             self.pending = ""
             self.u8[1] = 1
             reason = self._enter()
@@ -314,6 +324,7 @@ class KvmVcpu:
             self.settle()
         self.queue.clear()
         self.awaits, self.replay = None, None
+        self.more.clear()
         self.answers.clear()
 
     # --- what the exits of KVM mean
@@ -331,8 +342,15 @@ class KvmVcpu:
             self.queue += [PioExit(port, size, True, data) for data in parts[1:]]
             return PioExit(port, size, True, parts[0])
         self.u8[at:at + size * count] = bytes(size * count)
-        self.awaits = (at, size, -1)
+        self.awaits, self.more = (at, size), [at + size * i for i in range(1, count)]
         return _in_exit(port, size)
+
+    def _next_element(self) -> Exit:
+        """The next element of an INS that KVM took together; it goes on when the host has given all."""
+        assert self.awaits is not None
+        self.awaits = self.more.pop(0), self.awaits[1]
+        self.insns += 1
+        return _in_exit(self.u32[_UNION // 4] >> 16, self.awaits[1])
 
     def _on_hlt(self) -> Exit:
         self.insns += 1
@@ -347,7 +365,7 @@ class KvmVcpu:
             return MmioExit(gpa, size, True, int.from_bytes(self.u8[at:at + size], "little"))
         self.u8[at:at + 8] = bytes(8)
         self.pending = "read"
-        self.awaits = (at, size, -1)
+        self.awaits = (at, size)
         return MmioExit(gpa, size, False, 0)
 
     def _on_shutdown(self) -> Exit:
