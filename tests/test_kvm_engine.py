@@ -70,7 +70,7 @@ def can(vm: lk.Vm, name: str) -> bool:
 def test_that_a_guest_says_the_same_in_both_rings_as_on_the_default_engine(name: str, privilege: str) -> None:
     program = lk.Program.load(GUESTS / f"{name}.elf")
     said = []
-    for backend in lk.BACKENDS:
+    for backend in ("unicorn", "kvm"):
         with lk.Vm.create(program, backend=backend, privilege=privilege) as vm:
             said.append([uc._replace(step=0) for uc in vm.run_until_done()])
             assert vm.vcpus[0].regs.cs & 3 == (3 if privilege == "user" else 0)
@@ -102,7 +102,7 @@ def test_that_steps_are_refused_with_what_to_do_where_they_would_be_wrong(progra
 
 def test_that_a_stepped_guest_takes_as_many_steps_as_on_the_default_engine() -> None:
     program, steps = lk.Program.load(GUESTS / "hello.elf"), []
-    for backend in lk.BACKENDS:
+    for backend in ("unicorn", "kvm"):
         with lk.Vm.create(program, backend=backend) as vm:
             came = vm.run_until_done(max_insns=5000)
             steps.append([uc.step for uc in came] + [vm.step])
@@ -294,9 +294,12 @@ def test_that_a_machine_without_kvm_is_told_what_to_do(device: str, says: str, p
         lk.Vm.create(program, backend="kvm")
 
 
-def test_that_a_device_without_permission_says_which_group(program: lk.Program, tmp_path: Path) -> None:
+def test_that_a_device_without_permission_says_which_group(program: lk.Program) -> None:
     if os.getuid():
         pytest.skip("only root can become somebody who may not open /dev/kvm")
-    code = f"import os; os.setgid(65534); os.setuid(65534)\nimport labkit as lk\ntry: lk.Vm.create(lk.Program.load({str(GUESTS / 'hello.elf')!r}), backend='kvm')\nexcept lk.NotAvailable as err: print(err)"
-    done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True, extra_groups=[])
-    assert "group kvm" in done.stdout, done.stderr
+    os.seteuid(65534)
+    try:
+        with pytest.raises(lk.NotAvailable, match="group kvm"):
+            lk.Vm.create(program, backend="kvm")
+    finally:
+        os.seteuid(0)

@@ -12,7 +12,7 @@ from labkit.errors import NotAvailable
 
 __all__ = ["add"]
 
-GROUPS = ("engine", "looking", "widgets")
+GROUPS = ("engine", "kvm", "looking", "widgets")
 
 
 def add(commands: Any) -> argparse.ArgumentParser:

@@ -166,8 +166,11 @@ def _open() -> int:
     except OSError as err:
         raise NotAvailable(f"{DEVICE}: {err.strerror}: add yourself to the group kvm (usermod -aG kvm USER), log in again",
                            backend="kvm") from err
-    version = enter(device, IOCTLS["KVM_GET_API_VERSION"], 0)
-    missing = [name for name in NEEDED if not enter(device, IOCTLS["KVM_CHECK_EXTENSION"], CAPS[f"KVM_CAP_{name}"])]
+    try:
+        version = enter(device, IOCTLS["KVM_GET_API_VERSION"], 0)
+        missing = [name for name in NEEDED if not enter(device, IOCTLS["KVM_CHECK_EXTENSION"], CAPS[f"KVM_CAP_{name}"])]
+    except OSError:
+        version, missing = -1, list(NEEDED)
     if version != CONSTANTS["KVM_API_VERSION"] or missing:
         os.close(device)
         raise NotAvailable(f"{DEVICE} has API version {version} and lacks {', '.join(missing) or 'nothing'}: labkit needs version "
