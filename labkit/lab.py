@@ -17,14 +17,14 @@ from labkit.explore.events import Event, events_frame
 from labkit.explore.explain import explain
 from labkit.explore.inspect import MemoryMap, VmSnapshot
 from labkit.explore.look import label_gva, look_at_memory, look_at_vm
-from labkit.explore.running import collect, run_scheduled, stream
+from labkit.explore.running import collect, run_scheduled, runnable, stream
 from labkit.explore.state import VmState, put_state, take_state
 from labkit.explore.vcpu import Vcpu
 from labkit.guest.globals import HostGlobals, write_guest_global
-from labkit.guest.loader import kernel_globals, load_program, program_string
+from labkit.guest.loader import DEFAULT_MEMORY, kernel_globals, load_program, memory_for, program_string
 from labkit.machine.memory import PAGE, Memory
 from labkit.machine.schedule import Schedule
-from labkit.machine.vm import STACK_PAGES, Machine
+from labkit.machine.vm import Machine
 from labkit.paging.scan import PageTable, scan
 from labkit.shown import draw_with
 from labkit.ucall.abi import HEADER_SIZE
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Vcpu", "Vm", "VmState"]
 
-DEFAULT_MEMORY, _SPARE = 8 << 20, 2 << 20  # bytes; to spare: page tables, and what guests and tests allocate
 _ENDS = {"halted": "halted", "shutdown": "shutdown", "internal-error": "stuck"}
 _FINAL = {"DONE": "done", "ABORT": "aborted", "UNHANDLED": "unhandled"}
 
@@ -63,8 +62,11 @@ class Vm:
     @classmethod
     def create(cls, program: Program, entry: str = "guest_code", nr_vcpus: int = 1, backend: str = "unicorn",
                protect: str | None = None, ucall: str | None = "pool", memory: int | None = None,
-               schedule: str = "round_robin", name: str | None = None, cpu: CpuModel | None = None) -> Vm:
+               schedule: str = "round_robin", name: str | None = None, cpu: CpuModel | None = None,
+               privilege: str | None = None) -> Vm:
         """A VM that is ready to run `entry` on every vCPU (vm_create_with_vcpus); memory in bytes.
+
+        privilege: "kernel" (CPL0) or "user" (CPL3); without it, as the engine's capability "user_by_default" says.
 
         Raises NotAvailable for a backend or a protection this labkit or machine lacks, SymbolNotFound, InvalidState.
         """
@@ -75,8 +77,8 @@ class Vm:
         if nr_vcpus < 1:
             raise InvalidState(f"a VM needs at least one vCPU, not {nr_vcpus}")
         start = program.symbol(entry).gva
-        size = memory or _memory_for(program, nr_vcpus)
-        vm = cls._bare(program.arch, backend, [(0, size)], program, name or program.name, schedule, cpu)
+        size = memory or memory_for(program, nr_vcpus, HEADER_SIZE)
+        vm = cls._bare(program.arch, backend, [(0, size)], program, name or program.name, schedule, cpu, privilege)
         load_program(program, vm.machine.space)
         vm.machine.boot()
         kernel_globals(program, vm.machine, vm.cpu)
@@ -89,17 +91,17 @@ class Vm:
     @classmethod
     def create_barebones(cls, arch: str = "x86_64", backend: str = "unicorn", memory: int = DEFAULT_MEMORY) -> Vm:
         """A VM with memory and nothing else (vm_create_barebones): no program, no tables, no pool."""
-        return cls._bare(arch, backend, [(0, memory)], None, "barebones", "round_robin", None)
+        return cls._bare(arch, backend, [(0, memory)], None, "barebones", "round_robin", None, "kernel")
 
     @classmethod
     def _bare(cls, arch: str, backend: str, slots: list[tuple[int, int]], program: Program | None, name: str, schedule: str,
-              cpu: CpuModel | None) -> Vm:
+              cpu: CpuModel | None, privilege: str | None) -> Vm:
         cpu = cpu.copy() if cpu else CpuModel()
         engine = open_engine(backend, arch, cpu)
         memory = Memory()
         for gpa, size in slots:
             memory.add(gpa, align_up(size, PAGE))
-        return cls(Machine(find_arch(arch), engine, memory), program, backend, name, schedule, cpu)
+        return cls(Machine(find_arch(arch), engine, memory, privilege), program, backend, name, schedule, cpu)
 
     def _make_pool(self) -> None:
         space = self.machine.space
@@ -165,11 +167,25 @@ class Vm:
 
     def run(self, max_insns: int | None = None) -> Ucall | Exit:
         """Run all vCPUs under the schedule until the next ucall or exit of any; at most max_insns in all (BudgetExit)."""
-        return run_scheduled(self.vcpus, self.schedule, max_insns)
+        try:
+            return self._run(max_insns)
+        finally:
+            self.machine.pause()
+
+    def _run(self, max_insns: int | None) -> Ucall | Exit:
+        if self.schedule.kind != "parallel":
+            return run_scheduled(self.vcpus, self.schedule, max_insns)
+        if max_insns is not None:
+            raise NotAvailable("schedule \"parallel\": instructions of vCPUs that run at once are not counted, so there is no max_insns")
+        index, exit = self.machine.run_parallel(runnable(self.vcpus))
+        return self.arrived(self.vcpus[index], exit)
 
     def stream(self, max_insns: int | None = None) -> Iterator[Ucall | Exit]:
         """Every ucall and exit until all vCPUs are done, one of them fails, or the budget is used up (then BudgetExit last)."""
-        return stream(self.run, self._all_done, lambda: self.step, max_insns)
+        try:
+            yield from stream(self._run, self._all_done, lambda: self.step, max_insns)
+        finally:
+            self.machine.pause()
 
     def _all_done(self) -> bool:
         return all(vcpu.state == "done" for vcpu in self.vcpus)
@@ -321,6 +337,11 @@ class Vm:
             tell()
 
     @property
+    def privilege(self) -> str:
+        """Where guests begin: "kernel" (CPL0) or "user" (CPL3)."""
+        return "user" if self.machine.is_user else "kernel"
+
+    @property
     def capabilities(self) -> tuple[Capability, ...]:
         """What this VM's engine can do, and why not."""
         return self.machine.engine.capabilities
@@ -340,7 +361,7 @@ class Vm:
         """An independent VM that goes on from here; its pool keeps the addresses that this one handed out."""
         state = self.snapshot()
         twin = self._bare(self.arch.name, self.backend, [(slot.gpa, slot.size) for slot in self.memory.slots], self.program,
-                          f"{self.name} (fork)", self.schedule.name, self.cpu)
+                          f"{self.name} (fork)", self.schedule.name, self.cpu, self.privilege)
         if self._pool is not None:
             twin._pool = Pool(twin.memory, self._pool.gpa, self._pool.gva)
         for vcpu in self.vcpus:
@@ -362,12 +383,6 @@ class Vm:
     def __repr__(self) -> str:
         states = ", ".join(f"vCPU {v.index} {v.state}" for v in self.vcpus) or "no vCPU"
         return f"<Vm {self.name}: {self.arch.name} on {self.backend}, step {self.step}, {states}>"
-
-
-def _memory_for(program: Program, nr_vcpus: int) -> int:
-    """Bytes for slot 0 when nobody said: 8 MiB, or what program, stacks and pool need and some to spare."""
-    wanted = sum(align_up(s.memsz, PAGE) + PAGE for s in program.segments) + nr_vcpus * STACK_PAGES * PAGE + HEADER_SIZE + _SPARE
-    return max(DEFAULT_MEMORY, align_up(wanted, 1 << 21))
 
 
 def _draw(snapshot: Any) -> Any:

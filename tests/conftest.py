@@ -94,6 +94,14 @@ def kvm() -> Path:
     return path
 
 
+@pytest.fixture(params=["unicorn", pytest.param("kvm", marks=pytest.mark.kvm)])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every engine in turn: what a test says of one, it says of all."""
+    if request.param == "kvm":
+        request.getfixturevalue("kvm")
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")  # not longer: while it lives, Playwright's event loop is in the way of others
 def browser() -> Iterator[Any]:
     """A headless Chromium (a Playwright Browser) that reaches 127.0.0.1 and nothing else."""

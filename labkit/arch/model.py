@@ -27,6 +27,7 @@ class BootTables:
     gdt: int
     idt: int
     tss: int
+    user: bool = False  # begin in the least privileged ring
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,6 @@ class Arch:
     stack_bias: int  # bytes below a 16-aligned top, as if a CALL had pushed a return address
     level: Callable[[Mapping[str, int]], str]  # registers -> "ring 0, long mode"
     reset: Callable[[BootTables], dict[str, int]]  # registers before the first instruction
-    tables: Callable[[int], bytes]  # the descriptor page of a machine, given its own gva
+    tables: Callable[[int, int], bytes]  # the descriptor page, given its own gva; with a stack for exceptions, one for user guests
     idt: Callable[[Sequence[int]], bytes]  # the exception table for these handlers
     tss_offset: int  # of the task state inside the descriptor page

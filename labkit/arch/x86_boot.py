@@ -12,7 +12,9 @@ from labkit.arch.x86_cpu import MAXPHYADDR
 __all__ = ["KERNEL_CS", "KERNEL_DS", "KERNEL_TSS", "X86_64"]
 
 KERNEL_CS, KERNEL_DS, KERNEL_TSS = 0x08, 0x10, 0x18  # include/x86_64/processor.h
+USER_DS, USER_CS = 0x2B, 0x33  # for guests at CPL3: Linux's own selectors, arch/x86/include/asm/segment.h
 TSS_OFFSET, TSS_LIMIT = 0x100, 0x67
+IO_BITMAP = 0x300  # bytes behind the TSS: ports below 0x1800, so that the ucall's 0x1000 is among them
 CR0 = 0x80010021  # PG WP NE PE; the kernel's tests leave WP out, and then read-only pages do not bind their guests
 CR4 = 0x620  # OSXMMEXCPT OSFXSR PAE
 EFER = 0xD00  # NX LMA LME
@@ -24,14 +26,20 @@ SHOWN = ("rip", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "r8", "r
          "cr3")
 
 
-def _tables(gva: int) -> bytes:
-    """GDT (null, 64-bit code, data, TSS) and the TSS itself, in one page."""
-    tss = gva + TSS_OFFSET
-    low = TSS_LIMIT | (tss & 0xFFFFFF) << 16 | 0x89 << 40 | (tss >> 24 & 0xFF) << 56
-    gdt = struct.pack("<5Q", 0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF, low, tss >> 32)
-    task = bytearray(TSS_LIMIT + 1)
-    struct.pack_into("<H", task, 0x66, TSS_LIMIT + 1)  # no I/O bitmap
-    return gdt.ljust(TSS_OFFSET, b"\0") + bytes(task)
+def _tables(gva: int, ring0_stack: int = 0) -> bytes:
+    """GDT (null, 64-bit code, data, TSS) and the TSS itself, in one page; with a stack for ring 0, what a guest at CPL3 needs too.
+
+    That is segments of DPL 3, RSP0 and a bitmap that allows every port (SDM vol. 1 19.5.2), whose last byte is all ones.
+    """
+    tss, limit = gva + TSS_OFFSET, TSS_LIMIT + (IO_BITMAP if ring0_stack else 0)
+    low = limit | (tss & 0xFFFFFF) << 16 | 0x89 << 40 | (tss >> 24 & 0xFF) << 56
+    gdt = struct.pack("<7Q", 0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF, low, tss >> 32, 0x00CFF3000000FFFF, 0x00AFFB000000FFFF)
+    task = bytearray(limit + 1)
+    struct.pack_into("<Q", task, 4, ring0_stack)
+    struct.pack_into("<H", task, 0x66, TSS_LIMIT + 1)  # where the I/O bitmap is; without one, that is beyond the limit
+    if ring0_stack:
+        task[-1] = 0xFF
+    return (gdt if ring0_stack else gdt[:40]).ljust(TSS_OFFSET, b"\0") + bytes(task)
 
 
 def _idt(handlers: Sequence[int]) -> bytes:
@@ -41,10 +49,10 @@ def _idt(handlers: Sequence[int]) -> bytes:
 
 
 def _reset(tables: BootTables) -> dict[str, int]:
-    segments = dict.fromkeys(("ds", "es", "gs", "ss"), KERNEL_DS)
-    return {"efer": EFER, "cr4": CR4, "cr3": tables.root_gpa, "cr0": CR0, "gdt_base": tables.gdt, "gdt_limit": 0x27,
-            "idt_base": tables.idt, "idt_limit": 0xFFF, "cs": KERNEL_CS, **segments, "fs": KERNEL_DS,
-            "tr": KERNEL_TSS, "tr_base": tables.tss, "tr_limit": TSS_LIMIT, "rflags": 2}
+    code, data = (USER_CS, USER_DS) if tables.user else (KERNEL_CS, KERNEL_DS)
+    return {"efer": EFER, "cr4": CR4, "cr3": tables.root_gpa, "cr0": CR0, "gdt_base": tables.gdt, "gdt_limit": 0x37 if tables.user else 0x27,
+            "idt_base": tables.idt, "idt_limit": 0xFFF, "cs": code, **dict.fromkeys(("ds", "es", "gs", "ss", "fs"), data),
+            "tr": KERNEL_TSS, "tr_base": tables.tss, "tr_limit": TSS_LIMIT + (IO_BITMAP if tables.user else 0), "rflags": 2}
 
 
 def _level(regs: Mapping[str, int]) -> str:

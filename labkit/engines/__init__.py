@@ -10,13 +10,17 @@ from labkit.errors import NotAvailable
 
 __all__ = ["BACKENDS", "Capability", "open_engine"]
 
-BACKENDS = ("unicorn",)
+BACKENDS = ("unicorn", "kvm")
 
 
 def open_engine(backend: str, arch: str, cpu: CpuModel) -> EngineVm:
     """A new VM of the engine called backend; raises NotAvailable, with what to do, when it cannot be had."""
     if backend not in BACKENDS:
         raise NotAvailable(f"backend {backend!r} is not part of this labkit, only {', '.join(BACKENDS)}", backend=backend)
+    if backend == "kvm":
+        from labkit.engines.kvm import KvmVm
+
+        return KvmVm(arch, cpu)
     if find_spec("unicorn") is None:
         raise NotAvailable("the unicorn package is not installed: run `make setup`", backend=backend)
     from labkit.engines.unicorn import UnicornVm

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from labkit.arch.desc import PagingMode
 
 __all__ = [
-    "BudgetExit", "Capability", "Cipher", "DebugExit", "EngineVcpu", "EngineVm", "Exit", "HaltExit", "HypercallExit",
-    "InternalErrorExit", "InterruptExit", "MmioExit", "PioExit", "Regs", "ShutdownExit", "Trace",
+    "BudgetExit", "Capability", "Cipher", "DeadlineExit", "DebugExit", "EngineVcpu", "EngineVm", "Exit", "HaltExit", "HypercallExit",
+    "InternalErrorExit", "InterruptExit", "LoggingVm", "MmioExit", "ParallelVm", "PioExit", "ProtectingVm", "Regs", "ShutdownExit",
+    "Trace",
 ]
 
 Regs = dict[str, int]
@@ -108,6 +109,18 @@ class InterruptExit(Exit):
 
 
 @dataclass(frozen=True)
+class DeadlineExit(Exit):
+    """The guest ran for so long without leaving: it spins, or wants more time than the engine's `deadline` gives."""
+
+    seconds: float
+    pc: int
+    end = "deadline"
+
+    def __str__(self) -> str:
+        return f"no exit in {self.seconds:g} s, now at pc {self.pc:#x}; the next run goes on from here"
+
+
+@dataclass(frozen=True)
 class InternalErrorExit(Exit):
     """The engine cannot go on faithfully (KVM_EXIT_INTERNAL_ERROR): what, where, and the bytes it would not run."""
 
@@ -180,13 +193,10 @@ class EngineVm(Protocol):
     """The engine's side of one VM: memory slots in, vCPUs out."""
 
     name: str
-    capabilities: tuple[Capability, ...]
 
-    def protect(self, mode: PagingMode, cipher: Cipher, inverted: bool) -> None:
-        """Before any vCPU: the guest sees memory through the key where an entry's encryption bit says so (inverted: where not).
-
-        Raises NotAvailable on an engine whose guests cannot be encrypted.
-        """
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What this engine can and cannot do."""
 
     def add_memslot(self, gpa: int, hva: int, size: int) -> None:
         """Let the guest see host memory at `gpa`; the caller keeps it alive."""
@@ -205,3 +215,39 @@ class EngineVm(Protocol):
 
     def close(self) -> None:
         """Release what the engine holds."""
+
+
+@runtime_checkable
+class ParallelVm(Protocol):
+    """The VM of an engine with the capability parallel_vcpus."""
+
+    def run_parallel(self, indices: Sequence[int]) -> tuple[int, Exit]:
+        """Let these vCPUs run, each on its own thread, until one exits; the others go on until they are touched, or `pause`."""
+
+    def pause(self) -> None:
+        """Bring all of them out of the guest."""
+
+
+@runtime_checkable
+class LoggingVm(Protocol):
+    """The VM of an engine that knows which pages its guests wrote (capability dirty_log)."""
+
+    def pages_written(self) -> list[int]:
+        """The gpas of the pages that guests wrote since the last call; what the host wrote is not among them."""
+
+
+@runtime_checkable
+class ProtectingVm(Protocol):
+    """The VM of an engine whose guests can be encrypted (capability protect)."""
+
+    def protect(self, mode: PagingMode, cipher: Cipher, inverted: bool) -> None:
+        """Before any vCPU: the guest sees memory through the key where an entry's encryption bit says so (inverted: where not)."""
+
+    def memory_needed(self, gpa: int, size: int) -> None:
+        """The host is about to look at guest memory, or to write a part of it."""
+
+    def plain(self, gpa: int, size: int) -> bytes:
+        """Memory as the guest's key shows it, as far as the memslot goes."""
+
+    def swap(self, gpa: int, other: int) -> None:
+        """Exchange the pages of DRAM behind two gpas, as a host can in its nested page table."""

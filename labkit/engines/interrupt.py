@@ -14,9 +14,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from types import FrameType
 
-__all__ = ["Shield"]
+__all__ = ["Shield", "shield"]
 
 _SIGINT = int(signal.SIGINT)
 AGAIN = 0.02  # seconds until a stop that was not followed is asked for once more
@@ -97,3 +98,9 @@ class Shield:
             self.interrupted = True
         elif callable(self._before):
             self._before(signum, frame)
+
+
+@cache
+def shield() -> Shield:
+    """The process's one guard against Ctrl-C inside native code, for all engines: two would hand SIGINT to each other for ever."""
+    return Shield()

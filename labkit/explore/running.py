@@ -10,7 +10,7 @@ from labkit.errors import BudgetExceeded, GuestAssertFailed, GuestCrashed, Inval
 from labkit.machine.schedule import Schedule
 from labkit.ucall.pool import BadUcallExit, Ucall
 
-__all__ = ["RUNNABLE", "Runnable", "collect", "goes_on", "run_scheduled", "stream"]
+__all__ = ["RUNNABLE", "Runnable", "collect", "goes_on", "run_scheduled", "runnable", "stream"]
 
 RUNNABLE = ("not started", "running")
 Came = Ucall | Exit
@@ -28,14 +28,19 @@ class Runnable(Protocol):
     def where(self) -> str: ...
 
 
+def runnable(vcpus: Sequence[Runnable]) -> list[int]:
+    """The vCPUs that can go on; raises InvalidState when none can."""
+    found = [v.index for v in vcpus if v.state in RUNNABLE]
+    if not found:
+        raise InvalidState(f"no vCPU can run: {', '.join(f'vCPU {v.index} {v.state}' for v in vcpus) or 'there is none'}")
+    return found
+
+
 def run_scheduled(vcpus: Sequence[Runnable], schedule: Schedule, max_insns: int | None) -> Came:
     """Run until the next ucall or exit of any vCPU; BudgetExit after max_insns instructions in all."""
     left = max_insns
     while True:
-        runnable = [v.index for v in vcpus if v.state in RUNNABLE]
-        if not runnable:
-            raise InvalidState(f"no vCPU can run: {', '.join(f'vCPU {v.index} {v.state}' for v in vcpus) or 'there is none'}")
-        index, quantum = schedule.pick(runnable)
+        index, quantum = schedule.pick(runnable(vcpus))
         vcpu, before = vcpus[index], vcpus[index].step_count
         limits = [n for n in (quantum, left) if n is not None]
         came = vcpu.run(min(limits) if limits else None)

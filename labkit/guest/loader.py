@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from labkit.arch.x86_cpu import CpuModel
+from labkit.bits import align_up
 from labkit.errors import InvalidState
 from labkit.guest.elf import Segment
 from labkit.guest.program import Program
 from labkit.machine.memory import PAGE
 from labkit.machine.space import AddressSpace
-from labkit.machine.vm import Machine
+from labkit.machine.vm import STACK_PAGES, Machine
 
-__all__ = ["kernel_globals", "load_program", "program_string"]
+__all__ = ["DEFAULT_MEMORY", "kernel_globals", "load_program", "memory_for", "program_string"]
 
+DEFAULT_MEMORY, _SPARE = 8 << 20, 2 << 20  # bytes; to spare: page tables, and what guests and tests allocate
 STRING_LIMIT = 4096  # the text of an assertion is its condition with all macros expanded
 
 
@@ -66,3 +68,10 @@ def program_string(program: Program | None, gva: int) -> str | None:
         return None
     raw = segment.data[gva - segment.gva:gva - segment.gva + STRING_LIMIT]
     return raw.split(b"\0", 1)[0].decode("utf-8", "replace") if b"\0" in raw else None
+
+
+def memory_for(program: Program, nr_vcpus: int, pool: int) -> int:
+    """Bytes for slot 0 when nobody said: 8 MiB, or what program, stacks and a ucall pool of so many bytes need and some to spare."""
+    stacks = nr_vcpus * 2 * (STACK_PAGES + 1) * PAGE  # each vCPU's own and, for guests at CPL3, one for exceptions
+    wanted = sum(align_up(s.memsz, PAGE) + PAGE for s in program.segments) + stacks + pool + _SPARE
+    return max(DEFAULT_MEMORY, align_up(wanted, 1 << 21))

@@ -19,7 +19,7 @@ class Schedule:
     """Picks a vCPU and how many instructions it may run; the same name and the same guest give the same run.
 
     `round_robin:N` gives each vCPU N instructions in turn, `random:SEED:N` draws vCPU and up to N instructions,
-    `sequential` runs a vCPU until it is done. A vCPU that exits keeps its turn, as a thread of the kernel's tests does.
+    `sequential` runs a vCPU until it is done, `parallel` runs all at once on an engine that can. A vCPU that exits keeps its turn, as a thread of the kernel's tests does.
     """
 
     name: str
@@ -37,9 +37,9 @@ class Schedule:
             values = [int(number, 0) for number in numbers]
         except ValueError:
             raise InvalidState(f"schedule {name!r}: {':'.join(numbers)!r} should be numbers", name=name) from None
-        most = {"round_robin": 1, "sequential": 0, "random": 2}
+        most = {"round_robin": 1, "sequential": 0, "parallel": 0, "random": 2}
         if kind not in most or len(values) > most[kind]:
-            raise InvalidState(f"schedule {name!r}: there are round_robin:QUANTUM, random:SEED:QUANTUM and sequential", name=name)
+            raise InvalidState(f"schedule {name!r}: there are round_robin:QUANTUM, random:SEED:QUANTUM, sequential and parallel", name=name)
         quantum = values[-1] if len(values) == most[kind] and values else DEFAULT_QUANTUM
         if quantum < 1:
             raise InvalidState(f"schedule {name!r}: a quantum has at least one instruction", name=name)

@@ -32,8 +32,8 @@ class Use:
 class AddressSpace:
     """Physical pages, virtual ranges and the page tables between them, as the selftests' kvm_util keeps them."""
 
-    def __init__(self, memory: Memory, mode: PagingMode) -> None:
-        self.memory, self.mode = memory, mode
+    def __init__(self, memory: Memory, mode: PagingMode, user: bool = False) -> None:
+        self.memory, self.mode, self.user = memory, mode, user  # user: every page is one, for guests at CPL3
         self.used = Sparsebit()  # pfns
         self.valid = Sparsebit()  # virtual page numbers that something lies at
         self.uses: list[Use] = []
@@ -99,7 +99,7 @@ class AddressSpace:
     def map(self, gva: int, gpa: int, nr_pages: int = 1, page_size: int = PAGE, writable: bool = True, nx: bool = False,
             **flags: bool) -> None:
         """Map physical pages (virt_map); raises InvalidState for a range that is mapped already."""
-        self.builder.map(gva, gpa, nr_pages, page_size, writable=writable, nx=nx, **flags)
+        self.builder.map(gva, gpa, nr_pages, page_size, writable=writable, nx=nx, **{"user": self.user} | flags)
         self.valid.set(gva // PAGE, nr_pages * page_size // PAGE)
 
     def walk(self, gva: int, root_gpa: int | None = None) -> Walk:

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from labkit.arch.model import Arch, BootTables
-from labkit.engines.base import EngineVcpu, EngineVm, Trace
-from labkit.errors import InvalidState
+from labkit.engines.base import EngineVcpu, EngineVm, Exit, LoggingVm, ParallelVm, Trace
+from labkit.errors import InvalidState, NotAvailable
 from labkit.machine.memory import PAGE, Memory
 from labkit.machine.space import AddressSpace
 
 __all__ = ["Machine", "MachineState"]
 
 STACK_PAGES = 5  # DEFAULT_STACK_PGS
+MOST_WRITES = 4096  # of the host between two snapshots, to be kept one by one
 MAX_VCPUS = 512  # KVM_MAX_VCPUS of the selftests: one pool slot each
 
 
@@ -26,26 +27,36 @@ class MachineState:
     cpus: tuple[bytes, ...]
     space: Any
     stacks: tuple[int, ...]
+    tasks: tuple[int, ...] = ()
 
 
 class Machine:
     """A machine without ucalls: what the selftests call a barebones VM."""
 
-    def __init__(self, arch: Arch, engine: EngineVm, memory: Memory) -> None:
-        self.arch, self.engine, self.memory = arch, engine, memory
+    def __init__(self, arch: Arch, engine: EngineVm, memory: Memory, privilege: str | None = "kernel") -> None:
+        if privilege is None:
+            privilege = "user" if any(can.name == "user_by_default" and can.have for can in engine.capabilities) else "kernel"
+        if privilege not in ("kernel", "user"):
+            raise InvalidState(f"privilege {privilege!r}: there are \"kernel\" and \"user\"")
+        self.arch, self.engine, self.memory, self.is_user = arch, engine, memory, privilege == "user"
         for slot in memory.slots:
             engine.add_memslot(slot.gpa, slot.hva, slot.size)
-        memory.on_write.append(engine.memory_written)
-        self.space = AddressSpace(memory, arch.mode)
+        memory.on_write += [engine.memory_written, self._note]
+        self._logging = engine if isinstance(engine, LoggingVm) else None
+        self._parallel = engine if isinstance(engine, ParallelVm) else None
+        self._base: MachineState | None = None  # what pages written by guest and host are counted from
+        self._written: list[tuple[int, int]] | None = None  # (gpa, bytes) by the host; None: not known
+        self.space = AddressSpace(memory, arch.mode, self.is_user)
         self.vcpus: list[EngineVcpu] = []
         self.stacks: list[int] = []  # gva of each vCPU's stack, lowest byte
+        self.tasks: list[int] = []  # gva of each vCPU's own descriptor page, where guests run as users
         self.tables_gva = self.idt_gva = self.handlers_gva = 0
 
     def boot(self) -> None:
         """Allocate the machine's own tables (GDT, TSS, IDT) and the table of guest exception handlers."""
         if self.arch.nr_vectors:
             self.tables_gva = self.space.alloc(PAGE, "tables")
-            self.space.write(self.tables_gva, self.arch.tables(self.tables_gva))
+            self.space.write(self.tables_gva, self.arch.tables(self.tables_gva, 0))
             self.idt_gva = self.space.alloc(PAGE, "tables")
             self.handlers_gva = self.space.alloc(PAGE, "tables")
 
@@ -60,10 +71,19 @@ class Machine:
             raise InvalidState(f"a VM has at most {MAX_VCPUS} vCPUs, as the selftests' KVM_MAX_VCPUS")
         self.space.guard()  # a stack that overflows faults there, instead of eating what lies below
         self.stacks.append(self.space.alloc(STACK_PAGES * PAGE, "stacks"))
+        if self.is_user:
+            self.tasks.append(self._make_task())
         vcpu = self.engine.create_vcpu(index, trace)
         self.vcpus.append(vcpu)
         self.reset_vcpu(index, entry)
         return vcpu
+
+    def _make_task(self) -> int:
+        """A descriptor page whose exceptions go to a stack of its own: vCPUs must not meet on one."""
+        top = self.space.alloc(STACK_PAGES * PAGE, "stacks") + STACK_PAGES * PAGE
+        gva = self.space.alloc(PAGE, "tables")
+        self.space.write(gva, self.arch.tables(gva, top))
+        return gva
 
     def adopt_vcpu(self, trace: Trace) -> None:
         """Add a vCPU whose state will come from a snapshot."""
@@ -72,7 +92,8 @@ class Machine:
     def reset_vcpu(self, index: int, entry: int) -> None:
         """Bring a vCPU back to its reset state at `entry` (vcpu_arch_set_entry_point() and more)."""
         arch, top = self.arch, self.stacks[index] + STACK_PAGES * PAGE
-        tables = BootTables(self.space.root_gpa, self.tables_gva, self.idt_gva, self.tables_gva + arch.tss_offset)
+        gdt = self.tasks[index] if self.is_user else self.tables_gva
+        tables = BootTables(self.space.root_gpa, gdt, self.idt_gva, gdt + arch.tss_offset, self.is_user)
         regs = arch.reset(tables) | {arch.pc: entry, arch.sp: top - arch.stack_bias, arch.arguments[0]: index}
         self.vcpus[index].set_regs(regs)
 
@@ -83,15 +104,30 @@ class Machine:
             raise InvalidState(f"args_set takes 1 to {len(names)} values on {self.arch.name}, not {len(values)}")
         self.vcpus[index].set_regs({name: value & (1 << 64) - 1 for name, value in zip(names, values, strict=False)})
 
+    def run_parallel(self, indices: Sequence[int]) -> tuple[int, Exit]:
+        """Run these vCPUs at once, on real threads, until one exits; raises NotAvailable for an engine that cannot."""
+        if self._parallel is None:
+            why = next((can.why for can in self.engine.capabilities if can.name == "parallel_vcpus"), "it does not say why")
+            raise NotAvailable(f"schedule \"parallel\": the {self.engine.name} engine runs vCPUs one after the other: {why}")
+        return self._parallel.run_parallel(indices)
+
+    def pause(self) -> None:
+        """Stop vCPUs that run at once, if there are any."""
+        if self._parallel is not None:
+            self._parallel.pause()
+
     def stack_of(self, gva: int) -> int | None:
         """The vCPU whose stack a gva lies in."""
         return next((i for i, base in enumerate(self.stacks) if base <= gva < base + STACK_PAGES * PAGE), None)
 
     def state(self) -> MachineState:
         """All memory, CPU and allocator state."""
+        cpus = tuple(vcpu.save() for vcpu in self.vcpus)
         slots = tuple((slot.gpa, slot.data[:]) for slot in self.memory.slots)
-        return MachineState(slots, tuple(vcpu.save() for vcpu in self.vcpus), (self.space.state(), self.tables_gva, self.idt_gva,
-                                                                              self.handlers_gva), tuple(self.stacks))
+        state = MachineState(slots, cpus, (self.space.state(), self.tables_gva, self.idt_gva, self.handlers_gva), tuple(self.stacks),
+                             tuple(self.tasks))
+        self._begin_log(state)
+        return state
 
     def set_state(self, state: MachineState) -> None:
         """Put a state back; raises InvalidState when it is of a machine with other memslots or vCPUs."""
@@ -99,13 +135,37 @@ class Machine:
         if mine != [(gpa, len(data)) for gpa, data in state.slots] or len(self.vcpus) != len(state.cpus):
             raise InvalidState(f"the snapshot is of a machine with {len(state.cpus)} vCPUs and memslots "
                                f"{[(hex(gpa), hex(len(data))) for gpa, data in state.slots]}, not of this one")
-        for gpa, data in state.slots:
-            self.memory.write(gpa, data)
         for vcpu, blob in zip(self.vcpus, state.cpus, strict=True):
-            vcpu.restore(blob)
+            vcpu.restore(blob)  # before memory, which an instruction that was under way may still change
+        for gpa, data in self._changed(state):
+            self.memory.write(gpa, data)
+        self._begin_log(state, fresh=state is self._base)
         space, self.tables_gva, self.idt_gva, self.handlers_gva = state.space
         self.space.set_state(space)
-        self.stacks = list(state.stacks)
+        self.stacks, self.tasks = list(state.stacks), list(state.tasks)
+
+    def _changed(self, state: MachineState) -> Sequence[tuple[int, bytes]]:
+        """What of a state's memory to write back: the pages written since, where engine and host know them; else all."""
+        if state is not self._base or self._written is None or self._logging is None:
+            return state.slots
+        pages = {page for gpa, size in self._written for page in range(gpa & -PAGE, gpa + size, PAGE)}
+        pages.update(self._logging.pages_written())
+        return [(page, data[page - gpa:page - gpa + PAGE]) for gpa, data in state.slots
+                for page in pages if gpa <= page < gpa + len(data)]
+
+    def _begin_log(self, state: MachineState, fresh: bool = False) -> None:
+        """From here on, know what differs from this state."""
+        if self._logging is not None:
+            if not fresh or self._written is None:
+                self._logging.pages_written()
+            self._base, self._written = state, []
+
+    def _note(self, gpa: int, size: int) -> None:
+        """The host wrote memory."""
+        if self._written is not None:
+            self._written.append((gpa, size))
+            if len(self._written) > MOST_WRITES:
+                self._written = None
 
     def close(self) -> None:
         """Release the engine; memory goes with the last reference."""

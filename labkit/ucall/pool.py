@@ -226,7 +226,7 @@ class Pool:
             return self._refuse(value, vcpu, index, rest)
         if not self.saw(vcpu, locked, step)[index >> 3] >> (index & 7) & 1:
             return BadUcallExit(value, "stale", f"slot {index} is not in use: its bit in in_use is clear", vcpu)
-        self._heard[vcpu] = index
+        self._heard[vcpu], self.owner[index] = index, vcpu  # the owner: where vCPUs run at once, another one may have come back first
         at = self._offset + BITMAP_BYTES + UCALL_SIZE * index
         fields = _FIELDS.unpack_from(self._data, at)
         cmd, args = fields[0], fields[1:]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from typing import TYPE_CHECKING
 
 from labkit.arch.x86_cpu import CpuModel
 from labkit.engines.base import Capability, Cipher, Trace
-from labkit.engines.interrupt import Shield
+from labkit.engines.interrupt import shield
 from labkit.engines.unicorn.vcpu import COUNT_FOR, UnicornVcpu
 from labkit.engines.unicorn.x86 import X86
 from labkit.errors import InvalidState, NotAvailable
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from labkit.engines.unicorn.mmu import Mmu
     from labkit.engines.unicorn.vcpu import QuirksOf
 
-__all__ = ["CAPABILITIES", "UnicornVm", "shield"]
+__all__ = ["CAPABILITIES", "UnicornVm"]
 
 _QUIRKS: dict[str, QuirksOf] = {"x86_64": X86}
 
@@ -31,12 +30,6 @@ CAPABILITIES = (
     Capability("native_speed", False, "an emulator"),
     Capability("avx", False, "Unicorn executes VEX instructions wrongly; they are refused"),
 )
-
-
-@cache
-def shield() -> Shield:
-    """The process's one guard against Ctrl-C inside native code."""
-    return Shield()
 
 
 class UnicornVm:
@@ -97,6 +90,17 @@ class UnicornVm:
         """The host is about to look at guest memory, or to write a part of it."""
         if self.mmu is not None and self.mmu.publish(gpa, size):
             self.forget_translations()
+
+    def plain(self, gpa: int, size: int) -> bytes:
+        """Memory as the guest's key shows it, as far as the memslot goes."""
+        assert self.mmu is not None, "protect comes first"
+        return self.mmu.plain(gpa, size)
+
+    def swap(self, gpa: int, other: int) -> None:
+        """Exchange the pages of DRAM behind two gpas, as a host can in its nested page table."""
+        assert self.mmu is not None, "protect comes first"
+        self.mmu.swap(gpa, other)
+        self.forget_translations(code=True)
 
     def forget_translations(self, code: bool = False) -> None:
         """No vCPU may go on with what it knows of page tables, nor (code) of instructions."""

@@ -1,0 +1,183 @@
+"""Stepping on KVM: exactly one instruction, one REP iteration or one exception delivery at a time, as on the default engine.
+
+KVM_GUESTDBG_SINGLESTEP alone is not that. Its step over a faulting instruction ends behind the handler's first instruction, so
+debug registers hold the handlers that may be entered next. A REP instruction that KVM emulates runs many iterations, so it is
+given a count of one. A HLT would lose its exit, so it runs without being stepped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Generator
+from contextlib import closing
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from labkit.engines.base import DebugExit, Exit
+from labkit.engines.kvm.abi import CONSTANTS, EXITS, call, struct
+from labkit.engines.kvm.regs import GPR
+
+if TYPE_CHECKING:
+    from labkit.engines.kvm.vcpu import KvmVcpu
+
+__all__ = ["ENABLE", "HW_BP", "HW_BREAKPOINTS", "Stepper", "kind_of"]
+
+DEBUG = EXITS["KVM_EXIT_DEBUG"]
+ENABLE, STEP, HW_BP = (CONSTANTS[f"KVM_GUESTDBG_{name}"] for name in ("ENABLE", "SINGLESTEP", "USE_HW_BP"))
+SYNC_REGS, SYNC_SREGS = CONSTANTS["KVM_SYNC_X86_REGS"], CONSTANTS["KVM_SYNC_X86_SREGS"]
+HW_BREAKPOINTS = 4
+RIP, RCX, FLAGS = GPR["rip"], GPR["rcx"], GPR["rflags"]
+ZF = 1 << 6
+DE, DB, BP, UD, NP, SS, GP, PF, MF, XM = 0, 1, 3, 6, 11, 12, 13, 14, 16, 19
+_PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
+_STRINGS = frozenset(b"\x6c\x6d\x6e\x6f\xa4\xa5\xa6\xa7\xaa\xab\xac\xad\xae\xaf")
+_COMPARES = frozenset(b"\xa6\xa7\xae\xaf")
+
+
+class Kind(NamedTuple):
+    """What matters of an instruction before it is stepped."""
+
+    length: int  # of prefixes and opcode: of a string instruction and of HLT, all of it
+    halts: bool
+    string: bool
+    rep: int  # 0, 0xF2 or 0xF3 of a string instruction
+    compares: bool
+    narrow: bool  # counts in ECX
+    vector: int  # of an exception that it may raise beside #UD #GP #PF
+
+
+@lru_cache(4096)
+def kind_of(code: bytes) -> Kind:
+    """From the first bytes of an instruction."""
+    rep, at, narrow = 0, 0, False
+    while at < len(code) - 1 and code[at] in _PREFIXES:
+        rep, narrow, at = code[at] if code[at] in (0xF2, 0xF3) else rep, narrow or code[at] == 0x67, at + 1
+    if at < len(code) - 1 and code[at] >> 4 == 4:  # REX
+        at += 1
+    opcode = code[at] if code else 0
+    return Kind(at + 1, opcode == 0xF4, opcode in _STRINGS, rep if opcode in _STRINGS else 0, opcode in _COMPARES, narrow, _vector(opcode, code[at + 1:at + 2]))
+
+
+def _vector(opcode: int, second: bytes) -> int:
+    match opcode:
+        case 0xF6 | 0xF7:
+            return DE
+        case 0xCC:
+            return BP
+        case 0xCD:
+            return second[0] if second else GP
+        case 0xF1:
+            return DB
+        case 0x8E | 0xCA | 0xCB | 0xCF:
+            return NP
+        case 0x9B | 0xD8 | 0xD9 | 0xDA | 0xDB | 0xDC | 0xDD | 0xDE | 0xDF:
+            return MF
+        case 0x0F:
+            return XM
+        case _:
+            return SS
+
+
+class Stepper:
+    """Steps one vCPU; `control` is what KVM_SET_GUEST_DEBUG was told last."""
+
+    def __init__(self, vcpu: KvmVcpu) -> None:
+        self.vcpu = vcpu
+        self.control: tuple[int, tuple[int, ...]] = (0, ())
+        self.sregs = vcpu.run_page.s.sregs
+        self._pages: dict[int, int] = {}  # gva of a page -> hva, under one CR3
+        self._cr3 = -1
+        self.inside = False  # a REP instruction that has iterations left
+
+    def debug(self, control: int, gvas: tuple[int, ...] = (), kinds: int = 0) -> None:
+        """KVM_SET_GUEST_DEBUG, when it is not so already; execution breakpoints in DR0 to DR3 (SDM vol. 3B 17.2), others as DR7 says."""
+        if self.control == (control, gvas):
+            return
+        wish = struct("kvm_guest_debug", control=control)
+        for i, gva in enumerate(gvas):
+            wish.debugreg[i] = gva
+            wish.debugreg[7] |= 2 << 2 * i | kinds  # global enable; R/W and LEN 0: an instruction
+        call(self.vcpu.fd, "KVM_SET_GUEST_DEBUG", wish)
+        self.control = control, gvas
+
+    def free(self) -> Exit | None:
+        """Let the guest run up to a breakpoint, if there are any; one where it stands is stepped over, which may end in an exit."""
+        gvas = tuple(sorted(self.vcpu.breakpoints))
+        exit, before = None, self.vcpu.insns
+        if self.vcpu.gprs[RIP] in gvas:
+            with closing(self.steps()) as steps:
+                exit = next(exit for exit in steps if exit is not None or (self.vcpu.insns > before and not self.inside))
+        self.debug(ENABLE | HW_BP if gvas else 0, gvas)
+        return exit
+
+    def steps(self) -> Generator[Exit | None, None, None]:
+        """One step after the other: an exit, or None for a step that is over or interrupted by somebody who wants a look around."""
+        vcpu = self.vcpu
+        ctypes.memmove(ctypes.addressof(self.sregs), ctypes.addressof(vcpu.regs.get("SREGS")), ctypes.sizeof(self.sregs))
+        vcpu.run_page.kvm_valid_regs = SYNC_REGS | SYNC_SREGS  # KVM keeps the special registers in the run page too
+        self._pages.clear()
+        try:
+            while True:
+                yield self._step()
+        finally:
+            vcpu.run_page.kvm_valid_regs = SYNC_REGS
+
+    def _step(self) -> Exit | None:
+        vcpu = self.vcpu
+        self.inside = False
+        vcpu.need_step(self.sregs.cs.selector & 3)
+        code = self._peek(vcpu.gprs[RIP])
+        kind = kind_of(code)
+        if kind.halts and not self.sregs.cs.selector & 3:
+            self.debug(0)
+            return vcpu.stay()
+        self.debug(ENABLE | STEP | HW_BP, self._handlers((PF, GP, UD, kind.vector)))
+        if kind.rep:
+            return self._iterate(kind)
+        return vcpu.stay()
+
+    def _iterate(self, kind: Kind) -> Exit | None:
+        """One iteration of a REP instruction (SDM vol. 2B REP): it is told that it is the last."""
+        vcpu, gprs = self.vcpu, self.vcpu.gprs
+        start, mask = gprs[RIP], 0xFFFFFFFF if kind.narrow else (1 << 64) - 1
+        left = gprs[RCX] & mask
+        if not left:
+            return vcpu.stay()
+        before = vcpu.insns
+        gprs[RCX] = 1
+        vcpu.run_page.kvm_dirty_regs |= SYNC_REGS
+        exit = vcpu.stay()
+        vcpu.settle()
+        if gprs[RCX] & mask == 0:
+            if exit is None and vcpu.insns == before:
+                vcpu.insns += 1
+            over = left == 1 or (kind.compares and bool(gprs[FLAGS] & ZF) != (kind.rep == 0xF3))
+            gprs[RCX], gprs[RIP] = left - 1, start + kind.length if over else start
+            self.inside = not over
+        else:  # a fault, or a read from a hole: nothing was done
+            gprs[RCX] = left
+        vcpu.run_page.kvm_dirty_regs |= SYNC_REGS
+        return exit
+
+    def _peek(self, gva: int) -> bytes:
+        """The bytes at gva, of one page; b"" where nothing is mapped."""
+        if self.sregs.cr3 != self._cr3:
+            self._pages.clear()
+            self._cr3 = self.sregs.cr3
+        page = gva & -4096
+        hva = self._pages.get(page)
+        if hva is None:
+            hva = self._pages[page] = self.vcpu.hva(page)
+        return ctypes.string_at(hva + gva - page, min(15, page + 4096 - gva)) if hva else b""
+
+    def _handlers(self, vectors: tuple[int, ...]) -> tuple[int, ...]:
+        """Where these exceptions would lead, from the guest's IDT as it is now."""
+        base, limit = self.sregs.idt.base, self.sregs.idt.limit
+        found = []
+        for vector in vectors:
+            at = base + 16 * vector
+            gate = self._peek(at) if 16 * vector + 15 <= limit else b""
+            if len(gate) >= 12:
+                found.append(int.from_bytes(gate[0:2] + gate[6:12], "little"))
+        here = self.vcpu.gprs[RIP]  # KVM would stop there at once, whatever RF says
+        return tuple(dict.fromkeys(gva for gva in found if gva != here))

@@ -1,0 +1,79 @@
+"""The one thread that looks up now and then: a run that lasts is kicked out of the guest, so that its own thread can see what is asked.
+
+KVM_RUN comes back to Python only with an exit or a signal. A vCPU that is in the guest at two ticks in a row is kicked
+(Documentation/virt/kvm/api.rst, immediate_exit); its thread then checks deadline, Ctrl-C and pauses, and goes on. So nothing
+that is asked of a run waits longer than two ticks, and no run can freeze the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import threading
+import time
+from typing import Protocol
+from weakref import WeakSet
+
+__all__ = ["KICK", "TICKER", "Ticker", "send_kick"]
+
+TICK = 0.04  # seconds
+IDLE = 25  # ticks without any run after which the thread ends
+KICK = signal.SIGRTMIN + 7
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class Kicked(Protocol):
+    """A vCPU as the ticker sees it."""
+
+    entered: int  # a number of its own for every stay in the guest, 0 outside
+
+    def kick(self) -> None: ...
+
+
+def _ready() -> None:
+    """Give the signal a handler that does nothing, in C: Python's own would run on the main thread and need it to be free."""
+    _LIBC.signal.argtypes, _LIBC.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    _LIBC.signal(KICK, ctypes.cast(_LIBC.abs, ctypes.c_void_p))
+
+
+def send_kick(tid: int) -> None:
+    """Interrupt the system call that a thread of this process is in; nothing happens when the thread is gone."""
+    _LIBC.tgkill(os.getpid(), tid, int(KICK))
+
+
+class Ticker:
+    """Watches every open vCPU of the process; its thread exists only while something runs."""
+
+    def __init__(self) -> None:
+        self.vcpus: WeakSet[Kicked] = WeakSet()
+        self.alive = False
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Begin to tick, unless somebody did already."""
+        with self._lock:
+            if not self.alive:
+                _ready()
+                self.alive = True
+                threading.Thread(target=self._tick, name="labkit-kvm-ticker", daemon=True).start()
+
+    def _tick(self) -> None:
+        seen: set[int] = set()
+        idle = 0
+        while True:
+            time.sleep(TICK)
+            vcpus = list(self.vcpus)
+            now = {vcpu.entered for vcpu in vcpus} - {0}
+            for vcpu in vcpus:
+                if vcpu.entered in seen:
+                    vcpu.kick()
+            seen, idle = now, 0 if now else idle + 1
+            if idle > IDLE or not vcpus:
+                self.alive = False
+                if not any(vcpu.entered for vcpu in list(self.vcpus)):
+                    return
+                self.alive, idle = True, 0
+
+
+TICKER = Ticker()
