@@ -10,7 +10,7 @@ from labkit.arch import find_arch
 from labkit.arch.x86_cpu import CpuModel
 from labkit.bits import align_up
 from labkit.engines import Capability, open_engine
-from labkit.engines.base import BudgetExit, Exit, InterruptExit, PioExit, Trace
+from labkit.engines.base import BudgetExit, Exit, InterruptExit, PioExit
 from labkit.errors import InvalidState, NotAvailable
 from labkit.explore.controller import VmController
 from labkit.explore.events import Event, events_frame
@@ -26,6 +26,7 @@ from labkit.machine.memory import PAGE, Memory
 from labkit.machine.schedule import Schedule
 from labkit.machine.vm import Machine
 from labkit.paging.scan import PageTable, scan
+from labkit.sev.guest import ProtectedGuest
 from labkit.shown import draw_with
 from labkit.ucall.abi import HEADER_SIZE
 from labkit.ucall.pool import BadUcallExit, Pool, PoolSnapshot, Ucall
@@ -51,6 +52,7 @@ class Vm:
         self.schedule = Schedule.named(schedule)
         self.vcpus: list[Vcpu] = []
         self.protect: str | None = None
+        self.guest: ProtectedGuest | None = None  # its encryption
         self._pool: Pool | None = None
         self._events, self._observers = list[Event | Ucall](), list[Callable[[], None]]()
         self._host, self._string = HostGlobals(program) if program else None, partial(program_string, program)
@@ -63,22 +65,23 @@ class Vm:
     def create(cls, program: Program, entry: str = "guest_code", nr_vcpus: int = 1, backend: str = "unicorn",
                protect: str | None = None, ucall: str | None = "pool", memory: int | None = None,
                schedule: str = "round_robin", name: str | None = None, cpu: CpuModel | None = None,
-               privilege: str | None = None) -> Vm:
+               privilege: str | None = None, policy: int | None = None, launch: bool = True) -> Vm:
         """A VM that is ready to run `entry` on every vCPU (vm_create_with_vcpus); memory in bytes.
 
         privilege: "kernel" (CPL0) or "user" (CPL3); without it, as the engine's capability "user_by_default" says.
 
+        protect: "sev", "sev-es", "snp" or "tdx" encrypts the guest: every page but those of alloc_shared, launched at once under
+        `policy` (or with launch=False later, step by step, by `vm.guest`).
+
         Raises NotAvailable for a backend or a protection this labkit or machine lacks, SymbolNotFound, InvalidState.
         """
-        if protect is not None:
-            raise NotAvailable(f"protect={protect!r}: encrypted guests are not part of this labkit yet", protect=protect)
         if ucall not in ("pool", None):
             raise NotAvailable(f"ucall={ucall!r}: there is only \"pool\", or None for a VM without ucalls", ucall=ucall)
         if nr_vcpus < 1:
             raise InvalidState(f"a VM needs at least one vCPU, not {nr_vcpus}")
         start = program.symbol(entry).gva
         size = memory or memory_for(program, nr_vcpus, HEADER_SIZE)
-        vm = cls._bare(program.arch, backend, [(0, size)], program, name or program.name, schedule, cpu, privilege)
+        vm = cls._bare(program.arch, backend, [(0, size)], program, name or program.name, schedule, cpu, privilege, protect, policy)
         load_program(program, vm.machine.space)
         vm.machine.boot()
         kernel_globals(program, vm.machine, vm.cpu)
@@ -86,6 +89,8 @@ class Vm:
             vm._make_pool()
         for _ in range(nr_vcpus):
             vm._add_vcpu(start)
+        if vm.guest is not None and launch:
+            vm.launch()
         return vm
 
     @classmethod
@@ -95,31 +100,38 @@ class Vm:
 
     @classmethod
     def _bare(cls, arch: str, backend: str, slots: list[tuple[int, int]], program: Program | None, name: str, schedule: str,
-              cpu: CpuModel | None, privilege: str | None) -> Vm:
-        cpu = cpu.copy() if cpu else CpuModel()
-        engine = open_engine(backend, arch, cpu)
-        memory = Memory()
+              cpu: CpuModel | None, privilege: str | None, protect: str | None = None, policy: int | None = None) -> Vm:
+        cpu, memory = cpu.copy() if cpu else CpuModel(), Memory()
         for gpa, size in slots:
             memory.add(gpa, align_up(size, PAGE))
-        return cls(Machine(find_arch(arch), engine, memory, privilege), program, backend, name, schedule, cpu)
+        guest = ProtectedGuest(protect, memory, cpu, policy) if protect is not None else None
+        engine = open_engine(backend, arch, cpu)
+        vm = cls(Machine(find_arch(arch), engine, memory, privilege, guest), program, backend, name, schedule, cpu)
+        vm.guest, vm.protect = guest, protect
+        return vm
+
+    def launch(self) -> bytes:
+        """Encrypt, measure and release a protected guest (vm_sev_launch); returns its measurement (SNP: its launch digest).
+
+        From then on the host follows no page table of it: gva2gpa, read, sync_global_* and alloc are refused.
+        """
+        if self.guest is None:
+            raise InvalidState(f"{self.name} is not protected: there is nothing to launch")
+        measurement = self.guest.launch()
+        self.machine.seal(f"{self.name} was launched as a {self.guest.kind} guest, so its page tables are ciphertext to it")
+        self.changed()
+        return measurement
 
     def _make_pool(self) -> None:
-        space = self.machine.space
-        gva = self.alloc_shared(HEADER_SIZE, kind="ucall pool")
-        gpa = space.walk(gva).require()
-        self._pool = Pool(self.memory, gpa, gva)
-        self.memory.write(gpa, Pool.image(self.memory.hva(gpa)))
+        self._pool = Pool.make(self.machine.space)
         if self.program is not None and "ucall_pool" in self.program.symbols:
-            self.write_guest_global("ucall_pool", gva)
+            self.write_guest_global("ucall_pool", self._pool.gva)
 
     def _add_vcpu(self, entry: int) -> Vcpu:
         index = len(self.vcpus)
-        self.machine.create_vcpu(entry, self._tracer(index))
+        self.machine.create_vcpu(entry, partial(self._trace, index))
         self.vcpus.append(Vcpu(self, index))
         return self.vcpus[-1]
-
-    def _tracer(self, index: int) -> Trace:
-        return lambda kind, facts: self._record(index, kind, **facts)
 
     def add_vcpu(self, entry: str | int) -> Vcpu:
         """One more vCPU (vm_vcpu_add)."""
@@ -151,7 +163,7 @@ class Vm:
         else:
             vcpu.state = _ENDS.get(came.end, "running")
             if not isinstance(came, InterruptExit):
-                self._record(vcpu.index, came.end, exit=came, where=vcpu.where())
+                self._trace(vcpu.index, came.end, {"exit": came, "where": vcpu.where()})
         if self._observers:
             self.changed()
         self.machine.engine.check_interrupt()
@@ -202,6 +214,7 @@ class Vm:
 
     def gva2gpa(self, gva: int) -> int:
         """Translate through the VM's page tables (addr_gva2gpa); raises PageFault with who, where and what was found."""
+        self.machine.space.check_open(f"translate gva {gva:#x}")
         return self.machine.space.walk(gva).require()
 
     def gpa2hva(self, gpa: int) -> int:
@@ -210,13 +223,16 @@ class Vm:
 
     def alloc(self, size: int, min_gva: int = 0x2000, kind: str = "alloc") -> int:
         """Zeroed, mapped memory for the guest, in bytes (vm_vaddr_alloc, __vm_alloc); returns its gva."""
-        gva = self.machine.space.alloc(size, kind, min_gva)
+        return self._alloc(size, kind, min_gva, True)
+
+    def _alloc(self, size: int, kind: str, min_gva: int, protected: bool) -> int:
+        gva = self.machine.space.alloc(size, kind, min_gva, protected=protected)
         self.changed()
         return gva
 
     def alloc_shared(self, size: int, min_gva: int = 0x2000, kind: str = "shared") -> int:
         """The same, but never encrypted (vm_vaddr_alloc_shared); without protection there is no difference."""
-        return self.alloc(size, min_gva, kind)
+        return self._alloc(size, kind, min_gva, False)
 
     def read(self, gva: int, size: int) -> bytes:
         """Guest-virtual memory through the VM's own page tables."""
@@ -265,13 +281,7 @@ class Vm:
 
     def places(self, place: str | int) -> Sequence[int]:
         """The addresses of a symbol, a "file.c:12" or a gva."""
-        if isinstance(place, str) and ":" in place:
-            file, _, line = place.rpartition(":")
-            found = self._need_program().gva_of_line(file, int(line) if line.isdecimal() else -1)
-            if not found:
-                raise InvalidState(f"no code at {place}; lines with code are those of {', '.join(self._need_program().files)}")
-            return found
-        return (self.gva_of(place),)
+        return (place,) if isinstance(place, int) else self._need_program().places(place)
 
     # --- looking
 
@@ -289,8 +299,9 @@ class Vm:
         return self._pool.snapshot(self.step, done, seen)
 
     def page_table(self) -> PageTable:
-        """The whole address space as it is mapped now: df, walk(gva), maps(gpa), diff(other)."""
-        return scan(self.memory.read, self.arch.mode, self.machine.space.root_gpa, self.step, self._label)
+        """The whole address space as it is mapped now, through the guest's eye: df, walk(gva), maps(gpa), diff(other)."""
+        space = self.machine.space
+        return scan(space.eye, space.mode, space.root_gpa, self.step, self._label)
 
     def _label(self, gva: int) -> str:
         return label_gva(self, gva)
@@ -308,14 +319,10 @@ class Vm:
 
         A saved notebook keeps its picture, a terminal its text.
         """
-        from labkit.views.dashboard import VIEWS
         from labkit.views.live import Hub
         from labkit.views.widget import LabWidget
 
-        if kind not in VIEWS:
-            raise InvalidState(f"there is no view {kind!r}, only {', '.join(VIEWS)}", kind=kind)
-        if self._hub is None:
-            self._hub = Hub(VmController(self))
+        self._hub = self._hub or Hub(VmController(self))
         return LabWidget(self._hub, kind)
 
     @property
@@ -323,7 +330,7 @@ class Vm:
         """Everything that happened: seq, step, vcpu, kind, what, and the facts of each kind."""
         return events_frame(self._events)
 
-    def _record(self, vcpu: int, kind: str, **facts: object) -> None:
+    def _trace(self, vcpu: int, kind: str, facts: dict[str, object]) -> None:
         self._events.append(Event(self.step, vcpu, kind, facts))
 
     def observe(self, callback: Callable[[], None]) -> Callable[[], None]:
@@ -365,7 +372,7 @@ class Vm:
         if self._pool is not None:
             twin._pool = Pool(twin.memory, self._pool.gpa, self._pool.gva)
         for vcpu in self.vcpus:
-            twin.machine.adopt_vcpu(twin._tracer(vcpu.index))
+            twin.machine.adopt_vcpu(partial(twin._trace, vcpu.index))
             twin.vcpus.append(Vcpu(twin, vcpu.index))
         twin.restore(state)
         return twin

@@ -109,6 +109,24 @@ def test_that_a_step_is_what_the_cpu_s_own_trap_gives(native, machine, name):
     assert compare(native, machine, asm(SEQUENCES[name])) > 3
 
 
+def trace(vm: lk.Vm, code: bytes) -> list[tuple[int, int]]:
+    """(program counter, steps so far) after each step."""
+    vcpu, seen = begin(vm, code), []
+    before = vcpu.step_count
+    while CODE <= vcpu.pc < CODE + len(code):
+        assert vcpu.step() is None
+        seen.append((vcpu.pc, vcpu.step_count - before))
+    return seen
+
+
+@pytest.mark.parametrize("rcx", [0, 2])
+def test_that_an_instruction_may_take_the_place_of_one_that_counts_otherwise(rcx):
+    rep, shadow = bytes([0xB9, rcx, 0, 0, 0, 0xF3, 0xA4, 0x90]), b"\xb8\x2b\0\0\0\x8e\xd0\x8e\xd0\x48\x03\x45\x0a\x90"
+    with bare("nop", user=True) as used, bare("nop", user=True) as fresh:
+        trace(used, rep)
+        assert trace(used, shadow) == trace(fresh, shadow)
+
+
 # One line each: machine code with a hole for bytes that hypothesis fills
 REG = st.sampled_from((0, 1, 2, 3, 6, 7))  # rax rcx rdx rbx rsi rdi
 SMALL, OFFSET, CONDITION = st.integers(0, 3), st.integers(0, 64), st.integers(0, 15)

@@ -107,12 +107,15 @@ class PagingMode:
     entry_size: int = 8
     c_bit: int | None = None
 
-    def with_c_bit(self, n: int) -> PagingMode:
-        """The same format with the encryption bit n: a flag "c" that belongs to no frame number (CPUID 0x8000001f EBX[5:0])."""
+    def with_c_bit(self, n: int, inverted: bool = False) -> PagingMode:
+        """The same format with the encryption bit n: a flag "c" that belongs to no frame number (CPUID 0x8000001f EBX[5:0]).
+
+        Inverted, the bit says shared: as TDX's bit and AMD's vTOM, it is clear where a page is encrypted.
+        """
         if self.c_bit is not None or not bit(n) & (self.pa.mask | self.reserved):
             raise InvalidState(f"{self.name}: bit {n} cannot be the C-bit (frame bits {self.pa.mask:#x})", c_bit=n)
         return replace(self, name=f"{self.name} with C-bit {n}", pa=Field(self.pa.mask & ~bit(n), self.pa.shift),
-                       flags={**self.flags, "c": bit(n)}, reserved=self.reserved & ~bit(n), c_bit=n)
+                       flags={**self.flags, "c": bit(n)}, reserved=self.reserved & ~bit(n), c_bit=n, inverted=self.inverted | bit(n) * inverted)
 
     def with_maxphyaddr(self, n: int) -> PagingMode:
         """The same format on a CPU with n physical address bits: frame bits from n up become reserved (SDM vol. 3A 4.1.4)."""

@@ -243,7 +243,7 @@ class ProtectingVm(Protocol):
     def protect(self, mode: PagingMode, cipher: Cipher, inverted: bool) -> None:
         """Before any vCPU: the guest sees memory through the key where an entry's encryption bit says so (inverted: where not)."""
 
-    def memory_needed(self, gpa: int, size: int) -> None:
+    def memory_needed(self, gpa: int, size: int, is_write: bool) -> None:
         """The host is about to look at guest memory, or to write a part of it."""
 
     def plain(self, gpa: int, size: int) -> bytes:
@@ -251,3 +251,9 @@ class ProtectingVm(Protocol):
 
     def swap(self, gpa: int, other: int) -> None:
         """Exchange the pages of DRAM behind two gpas, as a host can in its nested page table."""
+
+    def views_state(self) -> list[list[int]]:
+        """What a snapshot keeps beside the bytes of memory: which page of DRAM is behind which gpa."""
+
+    def set_views_state(self, state: list[list[int]]) -> None:
+        """Put it back."""

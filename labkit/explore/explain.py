@@ -44,7 +44,7 @@ def _unhandled(vm: Any, came: Ucall) -> str:
     """An exception that the guest had no handler for: its arguments are vector, error code, program counter, fault address."""
     vector, error, pc, fault = came.args[:4]
     name = vm.arch.vectors.get(vector, f"vector {vector}")
-    read = vm.vcpus[came.vcpu].read
+    read = vm.vcpus[came.vcpu].peek
     insn = next(iter(Listing.at(vm.arch.name, vm.program, read, pc, 1, pc).insns), None)
     what = f": {insn.text}" if insn is not None else ", where no instruction is"
     touched = f"; fault address {fault:#x}" if name == "#PF" else ""

@@ -63,7 +63,7 @@ def _pool_field(offset: int) -> str:
 
 def _string_at(vcpu: Vcpu, gva: int) -> str:
     """A short printable string at gva, in quotes; "" when there is none."""
-    raw = read_code(vcpu.read, gva, 24).split(b"\0", 1)[0]
+    raw = read_code(vcpu.peek, gva, 24).split(b"\0", 1)[0]
     if len(raw) < 3 or not all(32 <= b < 127 or b in (9, 10) for b in raw):
         return ""
     return repr(raw.decode("ascii")) if len(raw) < 24 else repr(raw.decode("ascii")[:20]) + "..."
@@ -89,8 +89,8 @@ def look_at_vcpu(vm: Any, vcpu: Vcpu) -> VcpuSnapshot:
     regs = vcpu.regs.all()
     before, vcpu.seen = vcpu.seen, dict(regs)
     pc = regs[vm.arch.pc]
-    ops = operands(vm.arch.name, read_code(vcpu.read, pc, 15), regs, pc, vcpu.read)
-    listing = Listing.around(vm.arch.name, vm.program, vcpu.read, pc, BEFORE, AFTER)
+    ops = operands(vm.arch.name, read_code(vcpu.peek, pc, 15), regs, pc, vcpu.peek)
+    listing = Listing.around(vm.arch.name, vm.program, vcpu.peek, pc, BEFORE, AFTER)
     rows = []
     for name in vm.arch.shown:
         note, points = _note(vm, vcpu, name, regs[name])
@@ -115,7 +115,7 @@ def _source(vm: Any, line: Any) -> tuple[tuple[int, str], ...]:
 def _insns(vm: Any, vcpu: Vcpu, listing: Listing, ops: Operands) -> tuple[Insn, ...]:
     out = []
     for insn in listing.insns:
-        data = read_code(vcpu.read, insn.gva, insn.size)
+        data = read_code(vcpu.peek, insn.gva, insn.size)
         comment = _comment(vm, vcpu, ops if insn.gva == listing.pc else None, insn, data)
         out.append(Insn(insn.gva, insn.gva - listing.start, data, insn.mnemonic, insn.op_str, comment, insn.gva == listing.pc,
                         insn.gva in vcpu.breakpoints))
@@ -133,7 +133,7 @@ def _comment(vm: Any, vcpu: Vcpu, now: Operands | None, insn: Any, data: bytes) 
     if target and vm.program is not None:
         return str(vm.program.describe(int(target, 16)))
     if "[rip" in insn.op_str:
-        static = operands(vm.arch.name, data, {**_ZEROS, "rip": insn.gva}, insn.gva, vcpu.read)
+        static = operands(vm.arch.name, data, {**_ZEROS, "rip": insn.gva}, insn.gva, vcpu.peek)
         return label_gva(vm, static.accesses[0].gva) if static.accesses else ""
     if now is not None and now.accesses:
         return label_gva(vm, now.accesses[0].gva)
@@ -144,7 +144,7 @@ _ZEROS = {"rflags": 0, "rsp": 0}
 
 
 def _stack(vm: Any, vcpu: Vcpu, sp: int) -> tuple[StackRow, ...]:
-    data = read_code(vcpu.read, sp, 8 * STACK_ROWS)
+    data = read_code(vcpu.peek, sp, 8 * STACK_ROWS)
     rows = []
     for at in range(0, len(data) - 7, 8):
         value = int.from_bytes(data[at:at + 8], "little")
@@ -209,7 +209,7 @@ def look_at_vm(vm: Any, front: int = 0, selection: Selection | None = None) -> V
     status = ""
     if cpus:
         cpu = cpus[front]
-        ops = operands(vm.arch.name, read_code(vm.vcpus[front].read, cpu.pc, 15), vm.vcpus[front].regs.all(), cpu.pc, vm.vcpus[front].read)
+        ops = operands(vm.arch.name, read_code(vm.vcpus[front].peek, cpu.pc, 15), vm.vcpus[front].regs.all(), cpu.pc, vm.vcpus[front].peek)
         pool = replace(pool, next_slot=next_slot(vm, ops)) if pool is not None else None
         status = status_of(cpu)
     marks = tuple(EventMark(e.step, e.vcpu, LETTERS.get(e.cmd, "N") if isinstance(e, Ucall) else "X", e.what) for e in vm._events)

@@ -125,6 +125,10 @@ class Vcpu:
         """Guest-virtual memory through this vCPU's page tables; raises PageFault with the walk."""
         return self.vm.machine.space.read(gva, size, self._root())
 
+    def peek(self, gva: int, size: int) -> bytes:
+        """Guest-virtual memory as the guest itself sees it, encrypted or not; raises PageFault with the walk."""
+        return self.vm.machine.space.peek(gva, size, self._root())
+
     def write(self, gva: int, data: bytes) -> None:
         """Write guest-virtual memory as a debugger does, read-only pages included; raises PageFault."""
         self.vm.machine.space.write(gva, data, self._root())
@@ -137,8 +141,8 @@ class Vcpu:
         """Instructions from gva (or a symbol) on; without one, those around the program counter."""
         program, pc = self.vm.program, self.pc
         if gva is None:
-            return Listing.around(self.vm.arch.name, program, self.read, pc, count // 3, count - count // 3 - 1)
-        return Listing.at(self.vm.arch.name, program, self.read, self.vm.gva_of(gva), count, pc)
+            return Listing.around(self.vm.arch.name, program, self.peek, pc, count // 3, count - count // 3 - 1)
+        return Listing.at(self.vm.arch.name, program, self.peek, self.vm.gva_of(gva), count, pc)
 
     def source_line(self) -> Line | None:
         """The source line of the program counter; None without debug information."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from labkit.errors import ElfError, SymbolNotFound
+from labkit.errors import ElfError, InvalidState, SymbolNotFound
 from labkit.guest.elf import Segment, Symbol, read_elf
 from labkit.guest.lines import Line, LineTable, SourceFiles
 from labkit.guest.types import Kind, kind_of_global
@@ -133,6 +133,16 @@ class Program:
     def gva_of_line(self, file: str, line: int) -> tuple[int, ...]:
         """Where the code of a source line begins, one address for each place it was compiled to; () when it has no code."""
         return self._lines.starts(file, line)
+
+    def places(self, place: str) -> tuple[int, ...]:
+        """The addresses of a symbol, or of a line as "file.c:12"; raises SymbolNotFound, or InvalidState for a line without code."""
+        if ":" not in place:
+            return (self.symbol(place).gva,)
+        file, _, line = place.rpartition(":")
+        found = self.gva_of_line(file, int(line) if line.isdecimal() else -1)
+        if not found:
+            raise InvalidState(f"no code at {place}; lines with code are those of {', '.join(self.files)}")
+        return found
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -32,13 +32,14 @@ class Memslot:
 class Memory:
     """The memslots of one VM; `on_write(gpa, size)` is told of every write that the host made.
 
-    `on_look(gpa, size)` is told before every access of the host: what lies there may have to be made first.
+    `on_look(gpa, size, is_write)` is told before every access of the host: what lies there may have to be made first, or be
+    none of the host's business.
     """
 
     def __init__(self) -> None:
         self.slots: list[Memslot] = []
         self.on_write: list[Callable[[int, int], None]] = []
-        self.on_look: list[Callable[[int, int], None]] = []
+        self.on_look: list[Callable[[int, int, bool], None]] = []
 
     def add(self, gpa: int, size: int) -> Memslot:
         """Add a zeroed memslot; raises InvalidState when it is not page aligned, too high, or overlaps another."""
@@ -69,7 +70,7 @@ class Memory:
             raise self._fault("read", gpa, size)
         offset = gpa - slot.gpa
         if self.on_look:
-            self.looked_at(gpa, size)
+            self.looked_at(gpa, size, False)
         if offset + size <= slot.size:
             return slot.data[offset:offset + size]
         head = slot.size - offset
@@ -86,17 +87,21 @@ class Memory:
             count = min(gpa + size, slot.gpa + slot.size) - at
             parts.append((slot, at - slot.gpa, count))
             at += count
-        self.looked_at(gpa, size)
+        self.looked_at(gpa, size, True)
         done = 0
         for slot, offset, count in parts:
             slot.data[offset:offset + count] = data[done:done + count]
             done += count
-        for tell in self.on_write:
-            tell(gpa, size)
+        self.was_written(gpa, size)
 
-    def looked_at(self, gpa: int, size: int) -> None:
+    def looked_at(self, gpa: int, size: int, is_write: bool) -> None:
         """The host is about to look at these bytes, or to write a part of them."""
         for tell in self.on_look:
+            tell(gpa, size, is_write)
+
+    def was_written(self, gpa: int, size: int) -> None:
+        """These bytes are others now, or mean something else."""
+        for tell in self.on_write:
             tell(gpa, size)
 
     def hva(self, gpa: int) -> int:

@@ -11,7 +11,7 @@ from labkit.errors import InvalidState, OutOfMemory, PageFault
 from labkit.machine.memory import PAGE, Memory
 from labkit.machine.sparsebit import Sparsebit
 from labkit.paging.build import PageTableBuilder
-from labkit.paging.walk import Walk, walk
+from labkit.paging.walk import Read, Walk, walk
 
 __all__ = ["AddressSpace", "Use"]
 
@@ -32,8 +32,11 @@ class Use:
 class AddressSpace:
     """Physical pages, virtual ranges and the page tables between them, as the selftests' kvm_util keeps them."""
 
-    def __init__(self, memory: Memory, mode: PagingMode, user: bool = False) -> None:
+    def __init__(self, memory: Memory, mode: PagingMode, user: bool = False, protected: Sparsebit | None = None) -> None:
         self.memory, self.mode, self.user = memory, mode, user  # user: every page is one, for guests at CPL3
+        self.protected = protected  # pfns that are encrypted, or will be at launch; None: nothing ever is
+        self.sealed = ""  # why the host cannot follow these page tables any longer
+        self.eye: Read = memory.read  # guest-physical memory as the guest's own walker sees it
         self.used = Sparsebit()  # pfns
         self.valid = Sparsebit()  # virtual page numbers that something lies at
         self.uses: list[Use] = []
@@ -45,8 +48,9 @@ class AddressSpace:
         """The root table, for CR3."""
         return self.builder.root_gpa
 
-    def alloc_pages(self, nr_pages: int, kind: str, min_gpa: int = MIN_PFN * PAGE) -> int:
-        """Physical pages in a row (vm_phy_pages_alloc); raises OutOfMemory when there is no such gap."""
+    def alloc_pages(self, nr_pages: int, kind: str, min_gpa: int = MIN_PFN * PAGE, protected: bool = True) -> int:
+        """Physical pages in a row (__vm_phy_pages_alloc), protected where the VM can; raises OutOfMemory when there is no such gap."""
+        self.check_open(f"allocate {kind}")
         if nr_pages < 1:
             raise InvalidState(f"{nr_pages} pages cannot be allocated")
         pfn = self._gap(nr_pages, min_gpa // PAGE)
@@ -57,6 +61,8 @@ class AddressSpace:
             raise OutOfMemory(f"no {nr_pages} free guest pages in a row for {kind} ({free} are free in all; "
                               f"give the VM more: memory=)", nr_pages=nr_pages, free=free)
         self.used.set(pfn, nr_pages)
+        if self.protected is not None and protected:
+            self.protected.set(pfn, nr_pages)
         insort(self.uses, Use(pfn * PAGE, nr_pages, kind))
         return pfn * PAGE
 
@@ -84,30 +90,39 @@ class AddressSpace:
         """Keep the next free virtual page unmapped for ever."""
         self.valid.set(self.unused_gva(1) // PAGE)
 
+    def check_open(self, what: str) -> None:
+        """Raise InvalidState when page tables are closed to the host, saying what it wanted."""
+        if self.sealed:
+            raise InvalidState(f"the host cannot {what}: {self.sealed}")
+
     def alloc(self, size: int, kind: str = "alloc", min_gva: int = MIN_GVA, writable: bool = True, nx: bool = True,
-              **flags: bool) -> int:
+              protected: bool = True, **flags: bool) -> int:
         """Zeroed memory of at least size bytes, mapped page by page (vm_vaddr_alloc); returns its gva."""
         if size < 1:
             raise InvalidState(f"alloc of {size} bytes")
         nr_pages = align_up(size, PAGE) // PAGE
         gva = self.unused_gva(nr_pages, min_gva)
-        gpa = self.alloc_pages(nr_pages, kind)
+        gpa = self.alloc_pages(nr_pages, kind, protected=protected)
         self.map(gva, gpa, nr_pages, writable=writable, nx=nx, **flags)
         self.memory.write(gpa, bytes(nr_pages * PAGE))
         return gva
 
     def map(self, gva: int, gpa: int, nr_pages: int = 1, page_size: int = PAGE, writable: bool = True, nx: bool = False,
             **flags: bool) -> None:
-        """Map physical pages (virt_map); raises InvalidState for a range that is mapped already."""
+        """Map physical pages (virt_map), with the encryption bit where they are protected; raises InvalidState for a mapped range."""
+        self.check_open(f"map gva {gva:#x}")
+        if self.protected is not None:
+            flags = {"c": self.protected.is_set(gpa // PAGE, nr_pages * page_size // PAGE)} | flags
         self.builder.map(gva, gpa, nr_pages, page_size, writable=writable, nx=nx, **{"user": self.user} | flags)
         self.valid.set(gva // PAGE, nr_pages * page_size // PAGE)
 
     def walk(self, gva: int, root_gpa: int | None = None) -> Walk:
-        """How gva is translated now; never raises."""
-        return walk(self.memory.read, self.mode, self.root_gpa if root_gpa is None else root_gpa, gva)
+        """How gva is translated now, as the guest's own walker sees it; never raises."""
+        return walk(self.eye, self.mode, self.root_gpa if root_gpa is None else root_gpa, gva)
 
     def pieces(self, gva: int, size: int, root_gpa: int | None) -> list[tuple[int, int]]:
         """(gpa, bytes) of a virtual range, page by page; raises PageFault at the first page that is not there."""
+        self.check_open(f"walk page tables for gva {gva:#x}")
         parts: list[tuple[int, int]] = []
         while size > 0:
             found = self.walk(gva, root_gpa)
@@ -129,6 +144,20 @@ class AddressSpace:
         for gpa, count in self.pieces(gva, len(data), root_gpa):
             self.memory.write(gpa, data[done:done + count])
             done += count
+
+    def peek(self, gva: int, size: int, root_gpa: int | None = None) -> bytes:
+        """Guest-virtual memory as the guest itself sees it, encrypted or not: for pictures, where a host could not look."""
+        if not self.sealed:
+            return self.read(gva, size, root_gpa)
+        data = b""
+        while len(data) < size:
+            found = self.walk(gva + len(data), root_gpa)
+            count = min(size - len(data), PAGE - (gva + len(data)) % PAGE)
+            part = (self.eye if found.flags.get("c") else self.memory.read)(found.require(), count)
+            if not part:
+                raise PageFault(f"gva {gva:#x} is mapped to gpa {found.gpa:#x}, where no memslot is", gva=gva, walk=found)
+            data += part
+        return data
 
     def state(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[Use], set[int], int]:
         """What the allocators know, for a snapshot."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from labkit.arch.desc import PagingMode
 from labkit.arch.model import Arch, BootTables
-from labkit.engines.base import EngineVcpu, EngineVm, Exit, LoggingVm, ParallelVm, Trace
+from labkit.engines.base import Cipher, EngineVcpu, EngineVm, Exit, LoggingVm, ParallelVm, ProtectingVm, Trace
 from labkit.errors import InvalidState, NotAvailable
 from labkit.machine.memory import PAGE, Memory
 from labkit.machine.space import AddressSpace
+from labkit.machine.sparsebit import Sparsebit
 
 __all__ = ["Machine", "MachineState"]
 
@@ -30,10 +32,24 @@ class MachineState:
     tasks: tuple[int, ...] = ()
 
 
+class Protection(Cipher, Protocol):
+    """What makes a machine an encrypted one: its key, and which page frames are under it."""
+
+    protected: Sparsebit
+    inverted: bool
+
+    def mode(self, mode: PagingMode) -> PagingMode:
+        """The page-table format with its encryption bit."""
+
+    def look(self, gpa: int, size: int, is_write: bool) -> None:
+        """The host is about to access memory; raises what hardware would."""
+
+
 class Machine:
     """A machine without ucalls: what the selftests call a barebones VM."""
 
-    def __init__(self, arch: Arch, engine: EngineVm, memory: Memory, privilege: str | None = "kernel") -> None:
+    def __init__(self, arch: Arch, engine: EngineVm, memory: Memory, privilege: str | None = "kernel",
+                 protection: Protection | None = None) -> None:
         if privilege is None:
             privilege = "user" if any(can.name == "user_by_default" and can.have for can in engine.capabilities) else "kernel"
         if privilege not in ("kernel", "user"):
@@ -46,11 +62,34 @@ class Machine:
         self._parallel = engine if isinstance(engine, ParallelVm) else None
         self._base: MachineState | None = None  # what pages written by guest and host are counted from
         self._written: list[tuple[int, int]] | None = None  # (gpa, bytes) by the host; None: not known
-        self.space = AddressSpace(memory, arch.mode, self.is_user)
+        self._protecting = engine if isinstance(engine, ProtectingVm) and protection is not None else None
+        self.space = AddressSpace(memory, arch.mode, self.is_user) if protection is None else self._protect(protection)
         self.vcpus: list[EngineVcpu] = []
         self.stacks: list[int] = []  # gva of each vCPU's stack, lowest byte
         self.tasks: list[int] = []  # gva of each vCPU's own descriptor page, where guests run as users
         self.tables_gva = self.idt_gva = self.handlers_gva = 0
+
+    def _protect(self, protection: Protection) -> AddressSpace:
+        if self._protecting is None:
+            raise NotAvailable(f"the {self.engine.name} engine cannot encrypt guests: use backend=\"unicorn\"")
+        mode = protection.mode(self.arch.mode)
+        self._protecting.protect(mode, protection, protection.inverted)
+        self.memory.on_look += [protection.look, self._protecting.memory_needed]
+        return AddressSpace(self.memory, mode, self.is_user, protection.protected)
+
+    def seal(self, why: str) -> None:
+        """The guest was launched: from here on the host can follow no page table, and only the guest's eye sees private pages."""
+        self.space.sealed, self.space.eye = why, self.plain
+
+    def plain(self, gpa: int, size: int) -> bytes:
+        """Memory as the guest's key shows it: as the guest's own page walker reads it."""
+        return self.memory.read(gpa, size) if self._protecting is None else self._protecting.plain(gpa, size)
+
+    def swap_pages(self, gpa: int, other: int) -> None:
+        """Exchange the pages of DRAM behind two gpas, as a host can in its nested page table; raises NotAvailable without protection."""
+        if self._protecting is None:
+            raise NotAvailable("only an encrypted machine has a nested page table to play with")
+        self._protecting.swap(gpa, other)
 
     def boot(self) -> None:
         """Allocate the machine's own tables (GDT, TSS, IDT) and the table of guest exception handlers."""
@@ -123,8 +162,9 @@ class Machine:
     def state(self) -> MachineState:
         """All memory, CPU and allocator state."""
         cpus = tuple(vcpu.save() for vcpu in self.vcpus)
-        slots = tuple((slot.gpa, slot.data[:]) for slot in self.memory.slots)
-        state = MachineState(slots, cpus, (self.space.state(), self.tables_gva, self.idt_gva, self.handlers_gva), tuple(self.stacks),
+        slots = tuple((slot.gpa, self.memory.read(slot.gpa, slot.size)) for slot in self.memory.slots)
+        views = [] if self._protecting is None else self._protecting.views_state()
+        state = MachineState(slots, cpus, (views, self.space.state(), self.tables_gva, self.idt_gva, self.handlers_gva), tuple(self.stacks),
                              tuple(self.tasks))
         self._begin_log(state)
         return state
@@ -140,7 +180,9 @@ class Machine:
         for gpa, data in self._changed(state):
             self.memory.write(gpa, data)
         self._begin_log(state, fresh=state is self._base)
-        space, self.tables_gva, self.idt_gva, self.handlers_gva = state.space
+        views, space, self.tables_gva, self.idt_gva, self.handlers_gva = state.space
+        if self._protecting is not None:
+            self._protecting.set_views_state(views)
         self.space.set_state(space)
         self.stacks, self.tasks = list(state.stacks), list(state.tasks)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from labkit.engines.base import Exit
 from labkit.errors import MemoryFault
 from labkit.machine.memory import Memory
+from labkit.machine.space import AddressSpace
 from labkit.shown import mimebundle
 from labkit.ucall.abi import (
     BITMAP_BYTES,
@@ -172,6 +173,14 @@ class Pool:
         self._seen = bytes(BITMAP_BYTES)  # the bitmap when the host last looked
         self._heard: dict[int, int] = {}  # vCPU -> slot of its last ucall, as long as it has not given it back
 
+    @classmethod
+    def make(cls, space: AddressSpace) -> Pool:
+        """Allocate and fill a VM's pool, in memory that is never encrypted (ucall_init() in C)."""
+        gva = space.alloc(HEADER_SIZE, "ucall pool", protected=False)
+        pool = cls(space.memory, space.walk(gva).require(), gva)
+        space.memory.write(pool.gpa, cls.image(pool.hva))
+        return pool
+
     @staticmethod
     def image(hva: int) -> bytes:
         """The first contents of a pool at this hva: all slots free, each with its own address (ucall_init() in C)."""
@@ -185,6 +194,8 @@ class Pool:
         `locked` is the step of its last locked instruction, which for a test-and-set is the taking itself; without one (-1)
         slots were taken at `step`.
         """
+        if self.memory.on_look:
+            self.memory.looked_at(self.gpa, HEADER_SIZE, False)
         now = self._data[self._offset:self._offset + BITMAP_BYTES]
         if locked >= 0 and (index := self._heard.pop(vcpu, -1)) >= 0 and now[index >> 3] >> (index & 7) & 1 and self._gone_on(vcpu, index):
             self._taken(index, vcpu, locked)  # it gave the slot back with a locked instruction, and has it again

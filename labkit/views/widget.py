@@ -10,7 +10,7 @@ from typing import Any
 import anywidget
 import traitlets
 
-from labkit.errors import LabError
+from labkit.errors import InvalidState, LabError
 from labkit.views import dashboard, pages
 from labkit.views.live import Hub
 from labkit.views.show import Bundle, View, mimebundle, status_line
@@ -35,6 +35,8 @@ class LabWidget(_Panes):
     """A live view of a VM: all of it, or one of dashboard.VIEWS. Drawing is pure and elsewhere, the state is the VM's."""
 
     def __init__(self, hub: Hub, kind: str = "vm") -> None:
+        if kind not in dashboard.VIEWS:
+            raise InvalidState(f"there is no view {kind!r}, only {', '.join(dashboard.VIEWS)}", kind=kind)
         self._hub, self._kind, self._nr_views, self._memo = hub, kind, 0, dict[str, Any]()
         self._pinned: int | None = None
         hub.refresh()

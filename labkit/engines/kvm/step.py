@@ -13,7 +13,7 @@ from contextlib import closing
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from labkit.engines.base import DebugExit, Exit
+from labkit.engines.base import Exit
 from labkit.engines.kvm.abi import CONSTANTS, EXITS, call, struct
 from labkit.engines.kvm.regs import GPR
 

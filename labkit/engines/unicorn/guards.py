@@ -248,4 +248,4 @@ class Guards:
 
 def _work(trap: Trap | None) -> str:
     """What the hook of a trap does."""
-    return "" if trap is None else "stop" if trap.stops else "locked" if trap.kind == "locked" else "count"
+    return "" if trap is None else "stop" if trap.stops else trap.kind

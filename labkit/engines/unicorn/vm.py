@@ -86,7 +86,7 @@ class UnicornVm:
             if not vcpu.stale_code and any(first <= page <= last for page in vcpu.guards.code_pages):
                 vcpu.stale_code = True
 
-    def memory_needed(self, gpa: int, size: int) -> None:
+    def memory_needed(self, gpa: int, size: int, is_write: bool) -> None:
         """The host is about to look at guest memory, or to write a part of it."""
         if self.mmu is not None and self.mmu.publish(gpa, size):
             self.forget_translations()
@@ -101,6 +101,16 @@ class UnicornVm:
         assert self.mmu is not None, "protect comes first"
         self.mmu.swap(gpa, other)
         self.forget_translations(code=True)
+
+    def views_state(self) -> list[list[int]]:
+        """What a snapshot keeps beside the bytes of memory: which page of DRAM is behind which gpa."""
+        return self.mmu.state() if self.mmu is not None else []
+
+    def set_views_state(self, state: list[list[int]]) -> None:
+        """Put it back."""
+        if self.mmu is not None:
+            self.mmu.set_state(state)
+            self.forget_translations(code=True)
 
     def forget_translations(self, code: bool = False) -> None:
         """No vCPU may go on with what it knows of page tables, nor (code) of instructions."""
