@@ -42,7 +42,8 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
         lacking(f"no {HEADER} (Debian: apt-get install linux-libc-dev)")
     work = tmp_path_factory.mktemp("abi")
     prints = "\n".join(f'printf("%llu\\n", (unsigned long long)({what}));' for what in lines())
-    (work / "abi.c").write_text(f"#include <linux/kvm.h>\n#include <stddef.h>\n#include <stdio.h>\nint main(void) {{ {prints} return 0; }}\n")
+    includes = "".join(f"#include <{name}.h>\n" for name in ("linux/kvm", "stddef", "stdio"))
+    (work / "abi.c").write_text(f"{includes}int main(void) {{ {prints} return 0; }}\n")
     built = subprocess.run([*find_compiler().command, "-w", "-isystem", "/usr/include", "-isystem", "/usr/include/x86_64-linux-gnu",
                             work / "abi.c", "-o", work / "abi"], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from labkit.arch.model import Arch, BootTables, UcallExit
 from labkit.arch.x86 import X86_PXXV48_4K
@@ -44,14 +45,19 @@ def _tables(gva: int, ring0_stack: int = 0) -> bytes:
 
 def _idt(handlers: Sequence[int]) -> bytes:
     """Interrupt gates to these addresses, IST 0 (idt_set_entry() in lib/x86_64/processor.c)."""
-    gate = struct.Struct("<HHBBHII")
-    return b"".join(gate.pack(h & 0xFFFF, KERNEL_CS, 0, 0x8E, h >> 16 & 0xFFFF, h >> 32, 0) for h in handlers)
+    return b"".join(map(_gate, handlers))
+
+
+@lru_cache(4096)
+def _gate(handler: int) -> bytes:
+    return struct.pack("<HHBBHII", handler & 0xFFFF, KERNEL_CS, 0, 0x8E, handler >> 16 & 0xFFFF, handler >> 32, 0)
 
 
 def _reset(tables: BootTables) -> dict[str, int]:
     code, data = (USER_CS, USER_DS) if tables.user else (KERNEL_CS, KERNEL_DS)
-    return {"efer": EFER, "cr4": CR4, "cr3": tables.root_gpa, "cr0": CR0, "gdt_base": tables.gdt, "gdt_limit": 0x37 if tables.user else 0x27,
-            "idt_base": tables.idt, "idt_limit": 0xFFF, "cs": code, **dict.fromkeys(("ds", "es", "gs", "ss", "fs"), data),
+    return {"efer": EFER, "cr4": CR4, "cr3": tables.root_gpa, "cr0": CR0, "gdt_base": tables.gdt,
+            "gdt_limit": 0x37 if tables.user else 0x27, "idt_base": tables.idt, "idt_limit": 0xFFF, "cs": code,
+            **dict.fromkeys(("ds", "es", "gs", "ss", "fs"), data),
             "tr": KERNEL_TSS, "tr_base": tables.tss, "tr_limit": TSS_LIMIT + (IO_BITMAP if tables.user else 0), "rflags": 2}
 
 

@@ -29,10 +29,11 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("file", type=Path, help="a C file or an ELF file linked at fixed addresses")
     parser.add_argument("--entry", default="guest_code", help="function that every vCPU begins with (default: guest_code)")
     parser.add_argument("--arch", help="of a C file (default: x86_64); an ELF file says it itself")
-    parser.add_argument("--backend", default="unicorn", help="engine (default: unicorn)")
+    parser.add_argument("--backend", default="unicorn", help="engine: unicorn or kvm (default: unicorn)")
     parser.add_argument("--vcpus", type=int, default=1, metavar="N", help="how many vCPUs (default: 1)")
     parser.add_argument("--protect", choices=("sev", "sev-es", "snp", "tdx"), help="memory encryption")
-    parser.add_argument("--schedule", default="round_robin", help="round_robin:QUANTUM, random:SEED:QUANTUM or sequential")
+    parser.add_argument("--schedule", default="round_robin", help="round_robin:QUANTUM, random:SEED:QUANTUM, sequential or parallel")
+    parser.add_argument("--privilege", choices=("kernel", "user"), help="ring of the guests (default: the engine's, see labkit doctor)")
     parser.add_argument("--max-insns", type=int, metavar="N", help="stop after N instructions of all vCPUs together")
     parser.set_defaults(run=_run)
     return parser
@@ -60,7 +61,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.max_insns is not None and args.max_insns < 0:
         raise InvalidState(f"--max-insns {args.max_insns}: a budget is not negative")
     program = load(args.file, args.arch)
-    with Vm.create(program, args.entry, args.vcpus, args.backend, args.protect, schedule=args.schedule) as vm:
+    with Vm.create(program, args.entry, args.vcpus, args.backend, args.protect, schedule=args.schedule,
+                   privilege=args.privilege) as vm:
         last: Ucall | Exit | None = None
         try:
             for last in vm.stream(args.max_insns):
@@ -113,7 +115,8 @@ def _end(vm: Vm, end: str, why: str, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"end": end, "why": why, "insns": vm.step, "exact": all(v.exact for v in vm.vcpus), "vcpus": vcpus}), flush=True)
     else:
-        print(f"{end}{': ' + why if why else ''} ({vm.step} instructions)", file=sys.stdout if end == "done" else sys.stderr)
+        least = "" if all(v.exact for v in vm.vcpus) else "at least "
+        print(f"{end}{': ' + why if why else ''} ({least}{vm.step} instructions)", file=sys.stdout if end == "done" else sys.stderr)
         for v in vcpus if end != "done" else ():
             print(f"  vCPU {v['vcpu']} {v['state']} at {v['at']}", file=sys.stderr)
     return 0 if end == "done" else 130 if end == "interrupted" else 1

@@ -19,7 +19,8 @@ class Schedule:
     """Picks a vCPU and how many instructions it may run; the same name and the same guest give the same run.
 
     `round_robin:N` gives each vCPU N instructions in turn, `random:SEED:N` draws vCPU and up to N instructions,
-    `sequential` runs a vCPU until it is done, `parallel` runs all at once on an engine that can. A vCPU that exits keeps its turn, as a thread of the kernel's tests does.
+    `sequential` runs a vCPU until it is done, `parallel` runs all at once, on an engine that can (and is not deterministic).
+    A vCPU that exits keeps its turn, as a thread of the kernel's tests does.
     """
 
     name: str

@@ -60,16 +60,16 @@ _MEMBERS = {
     "system_event": "type:I ndata:I data:Q*16",
     "debug": "exception:I pad:I pc:Q dr6:Q dr7:Q",
 }
-_TYPES: dict[str, type] = {"B": u8, "H": u16, "I": u32, "Q": u64}
+_TYPES: dict[str, Any] = {"B": u8, "H": u16, "I": u32, "Q": u64}
 
 
-def _field(text: str) -> tuple[str, type]:
+def _field(text: str) -> tuple[str, Any]:
     name, _, kind = text.partition(":")
     kind, _, count = kind.partition("*")
     return name, _TYPES[kind] * int(count) if count else _TYPES[kind]
 
 
-def _declare(name: str, layout: str) -> type[Struct]:
+def _declare(name: str, layout: str) -> Any:
     _TYPES[name] = type(name, (Struct,), {"_fields_": [_field(text) for text in layout.split()]})
     return _TYPES[name]
 
@@ -102,7 +102,8 @@ IOCTLS = {
     "KVM_ENABLE_CAP": _number(0xA3, _W, "kvm_enable_cap"), "KVM_SET_TSC_KHZ": _number(0xA2), "KVM_GET_TSC_KHZ": _number(0xA3),
     "KVM_GET_XSAVE": _number(0xA4, _R, "kvm_xsave"), "KVM_SET_XSAVE": _number(0xA5, _W, "kvm_xsave"),
     "KVM_GET_XCRS": _number(0xA6, _R, "kvm_xcrs"), "KVM_SET_XCRS": _number(0xA7, _W, "kvm_xcrs"),
-    "KVM_SET_DEVICE_ATTR": _number(0xE1, _W, "kvm_device_attr"), "KVM_GET_DEVICE_ATTR": _number(0xE2, _W, "kvm_device_attr"),
+    "KVM_SET_DEVICE_ATTR": _number(0xE1, _W, "kvm_device_attr"),
+    "KVM_GET_DEVICE_ATTR": _number(0xE2, _W, "kvm_device_attr"),
 }
 EXITS = {
     "KVM_EXIT_UNKNOWN": 0, "KVM_EXIT_IO": 2, "KVM_EXIT_DEBUG": 4, "KVM_EXIT_HLT": 5, "KVM_EXIT_MMIO": 6, "KVM_EXIT_SHUTDOWN": 8,
@@ -115,7 +116,8 @@ CAPS = {
     "KVM_CAP_IMMEDIATE_EXIT": 136, "KVM_CAP_X86_USER_SPACE_MSR": 188,
 }
 CONSTANTS = {
-    "KVM_API_VERSION": 12, "KVM_MEM_LOG_DIRTY_PAGES": 1, "KVM_SYNC_X86_REGS": 1, "KVM_SYNC_X86_SREGS": 2, "KVM_CPUID_FLAG_SIGNIFCANT_INDEX": 1,
+    "KVM_API_VERSION": 12, "KVM_MEM_LOG_DIRTY_PAGES": 1, "KVM_SYNC_X86_REGS": 1, "KVM_SYNC_X86_SREGS": 2,
+    "KVM_CPUID_FLAG_SIGNIFCANT_INDEX": 1,
     "KVM_GUESTDBG_ENABLE": 1, "KVM_GUESTDBG_SINGLESTEP": 2, "KVM_GUESTDBG_USE_HW_BP": 0x20000,
     "KVM_MSR_EXIT_REASON_INVAL": 1, "KVM_MSR_EXIT_REASON_UNKNOWN": 2, "KVM_INTERNAL_ERROR_EMULATION": 1,
     "KVM_VCPU_TSC_CTRL": 0, "KVM_VCPU_TSC_OFFSET": 0,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GPR", "NAMED_MSRS", "SAVED_MSRS", "Registers"]
 
-GPR = {name: i for i, (name, _) in enumerate(STRUCTS["kvm_regs"]._fields_)}
+GPR = {field[0]: i for i, field in enumerate(STRUCTS["kvm_regs"]._fields_)}
 SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8")
 _DEBUG = ("dr0", "dr1", "dr2", "dr3", "dr6", "dr7")
@@ -203,8 +203,8 @@ class Registers:
         limit, granular = word & 0xFFFF | word >> 32 & 0xF0000, word >> 55 & 1
         segment.base, segment.selector = word >> 16 & 0xFFFFFF | word >> 32 & 0xFF000000, selector
         segment.limit = limit << 12 | 0xFFF if granular else limit
-        _fill(segment, {"type": word >> 40 & 15, "s": word >> 44 & 1, "dpl": word >> 45 & 3, "present": word >> 47 & 1, "avl": word >> 52 & 1,
-                        "l": word >> 53 & 1, "db": word >> 54 & 1, "g": granular, "unusable": 0})
+        _fill(segment, {"type": word >> 40 & 15, "s": word >> 44 & 1, "dpl": word >> 45 & 3, "present": word >> 47 & 1,
+                        "avl": word >> 52 & 1, "l": word >> 53 & 1, "db": word >> 54 & 1, "g": granular, "unusable": 0})
 
 
 def _fill(segment: Any, values: Mapping[str, int]) -> None:

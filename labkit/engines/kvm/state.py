@@ -25,7 +25,11 @@ _SIZES = {name: ctypes.sizeof(STRUCTS[f"kvm_{name.lower()}"]) for name in _PARTS
 
 def save(vcpu: KvmVcpu) -> bytes:
     """The state of a vCPU whose instruction is settled, or waits for a read from a hole."""
-    facts = {"insns": vcpu.insns, "exact": vcpu.exact, "msrs": {str(k): v for k, v in vcpu.msrs.items()}}
+    replay, size = list(vcpu.replay), vcpu.replay_size
+    if vcpu.pending == "read" and vcpu.awaits is not None:  # KVM keeps what it has read so far to itself: the instruction begins again
+        at, size = vcpu.awaits
+        replay = [*vcpu.answers, (vcpu.u64[at // 8 - 1], int.from_bytes(vcpu.u8[at:at + size], "little"))]
+    facts = {"insns": vcpu.insns, "exact": vcpu.exact, "msrs": {str(k): v for k, v in vcpu.msrs.items()}, "replay": replay, "size": size}
     text = json.dumps(facts).encode()
     parts = [bytes(vcpu.gprs)]
     for name in _PARTS:
@@ -50,6 +54,7 @@ def restore(vcpu: KvmVcpu, state: bytes) -> None:
     facts = json.loads(state[_HEADER.size:at])
     vcpu.insns, vcpu.exact = facts["insns"], facts["exact"]
     vcpu.msrs = {int(k): v for k, v in facts["msrs"].items()}
+    vcpu.replay, vcpu.replay_size = [(gpa, value) for gpa, value in facts["replay"]], facts["size"]
     vcpu.gprs[:] = memoryview(state[at:at + 8 * len(GPR)]).cast("Q")
     vcpu.run_page.kvm_dirty_regs |= 1
     vcpu.regs.kept.clear()

@@ -20,7 +20,7 @@ from labkit.engines.kvm.regs import GPR
 if TYPE_CHECKING:
     from labkit.engines.kvm.vcpu import KvmVcpu
 
-__all__ = ["ENABLE", "HW_BP", "HW_BREAKPOINTS", "Stepper", "kind_of"]
+__all__ = ["ENABLE", "HW_BP", "HW_BREAKPOINTS", "Kind", "Stepper", "kind_of"]
 
 DEBUG = EXITS["KVM_EXIT_DEBUG"]
 ENABLE, STEP, HW_BP = (CONSTANTS[f"KVM_GUESTDBG_{name}"] for name in ("ENABLE", "SINGLESTEP", "USE_HW_BP"))
@@ -55,7 +55,9 @@ def kind_of(code: bytes) -> Kind:
     if at < len(code) - 1 and code[at] >> 4 == 4:  # REX
         at += 1
     opcode = code[at] if code else 0
-    return Kind(at + 1, opcode == 0xF4, opcode in _STRINGS, rep if opcode in _STRINGS else 0, opcode in _COMPARES, narrow, _vector(opcode, code[at + 1:at + 2]))
+    string = opcode in _STRINGS
+    return Kind(at + 1, opcode == 0xF4, string, rep if string else 0, opcode in _COMPARES, narrow,
+                _vector(opcode, code[at + 1:at + 2]))
 
 
 def _vector(opcode: int, second: bytes) -> int:

@@ -15,7 +15,7 @@ import time
 from typing import Protocol
 from weakref import WeakSet
 
-__all__ = ["KICK", "TICKER", "Ticker", "send_kick"]
+__all__ = ["KICK", "TICKER", "Kicked", "Ticker", "send_kick"]
 
 TICK = 0.04  # seconds
 IDLE = 25  # ticks without any run after which the thread ends

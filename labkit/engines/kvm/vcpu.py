@@ -10,25 +10,11 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import closing, suppress
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from labkit.engines.base import (
-    BudgetExit,
-    DeadlineExit,
-    DebugExit,
-    Exit,
-    HaltExit,
-    InternalErrorExit,
-    InterruptExit,
-    MmioExit,
-    PioExit,
-    Regs,
-    ShutdownExit,
-    Trace,
-)
-from labkit.engines.disasm import disassemble
-from labkit.engines.kvm.abi import CONSTANTS, EXITS, IOCTLS, MEMBERS, STRUCTS, call, enter, struct
+from labkit.engines.base import BudgetExit, DeadlineExit, DebugExit, Exit, InterruptExit, Regs, Trace
+from labkit.engines.kvm.abi import CONSTANTS, EXITS, IOCTLS, STRUCTS, call, enter, struct
+from labkit.engines.kvm.exits import HANDLERS, next_element, on_io
 from labkit.engines.kvm.regs import GPR, Registers
 from labkit.engines.kvm.state import restore, save
 from labkit.engines.kvm.step import HW_BREAKPOINTS, Stepper, kind_of
@@ -42,12 +28,9 @@ __all__ = ["KvmVcpu"]
 
 RUN = IOCTLS["KVM_RUN"]
 IO, DEBUG, INTR = EXITS["KVM_EXIT_IO"], EXITS["KVM_EXIT_DEBUG"], EXITS["KVM_EXIT_INTR"]
-_UNION = STRUCTS["kvm_run"].padding.offset  # type: ignore[attr-defined]
-_GPRS = STRUCTS["kvm_run"].s.offset  # type: ignore[attr-defined]
+_GPRS = STRUCTS["kvm_run"].s.offset
 RIP, RAX, RDI = GPR["rip"], GPR["rax"], GPR["rdi"]
 _SERIAL = itertools.count(1)
-_HANDLERS = {EXITS[f"KVM_EXIT_{name.upper()}"]: f"_on_{name}" for name in (
-    "io", "hlt", "mmio", "shutdown", "fail_entry", "intr", "internal_error", "x86_rdmsr", "x86_wrmsr", "system_event")}
 
 
 class KvmVcpu:
@@ -71,7 +54,9 @@ class KvmVcpu:
         self.more: list[int] = []  # such places of an INS that come next
         self.queue: list[Exit] = []  # exits that came in one with another
         self.answers: list[tuple[int, int]] = []  # (gpa, value) of the reads that the present instruction has had
-        self.replay: list[tuple[int, int]] | None = None  # the same, for an instruction that a restored state begins again
+        self.replay: list[tuple[int, int]] = []  # the same, for an instruction that a restored state begins again
+        self.replay_size = 0  # bytes of the last of them
+        self.read_at = self.wrote_at = -1  # RIP at the last access to a hole
         self.breakpoints: frozenset[int] = frozenset()
         self._until, self.pausing = float("inf"), False
         self._setup()
@@ -105,7 +90,7 @@ class KvmVcpu:
     def set_regs(self, regs: Mapping[str, int]) -> None:
         """Set the named registers; raises InvalidState for a name or a value that does not fit."""
         self.settle()
-        if "rip" in regs and self.pending:
+        if "rip" in regs:
             self.flush()
         self.regs.write_many(regs)
 
@@ -184,6 +169,9 @@ class KvmVcpu:
     def complete(self, value: int) -> None:
         """Give the value that the last IN or MMIO read returns."""
         self.mine()
+        if self.replay:
+            self.replay[-1] = self.replay[-1][0], value & (1 << 8 * self.replay_size) - 1
+            return
         if self.awaits is None:
             raise InvalidState(f"vCPU {self.index}: the last exit reads nothing, so there is nothing to complete")
         at, size = self.awaits
@@ -221,7 +209,7 @@ class KvmVcpu:
         if self.queue:
             return self.queue.pop(0)
         if self.more:
-            return self._next_element()
+            return next_element(self)
         if insns is None and len(self.breakpoints) <= HW_BREAKPOINTS:
             self.exact = False
             if self.breakpoints or self.stepper.control[0]:
@@ -236,6 +224,13 @@ class KvmVcpu:
         self.started = True
         if self.vm.cpu.cpuid != self.cpuid_given:
             call(self.fd, "KVM_SET_CPUID2", self.vm.cpuid(self.index))
+
+    def _leave(self) -> None:
+        """The guest goes on: what was pending is completed with what the run page holds."""
+        if self.pending == "read" and self.awaits is not None:
+            at, size = self.awaits
+            self.answers.append((self.u64[at // 8 - 1], int.from_bytes(self.u8[at:at + size], "little")))
+        self.pending, self.awaits = "", None
 
     def _enter(self) -> int:
         """One stay in the guest; the exit reason, INTR when somebody asked for a look around."""
@@ -258,29 +253,29 @@ class KvmVcpu:
     def stay_free(self) -> Exit:
         """Stay in the guest until an exit, with debug registers as they are."""
         while True:
+            self._leave()
             reason = self._enter()
-            self.pending, self.awaits = "", None
             if reason == DEBUG:
                 return DebugExit(int(self.gprs[RIP]))
-            exit = self._on_io() if reason == IO else self._meet(reason)
+            exit = on_io(self) if reason == IO else self._meet(reason)
             if exit is not None:
                 return exit
 
     def _meet(self, reason: int) -> Exit | None:
-        handler = _HANDLERS.get(reason)
+        handler = HANDLERS.get(reason)
         if handler is None:
             raise LabError(f"vCPU {self.index}: KVM came back with exit reason {reason}, which labkit does not know", reason=reason)
-        exit: Exit | None = getattr(self, handler)()
-        return exit
+        return handler(self)
 
     def stay(self) -> Exit | None:
         """One stay in the guest: an exit, or None when a step was counted or there was only something to see to."""
+        self._leave()
         reason = self._enter()
-        self.pending, self.awaits = "", None
         if reason != DEBUG:
             return self._meet(reason)
         self.insns += 1
         self.answers.clear()
+        self.wrote_at = -1
         return None
 
     def _stepped(self, insns: int | None) -> Exit:
@@ -294,7 +289,7 @@ class KvmVcpu:
             while insns is None or self.insns - start < insns:
                 if self.insns > start and self.gprs[RIP] in self.breakpoints and not self.stepper.inside:
                     return DebugExit(int(self.gprs[RIP]))
-                if (exit := next(steps) or self._asked(insns is None)) is not None:
+                if (exit := next(steps) or self.asked(insns is None)) is not None:
                     return exit
         return BudgetExit(insns)
 
@@ -323,93 +318,14 @@ class KvmVcpu:
             self.pending = "flushed"
             self.settle()
         self.queue.clear()
-        self.awaits, self.replay = None, None
-        self.more.clear()
-        self.answers.clear()
+        self.awaits = None
+        for kept in (self.more, self.answers, self.replay):
+            kept.clear()
 
-    # --- what the exits of KVM mean
-
-    def _member(self, name: str) -> Any:
-        return MEMBERS[name].from_buffer(self.page, _UNION)
-
-    def _on_io(self) -> Exit:
-        word, count, at = self.u32[_UNION // 4], self.u32[_UNION // 4 + 1], self.u64[_UNION // 8 + 1]
-        size, port = word >> 8 & 255, word >> 16
-        self.insns += 1
-        self.pending = "pio"
-        if word & 1:  # OUT
-            parts = [int.from_bytes(self.u8[at + size * i:at + size * (i + 1)], "little") for i in range(count)]
-            self.queue += [PioExit(port, size, True, data) for data in parts[1:]]
-            return PioExit(port, size, True, parts[0])
-        self.u8[at:at + size * count] = bytes(size * count)
-        self.awaits, self.more = (at, size), [at + size * i for i in range(1, count)]
-        return _in_exit(port, size)
-
-    def _next_element(self) -> Exit:
-        """The next element of an INS that KVM took together; it goes on when the host has given all."""
-        assert self.awaits is not None
-        self.awaits = self.more.pop(0), self.awaits[1]
-        self.insns += 1
-        return _in_exit(self.u32[_UNION // 4] >> 16, self.awaits[1])
-
-    def _on_hlt(self) -> Exit:
-        self.insns += 1
-        return HaltExit()
-
-    def _on_mmio(self) -> Exit | None:
-        gpa, size, is_write = self.u64[_UNION // 8], self.u32[_UNION // 4 + 4], bool(self.u8[_UNION + 20])
-        at = _UNION + 8
-        if is_write:
-            self.pending = "write"
-            self.insns += 1
-            return MmioExit(gpa, size, True, int.from_bytes(self.u8[at:at + size], "little"))
-        self.u8[at:at + 8] = bytes(8)
-        self.pending = "read"
-        self.awaits = (at, size)
-        return MmioExit(gpa, size, False, 0)
-
-    def _on_shutdown(self) -> Exit:
-        pc, cr2 = int(self.gprs[RIP]), self.regs.read("cr2")
-        return ShutdownExit((), pc, cr2, "KVM says no more than that a fault met a fault while it was delivered")
-
-    def _on_system_event(self) -> Exit:
-        return InternalErrorExit(f"KVM system event {self._member('system_event').type}", int(self.gprs[RIP]))
-
-    def _on_fail_entry(self) -> Exit:
-        why = f"the CPU refuses to enter this state (hardware reason {self._member('fail_entry').hardware_entry_failure_reason:#x})"
-        return InternalErrorExit(why, int(self.gprs[RIP]))
-
-    def _on_internal_error(self) -> Exit:
-        error, pc = self._member("internal"), int(self.gprs[RIP])
-        data = self.fetch(pc, 15)
-        insn = next(disassemble(self.vm.arch, data, pc), None)
-        gpa = self.gpa(pc + len(data)) if len(data) < 15 else None
-        if gpa is not None and insn is None:
-            return InternalErrorExit(f"instruction fetch from gpa {gpa:#x}, where no memslot is", pc)
-        why = "KVM cannot emulate this instruction" if error.suberror == 1 else f"KVM internal error, suberror {error.suberror}"
-        return InternalErrorExit(why, pc, data[:insn.size] if insn else data, insn.text if insn else "")
-
-    def _on_intr(self) -> Exit | None:
-        return self._asked(True)
-
-    def _asked(self, in_time: bool) -> Exit | None:
+    def asked(self, in_time: bool) -> Exit | None:
         """What somebody asked of this run meanwhile; counted runs end by themselves and may take their time."""
         if self.pausing or (self.vm.shield.interrupted and threading.current_thread() is threading.main_thread()):
             return InterruptExit()
         if in_time and time.monotonic() > self._until:
             return DeadlineExit(self.vm.deadline, int(self.gprs[RIP]))
         return None
-
-    def _on_x86_rdmsr(self) -> None:
-        msr = self._member("msr")
-        value = self.host_msr(msr.index)
-        msr.error, msr.data = value is None, value or 0
-
-    def _on_x86_wrmsr(self) -> None:
-        msr = self._member("msr")
-        msr.error = msr.index in self.vm.cpu.read_only_msrs or not self.set_host_msr(msr.index, msr.data)
-
-
-@cache
-def _in_exit(port: int, size: int) -> PioExit:
-    return PioExit(port, size, False, 0)

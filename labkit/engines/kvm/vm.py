@@ -19,10 +19,11 @@ from labkit.errors import InvalidState, NotAvailable
 __all__ = ["KvmVm"]
 
 DEVICE = "/dev/kvm"
-DEADLINE = 2.0  # seconds
+DEADLINE = 20.0  # seconds; a run that lasts longer ends in a DeadlineExit and can go on
 NEEDED = ("USER_MEMORY", "SYNC_REGS", "IMMEDIATE_EXIT", "SET_GUEST_DEBUG", "VCPU_EVENTS", "DEBUGREGS", "XSAVE", "XCRS")
 _INDEXED = (4, 7, 0xB, 0xD)  # CPUID leaves with subleaves
 _TSS_ADDR = 0xFFFB_D000  # three pages that VMX without unrestricted guests keeps for itself; above all memory of ours
+_FOUND: dict[str, str] = {}  # device -> what it lacks
 
 
 class KvmVm:
@@ -166,13 +167,22 @@ def _open() -> int:
     except OSError as err:
         raise NotAvailable(f"{DEVICE}: {err.strerror}: add yourself to the group kvm (usermod -aG kvm USER), log in again",
                            backend="kvm") from err
-    try:
-        version = enter(device, IOCTLS["KVM_GET_API_VERSION"], 0)
-        missing = [name for name in NEEDED if not enter(device, IOCTLS["KVM_CHECK_EXTENSION"], CAPS[f"KVM_CAP_{name}"])]
-    except OSError:
-        version, missing = -1, list(NEEDED)
-    if version != CONSTANTS["KVM_API_VERSION"] or missing:
+    if device_lacks := _lacking(device):
         os.close(device)
-        raise NotAvailable(f"{DEVICE} has API version {version} and lacks {', '.join(missing) or 'nothing'}: labkit needs version "
-                           f"{CONSTANTS['KVM_API_VERSION']} and all of these, which Linux has had since 4.19", backend="kvm")
+        raise NotAvailable(f"{DEVICE} {device_lacks}: labkit needs KVM's API version {CONSTANTS['KVM_API_VERSION']} with "
+                           f"{', '.join(NEEDED)}, which Linux has had since 4.19", backend="kvm")
     return device
+
+
+def _lacking(device: int) -> str:
+    """What makes this KVM unusable, "" when nothing does; asked once in a process."""
+    if _FOUND.get(DEVICE) is None:
+        try:
+            version = enter(device, IOCTLS["KVM_GET_API_VERSION"], 0)
+            missing = [name for name in NEEDED if not enter(device, IOCTLS["KVM_CHECK_EXTENSION"], CAPS[f"KVM_CAP_{name}"])]
+        except OSError as err:
+            return f"is no KVM ({err.strerror})"
+        if version != CONSTANTS["KVM_API_VERSION"]:
+            return f"has API version {version}"
+        _FOUND[DEVICE] = f"lacks {', '.join(missing)}" if missing else ""
+    return _FOUND[DEVICE]
