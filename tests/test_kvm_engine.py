@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("kvm")
 GUESTS = Path(__file__).resolve().parents[1] / "data" / "guests"
 SOURCE = """
 #include "labkit.h"
-static volatile uint64_t pages[1024] __attribute__((aligned(4096)));
+static volatile uint64_t pages[2048] __attribute__((aligned(4096)));
 static uint64_t counter;
 void guest_code(uint64_t vcpu)
 {

@@ -42,8 +42,8 @@ def test_that_a_restored_vm_runs_as_it_ran_before(first: int, second: int, sched
         assert everything(vm) == once
 
 
-def test_that_a_fork_goes_its_own_way_and_knows_its_slots() -> None:
-    vm = lk.Vm.create(PROGRAM)
+def test_that_a_fork_goes_its_own_way_and_knows_its_slots(backend: str) -> None:
+    vm = lk.Vm.create(PROGRAM, backend=backend)
     vm.run()
     twin = vm.fork()
     assert everything(twin) == everything(vm)
@@ -54,16 +54,16 @@ def test_that_a_fork_goes_its_own_way_and_knows_its_slots() -> None:
     assert everything(vm) == everything(twin)
 
 
-def test_that_a_snapshot_of_another_shape_is_refused() -> None:
-    state = lk.Vm.create(PROGRAM).snapshot()
+def test_that_a_snapshot_of_another_shape_is_refused(backend: str) -> None:
+    state = lk.Vm.create(PROGRAM, backend=backend).snapshot()
     with pytest.raises(lk.InvalidState, match="a machine with 1 vCPUs"):
-        lk.Vm.create(PROGRAM, nr_vcpus=2).restore(state)
+        lk.Vm.create(PROGRAM, nr_vcpus=2, backend=backend).restore(state)
 
 
-def test_that_a_pending_mmio_read_survives_a_snapshot() -> None:
+def test_that_a_pending_mmio_read_survives_a_snapshot(backend: str) -> None:
     source = '#include "labkit.h"\nvoid guest_code(void) { GUEST_SYNC(*(volatile uint32_t *)0x10000000); GUEST_DONE(); }'
     program = lk.Program.compile(source)
-    vm = lk.Vm.create(program)
+    vm = lk.Vm.create(program, backend=backend)
     vm.machine.space.map(0x10000000, 0x10000000)
     assert vm.run().end == "mmio"  # type: ignore[union-attr]
     state = vm.snapshot()
@@ -74,18 +74,18 @@ def test_that_a_pending_mmio_read_survives_a_snapshot() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["round_robin:1", "round_robin:13", "random:1:30", "random:2:30", "sequential"])
-def test_that_a_named_schedule_repeats_and_every_vcpu_is_done(schedule: str) -> None:
+def test_that_a_named_schedule_repeats_and_every_vcpu_is_done(schedule: str, backend: str) -> None:
     logs = []
     for _ in range(2):
-        with lk.Vm.create(PROGRAM, nr_vcpus=3, schedule=schedule) as vm:
+        with lk.Vm.create(PROGRAM, nr_vcpus=3, schedule=schedule, backend=backend) as vm:
             logs.append([tuple(uc) for uc in vm.run_until_done()])
             assert {v.state for v in vm.vcpus} == {"done"}
     assert logs[0] == logs[1]
 
 
-def test_that_two_vms_keep_their_own_copy_of_a_global() -> None:
+def test_that_two_vms_keep_their_own_copy_of_a_global(backend: str) -> None:
     program = lk.Program.load(GUESTS / "two_vms.elf")
-    one, two = lk.Vm.create(program), lk.Vm.create(program)
+    one, two = lk.Vm.create(program, backend=backend), lk.Vm.create(program, backend=backend)
     two.write_guest_global("secret", 20)
     assert [vm.run().args[1] for vm in (one, two)] == [1, 20]  # type: ignore[union-attr]
     one.run_until_done()
