@@ -104,6 +104,20 @@ class Memory:
         for tell in self.on_write:
             tell(gpa, size)
 
+    def view(self, gpa: int, size: int) -> memoryview:
+        """Memory inside one memslot, to be written in place and at once; raises MemoryFault."""
+        slot = self.slot(gpa)
+        if slot is None or gpa + size > slot.gpa + slot.size:
+            raise self._fault("view", gpa, size)
+        for tell in self.on_write:
+            tell(gpa, size)
+        return memoryview(slot.data)[gpa - slot.gpa:gpa - slot.gpa + size]
+
+    def zero(self, gpa: int, size: int) -> None:
+        """Clear memory inside one memslot; raises MemoryFault."""
+        with self.view(gpa, size):
+            ctypes.memset(self.hva(gpa), 0, size)
+
     def hva(self, gpa: int) -> int:
         """The host address of gpa (addr_gpa2hva); raises MemoryFault for a hole."""
         slot = self.slot(gpa)

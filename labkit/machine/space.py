@@ -104,7 +104,7 @@ class AddressSpace:
         gva = self.unused_gva(nr_pages, min_gva)
         gpa = self.alloc_pages(nr_pages, kind, protected=protected)
         self.map(gva, gpa, nr_pages, writable=writable, nx=nx, **flags)
-        self.memory.write(gpa, bytes(nr_pages * PAGE))
+        self.memory.zero(gpa, nr_pages * PAGE)
         return gva
 
     def map(self, gva: int, gpa: int, nr_pages: int = 1, page_size: int = PAGE, writable: bool = True, nx: bool = False,
