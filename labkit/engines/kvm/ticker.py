@@ -63,17 +63,22 @@ class Ticker:
         idle = 0
         while True:
             time.sleep(TICK)
-            vcpus = list(self.vcpus)
-            now = {vcpu.entered for vcpu in vcpus} - {0}
-            for vcpu in vcpus:
-                if vcpu.entered in seen:
-                    vcpu.kick()
-            seen, idle = now, 0 if now else idle + 1
-            if idle > IDLE or not vcpus:
+            seen = self._look(seen)
+            idle = 0 if seen else idle + 1
+            if idle > IDLE or not len(self.vcpus):
                 self.alive = False
                 if not any(vcpu.entered for vcpu in list(self.vcpus)):
                     return
                 self.alive, idle = True, 0
+
+    def _look(self, seen: set[int]) -> set[int]:
+        """Kick the stays that were on a tick ago, return those that are on now; no vCPU is held on to between ticks."""
+        vcpus = list(self.vcpus)
+        now = {vcpu.entered for vcpu in vcpus} - {0}
+        for vcpu in vcpus:
+            if vcpu.entered in seen:
+                vcpu.kick()
+        return now
 
 
 TICKER = Ticker()

@@ -164,6 +164,7 @@ class KvmVcpu:
         """Stop with DebugExit before the instructions at these addresses."""
         if gvas:
             self.vm.need("breakpoints")
+            self.need_step(self.read_reg("cs") & 3)
         self.breakpoints = gvas
 
     def complete(self, value: int) -> None:

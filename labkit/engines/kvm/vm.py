@@ -157,6 +157,10 @@ class KvmVm:
             os.close(self.fd)
             self.fd = -1
 
+    def __del__(self) -> None:
+        if getattr(self, "fd", -1) >= 0:  # nobody closed it: descriptors are scarcer than memory
+            self.close()
+
 
 def _open() -> int:
     try:
