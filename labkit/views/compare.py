@@ -44,19 +44,19 @@ def _counts(found: Comparison) -> str:
 
 def _key(found: Comparison) -> Html:
     marks = {sign(row) for row in found.rows}
-    gone = any(what is None for row in found.rows for what in row.whats)
-    return key(("k-tri", "triangle: the engines disagree") if "≠" in marks else None, ("k-flt", "cross: did not happen") if gone else None)
+    gone = any(what is None for row in found.rows if not row.equal for what in row.whats)
+    return key(("k-tri", "triangle: the engines disagree") if "≠" in marks else None, ("k-flt", "cross: not in its log") if gone else None)
 
 
 def _lanes(found: Comparison, width: float) -> Html:
-    """A lane an engine, a column an event; a cross where it did not happen, a triangle under what differs."""
+    """A lane an engine, a column an event; a cross where one log lacks it, a triangle under what differs."""
     pitch = min((width - LEFT - MARK) / max(len(found.rows), 1), 26)
     bottom, out, wrong = TOP + LANE * len(found.backends), Html(), list[float]()
     for lane, name in enumerate(found.backends):
         y = TOP + LANE * (lane + 0.5)
         out += text(0, y + 4, plain(name, 14), "b" if lane == 0 else None) + path(f"M{LEFT} {y}H{width:g}", "c-lane")
         for x, row in _columns(found, pitch):
-            out += _mark(row.kind, row.whats[lane], x, y, pitch)
+            out += _mark(row, row.whats[lane], x, y, pitch)
     for x, row in _columns(found, pitch):
         wrong += [x] * (not row.equal)
         out += text(x, bottom + 8, "≈", "s d", "middle") if sign(row) == "≈" and pitch >= MARK else Html()
@@ -68,10 +68,12 @@ def _columns(found: Comparison, pitch: float) -> Iterator[tuple[float, Event]]:
     return ((LEFT + MARK / 2 + (i + 0.5) * pitch, row) for i, row in enumerate(found.rows))
 
 
-def _mark(kind: str, what: str | None, x: float, y: float, pitch: float) -> Html:
+def _mark(row: Event, what: str | None, x: float, y: float, pitch: float) -> Html:
+    if what is None and row.equal:
+        return text(x, y + 4, "–", "d", "middle")
     if what is None:
         return path(squares([(x - 5, y - 5)], 10, 10), "c-flt") + cross([(x - 3, y - 3)], 6)
-    letter = what.removeprefix("ucall ")[:1] if kind == "ucall" else ""
+    letter = what.removeprefix("ucall ")[:1] if row.kind == "ucall" else ""
     if pitch < MARK:
         return path(f"M{x:.1f} {y - 5:g}v10", "c-exit")
     shape = path(f"M{x:.1f} {y:g}{SHAPES.get(letter, 'm-2 -8h4v16h-4z')}", "c-past")
@@ -96,7 +98,7 @@ def _events(found: Comparison) -> Html:
             rows.append((["…", ("r d", num(n)), "", ("d", f"{num(row)} equal events")], {}))
             continue
         cells: list[Cell] = [sign(row), ("r d", num(n)), ("r", str(row.vcpu))]
-        cells += [("ft", "did not happen") if what is None else plain(what, MAX_WORDS) for what in _words(row)]
+        cells += [("d" if row.equal else "ft", "not in its log") if what is None else plain(what, MAX_WORDS) for what in _words(row)]
         rows.append(([*cells, ("d", plain(row.why, MAX_WORDS))], {"cls": None if row.equal else "dis"}))
     head: list[Cell] = ["", ("r", "event"), ("r", "vCPU"), *found.backends, "tolerated because"]
     return el("div", table("events side by side", rows, head), cls="tbx")
