@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from labkit.explore.hosting import clear_cpuid, hole, value_at
 from labkit.ucall.pool import Ucall
 
 __all__ = ["BUDGET", "MASK64", "clear_cpuid", "hole", "run", "synced", "value_at"]
@@ -22,20 +23,3 @@ def synced(vcpu, stage):
     uc = run(vcpu)
     assert isinstance(uc, Ucall) and (uc.cmd, uc.args[1]) == ("SYNC", stage), uc
     return uc
-
-
-def hole(vm, gpa, gva=None):
-    """Map a guest-physical page where no memslot is, identically unless told otherwise: accesses become MMIO exits."""
-    vm.machine.space.map(gpa if gva is None else gva, gpa)
-
-
-def value_at(vm, gva, size):
-    """A little-endian number in guest memory."""
-    return int.from_bytes(vm.read(gva, size), "little")
-
-
-def clear_cpuid(vm, leaf, register, bit):
-    """Take a feature out of the VM's CPUID (vcpu_clear_cpuid_feature); registers are 0 to 3 for EAX to EDX."""
-    regs = list(vm.cpu.cpuid[leaf, 0])
-    regs[register] &= ~(1 << bit)
-    vm.cpu.cpuid[leaf, 0] = tuple(regs)

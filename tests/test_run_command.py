@@ -94,3 +94,21 @@ def test_that_c_that_does_not_compile_is_the_compilers_own_message(tmp_path: Pat
     (tmp_path / "bad.c").write_text("int x = ;\n")
     status, _, stderr = run(tmp_path / "bad.c")
     assert status == 1 and "bad.c:1:9: error: expected expression" in stderr
+
+
+def test_that_two_engines_are_told_apart_and_their_verdict_comes_last(source: Path) -> None:
+    status, lines, _ = run(source, "--backend", "unicorn,unicorn", "--json")
+    assert status == 0 and lines[-1]["end"] == "equal" and lines[-1]["ends"] == {"unicorn": "done", "unicorn 2": "done"}
+    assert [line.get("cmd") for line in lines[:-1]] == ["SYNC", "PRINTF", "DONE", None] * 2
+    assert all(line["backend"] == "unicorn" for line in lines[:-1])
+
+
+def test_that_two_engines_that_agree_on_a_failure_are_no_success(source: Path) -> None:
+    status, lines, _ = run(source, "--backend", "unicorn,unicorn", "--entry", "guest_fails", "--json")
+    assert status == 1 and lines[-1]["end"] == "equal" and set(lines[-1]["ends"].values()) == {"abort"}
+
+
+@pytest.mark.usefixtures("kvm")
+def test_that_unicorn_and_kvm_agree(source: Path) -> None:
+    status, lines, _ = run(source, "--backend", "unicorn,kvm", "--json")
+    assert status == 0 and lines[-1]["end"] == "equal" and {line.get("backend") for line in lines} == {"unicorn", "kvm", None}

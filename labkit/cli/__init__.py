@@ -13,7 +13,8 @@ from labkit.errors import LabError
 
 __all__ = ["COMMANDS", "main", "parser"]
 
-COMMANDS = ("doctor", "lab", "run", "freeze", "bench")  # a module each, with add(subparsers); what it needs is imported when it runs
+# a module each, with add(subparsers); what it needs is imported when it runs
+COMMANDS = ("doctor", "lab", "run", "selftest", "freeze", "bench")
 
 
 def parser() -> argparse.ArgumentParser:

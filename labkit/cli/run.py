@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["add", "load"]
 
 COMMANDS = ("SYNC", "PRINTF", "ABORT", "DONE", "NONE", "UNHANDLED")
-ENDS = {"ABORT": "abort", "UNHANDLED": "unhandled"}
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -29,7 +30,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("file", type=Path, help="a C file or an ELF file linked at fixed addresses")
     parser.add_argument("--entry", default="guest_code", help="function that every vCPU begins with (default: guest_code)")
     parser.add_argument("--arch", help="of a C file (default: x86_64); an ELF file says it itself")
-    parser.add_argument("--backend", default="unicorn", help="engine: unicorn or kvm (default: unicorn)")
+    parser.add_argument("--backend", default="unicorn", help="engine: unicorn or kvm (default: unicorn); unicorn,kvm compares them")
     parser.add_argument("--vcpus", type=int, default=1, metavar="N", help="how many vCPUs (default: 1)")
     parser.add_argument("--protect", choices=("sev", "sev-es", "snp", "tdx"), help="memory encryption")
     parser.add_argument("--schedule", default="round_robin", help="round_robin:QUANTUM, random:SEED:QUANTUM, sequential or parallel")
@@ -56,11 +57,14 @@ def load(path: Path, arch: str | None) -> Program:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from labkit.explore.explain import ending
     from labkit.lab import Vm
 
     if args.max_insns is not None and args.max_insns < 0:
         raise InvalidState(f"--max-insns {args.max_insns}: a budget is not negative")
     program = load(args.file, args.arch)
+    if "," in args.backend:
+        return _compare(args, program)
     with Vm.create(program, args.entry, args.vcpus, args.backend, args.protect, schedule=args.schedule,
                    privilege=args.privilege) as vm:
         last: Ucall | Exit | None = None
@@ -69,27 +73,45 @@ def _run(args: argparse.Namespace) -> int:
                 _show(last, args.json)
         except KeyboardInterrupt:
             return _end(vm, "interrupted", "Ctrl-C", args.json)
-        return _end(vm, *_verdict(vm, last), args.json)
+        return _end(vm, *ending(vm, last), args.json)
 
 
-def _verdict(vm: Vm, last: Ucall | Exit | None) -> tuple[str, str]:
-    from labkit.ucall.pool import Ucall
+def _compare(args: argparse.Namespace, program: Program) -> int:
+    """Several engines: with --json what each said, one after the other; then whether they agree."""
+    import labkit
+    from labkit.explore.explain import ending
+    from labkit.explore.hosting import drive
 
-    if all(vcpu.state == "done" for vcpu in vm.vcpus):
-        return "done", ""
-    if isinstance(last, Ucall):
-        return ENDS.get(last.cmd, last.cmd.lower()), vm.explain(last)
-    return (last.end, vm.explain(last)) if last is not None else ("nothing", "no vCPU ran")
+    backends = args.backend.split(",")
+    left = len(backends) if args.json else 0  # a run after those only asks what the clock does
+
+    def host(vm: Vm) -> Ucall | Exit | None:
+        nonlocal left
+        left, loud = left - 1, left > 0
+        last = drive(vm, args.max_insns, partial(_show, as_json=True, backend=vm.backend) if loud else None)
+        end, why = ending(vm, last)
+        if loud:
+            print(json.dumps({"backend": vm.backend, "end": end, "why": why, "insns": vm.step}), flush=True)
+        return last
+
+    found = labkit.compare(program, backends, args.entry, args.vcpus, host=host, protect=args.protect, schedule=args.schedule,
+                           privilege=args.privilege or "kernel")
+    if args.json:
+        print(json.dumps({"end": "equal" if found.equal else "different", "ends": dict(zip(found.backends, found.ends, strict=True)),
+                          "differences": [asdict(difference) for difference in found.differences], "tolerated": found.causes}), flush=True)
+    else:
+        print(found.text)
+    return 0 if found.equal and set(found.ends) == {"done"} else 1
 
 
-def _show(came: Ucall | Exit, as_json: bool) -> None:
+def _show(came: Ucall | Exit, as_json: bool, **more: str) -> None:
     from labkit.ucall.pool import BadUcallExit, Ucall
 
     if isinstance(came, Ucall):
-        print(json.dumps(_as_json(came)) if as_json else _as_text(came), flush=True)
+        print(json.dumps(more | _as_json(came)) if as_json else _as_text(came), flush=True)
     elif isinstance(came, BadUcallExit):
         if as_json:
-            print(json.dumps({"vcpu": came.vcpu, "cmd": "NONE", "args": [0] * 7, "text": None, "why": came.why}), flush=True)
+            print(json.dumps(more | {"vcpu": came.vcpu, "cmd": "NONE", "args": [0] * 7, "text": None, "why": came.why}), flush=True)
         else:
             print(str(came), file=sys.stderr, flush=True)
 

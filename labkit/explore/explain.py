@@ -8,7 +8,9 @@ from labkit.engines.base import BudgetExit, Exit
 from labkit.explore.listing import Listing
 from labkit.ucall.pool import BadUcallExit, Ucall
 
-__all__ = ["explain", "place"]
+__all__ = ["ending", "explain", "place"]
+
+ENDS = {"ABORT": "abort", "UNHANDLED": "unhandled"}
 
 
 def place(vm: Any, gva: int) -> str:
@@ -34,6 +36,15 @@ def explain(vm: Any, came: Ucall | Exit) -> str:
             return f"the budget of {insns} instructions is used up; {_states(vm)}"
         case _:
             return f"{came}; {_states(vm)}"
+
+
+def ending(vm: Any, last: Ucall | Exit | None) -> tuple[str, str]:
+    """How a VM's run ended, in one word, and why ("" when every vCPU is done); `last` is what came last."""
+    if all(vcpu.state == "done" for vcpu in vm.vcpus):
+        return "done", ""
+    if isinstance(last, Ucall):
+        return ENDS.get(last.cmd, last.cmd.lower()), explain(vm, last)
+    return (last.end, explain(vm, last)) if last is not None else ("nothing", "no vCPU ran")
 
 
 def _states(vm: Any) -> str:

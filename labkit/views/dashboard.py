@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from labkit.explore.comparison import Comparison
 from labkit.explore.inspect import MemoryMap, VcpuSnapshot, VmSnapshot
 from labkit.paging.scan import PageTable
 from labkit.paging.walk import Walk
 from labkit.ucall.pool import PoolSnapshot
-from labkit.views import memory, pages, pool, stepper, timeline
+from labkit.views import compare, memory, pages, pool, stepper, timeline
 from labkit.views.draw import Html, cat, el, label, num, plain
 from labkit.views.show import Bundle, View, columns, header, mimebundle, pane, status_line
 
@@ -120,6 +121,8 @@ def bundle(snapshot: Any) -> Bundle:
             return mimebundle(pool.render(snapshot))
         case MemoryMap():
             return mimebundle(memory.render(snapshot))
+        case Comparison():
+            return mimebundle(compare.render(snapshot))
         case PageTable():
             return mimebundle(pages.render(snapshot))
         case Walk():
