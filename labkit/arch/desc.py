@@ -114,8 +114,8 @@ class PagingMode:
         """
         if self.c_bit is not None or not bit(n) & (self.pa.mask | self.reserved):
             raise InvalidState(f"{self.name}: bit {n} cannot be the C-bit (frame bits {self.pa.mask:#x})", c_bit=n)
-        return replace(self, name=f"{self.name} with C-bit {n}", pa=Field(self.pa.mask & ~bit(n), self.pa.shift),
-                       flags={**self.flags, "c": bit(n)}, reserved=self.reserved & ~bit(n), c_bit=n, inverted=self.inverted | bit(n) * inverted)
+        return replace(self, name=f"{self.name} with C-bit {n}", pa=Field(self.pa.mask & ~bit(n), self.pa.shift), c_bit=n,
+                       flags={**self.flags, "c": bit(n)}, reserved=self.reserved & ~bit(n), inverted=self.inverted | bit(n) * inverted)
 
     def with_maxphyaddr(self, n: int) -> PagingMode:
         """The same format on a CPU with n physical address bits: frame bits from n up become reserved (SDM vol. 3A 4.1.4)."""

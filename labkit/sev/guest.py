@@ -158,7 +158,7 @@ class ProtectedGuest:
         return self.finish()
 
     @property
-    def measured(self) -> list[Measured] | list[SnpMeasured]:
+    def measured(self) -> list[Measured | SnpMeasured]:
         """Every update so far with the digest after it."""
         guest = self.vm.snp or self.host.psp.guests.get(self.vm.handle)
-        return list(guest.measured) if guest else []
+        return [*guest.measured] if guest else []

@@ -20,9 +20,10 @@ from unicorn import x86_const as x86
 from labkit.engines.unicorn.lib import LIB, Handle, IntrHook, Mmr
 from labkit.errors import NotAvailable
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["CC_OP_EFLAGS", "Calibration", "calibrate"]
 
 PATTERN = 0x0123_4567_89AB_CDEF
+CC_OP_EFLAGS = 1  # QEMU's target/i386/cpu.h: cc_src holds the flags
 CODE, TABLES, GDT, HOLE = 0x1000, 0x8000, 0x2000, 0x4000_0000
 SEGMENT = struct.Struct("<I4xQII")  # SegmentCache: selector, base, limit, second word of the descriptor
 _DATA_SEGMENTS = {0: 0x10, 2: 0x18, 3: 0x20, 4: 0x28, 5: 0x30}  # place in CPUX86State.segs: selector; place 1 is CS
@@ -37,6 +38,7 @@ class Calibration:
     is_int: int
     old_exception: int
     hflags: int
+    cc_op: int  # how the arithmetic flags are to be worked out
     segments: int  # six SEGMENTs: ES CS SS DS FS GS
 
 
@@ -98,6 +100,17 @@ def _segments_offset() -> int:
     return at
 
 
+def _cc_op_offset(hflags: int) -> int:
+    """`cc_op` lies before `hflags`, and `cc_src` before both: set flags stand in the one as they are, and the other says so."""
+    scratch, flags = _Scratch(b"\xf4"), 0x8D5  # OF SF ZF AF PF CF
+    scratch.handle.write(x86.UC_X86_REG_RFLAGS, flags | 2)
+    blob = scratch.handle.context()
+    scratch.handle.close()
+    if struct.unpack_from("<Q8xi", blob, hflags - 24) != (flags, CC_OP_EFLAGS):
+        raise NotAvailable("libunicorn's arithmetic flags were not found; this build cannot be used")
+    return hflags - 8
+
+
 def _find(what: str, runs: list[tuple[bytes, int]]) -> list[int]:
     """Offsets of 32-bit words that hold the wanted value in every one of these CPU states."""
     columns = [[w == wanted for w in _words(blob)] for blob, wanted in runs]
@@ -149,4 +162,5 @@ def calibrate() -> Calibration:
         raise NotAvailable("libunicorn turns a second page fault into a double fault and the cause was not found; "
                            "this build cannot be used")
     segments = _segments_offset()
-    return Calibration(_counter_offset(), error_code[0], error_code[0] + 4, good[0], segments - 8, segments)
+    hflags = segments - 8
+    return Calibration(_counter_offset(), error_code[0], error_code[0] + 4, good[0], hflags, _cc_op_offset(hflags), segments)

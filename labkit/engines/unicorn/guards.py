@@ -219,6 +219,10 @@ class Guards:
         self._hooks[gva] = _work(trap), self.handle.hook(uc.UC_HOOK_CODE, callback, gva, gva, data)
         self.handle.forget_code(gva, 1)
 
+    def has_hook(self, gva: int) -> bool:
+        """Whether Unicorn leaves its code at this instruction to call one of ours."""
+        return gva in self._hooks or gva in self._hooked_breakpoints
+
     def _unhook(self, gva: int) -> None:
         self.handle.unhook(self._hooks.pop(gva)[1])
         self.handle.forget_code(gva, 1)

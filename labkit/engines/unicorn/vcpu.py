@@ -73,6 +73,7 @@ class Quirks(Protocol):
     def wants_short_block(self) -> bool: ...  # the CPU itself wants it so
     def ring(self) -> int: ...  # the privilege level that memory is accessed with
     def miss(self, error: int | None, gva: int) -> Exit | None: ...  # deliver a page fault at gva, None: it is no address
+    def restore_flags(self) -> None: ...  # of an instruction that has a hook and faulted
     def strange_mode(self) -> str: ...  # why code cannot be run as the CPU stands, or ""
     def read_all(self) -> Regs: ...
     def read(self, name: str) -> int: ...
@@ -360,6 +361,9 @@ class UnicornVcpu:
 
     def _stop_reason(self, status: int, limit: int) -> Exit | None:
         pc, guards = self.quirks.arrive(), self.guards
+        if (status or self.exception is not None) and (self.mode == "each" or guards.has_hook(pc)):
+            self.quirks.restore_flags()
+            self.quirks.arrive()
         if self.vm.mmu is not None and status == uc.UC_ERR_EXCEPTION and self.vm.mmu.facts.why:
             return mmu_miss(self, self.vm.mmu, pc, limit)
         if status in FETCHES or self.quirks.is_fetch_fault(self.exception):

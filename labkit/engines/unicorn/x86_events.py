@@ -10,7 +10,7 @@ from unicorn import unicorn_const as uc
 
 from labkit.engines.base import Exit, ShutdownExit
 from labkit.engines.disasm import disassemble, memory_operands
-from labkit.engines.unicorn.calibrate import calibrate
+from labkit.engines.unicorn.calibrate import CC_OP_EFLAGS, calibrate
 
 if TYPE_CHECKING:
     from labkit.engines.unicorn.vcpu import UnicornVcpu
@@ -95,6 +95,13 @@ class X86Events:
         if self.regs.read("efer") & 1 << 11 or self.regs.read("cr4") & 1 << 20:  # NXE or SMEP: the I/D bit is there
             return bool(error & 16)
         return not error & 2 and (gva == pc or (not gva & 4095 and 0 < gva - pc < 4096))
+
+    def restore_flags(self) -> None:
+        """After a fault at an instruction with a hook: Unicorn worked the flags out for the hook, and forgets on the way back that it did."""
+        def patch(context: int) -> None:
+            ctypes.c_int32.from_address(context + calibrate().cc_op).value = CC_OP_EFLAGS
+
+        self.handle.patch_context(patch)
 
     def wants_short_block(self) -> bool:
         """The guest steps itself (TF), or the instruction stands behind STI or MOV SS."""
