@@ -117,6 +117,20 @@ class PagingMode:
         return replace(self, name=f"{self.name} with C-bit {n}", pa=Field(self.pa.mask & ~bit(n), self.pa.shift), c_bit=n,
                        flags={**self.flags, "c": bit(n)}, reserved=self.reserved & ~bit(n), inverted=self.inverted | bit(n) * inverted)
 
+    def with_s_bit(self, n: int) -> PagingMode:
+        """The same with the inverted bit of TDX and of AMD's vTOM: set is shared, so that flag "c" says yes when bit n is clear."""
+        mode = self.with_c_bit(n)
+        return replace(mode, name=f"{self.name} with shared bit {n}", inverted=self.inverted | bit(n))
+
+    @property
+    def c_name(self) -> str:
+        """What the manuals call the bit behind flag "c": C (set is encrypted), or S when set is shared."""
+        return "S" if self.flags.get("c", 0) & self.inverted else "C"
+
+    def c_word(self, encrypted: bool) -> str:
+        """How a leaf says that its page is encrypted or shared: "C=1", with an inverted bit "S=0"."""
+        return f"{self.c_name}={int(encrypted ^ (self.c_name == 'S'))}"
+
     def with_maxphyaddr(self, n: int) -> PagingMode:
         """The same format on a CPU with n physical address bits: frame bits from n up become reserved (SDM vol. 3A 4.1.4)."""
         above = self.pa.mask & ~self.pa.put(self.pa.get(self.pa.mask) & genmask(n - 1, 0))
@@ -194,8 +208,11 @@ class PagingMode:
         return bits, mask & ~bits
 
     def letters(self, entry: int) -> str:
-        """The flags of one entry as "W U A D NX C"; P, which every present entry has, is left to the reader."""
-        return " ".join(short(name) for name, on in self.rights(entry).items() if on)
+        """The flags of one entry as "W U A D NX C"; P, which every present entry has, is left to the reader; S is a shared bit that is set."""
+        shown = self.rights(entry)
+        if self.c_name == "S":
+            shown = {"s" if name == "c" else name: on ^ (name == "c") for name, on in shown.items()}
+        return " ".join(short(name) for name, on in shown.items() if on)
 
 
 def short(flag: str) -> str:

@@ -252,8 +252,11 @@ class ProtectingVm(Protocol):
     def swap(self, gpa: int, other: int) -> None:
         """Exchange the pages of DRAM behind two gpas, as a host can in its nested page table."""
 
-    def views_state(self) -> list[list[int]]:
-        """What a snapshot keeps beside the bytes of memory: which page of DRAM is behind which gpa."""
+    def written(self) -> list[tuple[int, Any, Any]]:
+        """For each memslot its gpa, and arrays of bool, one a page: the guest wrote it last through its key; last without."""
 
-    def set_views_state(self, state: list[list[int]]) -> None:
+    def views_state(self) -> list[tuple[bytes, bytes]]:
+        """What a snapshot keeps beside the bytes of memory: which page of DRAM is where, how the guest wrote each last."""
+
+    def set_views_state(self, state: list[tuple[bytes, bytes]]) -> None:
         """Put it back."""

@@ -59,7 +59,7 @@ class Walk:
             return f"{self.problem}."
         nr = COUNT[len(self.steps)] if len(self.steps) < len(COUNT) else str(len(self.steps))
         read = "entry read, present" if nr == "One" else "entries read, all present"
-        return f"gva {self.gva:#x} is gpa {self.gpa:#x}: {describe(self.flags)}. {nr} {read}."
+        return f"gva {self.gva:#x} is gpa {self.gpa:#x}: {describe(self.mode, self.flags)}. {nr} {read}."
 
     @property
     def text(self) -> str:
@@ -150,9 +150,9 @@ def _not_canonical(mode: PagingMode, gva: int) -> str:
     return f"gva {gva:#x} is not canonical: bits 63..{mode.va_bits} must {wants}"
 
 
-def describe(flags: dict[str, bool]) -> str:
+def describe(mode: PagingMode, flags: dict[str, bool]) -> str:
     """Effective rights in words: "shared (C=0), writable, no execute"."""
-    words = ["encrypted (C=1)" if flags["c"] else "shared (C=0)"] if "c" in flags else []
+    words = [f"{'encrypted' if flags['c'] else 'shared'} ({mode.c_word(flags['c'])})"] if "c" in flags else []
     words.append("writable" if flags.get("writable") else "read only")
     if "nx" in flags:
         words.append("no execute" if flags["nx"] else "executable")

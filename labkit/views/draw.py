@@ -170,10 +170,10 @@ def key(*marks: tuple[str, str] | None) -> Html:
     return el("div", *(el("span", el("i", cls=mark[0]), mark[1]) for mark in marks if mark), cls="key", aria_label="key")
 
 
-def swatch(secret: bool) -> Html:
-    """Encrypted or shared, as a cell and a word."""
+def swatch(secret: bool, said: str = "") -> Html:
+    """Encrypted or shared, as a cell and a word; said is what a leaf's bit says ("C=1")."""
     mark, ink, word = ("sw e", "et", "encrypted") if secret else ("sw s", "st", "shared")
-    return el("span", cls=mark) + el("span", word, cls=ink)
+    return el("span", cls=mark) + el("span", f"{said} {word}".strip(), cls=ink)
 
 
 def table(name: str, rows: Iterable[Row], head: Sequence[Cell] = (), cls: str = "tb") -> Html:

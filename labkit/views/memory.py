@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 from labkit.explore.inspect import MemoryMap, MemoryRange, Selection
-from labkit.views.draw import Html, Rows, aligned, cat, dashes, grid, hx, key, label, num, path, plain, rect, squares, svg, text
+from labkit.views.draw import Html, aligned, cat, grid, hx, key, label, num, plain, rect, svg
 from labkit.views.show import View, header, pane, rail, status_line
+from labkit.views.strip import PAGE, Painter, lay
 
 __all__ = ["render", "status"]
 
-PAGE = 4096
 TRACK = 12  # height of a page
-MAX_ROWS = 16  # rows with something in them; beyond that a row holds more pages
 
 
 def render(memory: MemoryMap, previous: object = None, *, width: float = 940, selection: Selection | None = None) -> View:
@@ -57,78 +56,23 @@ def _what(part: MemoryRange) -> str:
     return plain(part.kind, 40) + (", encrypted" if part.protected else "")
 
 
-def _span(part: MemoryRange) -> tuple[int, int]:
-    return part.gpa // PAGE, part.gpa // PAGE + part.nr_pages
-
-
-def _strips(memory: MemoryMap, width: float) -> tuple[int, list[tuple[int, int, bool]]]:
-    """Pages per row, and rows of (first page, number, all free) from the start of their memslot on; free neighbours are one."""
-    per = 64 if width < 700 else 256 if width > 1100 else 128
-    while True:
-        out: list[tuple[int, int, bool]] = []
-        for gpa, size in memory.slots:
-            start, end = gpa // PAGE, (gpa + size) // PAGE
-            used: set[int] = set()
-            for low, high in map(_span, memory.ranges):
-                if low < end and high > start:
-                    used.update(range(max(low - start, 0) // per, (min(high, end) - start - 1) // per + 1))
-            at = 0
-            for row in [*sorted(used), -(-(end - start) // per)]:
-                out += [(start + at * per, min(end - start, row * per) - at * per, True)] * (row > at)
-                out += [(start + row * per, min(per, end - start - row * per), False)] * (row in used)
-                at = row + 1
-        if sum(not free for _, _, free in out) <= MAX_ROWS:
-            return per, out
-        per *= 2
+def _page(part: MemoryRange) -> int:
+    return part.gpa // PAGE
 
 
 def _draw(memory: MemoryMap, width: float, selection: Selection | None) -> Html:
     """Solid is encrypted, hollow shared, slate when nothing is encrypted; free pages are dots."""
-    per, strips = _strips(memory, width)
-    left = 10 + 6.2 * max([7, *(len(hx(page * PAGE)) for page, _, _ in strips)])
-    pitch, y, out = (width - left) / per, 0, Html()
-    cells: list[tuple[float, int, int]] = []
-    for page, count, free in strips:
-        out += text(left - 8, y + (10 if free else 32), hx(page * PAGE), "m d s", "end")
-        if free:
-            out += text(left, y + 10, f"free, {num(count)} pages", "s d")
-        else:
-            cells.append((y + 22, page, count))
-        y += 16 if free else 40
+    ordered = _ordered(memory)
+    strip = lay(memory.slots, [(_page(part), part.nr_pages, part.kind) for part in ordered], width, TRACK)
+    painter, secret = Painter(strip), any(part.protected for part in memory.ranges)
+    for part in ordered:
+        fill = "c-mem" if not secret else "c-enc" if part.protected else "c-shr"
+        painter.pages(_page(part), part.nr_pages, 0, TRACK, fill)
     chosen = None if selection is None or selection.gpa is None else selection.gpa // PAGE
-    out += grid("page", "Guest memory", _ranges(memory, cells, left, pitch), rows=cells, x=left, pitch=pitch, h=TRACK, at=chosen,
-                each="Page {a}: {v}", none="Page {a}: free", size=PAGE,
-                values=[(_span(part)[0], part.nr_pages, _what(part)) for part in memory.ranges])
-    for at, page, count in cells:
-        if chosen is not None and page <= chosen < page + count:
-            out += rect(left + (chosen - page) * pitch - 1.5, at - 1.5, max(pitch, 5) + 2, TRACK + 3, "c-sel")
-    return svg(width, max(y, 1), out, f"Guest memory: {status(memory)}")
-
-
-def _ranges(memory: MemoryMap, rows: Rows, left: float, pitch: float) -> Html:
-    middles = [(y + TRACK / 2, page, count) for y, page, count in rows]
-    out = dashes(middles, left + pitch / 2 - 0.6, pitch, 1.2, 1.2, "c-dot") if pitch > 2 else Html()
-    secret, ordered = any(part.protected for part in memory.ranges), _ordered(memory)
-    for y, page, count in rows:
-        ends = [0.0, 0.0]  # where the names end, in two rows of them
-        for part in ordered:
-            low, high = max(_span(part)[0], page), min(_span(part)[1], page + count)
-            if low < high:
-                x, w, hollow = left + (low - page) * pitch, max((high - low) * pitch - 1, 1.5), secret and not part.protected
-                fill = "c-shr" if hollow else "c-enc" if secret else "c-mem"
-                ticks = squares(((x + i * pitch - 1, y + 2) for i in range(1, high - low)), 0.7, TRACK - 4) if pitch > 4 else ""
-                inset = 0.75 if hollow else 0
-                out += rect(x, y - 1, w + 1, TRACK + 2, "c-bg")
-                out += rect(x + inset, y + inset, max(w - 2 * inset, 0.5), TRACK - 2 * inset, fill)
-                out += path(ticks, "c-shrt" if hollow else "c-bg")
-                out += _name(("… " if low > _span(part)[0] else "") + plain(part.kind, 40), x, y, w, ends)
-    return out
-
-
-def _name(words: str, x: float, y: float, w: float, ends: list[float]) -> Html:
-    """The bracket over a range with its name, in the first row of names that has room."""
-    out, row = path(f"M{x:.1f} {y - 3:g}h{w:.1f}", "c-brk"), next((row for row, end in enumerate(ends) if x >= end), None)
-    if row is None or (words.startswith("…") and w < 80):
-        return out
-    ends[row] = x + 5.9 * len(words) + 6
-    return out + path(f"M{x + .5:.1f} {y - 3:g}v-14" if row else "", "c-brk") + text(x + 3 * row, y - 6 - 10 * row, words, "s")
+    out = strip.frame + grid(
+        "page", "Guest memory", strip.dots(TRACK / 2) + painter.drawn(), rows=strip.rows, x=strip.left, pitch=strip.pitch, h=TRACK,
+        at=chosen, each="Page {a}: {v}", none="Page {a}: free", size=PAGE,
+        values=[(_page(part), part.nr_pages, _what(part)) for part in memory.ranges])
+    if chosen is not None:
+        out += cat(rect(x - 1.5, y - 1.5, max(strip.pitch, 5) + 2, TRACK + 3, "c-sel") for x, y, _, _ in strip.parts(chosen, 1))
+    return svg(width, strip.height, out, f"Guest memory: {status(memory)}")

@@ -31,7 +31,7 @@ def render(found: PageTable, previous: PageTable | None = None, *, width: float 
     diff = _diff(found, previous)
     said = f"{_sum(diff, previous)}: " * bool(diff) + found.status
     problems = cat(el("div", problem, cls="hole") for problem in found.problems[:5])
-    panes = {"title": title(None, found), "ranges": _ranges(found) + problems, "changes": _changes(diff, previous),
+    panes = {"title": title(None, found), "ranges": _ranges(found) + problems, "changes": _changes(diff, found, previous),
              "status": status_line(said)}
     lines = [f"{sign} {hx(low)}..{hx(high)} {count} pages: {old or 'nothing'} -> {new or 'nothing'}"
              for sign, low, high, count, old, new in diff[:MAX_ROWS]]
@@ -50,7 +50,7 @@ def render_walk(walk: Walk, found: PageTable | None = None, previous: PageTable 
         "title": title(walk, found), "walk": picture + walk_key(walk, found, None if marks is None else marks.step) + problem,
         "ruler": _ruler(walk, found, width - 26, pinned), "rail": rail(selection, walk.flags.get("c")),
         "ranges": Html() if found is None else _ranges(found, walk.gva),
-        "changes": Html() if found is None else _changes(_diff(found, previous), previous), "status": status_line(walk.status),
+        "changes": Html() if found is None else _changes(_diff(found, previous), found, previous), "status": status_line(walk.status),
     }
     name = f"page walk of gva {hx(walk.gva)}, {walk.mode.name}"
     return View(name, walk.status, panes, LAYOUT, lambda: walk.text.splitlines()[:-1])
@@ -67,7 +67,7 @@ def _ruler(walk: Walk, found: PageTable | None, width: float, pinned: int | None
     rows = [("", walk)]
     if found is not None and pinned is not None:
         rows.append((f"pinned, gva {hx(pinned)}: ", found.walk(pinned)))
-    shown = [(last, note + (describe(other.flags) or last.kind)) for note, other in rows for last in other.steps[-1:]]
+    shown = [(last, note + (describe(walk.mode, other.flags) if other.flags else last.kind)) for note, other in rows for last in other.steps[-1:]]
     return ruler.draw(walk.mode, shown, width) if shown else Html()
 
 
@@ -81,10 +81,10 @@ def _ranges(found: PageTable, here: int | None = None) -> Html:
         access = "r" + "-w"[flags.get("writable", False)] + "x-"[flags.get("nx", False)] + "u" * flags.get("user", False)
         count = num(high - low + 1) + ("" if size == 4096 else f" × {size_name(size)}")
         cells: list[Cell] = [f"{hx(gva)} – {hx(end)}", ("r", count), ("hn", hx(int(found.gpa[low]))), access]
-        cells += [swatch(flags["c"])] if secret else []
+        cells += [swatch(flags["c"], found.mode.c_word(flags["c"]))] if secret else []
         cls = "sel" if here is not None and gva <= here <= end else None
         rows.append(([*cells, _what(found, gva, end)], select("byte", hx(gva), cls)))
-    head: list[Cell] = ["gva", ("r", "pages"), ("hn", "gpa"), "access", *(["C-bit"] if secret else []), "what lies there"]
+    head: list[Cell] = ["gva", ("r", "pages"), ("hn", "gpa"), "access", *([f"{found.mode.c_name}-bit"] if secret else []), "what lies there"]
     more = f"; the first {MAX_ROWS} ranges" if len(first) > MAX_ROWS else ""
     said = f"{num(len(found))} pages in {num(len(first))} ranges, neighbours with equal access merged{more}"
     return label("Mapped ranges", said) + el("div", table("mapped ranges", rows, head), cls="tbx")
@@ -108,16 +108,26 @@ def _sum(diff: list[Change], previous: PageTable | None) -> str:
     return counts + (f" since step {num(previous.step)}" if previous is not None and previous.step is not None else "")
 
 
-def _changes(diff: list[Change], previous: PageTable | None) -> Html:
+def _bit(found: PageTable | None, gva: int) -> Html:
+    """What a snapshot says of one page's encryption."""
+    flags = {} if found is None else found.walk(gva).flags
+    return swatch(flags["c"], found.mode.c_word(flags["c"])) if found is not None and "c" in flags else Html()
+
+
+def _changes(diff: list[Change], found: PageTable, previous: PageTable | None) -> Html:
     """What changed, as rows of + - ~ with the removed ones struck out."""
     if previous is None:
         return Html()
+    secret = found.mode.c_bit is not None
     more = f"; the first {MAX_ROWS} of {num(len(diff))} ranges" if len(diff) > MAX_ROWS else ""
-    rows: list[Row] = []
+    rows, head = list[Row](), [f"{found.mode.c_name}-bit"] if secret else []
     for sign, gva, end, count, before, after in diff[:MAX_ROWS]:
-        cells = (("sg", sign.replace("-", "−")), f"{hx(gva)} – {hx(end)}", ("r", num(count)), before, after)
+        cells: list[Cell] = [("sg", sign.replace("-", "−")), f"{hx(gva)} – {hx(end)}", ("r", num(count)), before, after]
+        if secret:
+            bits = [_bit(previous if sign in "-~" else None, gva), _bit(found if sign in "+~" else None, gva)]
+            cells.insert(3, Html(" → ".join(dict.fromkeys(filter(None, bits)))))
         rows.append((cells, select("byte", hx(gva), SIGNS[sign][1])))
-    shown = el("div", table("changes", rows, ("", "gva", ("r", "pages"), "before", "after")), cls="tbx") if rows else Html()
+    shown = el("div", table("changes", rows, ("", "gva", ("r", "pages"), *head, "before", "after")), cls="tbx") if rows else Html()
     return label("Changes", f"pages: {_sum(diff, previous)}{more}") + shown
 
 

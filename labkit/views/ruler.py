@@ -23,7 +23,7 @@ class Part(NamedTuple):
 
 def parts(mode: PagingMode, level: Level) -> list[Part]:
     """The bits of an entry of this level, from the highest down."""
-    named = {mask.bit_length() - 1: short(name) for name, mask in mode.flags.items()} | {mode.present.mask.bit_length() - 1: "P"}
+    named = {mask.bit_length() - 1: mode.c_name if name == "c" else short(name) for name, mask in mode.flags.items()} | {mode.present.mask.bit_length() - 1: "P"}
     if level.leaf is not LAST and mode.huge:
         named[mode.huge.bit_length() - 1] = "PS"
     out: list[Part] = []
@@ -65,8 +65,9 @@ def _row(mode: PagingMode, shown: Sequence[Part], value: int, y: float, width: f
         for bit in range(part.high, part.low - 1, -1):
             on = value >> bit & 1
             if bit == mode.c_bit:
-                out += rect(x + .5, y + .5, w - 1, 17, "c-enc" if on else "c-shr")
-                out += text(x + w / 2, y + 13, str(on), "m one onc" if on else "m d", "middle")
+                secret = mode.rights(value)["c"]
+                out += rect(x + .5, y + .5, w - 1, 17, "c-enc" if secret else "c-shr")
+                out += text(x + w / 2, y + 13, str(on), "m one onc" if secret else "m one" if on else "m d", "middle")
             else:
                 where["c-one" if on else "c-zero"].append((x, w))
             x += w
@@ -80,7 +81,7 @@ def _row(mode: PagingMode, shown: Sequence[Part], value: int, y: float, width: f
 
 def _name(mode: PagingMode, part: Part, x: float, w: float, value: int, y: float) -> Html:
     on = part.flag and value >> part.low & 1
-    cls = ("enc b" if on else "shr b") if part.flag and part.low == mode.c_bit else "b" if on else "d"
+    cls = ("enc b" if mode.rights(value)["c"] else "shr b") if part.flag and part.low == mode.c_bit else "b" if on else "d"
     words = part.name or ("ignored" if w > 44 else "")
     if part.name == "frame":
         words = f"frame → gpa {hx(mode.pa.get(value))}" if w > 190 else "frame" if w > 34 else ""

@@ -81,11 +81,11 @@ def columns(cls: str, *parts: Html) -> Html:
     return el("div", *parts, cls=f"cols {cls}")
 
 
-def header(title: str, facts: Iterable[str], step: int | None) -> Html:
-    """Title, what it is a view of, and the step."""
+def header(title: str, facts: Iterable[str], step: int | None = None, counts: str = "") -> Html:
+    """Title, what it is a view of, and at the right counts or the step."""
     said = cat(Html(" · " if i else "") + fact for i, fact in enumerate(facts))
-    right = el("span", "step ", el("b", num(step)), cls="right") if step is not None else ""
-    return el("div", el("h3", title), el("span", said, cls="facts"), right, cls="hd")
+    right = counts or (el("span", "step ", el("b", num(step))) if step is not None else "")
+    return el("div", el("h3", title), el("span", said, cls="facts"), el("span", right, cls="right") if right else "", cls="hd")
 
 
 def status_line(words: str, cls: str = "status") -> Html:

@@ -67,7 +67,7 @@ def _source(vcpu: VcpuSnapshot) -> Html:
     rows: list[Row] = []
     for n, words in vcpu.source:
         gutter = _gutter("line", str(n), n in vcpu.breakpoint_lines, n == vcpu.line)
-        rows.append(((gutter, ("n", str(n)), ("t", _c(words))), _now(n == vcpu.line)))
+        rows.append(((gutter, ("n", str(n)), ("src", _c(words))), _now(n == vcpu.line)))
     where = f"none: {plain(vcpu.file)}:{vcpu.line} is not on this machine" if vcpu.line else "none: this code has no line numbers"
     return label("Source", plain(vcpu.file or "", 80) if rows else where) + table("source", rows, cls="code")
 

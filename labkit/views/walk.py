@@ -138,7 +138,7 @@ def _table(plan: _Plan, mode: PagingMode, column: int, level: Level, gpa: int, i
 
 def _cells(mode: PagingMode, level: Level, entries: Entries, lattice: Lattice, changed: list[int]) -> Html:
     w, h, kinds = lattice.pitch - 1, lattice.tall - 1, classify_all(mode, level, entries)
-    secret = entries & np.uint64(0 if mode.c_bit is None else 1 << mode.c_bit) != 0
+    secret = (entries ^ np.uint64(mode.inverted)) & np.uint64(mode.flags.get("c", 0)) != 0
     bad = kinds.present & ~kinds.table & ~kinds.leaf
 
     def at(which: NDArray[np.bool_], inset: float = 0) -> list[Point]:
@@ -199,7 +199,7 @@ def _page(plan: _Plan, walk: Walk, objects: Iterable[PageObject]) -> Html:
 
 def walk_key(walk: Walk, found: PageTable | None, changed_since: int | None = None) -> Html:
     """The key of the picture."""
-    secret = [("k-enc", "leaf, C=1 encrypted"), ("k-shr", "leaf, C=0 shared")]
+    secret = [("k-enc", f"leaf, {walk.mode.c_word(True)} encrypted"), ("k-shr", f"leaf, {walk.mode.c_word(False)} shared")]
     leaf = [("k-mem", "maps a page")] if walk.mode.c_bit is None else secret
     changed = None if changed_since is None else ("k-chg", f"changed since step {num(changed_since)}")
     dot = None if found is None else ("k-dot", "not present")

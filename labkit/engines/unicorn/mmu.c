@@ -5,7 +5,8 @@
 typedef unsigned long long u64;
 typedef unsigned char u8;
 
-enum { PLAIN_STALE = 1, RAW_STALE = 2, PLAIN_SEEN = 4, RAW_SEEN = 8 };	/* state of a page; SEEN: the TLB may hold it */
+/* State of a page. SEEN: the TLB may hold it; WROTE: how the guest wrote it last. */
+enum { PLAIN_STALE = 1, RAW_STALE = 2, PLAIN_SEEN = 4, RAW_SEEN = 8, WROTE_PRIVATE = 16, WROTE_SHARED = 32 };
 enum { READ = 16, WRITE = 17, FETCH = 18 };				/* uc_mem_type */
 enum { CR0, CR3, CR4, EFLAGS, CS };					/* struct mmu: regs */
 enum { NOTHING, FAULT, NONCANONICAL, NEED };				/* struct mmu: why */
@@ -79,7 +80,7 @@ int fill(void *uc, u64 gva, int type, struct entry *out, struct mmu *m)
 			continue;
 		if (*w.state[i] & RAW_SEEN)
 			return stop(m, NEED, gva, m->gpa, 0);
-		*w.path[i] |= bits, *w.state[i] |= RAW_STALE;
+		*w.path[i] |= bits, *w.state[i] |= RAW_STALE | WROTE_PRIVATE;
 	}
 	return view(gva, type, out, m, &w, (w.rights & W || !strict) && *w.path[w.depth - 1] & D);
 }
@@ -137,7 +138,7 @@ static int view(u64 gva, int type, struct entry *out, struct mmu *m, struct walk
 	if (now & stale || (type == WRITE && now & other))
 		return stop(m, NEED, gva, w->gpa, 0);
 	if (type == WRITE)
-		now |= spoils;
+		now = (now & ~(WROTE_PRIVATE | WROTE_SHARED)) | spoils | (private ? WROTE_PRIVATE : WROTE_SHARED);
 	else if (!(now & spoils))
 		out->perms &= ~2;		/* until it is written, the other view stays good */
 	*state = now | mine;

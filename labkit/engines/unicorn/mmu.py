@@ -32,7 +32,8 @@ __all__ = ["FAULT", "NEED", "NONCANONICAL", "Mmu"]
 
 FAULT, NONCANONICAL, NEED = 1, 2, 3
 READ, WRITE, FETCH = 16, 17, 18  # uc_mem_type
-PLAIN_STALE, RAW_STALE, PLAIN_SEEN, RAW_SEEN = 1, 2, 4, 8
+PLAIN_STALE, RAW_STALE, PLAIN_SEEN, RAW_SEEN, WROTE_PRIVATE, WROTE_SHARED = 1, 2, 4, 8, 16, 32
+WROTE = WROTE_PRIVATE | WROTE_SHARED
 PLAIN_AT = 1 << 44  # where the plain view of gpa 0 lies in Unicorn's own physical memory
 PROBE_AT = 1 << 45
 AS_CS_SAYS = 4
@@ -158,7 +159,7 @@ class Mmu:
     def unsee(self) -> None:
         """Every TLB was flushed, or will be before it is used again."""
         for view in self.views:
-            view.state &= np.uint8(PLAIN_STALE | RAW_STALE)
+            view.state &= np.uint8(PLAIN_STALE | RAW_STALE | WROTE)
 
     def publish(self, gpa: int, size: int) -> bool:
         """The host is about to look: encrypt what the guest wrote. True when something was, and TLBs must be flushed."""
@@ -174,7 +175,7 @@ class Mmu:
     def host_wrote(self, gpa: int, size: int) -> None:
         """The host changed the raw view, which it had looked at before."""
         for view, first, last in self._pages(gpa, size):
-            view.state[first:last] = PLAIN_STALE
+            view.state[first:last] = view.state[first:last] & WROTE | PLAIN_STALE
         self.unsee()
 
     def swap(self, gpa: int, other: int) -> None:
@@ -280,12 +281,16 @@ class Mmu:
 
     # --- snapshots
 
-    def state(self) -> list[list[int]]:
-        """What a snapshot keeps beside the raw bytes: which page of DRAM is where."""
-        return [view.spa.tolist() for view in self.views]
+    def written(self) -> list[tuple[int, NDArray[np.bool_], NDArray[np.bool_]]]:
+        """For each memslot its gpa, and for each page whether the guest wrote it last through its key, and last without."""
+        return [(view.gpa, view.state & WROTE_PRIVATE != 0, view.state & WROTE_SHARED != 0) for view in self.views]
 
-    def set_state(self, state: list[list[int]]) -> None:
+    def state(self) -> list[tuple[bytes, bytes]]:
+        """What a snapshot keeps beside the raw bytes: which page of DRAM is where, and how the guest wrote each last."""
+        return [(view.spa.tobytes(), (view.state & WROTE).tobytes()) for view in self.views]
+
+    def set_state(self, state: list[tuple[bytes, bytes]]) -> None:
         """Put `state` back; the raw bytes are put back by whoever holds them."""
-        for view, spas in zip(self.views, state, strict=True):
-            view.spa[:] = spas
-            view.state[:] = PLAIN_STALE
+        for view, (spas, wrote) in zip(self.views, state, strict=True):
+            view.spa[:] = np.frombuffer(spas, np.uint64)
+            view.state[:] = np.frombuffer(wrote, np.uint8) | PLAIN_STALE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from labkit.arch.x86_cpu import CpuModel
 from labkit.engines.base import Capability, Cipher, Trace
@@ -107,11 +107,16 @@ class UnicornVm:
         self.mmu.swap(gpa, other)
         self.forget_translations(code=True)
 
-    def views_state(self) -> list[list[int]]:
-        """What a snapshot keeps beside the bytes of memory: which page of DRAM is behind which gpa."""
+    def written(self) -> list[tuple[int, Any, Any]]:
+        """For each memslot its gpa, and arrays of bool, one a page: the guest wrote it last through its key; last without."""
+        assert self.mmu is not None, "protect comes first"
+        return self.mmu.written()
+
+    def views_state(self) -> list[tuple[bytes, bytes]]:
+        """What a snapshot keeps beside the bytes of memory: which page of DRAM is where, how the guest wrote each last."""
         return self.mmu.state() if self.mmu is not None else []
 
-    def set_views_state(self, state: list[list[int]]) -> None:
+    def set_views_state(self, state: list[tuple[bytes, bytes]]) -> None:
         """Put it back."""
         if self.mmu is not None:
             self.mmu.set_state(state)

@@ -97,7 +97,7 @@ class X86Events:
         return not error & 2 and (gva == pc or (not gva & 4095 and 0 < gva - pc < 4096))
 
     def restore_flags(self) -> None:
-        """After a fault at an instruction with a hook: Unicorn worked the flags out for the hook, and forgets on the way back that it did."""
+        """After a fault at an instruction with a hook: Unicorn worked the flags out for it, and on the way back forgets that it did."""
         def patch(context: int) -> None:
             ctypes.c_int32.from_address(context + calibrate().cc_op).value = CC_OP_EFLAGS
 
