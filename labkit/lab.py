@@ -13,10 +13,11 @@ from labkit.engines import Capability, open_engine
 from labkit.engines.base import BudgetExit, Exit, InterruptExit, PioExit
 from labkit.errors import InvalidState, NotAvailable
 from labkit.explore.controller import VmController
+from labkit.explore.encryption import EncryptionMap
 from labkit.explore.events import Event, events_frame
 from labkit.explore.explain import explain
 from labkit.explore.inspect import MemoryMap, VmSnapshot
-from labkit.explore.look import label_gva, look_at_memory, look_at_vm
+from labkit.explore.look import label_gva, look_at_encryption, look_at_memory, look_at_vm
 from labkit.explore.running import collect, run_scheduled, runnable, stream
 from labkit.explore.state import VmState, put_state, take_state
 from labkit.explore.vcpu import Vcpu
@@ -115,10 +116,9 @@ class Vm:
 
         From then on the host follows no page table of it: gva2gpa, read, sync_global_* and alloc are refused.
         """
-        if self.guest is None:
-            raise InvalidState(f"{self.name} is not protected: there is nothing to launch")
-        measurement = self.guest.launch()
-        self.machine.seal(f"{self.name} was launched as a {self.guest.kind} guest, so its page tables are ciphertext to it")
+        guest = self._need_guest()
+        measurement = guest.launch()
+        self.machine.seal(f"{self.name} was launched as a {guest.kind} guest, so its page tables are ciphertext to it")
         self.changed()
         return measurement
 
@@ -230,6 +230,19 @@ class Vm:
         self.changed()
         return gva
 
+    def mem_set_private(self, gpa: int, size: int) -> None:
+        """Have the launch encrypt these pages (vm_mem_set_private); raises InvalidState after it, and without protection."""
+        self._need_guest().set_private(gpa, size)
+
+    def mem_set_shared(self, gpa: int, size: int) -> None:
+        """Have the launch leave these pages as they are (vm_mem_set_shared); page tables are not changed."""
+        self._need_guest().set_private(gpa, size, False)
+
+    def _need_guest(self) -> ProtectedGuest:
+        if self.guest is None:
+            raise InvalidState(f"{self.name} is not protected: nothing in it is private")
+        return self.guest
+
     def alloc_shared(self, size: int, min_gva: int = 0x2000, kind: str = "shared") -> int:
         """The same, but never encrypted (vm_vaddr_alloc_shared); without protection there is no difference."""
         return self._alloc(size, kind, min_gva, False)
@@ -305,6 +318,10 @@ class Vm:
 
     def _label(self, gva: int) -> str:
         return label_gva(self, gva)
+
+    def encryption_map(self) -> EncryptionMap:
+        """Every range of guest memory: what the page tables say of its encryption, what it really is, where the two disagree."""
+        return look_at_encryption(self)
 
     def memory_map(self) -> MemoryMap:
         """What lies where in guest-physical memory."""

@@ -249,6 +249,9 @@ class ProtectingVm(Protocol):
     def plain(self, gpa: int, size: int) -> bytes:
         """Memory as the guest's key shows it, as far as the memslot goes."""
 
+    def write_plain(self, gpa: int, data: bytes) -> None:
+        """Write memory through the guest's key, as the guest itself would."""
+
     def swap(self, gpa: int, other: int) -> None:
         """Exchange the pages of DRAM behind two gpas, as a host can in its nested page table."""
 

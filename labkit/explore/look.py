@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from labkit.errors import LabError
+from labkit.errors import InvalidState, LabError
+from labkit.explore.encryption import EncryptionMap, PageStates, encryption_map
 from labkit.explore.inspect import (
     EventMark,
     Insn,
@@ -198,6 +199,15 @@ def look_at_memory(vm: Any) -> MemoryMap:
         else:
             merged.append(MemoryRange(use.gpa, use.nr_pages, use.kind))
     return MemoryMap(tuple((slot.gpa, slot.size) for slot in vm.memory.slots), tuple(merged), vm.step)
+
+
+def look_at_encryption(vm: Any) -> EncryptionMap:
+    """Page tables against memory."""
+    if vm.guest is None:
+        raise InvalidState(f"{vm.name} is not protected: nothing in it is encrypted")
+    asid = vm.guest.vm.asid if vm.guest.kind == "snp" else 0
+    truth = [PageStates.of(gpa, asid=asid, **facts) for gpa, facts in vm.guest.pages(vm.machine.written())]
+    return encryption_map(vm.page_table(), truth, look_at_memory(vm), protection=vm.guest.kind, facts=(f"policy {vm.guest.policy:#x}",))
 
 
 def look_at_vm(vm: Any, front: int = 0, selection: Selection | None = None) -> VmSnapshot:

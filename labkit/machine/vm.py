@@ -85,6 +85,17 @@ class Machine:
         """Memory as the guest's key shows it: as the guest's own page walker reads it."""
         return self.memory.read(gpa, size) if self._protecting is None else self._protecting.plain(gpa, size)
 
+    def written(self) -> list[tuple[int, Any, Any]]:
+        """How the guest wrote its pages last: (gpa of the memslot, through its key, without it), arrays of one bool a page."""
+        return [] if self._protecting is None else self._protecting.written()
+
+    def poke(self, gpa: int, data: bytes) -> None:
+        """Write memory as the guest's own kernel would, through its key where it is private."""
+        if self._protecting is None:
+            self.memory.write(gpa, data)
+        else:
+            self._protecting.write_plain(gpa, data)
+
     def swap_pages(self, gpa: int, other: int) -> None:
         """Exchange the pages of DRAM behind two gpas, as a host can in its nested page table; raises NotAvailable without protection."""
         if self._protecting is None:

@@ -6,8 +6,12 @@ opposite of the C-bit. Its module's own launch (TDH.MEM.PAGE.ADD) is not modelle
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from labkit.arch.desc import PagingMode
 from labkit.arch.x86_cpu import CpuModel
@@ -120,6 +124,24 @@ class ProtectedGuest:
         if gpa % PAGE or size % PAGE or size <= 0:
             raise InvalidState(f"gpa {gpa:#x}, {size:#x} bytes: private memory comes in whole pages")
         (self.protected.set if private else self.protected.clear)(gpa // PAGE, size // PAGE)
+
+    def pages(self, slots: Iterable[tuple[int, NDArray[np.bool_], NDArray[np.bool_]]]) -> list[tuple[int, dict[str, Any]]]:
+        """What memory really is: for each memslot its gpa, and by name arrays of one element a page.
+
+        private: DRAM holds ciphertext of the guest's key; protected: the host meant it to; with SNP owner (ASID) and validated.
+        `slots` are (gpa, the guest wrote the page last through its key, last without it).
+        """
+        measured = {m.spa + at for m in self.measured for at in range(0, getattr(m, "size", PAGE), PAGE)}
+        found = []
+        for gpa, through, without in slots:
+            frames = range(gpa, gpa + PAGE * len(through), PAGE)
+            launched = np.array([page in measured for page in frames], np.bool_)
+            facts = {"private": (launched | through) & ~without, "protected": np.array([page // PAGE in self.protected for page in frames])}
+            if self.kind == "snp":
+                entries = [self.host.rmp.entry(page) for page in frames]
+                facts |= {"owner": np.array([entry.asid for entry in entries]), "validated": np.array([entry.validated for entry in entries])}
+            found.append((gpa, facts))
+        return found
 
     def start(self) -> None:
         """LAUNCH_START: the guest gets its key and its ASID; what was private until now was so without a key."""

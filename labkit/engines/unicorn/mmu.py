@@ -204,6 +204,17 @@ class Mmu:
                 self.settle(view.gpa + 4096 * page)
         return view.plain[gpa - view.gpa:gpa - view.gpa + size]
 
+    def write_plain(self, gpa: int, data: bytes) -> None:
+        """Write through the key, within one memslot."""
+        place = self._at(gpa)
+        if place is None or gpa + len(data) > place[0].gpa + place[0].size:
+            raise InvalidState(f"{len(data)} bytes at gpa {gpa:#x} do not fit into a memslot")
+        view = place[0]
+        self.plain(gpa, len(data))  # what lies around them must be good
+        view.plain[gpa - view.gpa:gpa - view.gpa + len(data)] = data
+        for page in range((gpa - view.gpa) // 4096, (gpa - view.gpa + len(data) - 1) // 4096 + 1):
+            view.state[page] |= RAW_STALE | WROTE_PRIVATE
+
     # --- the guest's own accesses, made by the host for it
 
     def translate(self, handle: Handle, gva: int, access: int, ring: int) -> int | None:

@@ -101,6 +101,12 @@ class UnicornVm:
         assert self.mmu is not None, "protect comes first"
         return self.mmu.plain(gpa, size)
 
+    def write_plain(self, gpa: int, data: bytes) -> None:
+        """Write memory through the guest's key, as the guest itself would."""
+        assert self.mmu is not None, "protect comes first"
+        self.mmu.write_plain(gpa, data)
+        self.forget_translations(code=True)
+
     def swap(self, gpa: int, other: int) -> None:
         """Exchange the pages of DRAM behind two gpas, as a host can in its nested page table."""
         assert self.mmu is not None, "protect comes first"

@@ -1,0 +1,70 @@
+"""What a hostile or careless host can do to an encrypted guest, one function each; what comes of it depends on the protection.
+
+Under SEV and SEV-ES memory has no integrity: ciphertext can be moved, replayed and remapped, and the guest finds out by what it
+reads. SNP's RMP refuses the host's writes and its remapping (Morbitzer et al., "SEVered", 2018; Wilke et al., "SEVurity", 2020).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from labkit.arch.desc import PagingMode
+from labkit.errors import InvalidState
+from labkit.paging.walk import Walk, walk
+
+__all__ = ["flip_c_bit", "flip_ciphertext_bit", "move_ciphertext", "remap", "replay", "walk_without_mask"]
+
+PAGE = 4096
+
+
+def move_ciphertext(vm: Any, source: int, target: int, size: int = PAGE) -> None:
+    """Copy DRAM from one gpa to another: the address is part of the tweak, so the guest reads garbage there.
+
+    Raises InvalidState where SNP's RMP refuses the write.
+    """
+    vm.memory.write(target, vm.memory.read(source, size))
+
+
+def replay(vm: Any, gpa: int, old: bytes) -> None:
+    """Put ciphertext back that was read at the same gpa before: the guest reads its old plaintext, and cannot tell."""
+    vm.memory.write(gpa, old)
+
+
+def flip_ciphertext_bit(vm: Any, gpa: int, bit: int = 0) -> None:
+    """Change one bit of DRAM: exactly the 16-byte block around it becomes garbage to the guest."""
+    byte = vm.memory.read(gpa, 1)[0] ^ 1 << bit
+    vm.memory.write(gpa, bytes([byte]))
+
+
+def remap(vm: Any, gpa: int, other: int) -> None:
+    """Exchange two pages in the nested page table: the tweak goes with the DRAM page, so each decrypts well at the wrong place.
+
+    Raises InvalidState under SNP, whose RMP knows which gpa each page belongs to.
+    """
+    if vm.guest is None:
+        raise InvalidState(f"{vm.name} is not protected: there is nothing to break")
+    vm.guest.look(gpa & -PAGE, PAGE, True)
+    vm.machine.swap_pages(gpa, other)
+    vm.changed()
+
+
+def flip_c_bit(vm: Any, gva: int) -> None:
+    """Turn the encryption bit of a leaf around and encrypt nothing, as a guest with a bug does to its own page tables.
+
+    What was private is then read as the ciphertext it is; what was shared is decrypted without ever having been encrypted.
+    """
+    space = vm.machine.space
+    last = space.walk(gva).steps[-1]
+    if last.kind != "leaf":
+        raise InvalidState(f"gva {gva:#x} is not mapped: there is no leaf to change", gva=gva)
+    entry = last.entry ^ 1 << space.mode.c_bit
+    vm.machine.poke(last.entry_gpa, entry.to_bytes(space.mode.entry_size, space.mode.byteorder))
+    vm.changed()
+
+
+def walk_without_mask(vm: Any, gva: int) -> Walk:
+    """Walk as a tool that takes the C-bit for part of the frame number: it ends far outside of memory ("the one-bit bug")."""
+    space = vm.machine.space
+    mode: PagingMode = vm.arch.mode
+    naive = PagingMode(mode.name, mode.levels, mode.present, type(mode.pa)((1 << 52) - PAGE, mode.pa.shift), mode.flags, mode.table, mode.huge)
+    return walk(space.eye, naive, space.root_gpa, gva)
