@@ -10,8 +10,9 @@ from labkit.arch import find_arch
 from labkit.arch.x86_cpu import CpuModel
 from labkit.bits import align_up
 from labkit.engines import Capability, open_engine
-from labkit.engines.base import BudgetExit, Exit, InterruptExit, PioExit
+from labkit.engines.base import Exit
 from labkit.errors import InvalidState, NotAvailable
+from labkit.explore.arrivals import arrived
 from labkit.explore.controller import VmController
 from labkit.explore.encryption import EncryptionMap
 from labkit.explore.events import Event, events_frame
@@ -30,7 +31,8 @@ from labkit.paging.scan import PageTable, scan
 from labkit.sev.guest import ProtectedGuest
 from labkit.shown import draw_with
 from labkit.ucall.abi import HEADER_SIZE
-from labkit.ucall.pool import BadUcallExit, Pool, PoolSnapshot, Ucall
+from labkit.ucall.designs.stack import MARK, StackUcalls
+from labkit.ucall.pool import Pool, PoolSnapshot, Ucall
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,9 +41,6 @@ if TYPE_CHECKING:
     from labkit.views.live import Hub
 
 __all__ = ["Vcpu", "Vm", "VmState"]
-
-_ENDS = {"halted": "halted", "shutdown": "shutdown", "internal-error": "stuck"}
-_FINAL = {"DONE": "done", "ABORT": "aborted", "UNHANDLED": "unhandled"}
 
 
 class Vm:
@@ -55,6 +54,7 @@ class Vm:
         self.protect: str | None = None
         self.guest: ProtectedGuest | None = None  # its encryption
         self._pool: Pool | None = None
+        self._ucalls: Pool | StackUcalls | None = None  # who reads what guests hand over
         self._events, self._observers = list[Event | Ucall](), list[Callable[[], None]]()
         self._host, self._string = HostGlobals(program) if program else None, partial(program_string, program)
         self._seen_pool: PoolSnapshot | None = None
@@ -76,8 +76,8 @@ class Vm:
 
         Raises NotAvailable for a backend or a protection this labkit or machine lacks, SymbolNotFound, InvalidState.
         """
-        if ucall not in ("pool", None):
-            raise NotAvailable(f"ucall={ucall!r}: there is only \"pool\", or None for a VM without ucalls", ucall=ucall)
+        if ucall not in ("pool", "stack", None):
+            raise NotAvailable(f"ucall={ucall!r}: there are \"pool\" and \"stack\", or None for a VM without ucalls", ucall=ucall)
         if nr_vcpus < 1:
             raise InvalidState(f"a VM needs at least one vCPU, not {nr_vcpus}")
         start = program.symbol(entry).gva
@@ -86,8 +86,8 @@ class Vm:
         load_program(program, vm.machine.space)
         vm.machine.boot()
         kernel_globals(program, vm.machine, vm.cpu)
-        if ucall == "pool":
-            vm._make_pool()
+        if ucall is not None:
+            vm._take_ucalls(ucall)
         for _ in range(nr_vcpus):
             vm._add_vcpu(start)
         if vm.guest is not None and launch:
@@ -122,8 +122,15 @@ class Vm:
         self.changed()
         return measurement
 
-    def _make_pool(self) -> None:
-        self._pool = Pool.make(self.machine.space)
+    def _take_ucalls(self, design: str) -> None:
+        on_stack = self.program is not None and MARK in self.program.symbols
+        if on_stack != (design == "stack"):
+            raise InvalidState(f"ucall={design!r}, but {self.name} was compiled for the other design: "
+                               "Program.compile(..., defines=(\"LABKIT_UCALL_ON_STACK\",)) is what \"stack\" takes")
+        if on_stack:
+            self._ucalls = StackUcalls(self.machine.space)
+            return
+        self._ucalls = self._pool = Pool.make(self.machine.space)
         if self.program is not None and "ucall_pool" in self.program.symbols:
             self.write_guest_global("ucall_pool", self._pool.gva)
 
@@ -146,37 +153,6 @@ class Vm:
         """The VM's clock: instructions retired by all vCPUs together."""
         return self.machine.engine.retired()
 
-    def arrived(self, vcpu: Vcpu, exit: Exit) -> Ucall | Exit:
-        """An engine's exit becomes a ucall when it is one; it is recorded, and a held-back Ctrl-C is raised."""
-        came: Ucall | Exit = exit
-        if vcpu.state == "not started" and self._pool is not None:
-            self._pool.begins(vcpu.index)
-        if type(exit) is PioExit and exit.port == self.arch.ucall.number:
-            came = self._take(vcpu._cpu.read_reg(self.arch.ucall.register), vcpu)
-        elif self._pool is not None:
-            self._pool.saw(vcpu.index, vcpu._cpu.locked_at, self.step)
-        if isinstance(came, Ucall):
-            vcpu.state = _FINAL.get(came.cmd, "running")
-            self._events.append(came)
-        elif isinstance(came, BudgetExit):
-            vcpu.state = "running"
-        else:
-            vcpu.state = _ENDS.get(came.end, "running")
-            if not isinstance(came, InterruptExit):
-                self._trace(vcpu.index, came.end, {"exit": came, "where": vcpu.where()})
-        if self._observers:
-            self.changed()
-        self.machine.engine.check_interrupt()
-        return came
-
-    def _take(self, value: int, vcpu: Vcpu) -> Ucall | BadUcallExit:
-        step = self.machine.engine.retired()
-        if value == 0:
-            return Ucall("NONE", (0,) * 7, None, vcpu.index, None, step)
-        if self._pool is None:
-            return BadUcallExit(value, "no pool", "this VM was created without a ucall pool", vcpu.index)
-        return self._pool.take(value, vcpu.index, step, vcpu._cpu.locked_at, self._string)
-
     def run(self, max_insns: int | None = None) -> Ucall | Exit:
         """Run all vCPUs under the schedule until the next ucall or exit of any; at most max_insns in all (BudgetExit)."""
         try:
@@ -190,7 +166,7 @@ class Vm:
         if max_insns is not None:
             raise NotAvailable("schedule \"parallel\": instructions of vCPUs that run at once are not counted, so there is no max_insns")
         index, exit = self.machine.run_parallel(runnable(self.vcpus))
-        return self.arrived(self.vcpus[index], exit)
+        return arrived(self, self.vcpus[index], exit)
 
     def stream(self, max_insns: int | None = None) -> Iterator[Ucall | Exit]:
         """Every ucall and exit until all vCPUs are done, one of them fails, or the budget is used up (then BudgetExit last)."""
@@ -387,7 +363,9 @@ class Vm:
         twin = self._bare(self.arch.name, self.backend, [(slot.gpa, slot.size) for slot in self.memory.slots], self.program,
                           f"{self.name} (fork)", self.schedule.name, self.cpu, self.privilege)
         if self._pool is not None:
-            twin._pool = Pool(twin.memory, self._pool.gpa, self._pool.gva)
+            twin._ucalls = twin._pool = Pool(twin.memory, self._pool.gpa, self._pool.gva)
+        elif self._ucalls is not None:
+            twin._ucalls = StackUcalls(twin.machine.space)
         for vcpu in self.vcpus:
             twin.machine.adopt_vcpu(partial(twin._trace, vcpu.index))
             twin.vcpus.append(Vcpu(twin, vcpu.index))

@@ -194,10 +194,10 @@ def look_at_memory(vm: Any) -> MemoryMap:
     merged: list[MemoryRange] = []
     for use in space.uses:
         last = merged[-1] if merged else None
-        if last is not None and last.kind == use.kind and last.gpa + 4096 * last.nr_pages == use.gpa:
-            merged[-1] = MemoryRange(last.gpa, last.nr_pages + use.nr_pages, use.kind)
+        if last is not None and last.kind == use.kind and last.gpa + 4096 * last.nr_pages == use.gpa and last.protected == space.is_protected(use.gpa):
+            merged[-1] = MemoryRange(last.gpa, last.nr_pages + use.nr_pages, use.kind, last.protected)
         else:
-            merged.append(MemoryRange(use.gpa, use.nr_pages, use.kind))
+            merged.append(MemoryRange(use.gpa, use.nr_pages, use.kind, space.is_protected(use.gpa)))
     return MemoryMap(tuple((slot.gpa, slot.size) for slot in vm.memory.slots), tuple(merged), vm.step)
 
 

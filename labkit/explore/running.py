@@ -59,7 +59,7 @@ def goes_on(came: Came) -> bool:
         case Ucall(cmd=cmd):
             return cmd not in ("ABORT", "UNHANDLED")
         case BadUcallExit(kind=kind):
-            return kind != "exhausted"  # the others are reported, nothing was read through them
+            return kind not in ("exhausted", "unreadable")  # the others are reported, nothing was read through them
         case _:
             return isinstance(came, HypercallExit)
 

@@ -10,6 +10,7 @@ from labkit.arch.model import Arch
 from labkit.engines.base import BudgetExit, Exit
 from labkit.engines.disasm import Decoded
 from labkit.errors import InvalidState
+from labkit.explore.arrivals import arrived
 from labkit.explore.explain import explain, place
 from labkit.explore.listing import Listing
 from labkit.explore.look import look_at_vcpu
@@ -36,7 +37,6 @@ class Host(Protocol):
 
     @property
     def arch(self) -> Arch: ...
-    def arrived(self, vcpu: Vcpu, exit: Exit) -> Ucall | Exit: ...
     def changed(self) -> None: ...
     def gva_of(self, place: str | int) -> int: ...
     def places(self, place: str | int) -> Sequence[int]: ...
@@ -74,7 +74,7 @@ class Vcpu:
 
     def run(self, max_insns: int | None = None) -> Ucall | Exit:
         """Run this vCPU alone until a ucall or another exit; with max_insns at most that far (BudgetExit)."""
-        return self.vm.arrived(self, self._cpu.run(max_insns))
+        return arrived(self.vm, self, self._cpu.run(max_insns))
 
     def run_until_done(self, max_insns: int | None = None) -> list[Ucall]:
         """Run this vCPU alone to its DONE and return every ucall on the way.

@@ -90,6 +90,10 @@ class AddressSpace:
         """Keep the next free virtual page unmapped for ever."""
         self.valid.set(self.unused_gva(1) // PAGE)
 
+    def is_protected(self, gpa: int) -> bool:
+        """Whether the page is encrypted, or will be at launch."""
+        return self.protected is not None and gpa // PAGE in self.protected
+
     def check_open(self, what: str) -> None:
         """Raise InvalidState when page tables are closed to the host, saying what it wanted."""
         if self.sealed:

@@ -4,6 +4,14 @@
 
 struct ucall_header *ucall_pool;
 
+#ifdef LABKIT_UCALL_ON_STACK
+/* The old way, kept to show what is wrong with it: the struct lies on the stack, and the host gets its guest-virtual address. */
+const uint8_t ucall_is_on_stack = 1;
+#define UCALL_BEGIN(uc) struct ucall local = {}, *uc = &local
+#else
+#define UCALL_BEGIN(uc) struct ucall *uc = ucall_alloc()
+#endif
+
 /* The first slot whose bit was clear. With none left the host is told by a magic number, for there is no slot to tell it with. */
 noinline struct ucall *ucall_alloc(void)
 {
@@ -30,13 +38,17 @@ noinline void ucall_free(struct ucall *uc)
 /* What the host learns is the address in its own space, so it never has to translate one of ours. */
 static void send_and_free(struct ucall *uc)
 {
+#ifdef LABKIT_UCALL_ON_STACK
+	ucall_arch_do_ucall((vm_vaddr_t)uc);
+#else
 	ucall_arch_do_ucall((vm_vaddr_t)READ_ONCE(uc->hva));
 	ucall_free(uc);
+#endif
 }
 
 void ucall(uint64_t cmd, int nargs, ...)
 {
-	struct ucall *uc = ucall_alloc();
+	UCALL_BEGIN(uc);
 	va_list args;
 	int i;
 
@@ -52,7 +64,7 @@ void ucall(uint64_t cmd, int nargs, ...)
 
 void ucall_fmt(uint64_t cmd, const char *fmt, ...)
 {
-	struct ucall *uc = ucall_alloc();
+	UCALL_BEGIN(uc);
 	va_list args;
 
 	if (!uc)
@@ -66,7 +78,7 @@ void ucall_fmt(uint64_t cmd, const char *fmt, ...)
 
 void ucall_assert(uint64_t cmd, const char *exp, const char *file, unsigned int line, const char *fmt, ...)
 {
-	struct ucall *uc = ucall_alloc();
+	UCALL_BEGIN(uc);
 	va_list args;
 
 	if (!uc)
@@ -83,7 +95,7 @@ void ucall_assert(uint64_t cmd, const char *exp, const char *file, unsigned int 
 
 void ucall_unhandled(uint64_t vector, uint64_t error_code, uint64_t pc, uint64_t fault_gva)
 {
-	struct ucall *uc = ucall_alloc();
+	UCALL_BEGIN(uc);
 
 	if (!uc)
 		return;
