@@ -208,7 +208,7 @@ class PagingMode:
         return bits, mask & ~bits
 
     def letters(self, entry: int) -> str:
-        """The flags of one entry as "W U A D NX C"; P, which every present entry has, is left to the reader; S is a shared bit that is set."""
+        """The flags of one entry as "W U A D NX C" (S for a shared bit that is set); P, which every present entry has, is left out."""
         shown = self.rights(entry)
         if self.c_name == "S":
             shown = {"s" if name == "c" else name: on ^ (name == "c") for name, on in shown.items()}

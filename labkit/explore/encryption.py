@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -187,7 +188,7 @@ def encryption_map(table: PageTable, truth: Iterable[PageStates], memory: Memory
     mode, slots = table.mode, sorted(truth, key=lambda slot: slot.gpa)
     if mode.c_bit is None:
         raise InvalidState(f"{mode.name} has no C-bit: nothing of this guest is encrypted", mode=mode.name)
-    for low, high in zip(slots, slots[1:], strict=False):
+    for low, high in pairwise(slots):
         if low.gpa + len(low.states) * PAGE > high.gpa:
             raise InvalidState(f"page states at gpa {high.gpa:#x} begin inside those at gpa {low.gpa:#x}", gpa=high.gpa)
     words = mode.c_word(True), mode.c_word(False)

@@ -26,7 +26,8 @@ def render(launch: LaunchProgress, previous: object = None, *, width: float = 94
         "title": header("Launch", [plain(launch.protection, 20), f"policy {policy}"], counts=counts),
         "states": label("State of the guest", "filled: now") + _chevrons(launch, width - 26),
         "pages": label("Pages", "solid: measured and encrypted") + _pages(launch, width - 26) + _key(launch),
-        "steps": _steps(launch, width), "owner": _owner(launch), "status": status_line(said, "status hole" if _refused(launch) else "status"),
+        "steps": _steps(launch, width), "owner": _owner(launch),
+        "status": status_line(said, "status hole" if _refused(launch) else "status"),
     }
     title = f"launch of a {plain(launch.protection, 20)} guest, {launch.state.name}"
     return View(title, said, panes, cat(map(pane, panes)), lambda: _lines(launch, policy))
@@ -94,9 +95,8 @@ def _steps(launch: LaunchProgress, width: float) -> Html:
         if n > last + 1:
             rows.append((("", f"… {num(n - last - 1)} more", "", "", "", ""), {}))
         last = n
-        action = select("page", step.gpa // PAGE, "bad" if step.refused is not None else None) if step.gpa is not None else {
-            "cls": "bad" if step.refused is not None else None}
-        rows.append((_cells(n, step, kept), action))
+        bad = "bad" if step.refused is not None else None
+        rows.append((_cells(n, step, kept), {"cls": bad} if step.gpa is None else select("page", step.gpa // PAGE, bad)))
     head: list[Cell] = [("r", "#"), "command", ("hn", "kind"), "gpa", ("r", "pages"), "launch digest after it"]
     return label("Commands", "every update adds its plaintext to the digest, in this order") + el(
         "div", table("commands of the launch", rows, head), cls="tbx")

@@ -89,7 +89,8 @@ def _disassembly(vcpu: VcpuSnapshot) -> Html:
         gutter = _gutter("gva", hx(insn.gva), insn.breakpoint, insn.current)
         rows.append(((gutter, ("a", f"{insn.gva:x}"), ("o", f"+{insn.offset:x}"), ("mn", insn.mnemonic), ("op", insn.op_str),
                       ("cm", insn.comment)), _now(insn.current)))
-    return label("Disassembly", plain(vcpu.symbol, 80) if rows else "none: sealed" if vcpu.sealed else "none: no code here") + table("disassembly", rows, cls="code")
+    more = plain(vcpu.symbol, 80) if rows else "none: sealed" if vcpu.sealed else "none: no code here"
+    return label("Disassembly", more) + table("disassembly", rows, cls="code")
 
 
 def _value(value: int, changed: bool = False) -> Html:
