@@ -187,7 +187,8 @@ def _cells(found: EncryptionMap, part: EncryptionRange) -> list[Cell]:
     gvas = Html("<br>".join(map(hx, part.gvas)))
     more = f" + {num(part.nr_mappings - len(part.gvas))}" if part.nr_mappings > len(part.gvas) else ""
     where = f"{hx(part.gpa)} – {hx(part.gpa + part.nr_pages * PAGE - 1)}"
-    return [("sg", "▲") if part.problem else "", where, ("r", num(part.nr_pages)), tables, memory, ("hn", gvas + more), plain(part.what, 60)]
+    mark: Cell = ("sg", "▲") if part.problem else ""
+    return [mark, where, ("r", num(part.nr_pages)), tables, memory, ("hn", gvas + more), plain(part.what, 60)]
 
 
 def _lines(found: EncryptionMap) -> list[str]:

@@ -92,7 +92,7 @@ def _dump(page: PageEyes, rows: list[int], chosen: int | None, narrow: bool) -> 
             out.append((("", ("d", f"… {num(at - last - 1)} blocks as before"), "", ""), {}))
         last = at
         cells = [("ad", f"{page.gpa + at * BLOCK & 0xFFF:03x}"), (_mark(host, at, tint), _hex(host, at, narrow)),
-                 (_mark(guest, at, "eg"), _hex(guest, at, narrow)), ("as hn", _ascii(guest, at))]
+                 (_mark(guest, at, "eg"), _hex(guest, at, narrow)), ("hn", _ascii(guest, at))]
         kind, value = ("page", str(page.gpa >> 12)) if page.gva is None else ("byte", hx(page.gva + at * BLOCK))
         out.append((cells, select(kind, value, "sel" if at == chosen else None)))
     head: list[Cell] = ["", ("et" if page.private else "st", plain(host.name, 40)), plain(guest.name, 40), ("hn", "as text")]

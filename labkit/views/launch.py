@@ -133,7 +133,7 @@ def _owner(launch: LaunchProgress) -> Html:
 def _lines(launch: LaunchProgress, policy: str) -> list[str]:
     now = launch.path.index(launch.state.name)
     states = " -> ".join(f"[{name}]" if i == now else name for i, name in enumerate(launch.path))
-    rows = [[num(n), plain(step.command, 40), step.kind, "" if step.gpa is None else hx(step.gpa), num(step.nr_pages),
+    rows = [[num(n), plain(step.command, 40), plain(step.kind, 20), "" if step.gpa is None else hx(step.gpa), num(step.nr_pages),
              f"refused: {step.refused.name} {step.refused:#04x}" if step.refused is not None else step.digest[:16].hex()]
             for n, step in enumerate(launch.steps, 1)]
     lines = [f"policy {policy}", states, *aligned([["#", "command", "kind", "gpa", "pages", "digest after"], *rows[-3 * MAX_ROWS:]])]
