@@ -166,7 +166,8 @@ def test_that_inline_styles_are_plain_css() -> None:
 def test_that_every_snapshot_has_a_bundle() -> None:
     shown = (sample.vm(), sample.vcpu(), sample.pool(), sample.memory(), sample.page_table(), sample.page_table().walk(0x400000),
              secrets.encryption(), secrets.eyes(), secrets.launch())
-    titles = ("alloc4", "vCPU 1", "ucall pool", "guest memory", "page tables", "page walk", "encryption, SEV-ES", "page 0xd0000", "launch of")
+    titles = ("alloc4", "vCPU 1", "ucall pool", "guest memory", "page tables", "page walk", "encryption, SEV-ES", "page 0xd0000",
+              "launch of a SEV-ES guest")
     for snapshot, title in zip(shown, titles, strict=True):
         data, _ = dashboard.bundle(snapshot)
         assert data["text/plain"].startswith(title) and data["text/html"].startswith("<section")

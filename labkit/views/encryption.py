@@ -186,7 +186,7 @@ def _cells(found: EncryptionMap, part: EncryptionRange) -> list[Cell]:
         memory = el("span", WORDS[part.memory], cls="ft")
     gvas = Html("<br>".join(map(hx, part.gvas)))
     more = f" + {num(part.nr_mappings - len(part.gvas))}" if part.nr_mappings > len(part.gvas) else ""
-    where = f"{hx(part.gpa)} – {hx(part.gpa + part.nr_pages * PAGE - 1)}"
+    where = cat([hx(part.gpa), el("span", f" – {hx(part.gpa + part.nr_pages * PAGE - 1)}", cls="hn")])
     mark: Cell = ("sg", "▲") if part.problem else ""
     return [mark, where, ("r", num(part.nr_pages)), tables, memory, ("hn", gvas + more), plain(part.what, 60)]
 
