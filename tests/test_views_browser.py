@@ -13,7 +13,7 @@ import pytest
 import views_sample as sample
 
 import labkit.views
-from labkit.views import dashboard
+from labkit.views import dashboard, stepper
 from labkit.views.style import css
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -234,3 +234,11 @@ def test_that_a_guest_string_is_text_in_the_page(browser: Any) -> None:
     assert "<img src=x" in page.locator("h3").inner_text()
     assert page.evaluate("document.querySelectorAll('img,script').length") == 0 and page.evaluate("window.owned === undefined")
     page.close()
+
+
+@pytest.mark.parametrize(("width", "side_by_side"), [(980, True), (480, False)])
+def test_that_a_saved_view_has_the_columns_that_fit(page: Any, width: int, side_by_side: bool) -> None:
+    page.set_viewport_size({"width": width, "height": 1000})
+    page.set_content(str(stepper.render(sample.vcpu()).img_html))
+    left, right = (page.get_by_role("table", name=name).bounding_box() for name in ("source", "disassembly"))
+    assert (left["x"] + left["width"] <= right["x"]) == side_by_side and right["x"] + right["width"] <= width

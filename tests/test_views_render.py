@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import encryption_sample as secrets
 import numpy as np
 import pytest
 import views_sample as sample
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from labkit.arch.x86 import X86_PXXV48_4K, X86_PXXV57_4K
 from labkit.explore.inspect import MemoryMap, MemoryRange
 from labkit.paging.walk import walk
-from labkit.views import dashboard, memory, pages, pool, ruler, stepper
+from labkit.views import dashboard, encryption, eyes, launch, memory, pages, pool, ruler, stepper
 from labkit.views.draw import Html, el, esc, num, plain
 from labkit.views.show import View, mimebundle
 from labkit.views.style import DARK, LIGHT, css, inline_styles, svg_css
@@ -32,6 +33,14 @@ ALL = {
     "walk": lambda: pages.render(sample.page_table(), gva=0x90406028d0, pinned=0x40126c),
     "stepper": lambda: stepper.render(sample.vcpu()),
     "memory": lambda: memory.render(sample.memory()),
+    "encryption": lambda: encryption.render(secrets.encryption(), selection=sample.selection()),
+    "tdx": lambda: encryption.render(secrets.encryption(47, inverted=True)),
+    "snp": lambda: encryption.render(secrets.snp()),
+    "eyes": lambda: eyes.render(secrets.eyes()),
+    "eyes of a shared page": lambda: eyes.render(secrets.eyes(secret=False)),
+    "launch": lambda: launch.render(secrets.launch(finished=False)),
+    "snp launch": lambda: launch.render(secrets.snp_launch()),
+    "sealed": lambda: stepper.render(replace(sample.vcpu(), registers=(), stack=(), touches=(), sealed="SEV-ES keeps them in the VMSA")),
 }
 every_view = pytest.mark.parametrize("name", ALL)
 
@@ -155,8 +164,11 @@ def test_that_inline_styles_are_plain_css() -> None:
 
 
 def test_that_every_snapshot_has_a_bundle() -> None:
-    shown = (sample.vm(), sample.vcpu(), sample.pool(), sample.memory(), sample.page_table(), sample.page_table().walk(0x400000))
-    for snapshot, title in zip(shown, ("alloc4", "vCPU 1", "ucall pool", "guest memory", "page tables", "page walk"), strict=True):
+    shown = (sample.vm(), sample.vcpu(), sample.pool(), sample.memory(), sample.page_table(), sample.page_table().walk(0x400000),
+             secrets.encryption(), secrets.eyes(), secrets.launch())
+    titles = ("alloc4", "vCPU 1", "ucall pool", "guest memory", "page tables", "page walk", "encryption, SEV-ES", "page 0xd0000",
+              "launch of a SEV-ES guest")
+    for snapshot, title in zip(shown, titles, strict=True):
         data, _ = dashboard.bundle(snapshot)
         assert data["text/plain"].startswith(title) and data["text/html"].startswith("<section")
     with pytest.raises(TypeError):
@@ -390,13 +402,13 @@ def test_that_memory_folds_free_rows_and_names_every_range() -> None:
     gigabyte = MemoryMap(((0, 1 << 30), (1 << 32, 1 << 20)), (MemoryRange(0, 4, "code"), MemoryRange(1 << 32, 2, "alloc")), 5)
     drawn = memory.render(gigabyte).panes["memory"]
     assert f"free, {num(262144 - 128)} pages" in drawn and ">code<" in drawn and ">alloc<" in drawn and "0x100000000" in drawn
-    assert len(re.findall(r'class="c-mem"', drawn)) == 2
+    assert [d.count("M") for d in re.findall(r'<path d="([^"]*)" class="c-mem"', drawn)] == [2]
 
 
 def test_that_a_full_memory_gets_longer_rows_instead_of_more() -> None:
     full = MemoryMap(((0, 1 << 30),), (MemoryRange(0, 1 << 18, "data"),), 0)
     drawn = memory.render(full).panes["memory"]
-    assert drawn.count('class="c-mem"') <= 16 and len(drawn) < 20_000
+    assert max(d.count("M") for d in re.findall(r'<path d="([^"]*)" class="c-mem"', drawn)) <= 16 and len(drawn) < 20_000
 
 
 def test_that_memory_without_slots_is_drawn() -> None:

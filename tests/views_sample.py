@@ -81,11 +81,11 @@ def _slot(i: int, state: str, vcpu: int | None, since: int | None, cmd: str, arg
     return Slot(i, state, vcpu, since, cmd, (args + (0,) * 7)[:7], text, POOL_GVA + at, POOL_GPA + at, 0x7f3a5c000000 + POOL_GPA + at, True)
 
 
-def page_table(c_bit: int | None = None, late: bool = False) -> PageTable:
-    """Code, data, stacks, pool and test memory as a selftest has them; late adds two pages, drops one and changes one."""
+def page_table(c_bit: int | None = None, late: bool = False, inverted: bool = False) -> PageTable:
+    """Code, data, stacks, pool and test memory as a selftest has them; late adds two pages, drops one and changes two."""
     memory = bytearray(0x200000)
     tables = iter(range(0x180000, 0x190000, 0x1000))
-    mode = X86_PXXV48_4K if c_bit is None else X86_PXXV48_4K.with_c_bit(c_bit)
+    mode = X86_PXXV48_4K if c_bit is None else X86_PXXV48_4K.with_c_bit(c_bit, inverted)
 
     def read(gpa: int, n: int) -> bytes:
         return bytes(memory[gpa:gpa + n])
@@ -94,17 +94,17 @@ def page_table(c_bit: int | None = None, late: bool = False) -> PageTable:
         memory[gpa:gpa + len(data)] = data
 
     build = PageTableBuilder(read, write, lambda: next(tables), mode)
-    secret = {} if c_bit is None else {"c": True}
+    secret, shared = ({} if c_bit is None else {"c": on} for on in (True, False))
     build.map(0x400000, 0x10000, 8, writable=False, **secret)
     build.map(0x408000, 0x18000, 6, nx=True, **secret)
     build.map(0x41c000, 0x20000, 20, nx=True, **secret)
-    build.map(POOL_GVA, POOL_GPA, 138, nx=True)
-    build.map(0x9040696000, 0x100000, 4, nx=True)
+    build.map(POOL_GVA, POOL_GPA, 138, nx=True, **shared)
+    build.map(0x9040696000, 0x100000, 4, nx=True, **shared)
     build.map(0x90406a0000, 0xd0000, 48, nx=True, **secret)
     if late:
-        build.map(0x90406d0000, 0x104000, 2, nx=True)
+        build.map(0x90406d0000, 0x104000, 2, nx=True, **shared)
         build.unmap(0x9040697000)
-        build.protect(0x90406a4000, writable=False)
+        build.protect(0x90406a4000, writable=False, **shared)
     return scan(read, mode, build.root_gpa, step=1277 if late else 1180, label=_label)
 
 

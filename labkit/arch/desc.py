@@ -114,13 +114,9 @@ class PagingMode:
         """
         if self.c_bit is not None or not bit(n) & (self.pa.mask | self.reserved):
             raise InvalidState(f"{self.name}: bit {n} cannot be the C-bit (frame bits {self.pa.mask:#x})", c_bit=n)
-        return replace(self, name=f"{self.name} with C-bit {n}", pa=Field(self.pa.mask & ~bit(n), self.pa.shift), c_bit=n,
-                       flags={**self.flags, "c": bit(n)}, reserved=self.reserved & ~bit(n), inverted=self.inverted | bit(n) * inverted)
-
-    def with_s_bit(self, n: int) -> PagingMode:
-        """The same with the inverted bit of TDX and of AMD's vTOM: set is shared, so that flag "c" says yes when bit n is clear."""
-        mode = self.with_c_bit(n)
-        return replace(mode, name=f"{self.name} with shared bit {n}", inverted=self.inverted | bit(n))
+        name = f"{self.name} with {'shared bit' if inverted else 'C-bit'} {n}"
+        return replace(self, name=name, pa=Field(self.pa.mask & ~bit(n), self.pa.shift), flags={**self.flags, "c": bit(n)},
+                       reserved=self.reserved & ~bit(n), inverted=self.inverted | bit(n) * inverted, c_bit=n)
 
     @property
     def c_name(self) -> str:
@@ -208,7 +204,7 @@ class PagingMode:
         return bits, mask & ~bits
 
     def letters(self, entry: int) -> str:
-        """The flags of one entry as "W U A D NX C"; P, which every present entry has, is left to the reader; S is a shared bit that is set."""
+        """The flags of one entry as "W U A D NX C" (S for a shared bit that is set); P, which every present entry has, is left out."""
         shown = self.rights(entry)
         if self.c_name == "S":
             shown = {"s" if name == "c" else name: on ^ (name == "c") for name, on in shown.items()}

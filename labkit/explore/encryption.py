@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EncryptionMap", "EncryptionRange", "PageState", "PageStates", "encryption_map"]
 
-PAGE = 4096
+PAGE, WORD = 4096, (1 << 64) - 1
 NOBODY = np.uint64(1)  # for "mapped nowhere" in arrays of gva - gpa: never the difference of two pages
 
 
@@ -187,7 +188,7 @@ def encryption_map(table: PageTable, truth: Iterable[PageStates], memory: Memory
     mode, slots = table.mode, sorted(truth, key=lambda slot: slot.gpa)
     if mode.c_bit is None:
         raise InvalidState(f"{mode.name} has no C-bit: nothing of this guest is encrypted", mode=mode.name)
-    for low, high in zip(slots, slots[1:], strict=False):
+    for low, high in pairwise(slots):
         if low.gpa + len(low.states) * PAGE > high.gpa:
             raise InvalidState(f"page states at gpa {high.gpa:#x} begin inside those at gpa {low.gpa:#x}", gpa=high.gpa)
     words = mode.c_word(True), mode.c_word(False)
@@ -235,7 +236,7 @@ class _Segments:
         shift = np.full(len(self.slot), NOBODY)
         _, once = np.unique(np.stack([low, high]), axis=1, return_index=True)  # gvas ascend: the first of equal spans is the lowest
         for i in sorted(once.tolist(), reverse=True):
-            shift[low[i]:high[i]] = gva[i] - self.cuts[low[i]]
+            shift[low[i]:high[i]] = (int(gva[i]) - int(self.cuts[low[i]])) & WORD
         return _Mapped(np.cumsum(change)[:-1], shift)
 
     def ranges(self, rules: dict[tuple[str, PageState], tuple[str, str]], words: tuple[str, str]) -> tuple[EncryptionRange, ...]:
@@ -250,7 +251,7 @@ class _Segments:
 
     def _range(self, low: int, high: int, rules: dict[tuple[str, PageState], tuple[str, str]], words: tuple[str, str]) -> EncryptionRange:
         gpa, nr = int(self.cuts[low]), (int(self.cuts[high]) - int(self.cuts[low])) // PAGE
-        gvas = tuple(int(side.shift[low] + self.cuts[low]) for side in (self.secret, self.shared) if side.shift[low] != NOBODY)
+        gvas = tuple((int(side.shift[low]) + gpa) & WORD for side in (self.secret, self.shared) if side.shift[low] != NOBODY)
         secret, shared, state = int(self.secret.nr[low]), int(self.shared.nr[low]), PageState(int(self.state[low]))
         tables = "both" if secret and shared else "encrypted" if secret else "shared" if shared else ""
         found = _BOTH if tables == "both" else rules.get((tables, state)) if tables else None

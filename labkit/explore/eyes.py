@@ -35,7 +35,9 @@ class Eye:
     @cached_property
     def changed(self) -> Bools:
         """Which bytes differ from before, shape (n, 16)."""
-        return self.blocks != np.frombuffer(self.data if self.previous is None else self.previous, np.uint8).reshape(-1, BLOCK)
+        before = np.frombuffer(self.data if self.previous is None else self.previous, np.uint8).reshape(-1, BLOCK)
+        differs: Bools = self.blocks != before
+        return differs
 
     @cached_property
     def entropy(self) -> float:

@@ -79,6 +79,7 @@ class VcpuSnapshot:
     stack: tuple[StackRow, ...]
     touches: tuple[Touch, ...]
     outlook: str  # what the next instruction will do, one sentence or ""
+    sealed: str = ""  # why the host cannot see registers, stack and code: "SEV-ES keeps them in an encrypted VMSA"
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
         return mimebundle(self)

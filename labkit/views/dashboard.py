@@ -8,11 +8,14 @@ from functools import partial
 from typing import Any
 
 from labkit.explore.comparison import Comparison
+from labkit.explore.encryption import EncryptionMap
+from labkit.explore.eyes import PageEyes
 from labkit.explore.inspect import MemoryMap, VcpuSnapshot, VmSnapshot
+from labkit.explore.launch import LaunchProgress
 from labkit.paging.scan import PageTable
 from labkit.paging.walk import Walk
 from labkit.ucall.pool import PoolSnapshot
-from labkit.views import compare, memory, pages, pool, stepper, timeline
+from labkit.views import compare, encryption, eyes, launch, memory, pages, pool, stepper, timeline
 from labkit.views.draw import Html, cat, el, label, num, plain
 from labkit.views.show import Bundle, View, columns, header, mimebundle, pane, status_line
 
@@ -125,6 +128,12 @@ def bundle(snapshot: Any) -> Bundle:
             return mimebundle(compare.render(snapshot))
         case PageTable():
             return mimebundle(pages.render(snapshot))
+        case EncryptionMap():
+            return mimebundle(encryption.render(snapshot))
+        case PageEyes():
+            return mimebundle(eyes.render(snapshot))
+        case LaunchProgress():
+            return mimebundle(launch.render(snapshot))
         case Walk():
             return mimebundle(pages.render_walk(snapshot, getattr(snapshot, "page_table", None)))
     raise TypeError(f"{type(snapshot).__name__} is no snapshot")

@@ -43,8 +43,8 @@ WORDS = {PageState.PRIVATE: "encrypted", PageState.SHARED: "plaintext", PageStat
 def render(found: EncryptionMap, previous: object = None, *, width: float = 940, selection: Selection | None = None) -> View:
     """The map as a view; previous is not used: a change shows in the page tables and in the page itself."""
     bad, said = found.disagreements, status(found, selection)
-    counts = el("span", el("b", num(found.nr_pages(PageState.PRIVATE))), " pages encrypted, ", el("b", num(found.nr_pages(PageState.SHARED))),
-                " shared", ", " if bad else "", _count(bad))
+    secret, shared = (el("b", num(found.nr_pages(state))) for state in (PageState.PRIVATE, PageState.SHARED))
+    counts = el("span", secret, " pages encrypted, ", shared, " shared", ", " if bad else "", _count(bad))
     panes = {
         "title": header("Encryption", map(plain, (found.protection, *found.facts)), counts=counts),
         "memory": label("Memory", "each page twice: above what the page tables say, below what memory holds")
@@ -113,7 +113,8 @@ def _named(used: list[EncryptionRange]) -> list[tuple[EncryptionRange, str]]:
 
 
 def _cell(found: EncryptionMap, part: EncryptionRange) -> str:
-    return ", ".join(filter(None, (plain(part.what, 60), _says(found, part), f"memory {WORDS[part.memory]}", "these disagree" * bool(part.problem))))
+    said = plain(part.what, 60), _says(found, part), f"memory {WORDS[part.memory]}", "these disagree" * bool(part.problem)
+    return ", ".join(filter(None, said))
 
 
 def _triangles(strip: Strip, noted: dict[int, str], width: float) -> Html:
@@ -185,8 +186,9 @@ def _cells(found: EncryptionMap, part: EncryptionRange) -> list[Cell]:
         memory = el("span", WORDS[part.memory], cls="ft")
     gvas = Html("<br>".join(map(hx, part.gvas)))
     more = f" + {num(part.nr_mappings - len(part.gvas))}" if part.nr_mappings > len(part.gvas) else ""
-    return [("sg", "▲") if part.problem else "", f"{hx(part.gpa)} – {hx(part.gpa + part.nr_pages * PAGE - 1)}", ("r", num(part.nr_pages)), tables,
-            memory, ("hn", gvas + more), plain(part.what, 60)]
+    where = cat([hx(part.gpa), el("span", f" – {hx(part.gpa + part.nr_pages * PAGE - 1)}", cls="hn")])
+    mark: Cell = ("sg", "▲") if part.problem else ""
+    return [mark, where, ("r", num(part.nr_pages)), tables, memory, ("hn", gvas + more), plain(part.what, 60)]
 
 
 def _lines(found: EncryptionMap) -> list[str]:

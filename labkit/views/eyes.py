@@ -9,6 +9,7 @@ import numpy as np
 from labkit.explore.eyes import BLOCK, Eye, PageEyes
 from labkit.explore.inspect import Selection
 from labkit.views.draw import (
+    Cell,
     Html,
     Lattice,
     Row,
@@ -36,7 +37,8 @@ __all__ = ["render"]
 
 ROWS = 14  # of the dump; the rest is a click on the map away
 COLS = 16  # blocks a row of the map
-LAYOUT = cat([pane("title"), columns("eyes", pane("dump"), el("div", pane("blocks"), pane("words"), cls="side")), pane("rail"), pane("status")])
+SIDES = columns("eyes", pane("dump"), el("div", pane("blocks"), pane("words"), cls="side"))
+LAYOUT = cat([pane("title"), SIDES, pane("rail"), pane("status")])
 
 
 def render(page: PageEyes, previous: object = None, *, width: float = 940, selection: Selection | None = None) -> View:
@@ -90,10 +92,10 @@ def _dump(page: PageEyes, rows: list[int], chosen: int | None, narrow: bool) -> 
             out.append((("", ("d", f"… {num(at - last - 1)} blocks as before"), "", ""), {}))
         last = at
         cells = [("ad", f"{page.gpa + at * BLOCK & 0xFFF:03x}"), (_mark(host, at, tint), _hex(host, at, narrow)),
-                 (_mark(guest, at, "eg"), _hex(guest, at, narrow)), ("as hn", _ascii(guest, at))]
-        where = ("byte", hx(page.gva + at * BLOCK)) if page.gva is not None else ("page", page.gpa >> 12)
-        out.append((cells, select(*where, "sel" if at == chosen else None)))
-    head = ["", ("et" if page.private else "st", plain(host.name, 40)), plain(guest.name, 40), ("hn", "as text")]
+                 (_mark(guest, at, "eg"), _hex(guest, at, narrow)), ("hn", _ascii(guest, at))]
+        kind, value = ("page", str(page.gpa >> 12)) if page.gva is None else ("byte", hx(page.gva + at * BLOCK))
+        out.append((cells, select(kind, value, "sel" if at == chosen else None)))
+    head: list[Cell] = ["", ("et" if page.private else "st", plain(host.name, 40)), plain(guest.name, 40), ("hn", "as text")]
     return el("div", table("bytes as host and guest see them", out, head, cls="hex"), cls="tbx")
 
 
@@ -142,8 +144,8 @@ def _maps(page: PageEyes, rows: list[int], chosen: int | None, pitch: float) -> 
         if chosen is not None:
             cells += rect(*lattice.at(chosen, -1.5), pitch + 2, pitch + 2, "c-sel")
         out += text(lattice.x, 9, "host" if not column else "guest", "s d") + grid(
-            "block", f"Blocks for the {('host', 'guest')[column]}", cells, column, rows=lattice.rows(nr), x=lattice.x, pitch=pitch, h=pitch - 1,
-            at=chosen, each="Block {i}", none="Block {i} at {a}", values=[], base=page.gpa, size=BLOCK)
+            "block", f"Blocks for the {('host', 'guest')[column]}", cells, column, rows=lattice.rows(nr), x=lattice.x, pitch=pitch,
+            h=pitch - 1, at=chosen, each="Block {i}", none="Block {i} at {a}", values=[], base=page.gpa, size=BLOCK)
     return svg(2 * apart - 18, tall + 2, out, "The page as cipher blocks: " + "; ".join(_about(eye) for eye in page.eyes))
 
 

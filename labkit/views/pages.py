@@ -67,7 +67,8 @@ def _ruler(walk: Walk, found: PageTable | None, width: float, pinned: int | None
     rows = [("", walk)]
     if found is not None and pinned is not None:
         rows.append((f"pinned, gva {hx(pinned)}: ", found.walk(pinned)))
-    shown = [(last, note + (describe(walk.mode, other.flags) if other.flags else last.kind)) for note, other in rows for last in other.steps[-1:]]
+    shown = [(last, note + (describe(walk.mode, other.flags) if other.flags else last.kind))
+             for note, other in rows for last in other.steps[-1:]]
     return ruler.draw(walk.mode, shown, width) if shown else Html()
 
 
@@ -84,7 +85,8 @@ def _ranges(found: PageTable, here: int | None = None) -> Html:
         cells += [swatch(flags["c"], found.mode.c_word(flags["c"]))] if secret else []
         cls = "sel" if here is not None and gva <= here <= end else None
         rows.append(([*cells, _what(found, gva, end)], select("byte", hx(gva), cls)))
-    head: list[Cell] = ["gva", ("r", "pages"), ("hn", "gpa"), "access", *([f"{found.mode.c_name}-bit"] if secret else []), "what lies there"]
+    bit = [f"{found.mode.c_name}-bit"] if secret else []
+    head: list[Cell] = ["gva", ("r", "pages"), ("hn", "gpa"), "access", *bit, "what lies there"]
     more = f"; the first {MAX_ROWS} ranges" if len(first) > MAX_ROWS else ""
     said = f"{num(len(found))} pages in {num(len(first))} ranges, neighbours with equal access merged{more}"
     return label("Mapped ranges", said) + el("div", table("mapped ranges", rows, head), cls="tbx")

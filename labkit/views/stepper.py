@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from dataclasses import replace
 
 from labkit.explore.inspect import Insn, Selection, VcpuSnapshot
-from labkit.views.draw import Attribute, Html, Row, cat, el, esc, hx, label, num, plain, select, table
+from labkit.views.draw import Attribute, Html, Row, cat, el, esc, hx, label, num, path, plain, rect, select, svg, table, text
 from labkit.views.show import View, columns, header, pane, status_line
 
 __all__ = ["render", "status"]
@@ -39,6 +40,8 @@ def render(vcpu: VcpuSnapshot, previous: VcpuSnapshot | None = None, *, width: f
 
 def status(vcpu: VcpuSnapshot, since: str = "the last look") -> str:
     """The status sentence: "Step 1 277, vCPU 1, next: lock bts [rdx], rax. The last step changed rax and rflags."."""
+    if vcpu.sealed:
+        return f"Step {num(vcpu.step)}, vCPU {vcpu.index}: its registers are sealed. {plain(vcpu.sealed, 160).rstrip('.')}."
     insn = next((insn for insn in vcpu.disassembly if insn.current), None)
     ended = "" if vcpu.state in ("running", "not started") else f"{plain(vcpu.state)}, "
     coming = f"next: {_insn(insn)}." if insn else f"at {plain(vcpu.where)}."
@@ -68,7 +71,8 @@ def _source(vcpu: VcpuSnapshot) -> Html:
     for n, words in vcpu.source:
         gutter = _gutter("line", str(n), n in vcpu.breakpoint_lines, n == vcpu.line)
         rows.append(((gutter, ("n", str(n)), ("src", _c(words))), _now(n == vcpu.line)))
-    where = f"none: {plain(vcpu.file)}:{vcpu.line} is not on this machine" if vcpu.line else "none: this code has no line numbers"
+    where = f"{plain(vcpu.file)}:{vcpu.line} is not on this machine" if vcpu.line else "this code has no line numbers"
+    where = "none: " + ("the instruction pointer is sealed" if vcpu.sealed else where)
     return label("Source", plain(vcpu.file or "", 80) if rows else where) + table("source", rows, cls="code")
 
 
@@ -85,7 +89,8 @@ def _disassembly(vcpu: VcpuSnapshot) -> Html:
         gutter = _gutter("gva", hx(insn.gva), insn.breakpoint, insn.current)
         rows.append(((gutter, ("a", f"{insn.gva:x}"), ("o", f"+{insn.offset:x}"), ("mn", insn.mnemonic), ("op", insn.op_str),
                       ("cm", insn.comment)), _now(insn.current)))
-    return label("Disassembly", plain(vcpu.symbol, 80) if rows else "none: no code here") + table("disassembly", rows, cls="code")
+    more = plain(vcpu.symbol, 80) if rows else "none: sealed" if vcpu.sealed else "none: no code here"
+    return label("Disassembly", more) + table("disassembly", rows, cls="code")
 
 
 def _value(value: int, changed: bool = False) -> Html:
@@ -103,8 +108,21 @@ def _sel(chosen: bool) -> str | None:
     return "sel" if chosen else None
 
 
+def _dark(why: str) -> Html:
+    """The registers that the host cannot see: a hatched pane that says why, as high as the registers were."""
+    w, h = 380, 306
+    hatch = "".join(f"M{max(at - h, 0)} {min(at, h)}L{min(at, w)} {max(at - w, 0)}" for at in range(0, w + h, 9))
+    lines = textwrap.wrap(plain(why, 160), 44)[:4]
+    out = rect(0, 0, w, h, "c-dark") + path(hatch, "c-hatch") + rect(36, h / 2 - 28, w - 72, 34 + 16 * len(lines), "c-bg")
+    out += text(w / 2, h / 2 - 10, "sealed: the host sees ciphertext", "b", "middle")
+    out += cat(text(w / 2, h / 2 + 8 + 16 * i, line, "d", "middle") for i, line in enumerate(lines))
+    return svg(w, h, out, f"Registers sealed: {plain(why, 160)}")
+
+
 def _registers(vcpu: VcpuSnapshot, since: str, chosen: int | None) -> Html:
     """A click selects what a pointer points to."""
+    if vcpu.sealed:
+        return label("Registers", "sealed") + _dark(vcpu.sealed)
     rows: list[Row] = []
     for row in vcpu.registers:
         cells = (("nm", row.name), ("v", _value(row.value, row.changed)), ("cm", _note(row.note)))
@@ -121,7 +139,7 @@ def _stack(vcpu: VcpuSnapshot, chosen: int | None) -> Html:
         note = _note(row.note) + ("" if i else el("b", " ← sp"))
         action = select("byte", hx(row.gva), _sel(row.gva == chosen))
         rows.append(((("nm", f"{row.gva:x}"), ("v", _value(row.value)), ("cm", note)), action))
-    more = "from the stack pointer up" if rows else "none: the stack pointer leads nowhere"
+    more = "from the stack pointer up" if rows else "sealed" if vcpu.sealed else "none: the stack pointer leads nowhere"
     return label("Stack", more) + table("stack", rows, cls="regs")
 
 
@@ -144,6 +162,7 @@ def _lines(vcpu: VcpuSnapshot) -> list[str]:
     out = [f"{at(n == vcpu.line, n in vcpu.breakpoint_lines)} {n:>5} {plain(words.expandtabs(4))}" for n, words in vcpu.source]
     out += [f"{at(insn.current, insn.breakpoint)} {insn.gva:x} +{insn.offset:<4x} {_insn(insn):<32} {plain(insn.comment)}"
             for insn in vcpu.disassembly]
+    out += [f"  registers sealed: {plain(vcpu.sealed, 160)}"] * bool(vcpu.sealed)
     out += [f"{'*' if row.changed else ' '} {plain(row.name):<7}{row.value:016x} {plain(row.note)}" for row in vcpu.registers]
     out += [f"  {touch.kind} {hx(touch.gva)} {plain(touch.note)}: {hx(touch.before)}"
             + ("" if touch.after is None else f" -> {hx(touch.after)}") for touch in vcpu.touches]

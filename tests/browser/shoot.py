@@ -8,9 +8,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+import encryption_sample as secrets  # noqa: E402
 import views_sample as sample  # noqa: E402
 
-from labkit.views import dashboard, memory, pages, pool, stepper  # noqa: E402
+from labkit.views import dashboard, encryption, eyes, launch, memory, pages, pool, stepper  # noqa: E402
 from labkit.views.show import View  # noqa: E402
 
 ACTIONS = ("step", "step_line", "run")
@@ -32,6 +33,8 @@ def views(width: int) -> dict[str, View]:
         "walksev": pages.render(sample.page_table(51, True), sample.page_table(51), width=width, gva=gva, objects=objects, pinned=0x40126c),
         "stepper": stepper.render(sample.vcpu(), width=width),
         "memory": memory.render(sample.memory(), width=width),
+        "encryption": encryption.render(secrets.encryption(), width=width), "snp": encryption.render(secrets.snp(), width=width),
+        "eyes": eyes.render(secrets.eyes(), width=width), "launch": launch.render(secrets.launch(), width=width),
     }
 
 
@@ -53,9 +56,9 @@ def main() -> None:
             body = "".join(f"<p style='font:11px monospace;color:#888'>{name}</p>{view.html}" for name, view in drawn.items())
             page = next(iter(drawn.values())).page(theme)
             start, end = page.index("<section"), page.index("</body>")
-            shoot(page[:start] + body + page[end:], out / f"{theme}-{width}.png", width, 5200 if width > 700 else 7400)
+            shoot(page[:start] + body + page[end:], out / f"{theme}-{width}.png", width, 7600 if width > 700 else 10400)
         still = "<body style='background:#111;margin:20px'>" + "".join(f"<p>{view.img_html}" for view in drawn.values())
-        shoot("<!doctype html><meta charset=utf-8>" + still, out / f"static-{width}.png", width, 5200)
+        shoot("<!doctype html><meta charset=utf-8>" + still, out / f"static-{width}.png", width, 7600)
 
 
 if __name__ == "__main__":
