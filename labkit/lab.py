@@ -17,8 +17,10 @@ from labkit.explore.controller import VmController
 from labkit.explore.encryption import EncryptionMap
 from labkit.explore.events import Event, events_frame
 from labkit.explore.explain import explain
+from labkit.explore.eyes import PageEyes
 from labkit.explore.inspect import MemoryMap, VmSnapshot
-from labkit.explore.look import label_gva, look_at_encryption, look_at_memory, look_at_vm
+from labkit.explore.launch import LaunchProgress
+from labkit.explore.look import label_gva, look_at_encryption, look_at_launch, look_at_memory, look_at_vm, look_through_both
 from labkit.explore.running import collect, run_scheduled, runnable, stream
 from labkit.explore.state import VmState, put_state, take_state
 from labkit.explore.vcpu import Vcpu
@@ -31,7 +33,8 @@ from labkit.paging.scan import PageTable, scan
 from labkit.sev.guest import ProtectedGuest
 from labkit.shown import draw_with
 from labkit.ucall.abi import HEADER_SIZE
-from labkit.ucall.designs.stack import MARK, StackUcalls
+from labkit.ucall.designs import DESIGNS, make_ucalls
+from labkit.ucall.designs.stack import StackUcalls
 from labkit.ucall.pool import Pool, PoolSnapshot, Ucall
 
 if TYPE_CHECKING:
@@ -53,11 +56,11 @@ class Vm:
         self.vcpus: list[Vcpu] = []
         self.protect: str | None = None
         self.guest: ProtectedGuest | None = None  # its encryption
-        self._pool: Pool | None = None
         self._ucalls: Pool | StackUcalls | None = None  # who reads what guests hand over
         self._events, self._observers = list[Event | Ucall](), list[Callable[[], None]]()
         self._host, self._string = HostGlobals(program) if program else None, partial(program_string, program)
         self._seen_pool: PoolSnapshot | None = None
+        self._seen_eyes: dict[int, PageEyes] = {}
         self._hub: Hub | None = None
 
     # --- making VMs
@@ -76,8 +79,8 @@ class Vm:
 
         Raises NotAvailable for a backend or a protection this labkit or machine lacks, SymbolNotFound, InvalidState.
         """
-        if ucall not in ("pool", "stack", None):
-            raise NotAvailable(f"ucall={ucall!r}: there are \"pool\" and \"stack\", or None for a VM without ucalls", ucall=ucall)
+        if ucall not in (*DESIGNS, None):
+            raise NotAvailable(f"ucall={ucall!r}: there are {', '.join(DESIGNS)}, or None for a VM without ucalls", ucall=ucall)
         if nr_vcpus < 1:
             raise InvalidState(f"a VM needs at least one vCPU, not {nr_vcpus}")
         start = program.symbol(entry).gva
@@ -118,21 +121,19 @@ class Vm:
         """
         guest = self._need_guest()
         measurement = guest.launch()
-        self.machine.seal(f"{self.name} was launched as a {guest.kind} guest, so its page tables are ciphertext to it")
+        self.machine.seal(guest.why_sealed)
         self.changed()
         return measurement
 
     def _take_ucalls(self, design: str) -> None:
-        on_stack = self.program is not None and MARK in self.program.symbols
-        if on_stack != (design == "stack"):
-            raise InvalidState(f"ucall={design!r}, but {self.name} was compiled for the other design: "
-                               "Program.compile(..., defines=(\"LABKIT_UCALL_ON_STACK\",)) is what \"stack\" takes")
-        if on_stack:
-            self._ucalls = StackUcalls(self.machine.space)
-            return
-        self._ucalls = self._pool = Pool.make(self.machine.space)
-        if self.program is not None and "ucall_pool" in self.program.symbols:
+        program = self._need_program()
+        self._ucalls = make_ucalls(design, program, self.machine.space)
+        if self._pool is not None and "ucall_pool" in program.symbols:
             self.write_guest_global("ucall_pool", self._pool.gva)
+
+    @property
+    def _pool(self) -> Pool | None:
+        return self._ucalls if isinstance(self._ucalls, Pool) else None
 
     def _add_vcpu(self, entry: int) -> Vcpu:
         index = len(self.vcpus)
@@ -206,13 +207,13 @@ class Vm:
         self.changed()
         return gva
 
-    def mem_set_private(self, gpa: int, size: int) -> None:
+    def mem_set_private(self, gpa: int, size: int, private: bool = True) -> None:
         """Have the launch encrypt these pages (vm_mem_set_private); raises InvalidState after it, and without protection."""
-        self._need_guest().set_private(gpa, size)
+        self._need_guest().set_private(gpa, size, private)
 
     def mem_set_shared(self, gpa: int, size: int) -> None:
         """Have the launch leave these pages as they are (vm_mem_set_shared); page tables are not changed."""
-        self._need_guest().set_private(gpa, size, False)
+        self.mem_set_private(gpa, size, False)
 
     def _need_guest(self) -> ProtectedGuest:
         if self.guest is None:
@@ -279,25 +280,28 @@ class Vm:
         """The ucall pool now; changes are marked against the last time this was asked."""
         if self._pool is None:
             raise InvalidState(f"{self.name} was created without a ucall pool")
-        self._seen_pool = self._look_at_pool(self._seen_pool)
-        return self._seen_pool
-
-    def _look_at_pool(self, seen: PoolSnapshot | None) -> PoolSnapshot:
-        assert self._pool is not None
         done = frozenset(v.index for v in self.vcpus if v.state == "done")
-        return self._pool.snapshot(self.step, done, seen)
+        self._seen_pool = self._pool.snapshot(self.step, done, self._seen_pool)
+        return self._seen_pool
 
     def page_table(self) -> PageTable:
         """The whole address space as it is mapped now, through the guest's eye: df, walk(gva), maps(gpa), diff(other)."""
         space = self.machine.space
-        return scan(space.eye, space.mode, space.root_gpa, self.step, self._label)
-
-    def _label(self, gva: int) -> str:
-        return label_gva(self, gva)
+        return scan(space.eye, space.mode, space.root_gpa, self.step, partial(label_gva, self))
 
     def encryption_map(self) -> EncryptionMap:
         """Every range of guest memory: what the page tables say of its encryption, what it really is, where the two disagree."""
         return look_at_encryption(self)
+
+    def launch_progress(self) -> LaunchProgress:
+        """The launch so far: each command and what came of it, the growing digest, the guest's state."""
+        self._need_guest()
+        return look_at_launch(self)
+
+    def eyes(self, gpa: int) -> PageEyes:
+        """One page through two eyes: the host's and the guest's; changes are marked against the last time this was asked of it."""
+        self._seen_eyes[gpa & -PAGE] = look_through_both(self, gpa, self._seen_eyes.get(gpa & -PAGE))
+        return self._seen_eyes[gpa & -PAGE]
 
     def memory_map(self) -> MemoryMap:
         """What lies where in guest-physical memory."""
@@ -360,12 +364,11 @@ class Vm:
     def fork(self) -> Vm:
         """An independent VM that goes on from here; its pool keeps the addresses that this one handed out."""
         state = self.snapshot()
-        twin = self._bare(self.arch.name, self.backend, [(slot.gpa, slot.size) for slot in self.memory.slots], self.program,
-                          f"{self.name} (fork)", self.schedule.name, self.cpu, self.privilege)
-        if self._pool is not None:
-            twin._ucalls = twin._pool = Pool(twin.memory, self._pool.gpa, self._pool.gva)
-        elif self._ucalls is not None:
-            twin._ucalls = StackUcalls(twin.machine.space)
+        slots = [(slot.gpa, slot.size) for slot in self.memory.slots]
+        twin = self._bare(self.arch.name, self.backend, slots, self.program, f"{self.name} (fork)", self.schedule.name, self.cpu,
+                          self.privilege, self.protect)
+        if self._ucalls is not None:
+            twin._ucalls = self._ucalls.twin(twin.machine.space)
         for vcpu in self.vcpus:
             twin.machine.adopt_vcpu(partial(twin._trace, vcpu.index))
             twin.vcpus.append(Vcpu(twin, vcpu.index))

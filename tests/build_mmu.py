@@ -34,6 +34,7 @@ def main() -> None:
     """Write mmu_code.py."""
     source = ROOM / "mmu.c"
     parts = ['"""Machine code of mmu.c, made by tests/build_mmu.py; a test sees to it that the two belong together."""\n',
+             '__all__ = ["MACHINE_CODE", "SOURCE_SHA256"]\n',
              f'SOURCE_SHA256 = "{hashlib.sha256(source.read_bytes()).hexdigest()}"', "MACHINE_CODE = {"]
     for machine, target in TARGETS.items():
         lines = textwrap.wrap(build(source, target).hex(), 128)

@@ -6,9 +6,10 @@ reads. SNP's RMP refuses the host's writes and its remapping (Morbitzer et al., 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from labkit.arch.desc import PagingMode
+from labkit.arch.desc import Field
 from labkit.errors import InvalidState
 from labkit.paging.walk import Walk, walk
 
@@ -65,6 +66,6 @@ def flip_c_bit(vm: Any, gva: int) -> None:
 def walk_without_mask(vm: Any, gva: int) -> Walk:
     """Walk as a tool that takes the C-bit for part of the frame number: it ends far outside of memory ("the one-bit bug")."""
     space = vm.machine.space
-    mode: PagingMode = vm.arch.mode
-    naive = PagingMode(mode.name, mode.levels, mode.present, type(mode.pa)((1 << 52) - PAGE, mode.pa.shift), mode.flags, mode.table, mode.huge)
+    mode = vm.arch.mode
+    naive = replace(mode, pa=Field((1 << 52) - PAGE, mode.pa.shift), reserved=0)
     return walk(space.eye, naive, space.root_gpa, gva)

@@ -74,6 +74,8 @@ class LaunchProgress:
     def status(self) -> str:
         """Where the launch is, in one sentence, or what was refused last."""
         last = self.steps[-1] if self.steps else None
+        if last is not None and last.refused is None and last.found:
+            return f"{last.command} was refused by KVM: {last.found}."
         if last is not None and last.refused is not None:
             return f"{last.command} was refused: {last.refused.name} ({last.refused:#04x}), {last.refused.sentence}; found {last.found}."
         planned = sum(nr for _, nr in self.planned)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from labkit.errors import InvalidState, LabError
 from labkit.explore.encryption import EncryptionMap, PageStates, encryption_map
+from labkit.explore.eyes import PageEyes
 from labkit.explore.inspect import (
     EventMark,
     Insn,
@@ -18,6 +19,7 @@ from labkit.explore.inspect import (
     VcpuSnapshot,
     VmSnapshot,
 )
+from labkit.explore.launch import LaunchProgress, LaunchStep, launch_steps
 from labkit.explore.listing import Listing, read_code
 from labkit.explore.touch import Operands, operands
 from labkit.machine.vcpu import flags_text
@@ -27,7 +29,8 @@ from labkit.ucall.pool import Ucall
 if TYPE_CHECKING:
     from labkit.explore.vcpu import Vcpu
 
-__all__ = ["label_gva", "look_at_memory", "look_at_vcpu", "look_at_vm", "next_slot", "select", "status_of"]
+__all__ = ["label_gva", "look_at_encryption", "look_at_launch", "look_at_memory", "look_at_vcpu", "look_at_vm",
+           "look_through_both", "next_slot", "select", "status_of"]
 
 BEFORE, AFTER, STACK_ROWS, SOURCE_ROWS = 4, 9, 6, 12
 LETTERS = {"SYNC": "S", "PRINTF": "P", "DONE": "D", "ABORT": "A", "UNHANDLED": "A"}
@@ -194,7 +197,8 @@ def look_at_memory(vm: Any) -> MemoryMap:
     merged: list[MemoryRange] = []
     for use in space.uses:
         last = merged[-1] if merged else None
-        if last is not None and last.kind == use.kind and last.gpa + 4096 * last.nr_pages == use.gpa and last.protected == space.is_protected(use.gpa):
+        kind = None if last is None else (last.kind, last.protected, last.gpa + 4096 * last.nr_pages)
+        if last is not None and kind == (use.kind, space.is_protected(use.gpa), use.gpa):
             merged[-1] = MemoryRange(last.gpa, last.nr_pages + use.nr_pages, use.kind, last.protected)
         else:
             merged.append(MemoryRange(use.gpa, use.nr_pages, use.kind, space.is_protected(use.gpa)))
@@ -248,7 +252,7 @@ def select(vm: Any, kind: str, value: int) -> Selection | None:
         if vm._pool is None or not 0 <= value < 512:
             return None
         gva, size = vm._pool.gva + BITMAP_BYTES + UCALL_SIZE * value, UCALL_SIZE
-        held = next((s for s in vm._look_at_pool(vm._seen_pool).held if s.index == value and s.state != "free"), None)
+        held = next((s for s in vm._pool.snapshot(vm.step, frozenset()).held if s.index == value and s.state != "free"), None)
         label = f"vCPU {held.vcpu}, {held.cmd}" if held else "free"
     elif kind in ("gva", "register", "byte", "entry"):
         gva, size, label = value, 1, label_gva(vm, value)
@@ -264,3 +268,31 @@ def select(vm: Any, kind: str, value: int) -> Selection | None:
     except LabError:
         hva = None
     return Selection(kind, label, gva, gpa, hva, size, tuple(map(str, walk.steps)) if walk else (), slot)
+
+
+def look_at_launch(vm: Any) -> LaunchProgress:
+    """How far the launch of a protected VM is: each command as it went, each range with the digest after it."""
+    guest, steps, done = vm.guest, list[LaunchStep](), 0
+    measured = launch_steps(guest.measured)
+    for one in guest.done:
+        new = measured[done:one.nr_measured]
+        done = one.nr_measured
+        steps += new or [LaunchStep(one.command, refused=one.status, found=one.refused)]
+    slots = tuple((slot.gpa, slot.size) for slot in vm.memory.slots)
+    planned = tuple((pfn * 4096, count) for pfn, count in guest.protected.ranges())
+    return LaunchProgress(guest.kind.upper(), guest.state, tuple(steps), slots, planned, guest.policy, guest.measurement)
+
+
+def look_through_both(vm: Any, gpa: int, before: PageEyes | None) -> PageEyes:
+    """The page that holds gpa, as host and guest see it; `before` is what somebody saw of the same page last."""
+    page, space = gpa & -4096, vm.machine.space
+    table = vm.page_table()
+    gva = min(table.maps(page), default=None)
+    walk = None if gva is None else table.walk(gva)
+    private = space.is_protected(page) if walk is None else bool(walk.flags.get("c"))
+    host = vm.memory.read(page, 4096)
+    guest = space.eye(page, 4096) if private else host
+    word = "" if walk is None or space.mode.c_bit is None else space.mode.c_word(private)
+    what = label_gva(vm, gva) if gva is not None else ""
+    old = (None, None, None) if before is None else (before.host, before.guest, before.step)
+    return PageEyes(page, host, guest, old[0], old[1], private, word, what, gva, vm.step, old[2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from labkit.errors import InvalidState
 from labkit.explore.events import Event
 from labkit.machine.schedule import Schedule
 from labkit.machine.vm import MachineState
@@ -23,6 +24,7 @@ class VmState:
     schedule: tuple[Any, ...]
     events: tuple[Event | Ucall, ...]
     states: tuple[str, ...]
+    guest: dict[str, Any] | None = None  # of a protected VM: its key and how far its launch is
 
     def __repr__(self) -> str:
         size = sum(len(data) for _, data in self.machine.slots) >> 10
@@ -32,12 +34,19 @@ class VmState:
 def take_state(vm: Any) -> VmState:
     """The VM as it is, bit for bit."""
     return VmState(vm.step, vm.machine.state(), vm._pool.state() if vm._pool else None, vm.schedule.save(), tuple(vm._events),
-                   tuple(vcpu.state for vcpu in vm.vcpus))
+                   tuple(vcpu.state for vcpu in vm.vcpus), vm.guest.save() if vm.guest else None)
 
 
 def put_state(vm: Any, state: VmState) -> None:
     """Make the VM what it was; raises InvalidState for the state of a VM of another shape, and changes nothing then."""
+    if (vm.guest is None) != (state.guest is None):
+        raise InvalidState(f"{vm.name} and the snapshot: one is protected and the other is not")
+    if vm.guest is not None:
+        vm.guest.launched = False  # for the moment: whoever restores a machine is no host that the RMP refuses
     vm.machine.set_state(state.machine)
+    if vm.guest is not None:
+        vm.guest.restore(state.guest)
+        vm.machine.seal(vm.guest.why_sealed)
     if vm._pool is not None and state.pool is not None:
         vm._pool.set_state(state.pool)
     vm.schedule = Schedule.restored(state.schedule)

@@ -61,6 +61,10 @@ class Sparsebit:
         """(first bit, how many) of every run of set bits, in order."""
         return ((start, end - start) for start, end in zip(self._starts, self._ends, strict=True))
 
+    def assign(self, other: Sparsebit) -> None:
+        """Become what another one is."""
+        self._starts, self._ends = list(other._starts), list(other._ends)
+
     def copy(self) -> Sparsebit:
         """An independent set of the same bits."""
         return Sparsebit(self.ranges())

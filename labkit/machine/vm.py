@@ -14,7 +14,7 @@ from labkit.machine.memory import PAGE, Memory
 from labkit.machine.space import AddressSpace
 from labkit.machine.sparsebit import Sparsebit
 
-__all__ = ["Machine", "MachineState"]
+__all__ = ["Machine", "MachineState", "Protection"]
 
 STACK_PAGES = 5  # DEFAULT_STACK_PGS
 MOST_WRITES = 4096  # of the host between two snapshots, to be kept one by one
@@ -78,8 +78,11 @@ class Machine:
         return AddressSpace(self.memory, mode, self.is_user, protection.protected)
 
     def seal(self, why: str) -> None:
-        """The guest was launched: from here on the host can follow no page table, and only the guest's eye sees private pages."""
-        self.space.sealed, self.space.eye = why, self.plain
+        """The guest was launched: from here on the host can follow no page table, and only the guest's eye sees private pages.
+
+        Without a reason, it was not yet.
+        """
+        self.space.sealed, self.space.eye = why, self.plain if why else self.memory.read
 
     def plain(self, gpa: int, size: int) -> bytes:
         """Memory as the guest's key shows it: as the guest's own page walker reads it."""

@@ -7,6 +7,7 @@ opposite of the C-bit. Its module's own launch (TDH.MEM.PAGE.ADD) is not modelle
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,15 @@ from labkit.arch.x86_cpu import CpuModel
 from labkit.errors import InvalidState, KvmError, NotAvailable
 from labkit.machine.memory import PAGE, Memory
 from labkit.machine.sparsebit import Sparsebit
+from labkit.sev.commands import GuestState
 from labkit.sev.cpu import GHCB_MSR, LEAF, LEVELS, SEV_STATUS_MSR, encryption_leaf, sev_status
 from labkit.sev.kvm import KvmHost, KvmVm, VmType, kvm_command
-from labkit.sev.policy import Policy, SnpPolicy
+from labkit.sev.policy import Policy, SnpPolicy, Status
 from labkit.sev.psp import Measured, Psp
 from labkit.sev.rmp import host_access
-from labkit.sev.snp import SnpMeasured
+from labkit.sev.snp import SnpMeasured, SnpState
 
-__all__ = ["KINDS", "ProtectedGuest", "Refused"]
+__all__ = ["KINDS", "Done", "ProtectedGuest"]
 
 KINDS = ("sev", "sev-es", "snp", "tdx")
 C_BIT, TDX_SHARED_BIT = 51, 47  # Milan and later; a TD with 48 guest-physical address bits
@@ -34,11 +36,13 @@ _POLICIES = {"sev": 0, "sev-es": int(Policy.ES), "snp": int(SnpPolicy.SMT | SnpP
 
 
 @dataclass(frozen=True)
-class Refused:
-    """A command that KVM or the firmware refused, for the record."""
+class Done:
+    """One command of the launch, as it went: how many pages were measured by then, or why it was refused."""
 
     command: str
-    why: str
+    nr_measured: int
+    refused: str = ""
+    status: Status | None = None  # the firmware's; None where KVM itself refused
 
 
 class ProtectedGuest:
@@ -55,7 +59,7 @@ class ProtectedGuest:
         self.host = KvmHost(Psp(memory))
         self.vm = KvmVm(self.host, _TYPES[kind])
         self.protected = Sparsebit()  # pfns
-        self.refused: list[Refused] = []
+        self.done: list[Done] = []
         self.measurement = b""
         self.launched = False
         self.c_bit = self._announce(cpu)
@@ -79,6 +83,19 @@ class ProtectedGuest:
         return mode.with_c_bit(self.c_bit, inverted=self.inverted)
 
     @property
+    def why_sealed(self) -> str:
+        """Why the host follows no page table of the guest any longer; "" before the launch."""
+        return f"this is a {self.kind} guest since its launch, and its page tables are ciphertext" if self.launched else ""
+
+    @property
+    def state(self) -> GuestState | SnpState:
+        """Where the secure processor has the guest."""
+        if self.kind == "snp":
+            return self.vm.snp.state if self.vm.snp else SnpState.LAUNCH
+        guest = self.host.psp.guests.get(self.vm.handle)
+        return guest.state if guest else GuestState.UNINIT
+
+    @property
     def level(self) -> int:
         """1 memory, 2 registers too, 3 with ownership of pages; 0 for TDX."""
         return LEVELS.get(self.kind, 0)
@@ -86,10 +103,27 @@ class ProtectedGuest:
     def command(self, name: str, **fields: Any) -> Any:
         """KVM_MEMORY_ENCRYPT_OP; raises KvmError, and keeps a record of what was refused."""
         try:
-            return kvm_command(self.vm, name, **fields)
+            result = kvm_command(self.vm, name, **fields)
         except KvmError as err:
-            self.refused.append(Refused(name, str(err)))
+            status = err.facts.get("status")
+            self.done.append(Done(name, len(self.measured), str(err), status if isinstance(status, Status) else None))
             raise
+        self.done.append(Done(name, len(self.measured)))
+        return result
+
+    def save(self) -> dict[str, Any]:
+        """All of it, for a snapshot."""
+        facts = {name: getattr(self, name) for name in ("policy", "measurement", "launched")}
+        return {**facts, "vm": deepcopy(self.vm), "protected": self.protected.copy(), "done": list(self.done)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put `save` back; the key comes back with it, so memory has to be put back too."""
+        for name in ("policy", "measurement", "launched"):
+            setattr(self, name, state[name])
+        self.vm, self.done = deepcopy(state["vm"]), list(state["done"])
+        self.host = self.vm.host
+        self.host.psp.memory = self.memory
+        self.protected.assign(state["protected"])
 
     # --- the engine's cipher
 
@@ -139,7 +173,8 @@ class ProtectedGuest:
             facts = {"private": (launched | through) & ~without, "protected": np.array([page // PAGE in self.protected for page in frames])}
             if self.kind == "snp":
                 entries = [self.host.rmp.entry(page) for page in frames]
-                facts |= {"owner": np.array([entry.asid for entry in entries]), "validated": np.array([entry.validated for entry in entries])}
+                facts["owner"] = np.array([entry.asid for entry in entries])
+                facts["validated"] = np.array([entry.validated for entry in entries])
             found.append((gpa, facts))
         return found
 

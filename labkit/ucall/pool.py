@@ -184,6 +184,10 @@ class Pool:
             del header
         return pool
 
+    def twin(self, space: AddressSpace) -> Pool:
+        """The same pool in a forked VM's memory, known by the addresses that its parent handed out."""
+        return Pool(space.memory, self.gpa, self.gva)
+
     def saw(self, vcpu: int, locked: int, step: int) -> bytes:
         """A vCPU came back at `step`: slots that it took and gave back meanwhile. Returns in_use as it is now.
 

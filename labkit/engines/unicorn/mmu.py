@@ -241,13 +241,13 @@ class Mmu:
         places = []
         for at in range(gva, gva + size):
             if at == gva or not at & 4095:
-                paddr = self._walk(handle, at, READ if data is None else WRITE, ring)
-                if paddr is None:
+                hpa = self._walk(handle, at, READ if data is None else WRITE, ring)
+                if hpa is None:
                     return None
-                places.append((paddr, min(4096 - (at & 4095), gva + size - at)))
+                places.append((hpa, min(4096 - (at & 4095), gva + size - at)))
         out = b""
-        for paddr, count in places:
-            bytes_of = self._bytes(paddr, count)
+        for hpa, count in places:
+            bytes_of = self._bytes(hpa, count)
             if bytes_of is None:
                 return None
             if data is not None:
@@ -255,13 +255,13 @@ class Mmu:
             out += bytes(bytes_of)
         return out
 
-    def _bytes(self, paddr: int, size: int) -> memoryview | None:
-        gpa = paddr - PLAIN_AT if paddr >= PLAIN_AT else paddr
+    def _bytes(self, hpa: int, size: int) -> memoryview | None:
+        gpa = hpa - PLAIN_AT if hpa >= PLAIN_AT else hpa
         place = self._at(gpa)
         if place is None:
             return None
         view, offset = place[0], gpa - place[0].gpa
-        whole = memoryview((ctypes.c_uint8 * view.size).from_address(view.hva)).cast("B") if paddr >= PLAIN_AT else view.raw
+        whole = memoryview((ctypes.c_uint8 * view.size).from_address(view.hva)).cast("B") if hpa >= PLAIN_AT else view.raw
         return whole[offset:offset + size]
 
     def where(self, handle: Handle, pc: int, page: int) -> int:
@@ -271,8 +271,8 @@ class Mmu:
         """
         seen, before = list[int](), handle.context()
 
-        def touched(_h: int, _kind: int, paddr: int, _size: int, _value: int, _d: int) -> bool:
-            seen.append(paddr - PROBE_AT)
+        def touched(_h: int, _kind: int, hpa: int, _size: int, _value: int, _d: int) -> bool:
+            seen.append(hpa - PROBE_AT)
             LIB.uc_emu_stop(handle.h)
             return True
 

@@ -1,5 +1,7 @@
 """Machine code of mmu.c, made by tests/build_mmu.py; a test sees to it that the two belong together."""
 
+__all__ = ["MACHINE_CODE", "SOURCE_SHA256"]
+
 SOURCE_SHA256 = "2ec4f0ac39cac06fdef628d2e495a219dd510b6d4524343277c9c4b9f9f6f314"
 MACHINE_CODE = {
     "x86_64": (

@@ -1,1 +1,21 @@
-"""Other ways in which guests could talk to their hosts, kept to show why the pool is as it is."""
+"""The ways in which guests can talk to their hosts: the pool, and others that are kept to show why the pool is as it is."""
+
+from __future__ import annotations
+
+from labkit.errors import InvalidState
+from labkit.guest.program import Program
+from labkit.machine.space import AddressSpace
+from labkit.ucall.designs.stack import MARK, StackUcalls
+from labkit.ucall.pool import Pool
+
+__all__ = ["DESIGNS", "make_ucalls"]
+
+DESIGNS = ("pool", "stack")
+
+
+def make_ucalls(design: str, program: Program, space: AddressSpace) -> Pool | StackUcalls:
+    """The host's side of a design; raises InvalidState when the program was compiled for the other one."""
+    if (MARK in program.symbols) != (design == "stack"):
+        raise InvalidState(f"ucall={design!r}, but {program.name} was compiled for the other design: "
+                           "Program.compile(..., defines=(\"LABKIT_UCALL_ON_STACK\",)) is what \"stack\" takes")
+    return StackUcalls(space) if design == "stack" else Pool.make(space)

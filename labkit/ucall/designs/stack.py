@@ -38,6 +38,10 @@ class StackUcalls:
     def __init__(self, space: AddressSpace) -> None:
         self.space = space
 
+    def twin(self, space: AddressSpace) -> StackUcalls:
+        """The same for a forked VM."""
+        return StackUcalls(space)
+
     def begins(self, vcpu: int) -> None:
         """A vCPU begins anew: there is nothing to keep."""
 
