@@ -41,7 +41,7 @@ def asm_all(*texts: str) -> list[bytes]:
 
 def bare(code: str | bytes, *, user: bool = False, nr_vcpus: int = 1, handler: str | bytes = b"\xf4", **kw: object) -> lk.Vm:
     """A VM at CODE: `user` starts in ring 3; exception v enters `handler`, of at most 16 bytes, at HANDLERS + 16 * v."""
-    vm = lk.Vm.create_barebones(**({"backend": __import__("os").environ.get("BK","unicorn")} | kw))
+    vm = lk.Vm.create_barebones(**kw)
     vm.machine.boot()
     space = vm.machine.space
     for gva, nr_pages, rights in ((CODE, PAGES, True), (DATA, PAGES, True), (HANDLERS, 1, False), (STACKS, PAGES, True),
