@@ -98,8 +98,9 @@ def test_that_the_host_sees_ciphertext_of_every_private_page_and_plaintext_of_ev
 
 REFUSED = {
     "gva2gpa": lambda vm: vm.gva2gpa(0x400000), "read": lambda vm: vm.read(0x400000, 4), "write": lambda vm: vm.write(0x400000, b"x"),
-    "vcpu.read": lambda vm: vm.vcpus[0].read(0x400000, 4), "alloc": lambda vm: vm.alloc(4096), "alloc_shared": lambda vm: vm.alloc_shared(1),
-    "write_guest_global": lambda vm: vm.write_guest_global("ucall_pool", 0), "launch": lambda vm: vm.launch(),
+    "vcpu.read": lambda vm: vm.vcpus[0].read(0x400000, 4), "alloc": lambda vm: vm.alloc(4096),
+    "alloc_shared": lambda vm: vm.alloc_shared(1),
+    "write_guest_global": lambda vm: vm.write_guest_global("ucall_pool", 0), "launch": lk.Vm.launch,
     "sync_global_to_guest": lambda vm: vm.sync_global_to_guest("ucall_pool"), "add_vcpu": lambda vm: vm.add_vcpu("guest_code"),
     "sync_global_from_guest": lambda vm: vm.sync_global_from_guest("ucall_pool"), "private": lambda vm: vm.mem_set_private(0x2000, 4096),
     "handler": lambda vm: vm.install_exception_handler(14, "guest_code"), "shared": lambda vm: vm.mem_set_shared(0x2000, 4096),
@@ -111,7 +112,7 @@ REFUSED = {
 def test_that_what_needs_the_guest_s_page_tables_is_refused_after_the_launch_and_says_why(kind: str, what: str) -> None:
     with lk.Vm.create(PROGRAM, protect=kind) as vm:
         vm.run()
-        with pytest.raises(lk.LabError, match="ciphertext|launch|GUEST_STATE|ACTIVE|EINVAL|EIO"):
+        with pytest.raises(lk.LabError, match=r"ciphertext|launch|GUEST_STATE|ACTIVE|EINVAL|EIO"):
             REFUSED[what](vm)
         assert vm.run().args[0] == 0x1122334455667789, "and the guest goes on"
 
@@ -157,7 +158,8 @@ def test_that_attacks_do_what_the_protection_allows(kind: str) -> None:
         vm.run()
         gpa = secret_page(vm)
         plain, old, beside = vm.machine.plain(gpa, 4096), vm.memory.read(gpa, 4096), vm.machine.plain(gpa + 4096, 4096)
-        tries = {"flip": lambda: attacks.flip_ciphertext_bit(vm, gpa + 100, 3), "move": lambda: attacks.move_ciphertext(vm, gpa + 4096, gpa),
+        tries = {"flip": lambda: attacks.flip_ciphertext_bit(vm, gpa + 100, 3),
+                 "move": lambda: attacks.move_ciphertext(vm, gpa + 4096, gpa),
                  "replay": lambda: attacks.replay(vm, gpa, old), "remap": lambda: attacks.remap(vm, gpa, gpa + 4096)}
         wanted = {"flip": [6], "move": list(range(256)), "replay": [], "remap": garbled(vm, gpa + 4096, plain)}
         for name, attack in tries.items():
@@ -207,7 +209,7 @@ def test_that_a_ucall_on_the_stack_is_readable_only_where_nothing_is_encrypted(k
 
 @pytest.mark.parametrize(("program", "design"), [(STACK, "pool"), (PROGRAM, "stack"), (PROGRAM, "list")])
 def test_that_a_program_for_another_design_is_refused(program: lk.Program, design: str) -> None:
-    with pytest.raises(lk.LabError, match="design|pool, stack"):
+    with pytest.raises(lk.LabError, match=r"design|pool, stack"):
         lk.Vm.create(program, ucall=design)
 
 
@@ -220,6 +222,7 @@ def test_that_there_is_no_other_protection(wrong: str) -> None:
 # --- the two views against a model: DRAM and a key
 
 OFFSETS = st.integers(0, 511).map(lambda word: 8 * word)
+Act = tuple[str, bool, int, int, int]
 ACTS = st.lists(st.tuples(st.sampled_from(("guest private", "guest shared", "host")), st.booleans(), st.integers(0, 1), OFFSETS,
                           st.integers(0, 2**64 - 1)), min_size=1, max_size=25)
 ALIAS = 0x700000
@@ -244,7 +247,7 @@ def guest(vm: lk.Vm, entry: str, *args: int) -> int:
 
 @settings(max_examples=60, deadline=None)
 @given(acts=ACTS)
-def test_that_the_views_stay_coherent_whoever_writes_through_whichever(two_views: lk.Vm, acts: list[tuple[str, bool, int, int, int]]) -> None:
+def test_that_the_views_stay_coherent_whoever_writes_through_whichever(two_views: lk.Vm, acts: list[Act]) -> None:
     vm, (gva, gpa) = two_views, two_views.places  # type: ignore[attr-defined]
     cipher, dram = vm.guest.vm.cipher, bytearray(vm.memory.read(gpa, 8192))
     for who, writes, page, offset, value in acts:
