@@ -45,7 +45,6 @@ TIME = "real time against a virtual clock is what it measures"
 NO_EQUALS = {  # selftests whose very subject is something that the engines do not share
     "tsc_msrs_test": TIME, "system_counter_offset_test": TIME, "kvm_clock_test": TIME,
     "exit_on_emulation_failure_test": "an instruction that KVM refuses and Unicorn runs is what it is about",
-    "userspace_io_test": "it abuses how KVM batches REP INS, says its source; RCX at such an exit differs",
     "cr4_cpuid_sync_test": "it keeps CPUID leaf 1, which kvm_pvm takes from the host",
 }
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from labkit.engines.base import BudgetExit, DeadlineExit, DebugExit, Exit, InterruptExit, Regs, Trace
 from labkit.engines.kvm.abi import CONSTANTS, EXITS, IOCTLS, STRUCTS, call, enter, struct
-from labkit.engines.kvm.exits import HANDLERS, next_element, on_io
+from labkit.engines.kvm.exits import HANDLERS, on_io
 from labkit.engines.kvm.regs import GPR, Registers
 from labkit.engines.kvm.state import restore, save
 from labkit.engines.kvm.step import HW_BREAKPOINTS, Stepper, kind_of
@@ -51,7 +51,7 @@ class KvmVcpu:
         self.pending = ""  # what the next KVM_RUN completes first: "", "pio", "string", "read", "write"
         self.awaits: tuple[int, int] | None = None  # (place in the run page, bytes) that complete() sets
         self.wrote: int | None = None  # gva that an INS was settled to, whose value complete() still may change
-        self.more: list[int] = []  # such places of an INS that come next
+        self.took_many = False  # KVM has read ahead elements of a REP INS, of which only one is done
         self.queue: list[Exit] = []  # exits that came in one with another
         self.answers: list[tuple[int, int]] = []  # (gpa, value) of the reads that the present instruction has had
         self.replay: list[tuple[int, int]] = []  # the same, for an instruction that a restored state begins again
@@ -179,7 +179,7 @@ class KvmVcpu:
         data = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
         if self.pending:
             self.u8[at:at + size] = data
-            if self.pending == "pio" and not self.more and kind_of(self.fetch(int(self.gprs[RIP]), 15)).string:
+            if self.pending == "pio" and kind_of(self.fetch(int(self.gprs[RIP]), 15)).string:
                 self.settle()  # INS: what was read lies in memory from now on
         elif self.wrote is not None:
             for i, byte in enumerate(data):
@@ -209,8 +209,6 @@ class KvmVcpu:
         self._until = time.monotonic() + self.vm.deadline
         if self.queue:
             return self.queue.pop(0)
-        if self.more:
-            return next_element(self)
         if insns is None and len(self.breakpoints) <= HW_BREAKPOINTS:
             self.exact = False
             if self.breakpoints or self.stepper.control[0]:
@@ -253,6 +251,8 @@ class KvmVcpu:
 
     def stay_free(self) -> Exit:
         """Stay in the guest until an exit, with debug registers as they are."""
+        if self.took_many:
+            self.settle()
         while True:
             self._leave()
             reason = self._enter()
@@ -301,10 +301,17 @@ class KvmVcpu:
     def settle(self) -> None:
         """Let KVM finish the instruction of the last exit, so that registers are those behind it; a read from a hole has to wait."""
         self.mine()
-        if self.pending == "pio" and not self.more and self.awaits:
+        if self.pending == "pio" and self.awaits:
             kind = kind_of(self.fetch(int(self.gprs[RIP]), 15))
             self.wrote = int(self.gprs[RDI]) if kind.string else None
-        while self.pending and self.pending != "read" and not self.more:
+            self.took_many = False
+            if kind.rep:
+                with self.stepper.once(kind):
+                    return self._finish()
+        self._finish()
+
+    def _finish(self) -> None:
+        while self.pending and self.pending != "read":
             self.pending = ""
             self.u8[1] = 1
             reason = self._enter()
@@ -320,7 +327,7 @@ class KvmVcpu:
             self.settle()
         self.queue.clear()
         self.awaits = None
-        for kept in (self.more, self.answers, self.replay):
+        for kept in (self.answers, self.replay):
             kept.clear()
 
     def asked(self, in_time: bool) -> Exit | None:
