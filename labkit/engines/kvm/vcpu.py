@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
+from labkit.arch.desc import LAST
+from labkit.arch.x86 import X86_PXXV48_4K as MODE
 from labkit.engines.base import BudgetExit, DeadlineExit, DebugExit, Exit, InterruptExit, Regs, Trace
 from labkit.engines.kvm.abi import CONSTANTS, EXITS, IOCTLS, STRUCTS, call, enter, struct
 from labkit.engines.kvm.exits import HANDLERS, on_io
@@ -29,6 +31,7 @@ __all__ = ["KvmVcpu"]
 RUN = IOCTLS["KVM_RUN"]
 IO, DEBUG, INTR = EXITS["KVM_EXIT_IO"], EXITS["KVM_EXIT_DEBUG"], EXITS["KVM_EXIT_INTR"]
 _GPRS = STRUCTS["kvm_run"].s.offset
+PG = 1 << 31  # of CR0
 RIP, RAX, RDI = GPR["rip"], GPR["rax"], GPR["rdi"]
 _SERIAL = itertools.count(1)
 
@@ -129,10 +132,19 @@ class KvmVcpu:
         return self.vm.hva(gpa) if gpa is not None else 0
 
     def gpa(self, gva: int) -> int | None:
-        """The gpa behind a gva; None where nothing is mapped (KVM's word on rights is not to be trusted and not asked for)."""
-        where = struct("kvm_translation", linear_address=gva)
-        call(self.fd, "KVM_TRANSLATE", where)
-        return int(where.physical_address) if where.valid else None
+        """The gpa behind a gva, None where nothing is mapped; not from KVM_TRANSLATE, which leaves accessed bits in the guest's tables."""
+        if not self.regs.read("cr0") & PG:
+            return gva
+        table = MODE.root(self.regs.read("cr3"))
+        for level in MODE.levels if MODE.canonical(gva) else ():
+            hva = self.vm.hva(table + 8 * level.index(gva))
+            entry = ctypes.c_uint64.from_address(hva).value if hva else 0
+            if not MODE.present(entry):
+                return None
+            if level.leaf is LAST or not MODE.table(entry):
+                return MODE.frame(level, entry) + (gva & level.size - 1)
+            table = MODE.pa.get(entry)
+        return None
 
     def fetch(self, gva: int, size: int) -> bytes:
         """Guest-virtual memory as far as it is mapped."""
