@@ -1,4 +1,4 @@
-"""The %%guest cell magic: a cell of C becomes a Program. `%load_ext labkit.magics` turns it on."""
+"""%%guest: a cell of C becomes a Program; %%needs: a cell for an engine that may be missing. `%load_ext labkit.magics` turns both on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import shlex
 from pathlib import Path
 from typing import Any, NoReturn
 
+from labkit.arch.x86_cpu import CpuModel
+from labkit.engines import open_engine
 from labkit.errors import InvalidState, LabError, NotAvailable
 from labkit.guest.program import Program
 
-__all__ = ["guest", "load_ipython_extension"]
+__all__ = ["Needs", "guest", "load_ipython_extension"]
 
 HERE = Path(__file__).parent
 GUESTS = (HERE / "data" / "guests", HERE.parent / "data" / "guests")  # of an installed labkit, of a clone
@@ -61,8 +63,35 @@ def _prebuilt(name: str, cell: str) -> Program | None:
     return None
 
 
+class Needs:
+    """The first line `%%needs BACKEND`: where that engine can be had the cell is as any other, elsewhere it only says why not."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, list[str]] = {}  # reason -> the cell that says it in full; IPython asks more than once a run
+
+    def __call__(self, lines: list[str]) -> list[str]:
+        """A cell's lines as IPython shall run them."""
+        if not lines or lines[0].split()[:1] != ["%%needs"]:
+            return lines
+        why = _lacks(backend := lines[0][len("%%needs"):].strip())
+        if not why:
+            return [f"# {lines[0]}", *lines[1:]]
+        in_full = self.told.setdefault(why, lines) == lines
+        said = f"Not run: {why}." if in_full else f"Not run, for the same reason: no {backend}."
+        return [f"print({said!r})\n"]
+
+
+def _lacks(backend: str) -> str:
+    """Why this engine cannot be had, "" when it can."""
+    try:
+        open_engine(backend, "x86_64", CpuModel()).close()
+    except NotAvailable as err:
+        return str(err)
+    return ""
+
+
 def load_ipython_extension(ipython: Any) -> None:
-    """Register %%guest NAME [--arch A] [--compiler C] [--opt=-O1] with this IPython."""
+    """Register %%guest NAME [--arch A] [--compiler C] [--opt=-O1] and %%needs BACKEND with this IPython."""
 
     def run(line: str, cell: str) -> Program:
         try:
@@ -76,4 +105,6 @@ def load_ipython_extension(ipython: Any) -> None:
         ipython.user_ns[name] = program
         return program
 
+    if not any(isinstance(known, Needs) for known in ipython.input_transformers_cleanup):
+        ipython.input_transformers_cleanup.append(Needs())
     ipython.register_magic_function(run, magic_kind="cell", magic_name="guest")

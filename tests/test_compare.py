@@ -75,6 +75,7 @@ def edit_event(at: int, **facts: Any) -> Bend:
 
 BENDS: dict[str, tuple[Bend, str, str]] = {  # name -> what is changed, the kind of the difference, words of it
     "register": (lambda vm: setattr(vm.vcpus[0].regs, "rbx", 0x1234), "register", "vCPU 0 register rbx: unicorn 0x"),
+    "resume flag": (lambda vm: vm.vcpus[0]._cpu.set_regs({"rflags": vm.vcpus[0].regs.rflags ^ 1 << 16}), "register", "register rflags: "),
     "vector register": (lambda vm: vm.vcpus[0].regs.__setitem__("xmm3", 9), "register", "xmm3: unicorn 0x0, unicorn 2 0x9"),
     "MSR": (lambda vm: setattr(vm.vcpus[0].regs, "lstar", 1), "register", "lstar"),
     "global": (lambda vm: vm.write_guest_global("counter", 7), "memory", " counter: unicorn 06"),

@@ -74,6 +74,38 @@ def test_that_string_io_leaves_once_an_element(machine, prefix, times, size):
     assert vcpu.run(9) == HaltExit() and vcpu.regs.rdi == DATA + 0x100 + step * times
 
 
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("text, step", [("rep insb", 1), ("std; rep insw", -2), (".byte 0x67; rep insd", 4)])
+def test_that_registers_behind_each_element_of_a_string_are_those_of_one_iteration(machine, text, step, budget):
+    vm, vcpu = machine(f"{text}; hlt", rcx=3, rdi=DATA + 0x100)
+    for i in (1, 2, 3):
+        assert vcpu.run(budget) == PioExit(0x1234, abs(step), False, 0)
+        assert (vcpu.regs.rcx, vcpu.regs.rdi) == (3 - i, DATA + 0x100 + step * i) and (vm.read(vcpu.pc, 1) == b"\xf4") == (i == 3)
+        vcpu.complete(0x04030200 + i)
+        assert vm.read(DATA + 0x100 + step * (i - 1), 1) == bytes([i])
+    assert vcpu.run(budget) == HaltExit() and vcpu.regs.rdi == DATA + 0x100 + step * 3
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_that_a_count_changed_inside_a_string_counts_from_there(machine, budget):
+    _, vcpu = machine("rep insb; hlt", rcx=5, rdi=DATA)
+    assert vcpu.run(budget) == PioExit(0x1234, 1, False, 0)
+    vcpu.regs.rcx = 1
+    assert vcpu.run(budget) == PioExit(0x1234, 1, False, 0) and vcpu.run(budget) == HaltExit() and vcpu.regs.rdi == DATA + 2
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_that_a_string_that_meets_a_fault_goes_on_behind_it(machine, budget):
+    vm, vcpu = machine("rep insb; hlt", rcx=3, rdi=0x66660FFE)
+    vm.machine.space.map(0x66660000, vm.gva2gpa(DATA))
+    exits = [vcpu.run(budget) for _ in range(2)]
+    assert exits == [PioExit(0x1234, 1, False, 0)] * 2 and vcpu.regs.rcx == 1
+    while len(exits) < 4 and not isinstance(came := vcpu.run(budget), HaltExit):  # KVM asks the device first, then faults
+        exits.append(came)
+    assert exits in ([exits[0]] * 2, [exits[0]] * 3)
+    assert vcpu.pc == HANDLERS + 16 * 14 + 1 and (vcpu.regs.cr2, vcpu.regs.rcx) == (0x66661000, 1)
+
+
 @only_unicorn  # KVM asks the device first, and meets the fault when it stores what the device said
 def test_that_string_io_follows_its_prefixes_and_faults_like_any_access(machine):
     vm, vcpu = machine(".byte 0x64,0x6e; .byte 0x67,0xf3,0x6e; outsb; mov edi,0x66660000; insb", fs_base=0x10, rsi=DATA, rcx=0x7_0000_0001)

@@ -78,3 +78,14 @@ def test_that_without_a_compiler_only_the_very_guest_that_comes_along_will_do(sh
     shown = "".join(capsys.readouterr())
     assert ("No compiler here, so this is hello.elf" if made else "pip install ziglang") in shown
     assert ("hello" in shell.user_ns) is made
+
+def test_that_a_cell_for_an_engine_that_is_there_runs_as_any_other(shell):
+    assert shell.run_cell("%%needs unicorn\nx = 1\nx + 1").result == 2
+    assert not shell.run_cell("%%needs unicorn\n1 / 0").success
+
+
+def test_that_a_cell_for_an_engine_that_is_not_there_says_why_once(shell, capsys):
+    shell.run_line_magic("reload_ext", "labkit.magics")
+    for number, words in enumerate(["Not run: backend 'bochs' is not part of this labkit", "Not run, for the same reason: no bochs."] * 2):
+        assert shell.run_cell(f"%%needs bochs\nx = {number % 2}").success and words in capsys.readouterr().out
+    assert "x" not in shell.user_ns

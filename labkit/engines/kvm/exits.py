@@ -14,7 +14,7 @@ from labkit.engines.kvm.regs import GPR
 if TYPE_CHECKING:
     from labkit.engines.kvm.vcpu import KvmVcpu
 
-__all__ = ["HANDLERS", "next_element", "on_io"]
+__all__ = ["HANDLERS", "on_io"]
 
 UNION = STRUCTS["kvm_run"].padding.offset
 RIP = GPR["rip"]
@@ -35,16 +35,8 @@ def on_io(vcpu: KvmVcpu) -> Exit:
         vcpu.queue += [PioExit(port, size, True, data) for data in parts[1:]]
         return PioExit(port, size, True, parts[0])
     vcpu.u8[at:at + size * count] = bytes(size * count)
-    vcpu.awaits, vcpu.more = (at, size), [at + size * i for i in range(1, count)]
+    vcpu.awaits, vcpu.took_many = (at, size), count > 1  # elements of a REP INS: the first is the one that leaves, see settle()
     return _in_exit(port, size)
-
-
-def next_element(vcpu: KvmVcpu) -> Exit:
-    """The next element of an INS that KVM took together; it goes on when the host has given all."""
-    assert vcpu.awaits is not None
-    vcpu.awaits = vcpu.more.pop(0), vcpu.awaits[1]
-    vcpu.insns += 1
-    return _in_exit(vcpu.u32[UNION // 4] >> 16, vcpu.awaits[1])
 
 
 @cache

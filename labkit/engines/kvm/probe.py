@@ -29,6 +29,7 @@ NOPS, LEAVE = b"\x90" * 4, b"\xec"  # in al, dx
 LOOPS = 3000
 LOOP = b"\xb9" + LOOPS.to_bytes(4, "little") + b"\xff\xc9\x75\xfc" + LEAVE  # mov ecx, LOOPS; 1: dec ecx; jnz 1b
 STORE = b"\x88\x04\x25" + DATA.to_bytes(4, "little") + b"\x90" + LEAVE  # mov [DATA], al
+CPUID = b"\xb8\7\0\0\0\x31\xc9\x0f\xa2\xba\0\x10\0\0" + LEAVE  # mov eax, 7; xor ecx, ecx; cpuid; mov edx, 0x1000
 NATIVE = 50e-9  # seconds an instruction; emulation takes twenty times that
 T = TypeVar("T")
 WATCH = 1 << 16 | 2  # DR7: DR0 is on and breaks on writes of one byte
@@ -82,6 +83,10 @@ def _logs(guest: _Guest) -> bool:
     return guest.left(guest.vcpu.run(), 9) and DATA in guest.vm.pages_written()
 
 
+def _identifies(guest: _Guest) -> bool:
+    return guest.left(guest.vcpu.run(), len(CPUID)) and guest.vcpu.read_reg("rbx") == guest.vm.cpu.leaf(7, 0)[1]
+
+
 def _pace(guest: _Guest) -> float:
     """Seconds an instruction, once the pages are known to KVM."""
     took = float("inf")
@@ -111,6 +116,7 @@ def probe() -> tuple[Capability, ...]:
     nops = NOPS + LEAVE
     step, step_user = (_ask(_steps, nops, user, False) for user in (False, True))
     kernel, user = (_ask(_pace, LOOP, ring, float("inf")) for ring in (False, True))
+    cpuid = [_ask(_identifies, CPUID, ring, False) for ring in (False, True)]
     told = f"{kernel * 1e9:.0f} ns an instruction at CPL0, {user * 1e9:.0f} ns at CPL3"
     by_default = kernel > NATIVE >= user and step_user
     if by_default:
@@ -135,6 +141,10 @@ def probe() -> tuple[Capability, ...]:
         Capability("native_speed_user", user <= NATIVE, told),
         Capability("user_by_default", by_default, why),
         Capability("software_interrupts", _ask(_traps, b"\xcc" + LEAVE, False, False), "INT3 and INT n at CPL0: probed with one INT3"),
+        Capability("cpuid", all(cpuid), "leaf 7 was asked for: " + ", ".join(
+            f"{ring} sees {'the VM' if own else 'the host'}'s own" for ring, own in zip(("CPL0", "CPL3"), cpuid, strict=True))),
+        Capability("msr_table", False, "a guest finds all of KVM's MSRs; those that KVM lacks are the VM's own table's"),
+        Capability("exceptions", False, "KVM brings an exception to its handler inside the guest and tells nobody"),
         Capability("triple_fault_vectors", False, "KVM_EXIT_SHUTDOWN does not say which exceptions led there"),
         Capability("hypercalls", False, "KVM answers VMCALL and VMMCALL itself, with -KVM_ENOSYS (kvm_pvm at CPL0 never ends them)"),
     )

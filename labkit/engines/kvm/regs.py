@@ -197,6 +197,7 @@ class Registers:
         table = state.ldt if selector & 4 else state.gdt
         at = table.base + (selector & ~7)
         raw = self.vcpu.fetch(at, 8) if selector | 7 <= table.limit else b""
+        call(self.fd, "KVM_TRANSLATE", struct("kvm_translation", linear_address=at))  # it leaves the accessed bits of a CPU's own look-up
         word = int.from_bytes(raw, "little")
         if len(raw) < 8 or (name == "cs" and not word >> 53 & 1):  # L
             raise InvalidState(f"{name} = {selector:#x}: the {'LDT' if selector & 4 else 'GDT'} has no such segment", name=name)

@@ -8,10 +8,10 @@ given a count of one. A HLT would lose its exit, so it runs without being steppe
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from labkit.engines.base import Exit
 from labkit.engines.kvm.abi import CONSTANTS, EXITS, call, struct
@@ -44,6 +44,11 @@ class Kind(NamedTuple):
     compares: bool
     narrow: bool  # counts in ECX
     vector: int  # of an exception that it may raise beside #UD #GP #PF
+
+    @property
+    def mask(self) -> int:
+        """The bits of RCX that count iterations."""
+        return 0xFFFFFFFF if self.narrow else (1 << 64) - 1
 
 
 @lru_cache(4096)
@@ -139,27 +144,40 @@ class Stepper:
         return vcpu.stay()
 
     def _iterate(self, kind: Kind) -> Exit | None:
-        """One iteration of a REP instruction (SDM vol. 2B REP): it is told that it is the last."""
-        vcpu, gprs = self.vcpu, self.vcpu.gprs
-        start, mask = gprs[RIP], 0xFFFFFFFF if kind.narrow else (1 << 64) - 1
-        left = gprs[RCX] & mask
-        if not left:
+        """One iteration of a REP instruction, or the fault that the last one met."""
+        vcpu, gprs, mask = self.vcpu, self.vcpu.gprs, kind.mask
+        if not gprs[RCX] & mask or self._events().raw[0] & 0xFF:  # exception.injected
             return vcpu.stay()
-        before = vcpu.insns
+        before, left = vcpu.insns, gprs[RCX]
+        with self.once(kind):
+            exit = vcpu.stay()
+            vcpu.settle()
+        if exit is None and vcpu.insns == before and gprs[RCX] != left:
+            vcpu.insns += 1
+        return exit
+
+    @contextmanager
+    def once(self, kind: Kind) -> Iterator[None]:
+        """Around one iteration of a REP instruction (SDM vol. 2B REP): it is told that it is the last, then stands where one leads."""
+        vcpu, gprs, mask = self.vcpu, self.vcpu.gprs, kind.mask
+        start, left = gprs[RIP], gprs[RCX] & mask
         gprs[RCX] = 1
         vcpu.run_page.kvm_dirty_regs |= SYNC_REGS
-        exit = vcpu.stay()
-        vcpu.settle()
+        yield
         if gprs[RCX] & mask == 0:
-            if exit is None and vcpu.insns == before:
-                vcpu.insns += 1
             over = left == 1 or (kind.compares and bool(gprs[FLAGS] & ZF) != (kind.rep == 0xF3))
             gprs[RCX], gprs[RIP] = left - 1, start + kind.length if over else start
             self.inside = not over
-        else:  # a fault, or a read from a hole: nothing was done
-            gprs[RCX] = left
-        vcpu.run_page.kvm_dirty_regs |= SYNC_REGS
-        return exit
+            vcpu.run_page.kvm_dirty_regs |= SYNC_REGS
+        else:  # a fault, or a read from a hole: nothing was done; KVM_SET_REGS drops a fault that is not delivered yet
+            events, gprs[RCX] = self._events(), left
+            call(vcpu.fd, "KVM_SET_REGS", vcpu.run_page.s.regs)
+            call(vcpu.fd, "KVM_SET_VCPU_EVENTS", events)
+
+    def _events(self) -> Any:
+        events = struct("kvm_vcpu_events")
+        call(self.vcpu.fd, "KVM_GET_VCPU_EVENTS", events)
+        return events
 
     def _peek(self, gva: int) -> bytes:
         """The bytes at gva, of one page; b"" where nothing is mapped."""

@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
+from labkit.arch.desc import LAST
+from labkit.arch.x86 import X86_PXXV48_4K as MODE
 from labkit.engines.base import BudgetExit, DeadlineExit, DebugExit, Exit, InterruptExit, Regs, Trace
 from labkit.engines.kvm.abi import CONSTANTS, EXITS, IOCTLS, STRUCTS, call, enter, struct
-from labkit.engines.kvm.exits import HANDLERS, next_element, on_io
+from labkit.engines.kvm.exits import HANDLERS, on_io
 from labkit.engines.kvm.regs import GPR, Registers
 from labkit.engines.kvm.state import restore, save
 from labkit.engines.kvm.step import HW_BREAKPOINTS, Stepper, kind_of
@@ -29,6 +31,7 @@ __all__ = ["KvmVcpu"]
 RUN = IOCTLS["KVM_RUN"]
 IO, DEBUG, INTR = EXITS["KVM_EXIT_IO"], EXITS["KVM_EXIT_DEBUG"], EXITS["KVM_EXIT_INTR"]
 _GPRS = STRUCTS["kvm_run"].s.offset
+PG = 1 << 31  # of CR0
 RIP, RAX, RDI = GPR["rip"], GPR["rax"], GPR["rdi"]
 _SERIAL = itertools.count(1)
 
@@ -51,7 +54,7 @@ class KvmVcpu:
         self.pending = ""  # what the next KVM_RUN completes first: "", "pio", "string", "read", "write"
         self.awaits: tuple[int, int] | None = None  # (place in the run page, bytes) that complete() sets
         self.wrote: int | None = None  # gva that an INS was settled to, whose value complete() still may change
-        self.more: list[int] = []  # such places of an INS that come next
+        self.took_many = False  # KVM has read ahead elements of a REP INS, of which only one is done
         self.queue: list[Exit] = []  # exits that came in one with another
         self.answers: list[tuple[int, int]] = []  # (gpa, value) of the reads that the present instruction has had
         self.replay: list[tuple[int, int]] = []  # the same, for an instruction that a restored state begins again
@@ -129,10 +132,19 @@ class KvmVcpu:
         return self.vm.hva(gpa) if gpa is not None else 0
 
     def gpa(self, gva: int) -> int | None:
-        """The gpa behind a gva; None where nothing is mapped (KVM's word on rights is not to be trusted and not asked for)."""
-        where = struct("kvm_translation", linear_address=gva)
-        call(self.fd, "KVM_TRANSLATE", where)
-        return int(where.physical_address) if where.valid else None
+        """The gpa behind a gva, None where nothing is mapped; not from KVM_TRANSLATE, which leaves accessed bits in the guest's tables."""
+        if not self.regs.read("cr0") & PG:
+            return gva
+        table = MODE.root(self.regs.read("cr3"))
+        for level in MODE.levels if MODE.canonical(gva) else ():
+            hva = self.vm.hva(table + 8 * level.index(gva))
+            entry = ctypes.c_uint64.from_address(hva).value if hva else 0
+            if not MODE.present(entry):
+                return None
+            if level.leaf is LAST or not MODE.table(entry):
+                return MODE.frame(level, entry) + (gva & level.size - 1)
+            table = MODE.pa.get(entry)
+        return None
 
     def fetch(self, gva: int, size: int) -> bytes:
         """Guest-virtual memory as far as it is mapped."""
@@ -179,7 +191,7 @@ class KvmVcpu:
         data = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
         if self.pending:
             self.u8[at:at + size] = data
-            if self.pending == "pio" and not self.more and kind_of(self.fetch(int(self.gprs[RIP]), 15)).string:
+            if self.pending == "pio" and kind_of(self.fetch(int(self.gprs[RIP]), 15)).string:
                 self.settle()  # INS: what was read lies in memory from now on
         elif self.wrote is not None:
             for i, byte in enumerate(data):
@@ -209,8 +221,6 @@ class KvmVcpu:
         self._until = time.monotonic() + self.vm.deadline
         if self.queue:
             return self.queue.pop(0)
-        if self.more:
-            return next_element(self)
         if insns is None and len(self.breakpoints) <= HW_BREAKPOINTS:
             self.exact = False
             if self.breakpoints or self.stepper.control[0]:
@@ -253,6 +263,8 @@ class KvmVcpu:
 
     def stay_free(self) -> Exit:
         """Stay in the guest until an exit, with debug registers as they are."""
+        if self.took_many:
+            self.settle()
         while True:
             self._leave()
             reason = self._enter()
@@ -301,10 +313,17 @@ class KvmVcpu:
     def settle(self) -> None:
         """Let KVM finish the instruction of the last exit, so that registers are those behind it; a read from a hole has to wait."""
         self.mine()
-        if self.pending == "pio" and not self.more and self.awaits:
+        if self.pending == "pio" and self.awaits:
             kind = kind_of(self.fetch(int(self.gprs[RIP]), 15))
             self.wrote = int(self.gprs[RDI]) if kind.string else None
-        while self.pending and self.pending != "read" and not self.more:
+            self.took_many = False
+            if kind.rep:
+                with self.stepper.once(kind):
+                    return self._finish()
+        self._finish()
+
+    def _finish(self) -> None:
+        while self.pending and self.pending != "read":
             self.pending = ""
             self.u8[1] = 1
             reason = self._enter()
@@ -320,7 +339,7 @@ class KvmVcpu:
             self.settle()
         self.queue.clear()
         self.awaits = None
-        for kept in (self.more, self.answers, self.replay):
+        for kept in (self.answers, self.replay):
             kept.clear()
 
     def asked(self, in_time: bool) -> Exit | None:
