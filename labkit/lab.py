@@ -135,17 +135,18 @@ class Vm:
     def _pool(self) -> Pool | None:
         return self._ucalls if isinstance(self._ucalls, Pool) else None
 
-    def _add_vcpu(self, entry: int) -> Vcpu:
+    def _add_vcpu(self, entry: int) -> None:
         index = len(self.vcpus)
         self.machine.create_vcpu(entry, partial(self._trace, index))
+        if self.guest is not None:
+            self.guest.add_ghcb(self.machine, index, self.program)
         self.vcpus.append(Vcpu(self, index))
-        return self.vcpus[-1]
 
     def add_vcpu(self, entry: str | int) -> Vcpu:
         """One more vCPU (vm_vcpu_add)."""
-        vcpu = self._add_vcpu(self.gva_of(entry))
+        self._add_vcpu(self.gva_of(entry))
         self.changed()
-        return vcpu
+        return self.vcpus[-1]
 
     # --- running
 

@@ -82,6 +82,13 @@ class CpuModel:
                 return self.cpuid[key]
         return (0, 0, 0, 0)
 
+    def seen_by(self, index: int, cr4: int, eax: int, ecx: int) -> Quad:
+        """The same as one vCPU sees it: leaf 1 has its APIC id, and OSXSAVE as in CR4."""
+        a, b, c, d = self.leaf(eax, ecx)
+        if eax == 1:
+            b, c = b & 0x00FF_FFFF | index << 24, c & ~bit(27) | (bit(27) if cr4 & bit(18) else 0)
+        return a, b, c, d
+
     def copy(self) -> CpuModel:
         """An independent model with the same tables."""
         return CpuModel(dict(self.cpuid), dict(self.msrs), self.read_only_msrs, self.tsc_khz)

@@ -10,9 +10,31 @@ if TYPE_CHECKING:
     from labkit.arch.desc import PagingMode
 
 __all__ = [
-    "BudgetExit", "Capability", "Cipher", "DeadlineExit", "DebugExit", "EngineVcpu", "EngineVm", "Exit", "HaltExit", "HypercallExit",
-    "InternalErrorExit", "InterruptExit", "LoggingVm", "MmioExit", "ParallelVm", "PioExit", "ProtectingVm", "Regs", "ShutdownExit",
+    "BudgetExit",
+    "Capability",
+    "Cipher",
+    "DeadlineExit",
+    "DebugExit",
+    "EngineVcpu",
+    "EngineVm",
+    "Exit",
+    "GuestFault",
+    "HaltExit",
+    "HypercallExit",
+    "InternalErrorExit",
+    "InterruptExit",
+    "LoggingVm",
+    "MemoryFaultExit",
+    "MmioExit",
+    "Ownership",
+    "ParallelVm",
+    "PioExit",
+    "ProtectingVm",
+    "Regs",
+    "ShutdownExit",
+    "SystemEventExit",
     "Trace",
+    "VmgexitExit",
 ]
 
 Regs = dict[str, int]
@@ -80,6 +102,46 @@ class HypercallExit(Exit):
     nr: int
     args: tuple[int, ...]
     end = "hypercall"
+
+
+@dataclass(frozen=True)
+class VmgexitExit(Exit):
+    """VMGEXIT of a guest whose registers are encrypted: MSR 0xc0010130; from a host that answered, what was asked and its answer."""
+
+    ghcb: int
+    request: str = ""
+    answer: str = ""
+    end = "vmgexit"
+
+    def __str__(self) -> str:
+        return f"vmgexit {self.request} (ghcb {self.ghcb:#x}): {self.answer}" if self.request else f"vmgexit ghcb {self.ghcb:#x}"
+
+
+@dataclass(frozen=True)
+class SystemEventExit(Exit):
+    """The guest asked for the end of its VM (KVM_EXIT_SYSTEM_EVENT)."""
+
+    type: int  # KVM_SYSTEM_EVENT_SEV_TERM is 6
+    data: tuple[int, ...]
+    why: str
+    end = "terminated"
+
+    def __str__(self) -> str:
+        return f"{self.why} (system event {self.type}, data {', '.join(map(hex, self.data))})"
+
+
+@dataclass(frozen=True)
+class MemoryFaultExit(Exit):
+    """An access that the nested tables refuse (KVM_EXIT_MEMORY_FAULT): the host changes what it wants and runs the instruction again."""
+
+    gpa: int
+    is_private: bool
+    error_code: int  # of the nested page fault
+    why: str
+    end = "memory-fault"
+
+    def __str__(self) -> str:
+        return f"nested page fault at gpa {self.gpa:#x} (error code {self.error_code:#x}): {self.why}"
 
 
 @dataclass(frozen=True)
@@ -152,6 +214,27 @@ class Cipher(Protocol):
 
     def decrypt_into(self, spa: int, data: Any, out: Any) -> None:
         """Decrypt from one buffer into another."""
+
+
+class GuestFault(Protocol):
+    """What a guest's access to a page that is not its own meets: "#VC" in the guest, "#NPF" at the host."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def error_code(self) -> int: ...
+    @property
+    def why(self) -> str: ...
+
+
+class Ownership(Cipher, Protocol):
+    """A cipher beside which pages have owners (SNP's RMP)."""
+
+    def guest_fault(self, gpa: int, private: bool, is_write: bool) -> GuestFault | None:
+        """What an access of the guest to its page meets."""
+
+    def pvalidate(self, gpa: int, size: int, validate: bool) -> tuple[int, bool] | GuestFault:
+        """The instruction, on a page of its own: (EAX, CF), or what it meets."""
 
 
 class EngineVcpu(Protocol):
@@ -240,8 +323,14 @@ class LoggingVm(Protocol):
 class ProtectingVm(Protocol):
     """The VM of an engine whose guests can be encrypted (capability protect)."""
 
-    def protect(self, mode: PagingMode, cipher: Cipher, inverted: bool) -> None:
-        """Before any vCPU: the guest sees memory through the key where an entry's encryption bit says so (inverted: where not)."""
+    def protect(self, mode: PagingMode, cipher: Ownership, inverted: bool, level: int) -> None:
+        """Before any vCPU: the guest sees memory through the key where an entry's encryption bit says so (inverted: where not).
+
+        level 2: registers are encrypted too, what the guest cannot do alone is #VC and VMGEXIT; 3: pages have owners (`own_pages`).
+        """
+
+    def own_pages(self, gpa: int, assigned: Any, usable: Any) -> None:
+        """From now on, for pages from gpa on, arrays of bool: it is a guest's, so no shared write; this guest may use it privately."""
 
     def memory_needed(self, gpa: int, size: int, is_write: bool) -> None:
         """The host is about to look at guest memory, or to write a part of it."""

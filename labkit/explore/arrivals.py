@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from labkit.engines.base import BudgetExit, Exit, InterruptExit, PioExit
+from labkit.engines.base import BudgetExit, Exit, InterruptExit, PioExit, VmgexitExit
+from labkit.sev.vmgexit import answer
 from labkit.ucall.pool import BadUcallExit, Ucall
 
 __all__ = ["arrived"]
 
-_ENDS = {"halted": "halted", "shutdown": "shutdown", "internal-error": "stuck"}
+_ENDS = {"halted": "halted", "shutdown": "shutdown", "internal-error": "stuck", "terminated": "terminated"}
 _FINAL = {"DONE": "done", "ABORT": "aborted", "UNHANDLED": "unhandled"}
 
 
@@ -18,8 +19,13 @@ def arrived(vm: Any, vcpu: Any, exit: Exit) -> Ucall | Exit:
     came: Ucall | Exit = exit
     if vcpu.state == "not started" and vm._ucalls is not None:
         vm._ucalls.begins(vcpu.index)
-    if type(exit) is PioExit and exit.port == vm.arch.ucall.number:
-        came = _take(vm, vcpu, vcpu._cpu.read_reg(vm.arch.ucall.register))
+    ucall = None
+    if type(exit) is VmgexitExit and vm.guest is not None:
+        came, ucall = answer(vm.guest, vcpu.index, vcpu._cpu, exit.ghcb, vm.arch.ucall.number)
+    elif type(exit) is PioExit and exit.port == vm.arch.ucall.number:
+        ucall = vcpu._cpu.read_reg(vm.arch.ucall.register)
+    if ucall is not None:
+        came = _take(vm, vcpu, ucall)
     elif vm._ucalls is not None:
         vm._ucalls.saw(vcpu.index, vcpu._cpu.locked_at, vm.machine.engine.retired())
     if isinstance(came, Ucall):

@@ -90,6 +90,9 @@ def _note(vm: Any, vcpu: Vcpu, name: str, value: int) -> tuple[str, int | None]:
 
 def look_at_vcpu(vm: Any, vcpu: Vcpu) -> VcpuSnapshot:
     """One vCPU: registers with what they mean, code, source, stack, and what the next instruction does."""
+    if vcpu.sealed:
+        return VcpuSnapshot(vcpu.index, vcpu.step_count, vcpu.state, "", 0, "", "", None, None, (), frozenset(), (), (), (), (), "",
+                            vcpu.sealed)
     regs = vcpu.regs.all()
     before, vcpu.seen = vcpu.seen, dict(regs)
     pc = regs[vm.arch.pc]
@@ -223,9 +226,10 @@ def look_at_vm(vm: Any, front: int = 0, selection: Selection | None = None) -> V
     status = ""
     if cpus:
         cpu = cpus[front]
+        status = status_of(cpu)
+    if cpus and not cpu.sealed:
         ops = operands(vm.arch.name, read_code(vm.vcpus[front].peek, cpu.pc, 15), vm.vcpus[front].regs.all(), cpu.pc, vm.vcpus[front].peek)
         pool = replace(pool, next_slot=next_slot(vm, ops)) if pool is not None else None
-        status = status_of(cpu)
     marks = tuple(EventMark(e.step, e.vcpu, LETTERS.get(e.cmd, "N") if isinstance(e, Ucall) else "X", e.what) for e in vm._events)
     states = {cpu.state for cpu in cpus}
     return VmSnapshot(vm.name, vm.arch.name, vm.backend, vm.protect or "no encryption", ", ".join(sorted(states)) or "no vCPU",
@@ -235,6 +239,8 @@ def look_at_vm(vm: Any, front: int = 0, selection: Selection | None = None) -> V
 
 def status_of(cpu: VcpuSnapshot) -> str:
     """What a vCPU is about to do, in one or two sentences."""
+    if cpu.sealed:
+        return f"vCPU {cpu.index} is {cpu.state}; its registers are sealed: {cpu.sealed}."
     insn = next((i for i in cpu.disassembly if i.current), None)
     if cpu.state in ("done", "aborted", "unhandled", "halted", "shutdown", "stuck"):
         return f"vCPU {cpu.index} is {cpu.state} at {cpu.where}."

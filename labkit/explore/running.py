@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from labkit.engines.base import BudgetExit, DebugExit, Exit, HypercallExit
+from labkit.engines.base import BudgetExit, DebugExit, Exit, HypercallExit, VmgexitExit
 from labkit.errors import BudgetExceeded, GuestAssertFailed, GuestCrashed, InvalidState
 from labkit.machine.schedule import Schedule
 from labkit.ucall.pool import BadUcallExit, Ucall
@@ -61,7 +61,7 @@ def goes_on(came: Came) -> bool:
         case BadUcallExit(kind=kind):
             return kind not in ("exhausted", "unreadable")  # the others are reported, nothing was read through them
         case _:
-            return isinstance(came, HypercallExit)
+            return isinstance(came, HypercallExit) or (isinstance(came, VmgexitExit) and came.request != "")
 
 
 def stream(run: Callable[[int | None], Came], done: Callable[[], bool], clock: Callable[[], int],

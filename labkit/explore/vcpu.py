@@ -19,6 +19,8 @@ from labkit.explore.stepping import step_line
 from labkit.guest.program import Program
 from labkit.machine.vcpu import Registers
 from labkit.machine.vm import Machine
+from labkit.sev.guest import ProtectedGuest
+from labkit.sev.vmgexit import complete
 from labkit.shown import mimebundle
 from labkit.ucall.pool import Ucall
 
@@ -34,6 +36,7 @@ class Host(Protocol):
 
     machine: Machine
     program: Program | None
+    guest: ProtectedGuest | None
 
     @property
     def arch(self) -> Arch: ...
@@ -48,9 +51,18 @@ class Vcpu:
     def __init__(self, vm: Host, index: int) -> None:
         self.vm, self.index, self.state = vm, index, "not started"
         self._cpu = vm.machine.vcpus[index]
-        self.regs = Registers(vm.arch, self._cpu, vm.changed)
+        self.regs = Registers(vm.arch, self._cpu, vm.changed, self._check_registers)
         self.breakpoints: frozenset[int] = frozenset()
         self.seen: dict[str, int] | None = None  # registers when somebody last looked
+
+    def _check_registers(self) -> None:
+        if self.vm.guest is not None:
+            self.vm.guest.check_registers(self.index)
+
+    @property
+    def sealed(self) -> str:
+        """Why the host cannot see or set this vCPU's registers (KvmError EINVAL); "" when it can. The lab's own eye still does."""
+        return self.vm.guest.sealed(self.index) if self.vm.guest is not None else ""
 
     @property
     def step_count(self) -> int:
@@ -97,16 +109,19 @@ class Vcpu:
 
     def complete(self, value: int) -> None:
         """What the IN, MMIO read or hypercall that just exited shall return."""
-        self._cpu.complete(value)
+        if self.vm.guest is None or not complete(self.vm.guest, self.index, value):
+            self._cpu.complete(value)
         self.vm.changed()
 
     def args_set(self, *values: int) -> None:
         """Set the arguments of the entry function (vcpu_args_set)."""
+        self._check_registers()
         self.vm.machine.set_arguments(self.index, values)
         self.vm.changed()
 
     def set_entry(self, entry: str | int) -> None:
         """Begin anew at another function, with a fresh stack and the vCPU's index as argument (vcpu_arch_set_entry_point)."""
+        self._check_registers()
         self.vm.machine.reset_vcpu(self.index, self.vm.gva_of(entry))
         self.state = "not started"
         self.vm.changed()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from labkit.arch.desc import PagingMode
 from labkit.arch.model import Arch, BootTables
-from labkit.engines.base import Cipher, EngineVcpu, EngineVm, Exit, LoggingVm, ParallelVm, ProtectingVm, Trace
+from labkit.engines.base import EngineVcpu, EngineVm, Exit, LoggingVm, Ownership, ParallelVm, ProtectingVm, Trace
 from labkit.errors import InvalidState, NotAvailable
 from labkit.machine.memory import PAGE, Memory
 from labkit.machine.space import AddressSpace
@@ -32,11 +32,21 @@ class MachineState:
     tasks: tuple[int, ...] = ()
 
 
-class Protection(Cipher, Protocol):
+class Protection(Ownership, Protocol):
     """What makes a machine an encrypted one: its key, and which page frames are under it."""
 
     protected: Sparsebit
     inverted: bool
+
+    @property
+    def level(self) -> int:
+        """1 memory, 2 registers too, 3 with ownership of pages."""
+
+    def adopt_vcpu(self, registers: Callable[[], Mapping[str, int]]) -> None:
+        """There is one vCPU more, and this reads its registers."""
+
+    def connect(self, engine: ProtectingVm) -> None:
+        """The engine that must be told when a page changes hands."""
 
     def mode(self, mode: PagingMode) -> PagingMode:
         """The page-table format with its encryption bit."""
@@ -63,6 +73,7 @@ class Machine:
         self._base: MachineState | None = None  # what pages written by guest and host are counted from
         self._written: list[tuple[int, int]] | None = None  # (gpa, bytes) by the host; None: not known
         self._protecting = engine if isinstance(engine, ProtectingVm) and protection is not None else None
+        self._protection = protection
         self.space = AddressSpace(memory, arch.mode, self.is_user) if protection is None else self._protect(protection)
         self.vcpus: list[EngineVcpu] = []
         self.stacks: list[int] = []  # gva of each vCPU's stack, lowest byte
@@ -73,7 +84,8 @@ class Machine:
         if self._protecting is None:
             raise NotAvailable(f"the {self.engine.name} engine cannot encrypt guests: use backend=\"unicorn\"")
         mode = protection.mode(self.arch.mode)
-        self._protecting.protect(mode, protection, protection.inverted)
+        self._protecting.protect(mode, protection, protection.inverted, protection.level)
+        protection.connect(self._protecting)
         self.memory.on_look += [protection.look, self._protecting.memory_needed]
         return AddressSpace(self.memory, mode, self.is_user, protection.protected)
 
@@ -127,7 +139,7 @@ class Machine:
         if self.is_user:
             self.tasks.append(self._make_task())
         vcpu = self.engine.create_vcpu(index, trace)
-        self.vcpus.append(vcpu)
+        self._attach(vcpu)
         self.reset_vcpu(index, entry)
         return vcpu
 
@@ -140,7 +152,12 @@ class Machine:
 
     def adopt_vcpu(self, trace: Trace) -> None:
         """Add a vCPU whose state will come from a snapshot."""
-        self.vcpus.append(self.engine.create_vcpu(len(self.vcpus), trace))
+        self._attach(self.engine.create_vcpu(len(self.vcpus), trace))
+
+    def _attach(self, vcpu: EngineVcpu) -> None:
+        self.vcpus.append(vcpu)
+        if self._protection is not None:
+            self._protection.adopt_vcpu(vcpu.get_regs)
 
     def reset_vcpu(self, index: int, entry: int) -> None:
         """Bring a vCPU back to its reset state at `entry` (vcpu_arch_set_entry_point() and more)."""

@@ -6,10 +6,10 @@ opposite of the C-bit. Its module's own launch (TDH.MEM.PAGE.ADD) is not modelle
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,19 +19,31 @@ from labkit.arch.x86_cpu import CpuModel
 from labkit.errors import InvalidState, KvmError, NotAvailable
 from labkit.machine.memory import PAGE, Memory
 from labkit.machine.sparsebit import Sparsebit
+from labkit.machine.vm import MAX_VCPUS, Machine
 from labkit.sev.commands import GuestState
 from labkit.sev.cpu import GHCB_MSR, LEAF, LEVELS, SEV_STATUS_MSR, encryption_leaf, sev_status
-from labkit.sev.kvm import KvmHost, KvmVm, VmType, kvm_command
+from labkit.sev.dram import Dram
+from labkit.sev.ghcb import msr_response
+from labkit.sev.kvm import KvmHost, KvmVcpu, KvmVm, VmType, check_register_access, kvm_command
 from labkit.sev.policy import Policy, SnpPolicy, Status
 from labkit.sev.psp import Measured, Psp
-from labkit.sev.rmp import host_access
+from labkit.sev.rmp import RmpFault, guest_access, host_access
 from labkit.sev.snp import SnpMeasured, SnpState
+from labkit.sev.vmgexit import Awaited
+from labkit.sev.vmsa import vmsa_page
+
+if TYPE_CHECKING:
+    from labkit.engines.base import ProtectingVm
+    from labkit.guest.program import Program
 
 __all__ = ["KINDS", "Done", "ProtectedGuest"]
 
 KINDS = ("sev", "sev-es", "snp", "tdx")
 C_BIT, TDX_SHARED_BIT = 51, 47  # Milan and later; a TD with 48 guest-physical address bits
 _TYPES = {"sev": VmType.SEV, "sev-es": VmType.SEV_ES, "snp": VmType.SNP, "tdx": VmType.SEV}
+_FACTS = ("policy", "measurement", "launched", "ghcbs", "jump_table")
+_SEALS = ("LAUNCH_UPDATE_VMSA", "SNP_LAUNCH_FINISH")  # commands before which KVM writes VMSAs
+_SVME, _PAT, TSC_AUX = 1 << 12, 0x277, 0xC000_0103
 _POLICIES = {"sev": 0, "sev-es": int(Policy.ES), "snp": int(SnpPolicy.SMT | SnpPolicy.RESERVED_ONE), "tdx": 0}
 
 
@@ -54,14 +66,21 @@ class ProtectedGuest:
     def __init__(self, kind: str, memory: Memory, cpu: CpuModel, policy: int | None = None) -> None:
         if kind not in KINDS:
             raise NotAvailable(f"protect={kind!r}: there are {', '.join(KINDS)}", protect=kind)
-        self.kind, self.memory, self.policy = kind, memory, _POLICIES[kind] if policy is None else policy
+        self.kind, self.memory, self.cpu, self.policy = kind, memory, cpu, _POLICIES[kind] if policy is None else policy
         self.inverted = kind == "tdx"
-        self.host = KvmHost(Psp(memory))
+        self.dram = Dram(memory, self._sealed_vmsa)
+        self.host = KvmHost(Psp(self.dram))
         self.vm = KvmVm(self.host, _TYPES[kind])
         self.protected = Sparsebit()  # pfns
         self.done: list[Done] = []
         self.measurement = b""
         self.launched = False
+        self._registers = list[Callable[[], Mapping[str, int]]]()  # of each vCPU, as only the CPU itself can tell
+        self._engine: ProtectingVm | None = None
+        self.ghcbs = 0  # gva of the guest library's table of GHCBs
+        self.registered: dict[int, int] = {}  # vCPU -> gpa of the GHCB that it registered (SNP)
+        self.awaited: dict[int, Awaited] = {}  # vCPU -> where its answer from user space goes
+        self.jump_table = 0
         self.c_bit = self._announce(cpu)
         self.host.psp.command("INIT", **({"es": True} if kind == "sev-es" else {}))
         self.command("INIT2")
@@ -76,7 +95,10 @@ class ProtectedGuest:
         cpu.cpuid[0x8000_0000, 0] = (max(highest[0], LEAF), *highest[1:])
         cpu.msrs |= {SEV_STATUS_MSR: sev_status(self.kind), GHCB_MSR: 0}
         cpu.read_only_msrs |= {SEV_STATUS_MSR}
-        return cpu.cpuid[LEAF, 0][1] & 0x3F
+        c_bit = cpu.cpuid[LEAF, 0][1] & 0x3F
+        if self.level > 1:  # what KVM leaves there at reset
+            cpu.msrs[GHCB_MSR] = msr_response("SEV_INFO", min=1, max=2, c_bit=c_bit)
+        return c_bit
 
     def mode(self, mode: PagingMode) -> PagingMode:
         """The VM's page-table format: with its encryption bit, or TDX's shared bit, which means private when it is clear."""
@@ -103,6 +125,8 @@ class ProtectedGuest:
     def command(self, name: str, **fields: Any) -> Any:
         """KVM_MEMORY_ENCRYPT_OP; raises KvmError, and keeps a record of what was refused."""
         try:
+            if name in _SEALS:
+                self._save_registers()
             result = kvm_command(self.vm, name, **fields)
         except KvmError as err:
             status = err.facts.get("status")
@@ -113,17 +137,104 @@ class ProtectedGuest:
 
     def save(self) -> dict[str, Any]:
         """All of it, for a snapshot."""
-        facts = {name: getattr(self, name) for name in ("policy", "measurement", "launched")}
-        return {**facts, "vm": deepcopy(self.vm), "protected": self.protected.copy(), "done": list(self.done)}
+        facts = {name: getattr(self, name) for name in _FACTS}
+        return {**facts, "vm": deepcopy(self.vm), "protected": self.protected.copy(), "done": list(self.done),
+                "vmsas": list(self.dram.pages), "registered": dict(self.registered), "awaited": dict(self.awaited)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Put `save` back; the key comes back with it, so memory has to be put back too."""
-        for name in ("policy", "measurement", "launched"):
+        for name in _FACTS:
             setattr(self, name, state[name])
         self.vm, self.done = deepcopy(state["vm"]), list(state["done"])
         self.host = self.vm.host
-        self.host.psp.memory = self.memory
+        self.host.psp.memory = self.dram
         self.protected.assign(state["protected"])
+        self.dram.pages, self.registered, self.awaited = list(state["vmsas"]), dict(state["registered"]), dict(state["awaited"])
+        self.publish_owners()
+
+    # --- vCPUs
+
+    def add_ghcb(self, machine: Machine, index: int, program: Program | None) -> None:
+        """A new vCPU: where registers are encrypted it shares a page with its host, for its ucalls.
+
+        The guest library finds that page by the vCPU's number, which is in TSC_AUX, in the table at its global `sev_ghcbs`.
+        """
+        if self.level < 2:
+            return
+        machine.vcpus[index].set_regs({f"msr_{TSC_AUX:#x}": index})
+        symbol = program.symbols.get("sev_ghcbs") if program is not None else None
+        if symbol is None:
+            return
+        if not self.ghcbs:
+            self.ghcbs = machine.space.alloc(16 * MAX_VCPUS, "tables")
+            machine.space.write(symbol.gva, self.ghcbs.to_bytes(8, "little"))
+        gva = machine.space.alloc(PAGE, "GHCB", protected=False)
+        place = gva.to_bytes(8, "little") + machine.space.walk(gva).require().to_bytes(8, "little")
+        machine.space.write(self.ghcbs + 16 * index, place)
+
+    def adopt_vcpu(self, registers: Callable[[], Mapping[str, int]]) -> None:
+        """A new vCPU: where registers are encrypted it has a VMSA."""
+        self._registers.append(registers)
+        if self.level > 1:
+            self.vm.vcpus.append(KvmVcpu(self.dram.add_vmsa()))
+
+    def check_registers(self, index: int) -> None:
+        """KVM_GET_REGS, KVM_SET_REGS: raises KvmError EINVAL once a vCPU's registers are encrypted."""
+        if self.level > 1:
+            check_register_access(self.vm, index)
+
+    def sealed(self, index: int) -> str:
+        """Why the host cannot see a vCPU's registers; "" when it can."""
+        return f"{self.kind.upper()} keeps them in an encrypted VMSA" if self.level > 1 and self.vm.vcpus[index].protected else ""
+
+    def _save_registers(self) -> None:
+        """Write what is not encrypted yet into the VMSAs (sev_es_sync_vmsa())."""
+        for index, vcpu in enumerate(self.vm.vcpus):
+            if not vcpu.protected:
+                self.dram.write(vcpu.vmsa_spa, self._vmsa(index))
+
+    def _vmsa(self, index: int) -> bytes:
+        regs = dict(self._registers[index]())
+        return vmsa_page(regs | {"efer": regs["efer"] | _SVME, "g_pat": self.cpu.msrs.get(_PAT, 0), "sev_features": self.vm.features})
+
+    def _sealed_vmsa(self, index: int) -> bytes | None:
+        vcpu, cipher = self.vm.vcpus[index], self.vm.cipher
+        return cipher.encrypt(vcpu.vmsa_spa, self._vmsa(index)) if vcpu.protected and cipher is not None else None
+
+    # --- who owns which page
+
+    def connect(self, engine: ProtectingVm) -> None:
+        """The engine that runs the guest, which must be told when a page changes hands."""
+        self._engine = engine
+
+    def publish_owners(self) -> None:
+        """Tell the engine of every page: after the launch, and when the RMP was put back."""
+        if self.kind == "snp" and self.launched:
+            self.host.rmp.on_change = self._tell_owners
+            for slot in self.memory.slots:
+                self._tell_owners(slot.gpa, slot.size)
+
+    def _tell_owners(self, gpa: int, size: int = PAGE) -> None:
+        if self._engine is not None:
+            entries = [self.host.rmp.entry(page) for page in range(gpa, gpa + size, PAGE)]
+            usable = [guest_access(entry, self.vm.asid, page, True, False) is None
+                      for entry, page in zip(entries, range(gpa, gpa + size, PAGE), strict=True)]
+            self._engine.own_pages(gpa, np.array([entry.assigned for entry in entries]), np.array(usable))
+
+    def guest_fault(self, gpa: int, private: bool, is_write: bool) -> RmpFault | None:
+        """What an access of the guest to its page meets."""
+        return guest_access(self.host.rmp.entry(gpa), self.vm.asid, gpa, private, is_write)
+
+    def pvalidate(self, gpa: int, size: int, validate: bool) -> tuple[int, bool] | RmpFault:
+        """The guest's PVALIDATE on a page of its own: (EAX, CF), or what it meets."""
+        return self.host.rmp.pvalidate(gpa, self.vm.asid, gpa, validate, size)
+
+    def page_state_change(self, gfn: int, op: int) -> int:
+        """The guest wants a page private (1) or shared (2): 0, or the error that it is told."""
+        if self.memory.slot(gfn * PAGE) is None or self.host.rmp.page_state_change(gfn * PAGE, self.vm.asid, gfn * PAGE, op):
+            return 1
+        (self.protected.set if op == 1 else self.protected.clear)(gfn)
+        return 0
 
     # --- the engine's cipher
 
@@ -206,6 +317,7 @@ class ProtectedGuest:
             self.measurement = self.command("LAUNCH_MEASURE", size=48)
             self.command("LAUNCH_FINISH")
         self.launched = True
+        self.publish_owners()
         return self.measurement
 
     def launch(self) -> bytes:

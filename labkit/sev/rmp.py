@@ -6,8 +6,10 @@ simplifies: all pages are 4 KiB (no PSMASH), and there is one privilege level (V
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Any
 
 from labkit.bits import bit
 from labkit.sev.cipher import PAGE
@@ -87,6 +89,13 @@ class Rmp:
 
     def __init__(self) -> None:
         self.entries: dict[int, RmpEntry] = {}
+        self.on_change: Callable[[int], None] | None = None  # told of each page whose entry is another one now
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rmp:
+        """For snapshots: whoever is told of changes is not part of the table."""
+        twin = memo[id(self)] = Rmp()
+        twin.entries = dict(self.entries)
+        return twin
 
     def entry(self, spa: int) -> RmpEntry:
         """The entry of the page that holds spa."""
@@ -107,10 +116,12 @@ class Rmp:
         self.entries[spa & -PAGE] = entry
         if entry == RmpEntry():
             del self.entries[spa & -PAGE]
+        if self.on_change is not None:
+            self.on_change(spa & -PAGE)
 
     def pvalidate(self, spa: int, asid: int, gpa: int, validate: bool, size: int = PAGE) -> tuple[RmpStatus, bool] | RmpFault:
         """PVALIDATE of a guest whose gpa the nested table has at spa: (EAX, CF = nothing changed), or the fault it meets instead."""
-        if gpa % PAGE:
+        if gpa % PAGE or gpa % size:
             return RmpStatus.FAIL_INPUT, False
         fault = guest_access(replace(self.entry(spa), validated=True), asid, gpa, True, False)
         if fault:

@@ -8,7 +8,7 @@ from unicorn import unicorn_const as uc
 
 from labkit.engines.base import Exit, InternalErrorExit
 from labkit.engines.disasm import disassemble
-from labkit.engines.unicorn.mmu import FETCH, NEED, NONCANONICAL
+from labkit.engines.unicorn.mmu import FETCH, NEED, NONCANONICAL, NOT_YOURS
 
 if TYPE_CHECKING:
     from labkit.engines.unicorn.mmu import Mmu
@@ -54,4 +54,15 @@ def mmu_miss(vcpu: UnicornVcpu, mmu: Mmu, pc: int, limit: int) -> Exit | None:
         return None
     if fetch and limit and ran >= limit:
         return None
+    if why == NOT_YOURS:
+        return _not_yours(vcpu, mmu, pc)
     return vcpu.quirks.miss(None if why == NONCANONICAL else code, max(pc, gva) if fetch else mmu.where(vcpu.handle, pc, gva))
+
+
+def _not_yours(vcpu: UnicornVcpu, mmu: Mmu, pc: int) -> Exit | None:
+    """A page that this guest may not use so."""
+    facts = mmu.facts
+    gva, gpa, private, fetch = facts.gva, facts.gpa, facts.code != 0, facts.type == FETCH
+    fault = mmu.not_yours()
+    exit: Exit | None = vcpu.quirks.not_yours(fault, max(pc, gva) if fetch else mmu.where(vcpu.handle, pc, gva), gpa, private)
+    return exit

@@ -6,10 +6,11 @@ typedef unsigned long long u64;
 typedef unsigned char u8;
 
 /* State of a page. SEEN: the TLB may hold it; WROTE: how the guest wrote it last. */
-enum { PLAIN_STALE = 1, RAW_STALE = 2, PLAIN_SEEN = 4, RAW_SEEN = 8, WROTE_PRIVATE = 16, WROTE_SHARED = 32 };
+enum { PLAIN_STALE = 1, RAW_STALE = 2, PLAIN_SEEN = 4, RAW_SEEN = 8, WROTE_PRIVATE = 16, WROTE_SHARED = 32,
+       ASSIGNED = 64, UNUSABLE = 128 };	/* SNP: a guest's, so no shared write; not this guest's to use privately */
 enum { READ = 16, WRITE = 17, FETCH = 18 };				/* uc_mem_type */
 enum { CR0, CR3, CR4, EFLAGS, CS };					/* struct mmu: regs */
-enum { NOTHING, FAULT, NONCANONICAL, NEED };				/* struct mmu: why */
+enum { NOTHING, FAULT, NONCANONICAL, NEED, NOT_YOURS };				/* struct mmu: why */
 enum { P = 1, W = 2, U = 4, A = 32, D = 64, PS = 128 };
 #define NX (1ull << 63)
 
@@ -66,7 +67,7 @@ int fill(void *uc, u64 gva, int type, struct entry *out, struct mmu *m)
 		return stop(m, NONCANONICAL, gva, 0, 0);
 	w.depth = 0, w.rights = W | U, w.nx = 0;
 	if (!walk(uc, gva, type, m, &w)) {
-		m->code |= code;
+		m->code |= m->why == NOT_YOURS ? 0 : code;
 		return 0;
 	}
 	if ((type == FETCH && w.nx) || (user && !(w.rights & U)) || (type == WRITE && !(w.rights & W) && strict) ||
@@ -98,6 +99,8 @@ static int walk(void *uc, u64 gva, int type, struct mmu *m, struct walk *w)
 			return stop(m, FAULT, gva, at, 0);	/* no memslot: nothing is there */
 		w->state[w->depth] = &s->state[(at - s->gpa) >> 12];
 		w->path[w->depth] = (u64 *)(s->plain + (at - s->gpa));
+		if (*w->state[w->depth] & UNUSABLE)
+			return stop(m, NOT_YOURS, gva, at, 2);
 		if (*w->state[w->depth] & PLAIN_STALE)
 			return stop(m, NEED, gva, at, 0);
 		m->gpa = at;
@@ -125,7 +128,7 @@ static int view(u64 gva, int type, struct entry *out, struct mmu *m, struct walk
 	out->paddr = w->gpa;
 	out->perms = 1 | (writable ? 2 : 0) | (w->nx ? 0 : 4);
 	m->gpa = w->gpa, m->code = w->entry;
-	if (!s || m->peek)
+	if (!s || (m->peek && type != FETCH))
 		return 1;			/* without memslot: Unicorn finds nothing there and says so */
 	if (!private)
 		out->perms = type == FETCH ? 4 : out->perms & 3;
@@ -135,11 +138,15 @@ static int view(u64 gva, int type, struct entry *out, struct mmu *m, struct walk
 	u8 stale = private ? PLAIN_STALE : RAW_STALE, spoils = private ? RAW_STALE : PLAIN_STALE;
 	u8 mine = private ? PLAIN_SEEN : RAW_SEEN, other = private ? RAW_SEEN : PLAIN_SEEN;
 
+	if (private ? now & UNUSABLE : type == WRITE && now & ASSIGNED)
+		return stop(m, NOT_YOURS, gva, w->gpa, private);
+	if (m->peek)
+		return 1;
 	if (now & stale || (type == WRITE && now & other))
 		return stop(m, NEED, gva, w->gpa, 0);
 	if (type == WRITE)
 		now = (now & ~(WROTE_PRIVATE | WROTE_SHARED)) | spoils | (private ? WROTE_PRIVATE : WROTE_SHARED);
-	else if (!(now & spoils))
+	else if (!(now & spoils) || (!private && now & ASSIGNED))
 		out->perms &= ~2;		/* until it is written, the other view stays good */
 	*state = now | mine;
 	if (private)

@@ -26,14 +26,15 @@ from labkit.errors import InvalidState, NotAvailable
 
 if TYPE_CHECKING:
     from labkit.arch.desc import PagingMode
-    from labkit.engines.base import Cipher
+    from labkit.engines.base import GuestFault, Ownership
 
-__all__ = ["FAULT", "NEED", "NONCANONICAL", "Mmu"]
+__all__ = ["FAULT", "NEED", "NONCANONICAL", "NOT_YOURS", "Mmu"]
 
-FAULT, NONCANONICAL, NEED = 1, 2, 3
+FAULT, NONCANONICAL, NEED, NOT_YOURS = 1, 2, 3, 4
 READ, WRITE, FETCH = 16, 17, 18  # uc_mem_type
-PLAIN_STALE, RAW_STALE, PLAIN_SEEN, RAW_SEEN, WROTE_PRIVATE, WROTE_SHARED = 1, 2, 4, 8, 16, 32
+PLAIN_STALE, RAW_STALE, PLAIN_SEEN, RAW_SEEN, WROTE_PRIVATE, WROTE_SHARED, ASSIGNED, UNUSABLE = (1 << bit for bit in range(8))
 WROTE = WROTE_PRIVATE | WROTE_SHARED
+KEPT = WROTE | ASSIGNED | UNUSABLE  # whatever happens to the bytes
 PLAIN_AT = 1 << 44  # where the plain view of gpa 0 lies in Unicorn's own physical memory
 PROBE_AT = 1 << 45
 AS_CS_SAYS = 4
@@ -95,7 +96,7 @@ class _View:
 class Mmu:
     """The memory of one protected VM, for all its vCPUs."""
 
-    def __init__(self, mode: PagingMode, cipher: Cipher, inverted: bool) -> None:
+    def __init__(self, mode: PagingMode, cipher: Ownership, inverted: bool) -> None:
         if mode.c_bit is None:
             raise InvalidState(f"{mode.name} has no encryption bit")
         self.cipher, self.views, self._probe = cipher, list[_View](), Page()
@@ -159,7 +160,7 @@ class Mmu:
     def unsee(self) -> None:
         """Every TLB was flushed, or will be before it is used again."""
         for view in self.views:
-            view.state &= np.uint8(PLAIN_STALE | RAW_STALE | WROTE)
+            view.state &= np.uint8(PLAIN_STALE | RAW_STALE | KEPT)
 
     def publish(self, gpa: int, size: int) -> bool:
         """The host is about to look: encrypt what the guest wrote. True when something was, and TLBs must be flushed."""
@@ -175,7 +176,7 @@ class Mmu:
     def host_wrote(self, gpa: int, size: int) -> None:
         """The host changed the raw view, which it had looked at before."""
         for view, first, last in self._pages(gpa, size):
-            view.state[first:last] = view.state[first:last] & WROTE | PLAIN_STALE
+            view.state[first:last] = view.state[first:last] & KEPT | PLAIN_STALE
         self.unsee()
 
     def swap(self, gpa: int, other: int) -> None:
@@ -191,6 +192,21 @@ class Mmu:
         view.spa[page], there.spa[beside] = int(there.spa[beside]), int(view.spa[page])
         for at in (gpa, other):
             self.host_wrote(at & -4096, 4096)
+
+    def own(self, gpa: int, assigned: Any, usable: Any) -> None:
+        """Pages from gpa on are a guest's (no shared write), this guest's to use privately; as far as memslots go. TLBs must be flushed."""
+        for view, first, last in self._pages(gpa, 4096 * len(assigned)):
+            part = slice(first - (gpa - view.gpa) // 4096, last - (gpa - view.gpa) // 4096)
+            bits = np.where(assigned[part], ASSIGNED, 0) | np.where(usable[part], 0, UNUSABLE)
+            view.state[first:last] = view.state[first:last] & ~np.uint8(ASSIGNED | UNUSABLE) | bits.astype(np.uint8)
+        self.unsee()
+
+    def not_yours(self) -> GuestFault:
+        """What the access meets that was just stopped for its page's owner; a walk (code 2) reads, whatever it is for."""
+        facts = self.facts
+        fault = self.cipher.guest_fault(facts.gpa, facts.code != 0, facts.type == WRITE and facts.code != 2)
+        assert fault is not None, f"gpa {facts.gpa:#x}: the owner's table and the state of the page disagree"
+        return fault
 
     def plain(self, gpa: int, size: int) -> bytes:
         """Memory as the key shows it, as far as the memslot goes; what was not decrypted yet is, and no guest need notice."""
@@ -298,7 +314,7 @@ class Mmu:
 
     def state(self) -> list[tuple[bytes, bytes]]:
         """What a snapshot keeps beside the raw bytes: which page of DRAM is where, and how the guest wrote each last."""
-        return [(view.spa.tobytes(), (view.state & WROTE).tobytes()) for view in self.views]
+        return [(view.spa.tobytes(), (view.state & KEPT).tobytes()) for view in self.views]
 
     def set_state(self, state: list[tuple[bytes, bytes]]) -> None:
         """Put `state` back; the raw bytes are put back by whoever holds them."""

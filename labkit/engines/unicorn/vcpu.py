@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from unicorn import unicorn_const as uc
 
-from labkit.engines.base import BudgetExit, DebugExit, Exit, InternalErrorExit, InterruptExit, Regs, Trace
+from labkit.engines.base import BudgetExit, DebugExit, Exit, GuestFault, InternalErrorExit, InterruptExit, Regs, Trace
 from labkit.engines.disasm import disassemble
 from labkit.engines.unicorn.blocks import settle
 from labkit.engines.unicorn.calibrate import calibrate
@@ -73,6 +73,7 @@ class Quirks(Protocol):
     def wants_short_block(self) -> bool: ...  # the CPU itself wants it so
     def ring(self) -> int: ...  # the privilege level that memory is accessed with
     def miss(self, error: int | None, gva: int) -> Exit | None: ...  # deliver a page fault at gva, None: it is no address
+    def not_yours(self, fault: GuestFault, gva: int, gpa: int, private: bool) -> Exit | None: ...  # SNP: a page with another owner
     def restore_flags(self) -> None: ...  # of an instruction that has a hook and faulted
     def strange_mode(self) -> str: ...  # why code cannot be run as the CPU stands, or ""
     def read_all(self) -> Regs: ...

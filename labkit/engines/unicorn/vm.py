@@ -6,7 +6,7 @@ import ctypes
 from typing import TYPE_CHECKING, Any
 
 from labkit.arch.x86_cpu import CpuModel
-from labkit.engines.base import Capability, Cipher, Trace
+from labkit.engines.base import Capability, Ownership, Trace
 from labkit.engines.interrupt import shield
 from labkit.engines.unicorn.vcpu import COUNT_FOR, UnicornVcpu
 from labkit.engines.unicorn.x86 import X86
@@ -33,6 +33,7 @@ CAPABILITIES = (
     Capability("breakpoints", True, "any number, exact"),
     Capability("parallel_vcpus", False, "locked instructions are not atomic between two Unicorn engines on two threads"),
     Capability("native_speed", False, "an emulator"),
+    Capability("protect", True, "sev, sev-es, snp and the paging of tdx: memory behind a key, registers in a VMSA, an RMP"),
     Capability("avx", False, "Unicorn executes VEX instructions wrongly; they are refused"),
 )
 
@@ -54,14 +55,15 @@ class UnicornVm:
         self.runner: UnicornVcpu | None = None
         self.count_for = COUNT_FOR
         self.mmu: Mmu | None = None
+        self.level = 0  # of protection: 1 memory, 2 registers, 3 ownership of pages
 
-    def protect(self, mode: PagingMode, cipher: Cipher, inverted: bool) -> None:
+    def protect(self, mode: PagingMode, cipher: Ownership, inverted: bool, level: int) -> None:
         """Let the guest see memory through the key where an entry's encryption bit says so (inverted: where it does not)."""
         from labkit.engines.unicorn.mmu import Mmu
 
         if self.vcpus or self.mmu is not None:
             raise InvalidState("a VM is protected once, before it has vCPUs")
-        self.mmu = Mmu(mode, cipher, inverted)
+        self.mmu, self.level = Mmu(mode, cipher, inverted), level
         for slot in self.slots:
             self.mmu.add(*slot)
 
@@ -112,6 +114,12 @@ class UnicornVm:
         assert self.mmu is not None, "protect comes first"
         self.mmu.swap(gpa, other)
         self.forget_translations(code=True)
+
+    def own_pages(self, gpa: int, assigned: Any, usable: Any) -> None:
+        """Who owns pages from now on: arrays of bool, it is a guest's, and this guest may use it privately."""
+        assert self.mmu is not None, "protect comes first"
+        self.mmu.own(gpa, assigned, usable)
+        self.forget_translations()
 
     def written(self) -> list[tuple[int, Any, Any]]:
         """For each memslot its gpa, and arrays of bool, one a page: the guest wrote it last through its key; last without."""

@@ -12,7 +12,8 @@ from unicorn import unicorn_const as uc
 from labkit.arch.x86_cpu import APIC_BASE, IA32_TSC, IA32_TSC_ADJUST, XCR0_SUPPORTED
 from labkit.engines.base import Exit, HaltExit, HypercallExit, PioExit
 from labkit.engines.unicorn.lib import RegBatch
-from labkit.engines.unicorn.traps import PREFIXES, Trap, scan
+from labkit.engines.unicorn.sealed import HANDLERS
+from labkit.engines.unicorn.traps import SIZES, Trap, pio_form, scan
 from labkit.engines.unicorn.x86_events import DB, GP, UD, X86Events, canonical
 from labkit.engines.unicorn.x86_regs import CODE64, DATA, NATIVE_MSRS, PLAIN, X86Registers
 
@@ -30,7 +31,6 @@ _MONITOR = 1 << 3  # CPUID 1 ECX
 _NATIVE = {index: name for name, index in NATIVE_MSRS.items()}
 _BASES = {0xC000_0100: "fs_base", 0xC000_0101: "gs_base"}
 _POINTERS = frozenset({0x175, 0x176, 0xC000_0082, 0xC000_0083, 0xC000_0100, 0xC000_0101, 0xC000_0102})  # MSRs that hold a gva
-_SIZES = {"b": 1, "w": 2, "d": 4}
 
 
 class X86(X86Events):
@@ -41,7 +41,8 @@ class X86(X86Events):
 
     def __init__(self, vcpu: UnicornVcpu) -> None:
         super().__init__(vcpu)
-        self.cpu = vcpu.vm.cpu
+        self.cpu, self._sealed = vcpu.vm.cpu, vcpu.vm.level > 1
+        self._handlers = _HANDLERS | HANDLERS if self._sealed else _HANDLERS
         self.extra = {"xcr0": 1, "tsc_offset": 0, "tsc_adjust": 0}
         self.regs = X86Registers(vcpu.handle, self.extra, self._host_msr, vcpu.vmem_read)
         self.msrs: dict[int, int] = {}  # written so far; reset values are the VM's
@@ -82,12 +83,16 @@ class X86(X86Events):
 
     def scan(self, data: bytes, gva: int) -> dict[int, Trap]:
         """Find the sensitive instructions of a block."""
-        return scan(data, gva)
+        return scan(data, gva, self._sealed)
+
+    def do(self, trap: Trap) -> Exit | None:
+        """Carry out one sensitive instruction as the host of a guest that hides nothing."""
+        return _HANDLERS[trap.kind](self, trap)
 
     def trap(self, trap: Trap) -> Exit | None:
         """Carry out one sensitive instruction; None when the run goes on."""
         stepped, self._retired = self._flags & _TF, False
-        exit = _HANDLERS[trap.kind](self, trap)
+        exit = self._handlers[trap.kind](self, trap)
         if stepped and self._retired and self.regs.read("rflags") & _TF:  # the guest steps itself (SDM vol. 3B 17.3.1.4)
             self.regs.write("dr6", self.regs.read("dr6") | _BS)
             self.vcpu.insns -= 1
@@ -123,7 +128,8 @@ class X86(X86Events):
 
     # --- small words for the handlers
 
-    def _retire(self, trap: Trap, **regs: int) -> Exit | None:
+    def retire(self, trap: Trap, **regs: int) -> Exit | None:
+        """The instruction is done, and left these registers."""
         self._retired = True
         self.vcpu.insns += 1
         if regs:
@@ -131,16 +137,17 @@ class X86(X86Events):
         self.set_pc(trap.gva + len(trap.data))
         return None
 
-    def _privileged(self) -> bool:
+    def privileged(self) -> bool:
+        """Whether the guest runs at CPL0."""
         return self.regs.read("cs") & 3 == 0
 
     # --- one handler per kind
 
     def _do_pio(self, trap: Trap) -> Exit | None:
         """IN and OUT (SDM vol. 1 18.5)."""
-        immediate, out, size = _pio_form(trap.data)
+        immediate, out, size = pio_form(trap.data)
         port = self._rdx & 0xFFFF if immediate is None else immediate
-        if self._cs & 3 and not self._port_allowed(port, size):
+        if self._cs & 3 and not self.port_allowed(port, size):
             return self.deliver(GP, 0)
         rax, mask = self._rax, (1 << 8 * size) - 1
         self.vcpu.insns += 1
@@ -152,7 +159,8 @@ class X86(X86Events):
         self.awaits = [size]
         return _in_exit(port, size)
 
-    def _port_allowed(self, port: int, size: int) -> bool:
+    def port_allowed(self, port: int, size: int) -> bool:
+        """Whether a guest at CPL3 may use a port (SDM vol. 1 19.5)."""
         if self.regs.read("rflags") >> 12 & 3 == 3:
             return True
         base, limit, ring = self.regs.read("tr_base"), self.regs.read("tr_limit"), self.regs.read("cs") & 3
@@ -166,13 +174,13 @@ class X86(X86Events):
     def _do_string_pio(self, trap: Trap) -> Exit | None:
         """INS and OUTS, one iteration a step."""
         word, prefixes = trap.mnemonic.split()[-1], trap.data[:-1]
-        size, port = _SIZES[word[-1]], self.regs.read("rdx") & 0xFFFF
-        if not self._privileged() and not self._port_allowed(port, size):
+        size, port = SIZES[word[-1]], self.regs.read("rdx") & 0xFFFF
+        if not self.privileged() and not self.port_allowed(port, size):
             return self.deliver(GP, 0)
         mask = 0xFFFFFFFF if 0x67 in prefixes else MASK64
         rep, rcx = 0xF2 in prefixes or 0xF3 in prefixes, self.regs.read("rcx") & mask
         if rep and not rcx:
-            return self._retire(trap)
+            return self.retire(trap)
         pointer, access = ("rdi", uc.UC_PROT_WRITE) if word.startswith("in") else ("rsi", uc.UC_PROT_READ)
         index = self.regs.read(pointer) & mask
         base = "" if pointer == "rdi" else "fs_base" if 0x64 in prefixes else "gs_base" if 0x65 in prefixes else ""
@@ -183,7 +191,7 @@ class X86(X86Events):
         if missing is not None:
             return self.page_fault(missing, write=pointer == "rdi")
         down = self.regs.read("rflags") >> 10 & 1
-        self._retire(trap, **{pointer: index + (-size if down else size) & mask}, **({"rcx": rcx - 1} if rep else {}))
+        self.retire(trap, **{pointer: index + (-size if down else size) & mask}, **({"rcx": rcx - 1} if rep else {}))
         if rep and rcx > 1:
             self.set_pc(trap.gva)
         if pointer == "rsi":
@@ -193,19 +201,15 @@ class X86(X86Events):
         return PioExit(port, size, False, 0)
 
     def _do_halt(self, trap: Trap) -> Exit | None:
-        if not self._privileged():
+        if not self.privileged():
             return self.deliver(GP, 0)
-        self._retire(trap)
+        self.retire(trap)
         return HaltExit()
 
     def _do_cpuid(self, trap: Trap) -> None:
         leaf, sub = self.regs.read("rax") & 0xFFFFFFFF, self.regs.read("rcx") & 0xFFFFFFFF
-        a, b, c, d = self.cpu.leaf(leaf, sub)
-        cr4 = self.regs.read("cr4")
-        if leaf == 1:
-            b = b & 0x00FFFFFF | self.vcpu.index << 24
-            c = c & ~(1 << 27) | (1 << 27 if cr4 & _OSXSAVE else 0)
-        self._retire(trap, rax=a, rbx=b, rcx=c, rdx=d)
+        a, b, c, d = self.cpu.seen_by(self.vcpu.index, self.regs.read("cr4"), leaf, sub)
+        self.retire(trap, rax=a, rbx=b, rcx=c, rdx=d)
 
     def _pass_time(self) -> None:
         if not self.vcpu.exact:
@@ -216,12 +220,12 @@ class X86(X86Events):
 
     def _do_rdtsc(self, trap: Trap) -> Exit | None:
         """RDTSC and RDTSCP under the virtual clock: one cycle an instruction of the whole VM."""
-        if self.regs.read("cr4") & _TSD and not self._privileged():
+        if self.regs.read("cr4") & _TSD and not self.privileged():
             return self.deliver(GP, 0)
         self._pass_time()
         tsc = self._tsc()
         aux = {"rcx": self.msrs.get(0xC000_0103, 0)} if trap.mnemonic == "rdtscp" else {}
-        return self._retire(trap, rax=tsc & 0xFFFFFFFF, rdx=tsc >> 32, **aux)
+        return self.retire(trap, rax=tsc & 0xFFFFFFFF, rdx=tsc >> 32, **aux)
 
     def _read_msr(self, index: int) -> int | None:
         if index == IA32_TSC:
@@ -276,23 +280,23 @@ class X86(X86Events):
 
     def _do_rdmsr(self, trap: Trap) -> Exit | None:
         self._pass_time()
-        value = self._read_msr(self.regs.read("rcx") & 0xFFFFFFFF) if self._privileged() else None
+        value = self._read_msr(self.regs.read("rcx") & 0xFFFFFFFF) if self.privileged() else None
         if value is None:
             return self.deliver(GP, 0)
-        return self._retire(trap, rax=value & 0xFFFFFFFF, rdx=value >> 32)
+        return self.retire(trap, rax=value & 0xFFFFFFFF, rdx=value >> 32)
 
     def _do_wrmsr(self, trap: Trap) -> Exit | None:
         value = (self.regs.read("rdx") & 0xFFFFFFFF) << 32 | self.regs.read("rax") & 0xFFFFFFFF
-        if not self._privileged() or not self._write_msr(self.regs.read("rcx") & 0xFFFFFFFF, value):
+        if not self.privileged() or not self._write_msr(self.regs.read("rcx") & 0xFFFFFFFF, value):
             return self.deliver(GP, 0)
-        return self._retire(trap)
+        return self.retire(trap)
 
     def _do_xgetbv(self, trap: Trap) -> Exit | None:
         if not self.regs.read("cr4") & _OSXSAVE:
             return self.deliver(UD)
         if self.regs.read("rcx") & 0xFFFFFFFF:
             return self.deliver(GP, 0)
-        return self._retire(trap, rax=self.extra["xcr0"] & 0xFFFFFFFF, rdx=self.extra["xcr0"] >> 32)
+        return self.retire(trap, rax=self.extra["xcr0"] & 0xFFFFFFFF, rdx=self.extra["xcr0"] >> 32)
 
     def _do_xsetbv(self, trap: Trap) -> Exit | None:
         """SDM vol. 2C XSETBV: x87 always, only what CPUID leaf 0xD offers."""
@@ -300,17 +304,17 @@ class X86(X86Events):
             return self.deliver(UD)
         value = (self.regs.read("rdx") & 0xFFFFFFFF) << 32 | self.regs.read("rax") & 0xFFFFFFFF
         wrong = self.regs.read("rcx") & 0xFFFFFFFF or not value & 1 or value & ~XCR0_SUPPORTED
-        if wrong or not self._privileged():
+        if wrong or not self.privileged():
             return self.deliver(GP, 0)
         self.extra["xcr0"] = value
-        return self._retire(trap)
+        return self.retire(trap)
 
     def _do_hypercall(self, trap: Trap) -> Exit | None:
         """VMCALL and VMMCALL both reach the host, as under KVM, which patches one into the other."""
-        if not self._privileged():
-            return self._retire(trap, rax=-1)  # -KVM_EPERM
+        if not self.privileged():
+            return self.retire(trap, rax=-1)  # -KVM_EPERM
         nr, *args = (self.regs.read(name) for name in ("rax", "rbx", "rcx", "rdx", "rsi"))
-        self._retire(trap, rax=KVM_ENOSYS)
+        self.retire(trap, rax=KVM_ENOSYS)
         self.awaits = [8]
         return HypercallExit(nr, tuple(args))
 
@@ -321,7 +325,7 @@ class X86(X86Events):
         wide = name.rstrip("dw") if name[1:2].isdigit() else "r" + (name if bits == 16 else name[1:])
         value, keep = self.random.getrandbits(bits), self.regs.read(wide) & ~0xFFFF if bits == 16 else 0
         flags = self.regs.read("rflags") & ~0x8D5 | 1
-        return self._retire(trap, **{wide: keep | value}, rflags=flags)
+        return self.retire(trap, **{wide: keep | value}, rflags=flags)
 
     def _do_syscall(self, trap: Trap) -> Exit | None:
         """SYSCALL in long mode (SDM vol. 2B): Unicorn alone would only step over it."""
@@ -329,7 +333,7 @@ class X86(X86Events):
             return self.deliver(UD)
         star, flags = self.regs.read("star"), self.regs.read("rflags") & ~(1 << 16)  # RF
         selector = star >> 32 & 0xFFFC
-        self._retire(trap, rcx=trap.gva + len(trap.data), r11=flags, rflags=flags & ~self.regs.read("sfmask") | 2)
+        self.retire(trap, rcx=trap.gva + len(trap.data), r11=flags, rflags=flags & ~self.regs.read("sfmask") | 2)
         self.regs.set_segment("cs", selector, CODE64)  # no descriptor table is asked
         self.regs.set_segment("ss", selector + 8, DATA)
         self.regs.set_ring(0)
@@ -345,15 +349,15 @@ class X86(X86Events):
 
     def _do_monitor(self, trap: Trap) -> Exit | None:
         """MONITOR and MWAIT as KVM has them where they are announced: nothing is waited for (SDM vol. 2B)."""
-        if not self.cpu.leaf(1, 0)[2] & _MONITOR or not self._privileged():
+        if not self.cpu.leaf(1, 0)[2] & _MONITOR or not self.privileged():
             return self.deliver(UD)
         if self.regs.read("rcx"):  # no extension or hint is announced
             return self.deliver(GP, 0)
-        return self._retire(trap)
+        return self.retire(trap)
 
     def _do_pause(self, trap: Trap) -> Exit | None:
         """Unicorn leaves its loop at PAUSE; at a place of our own choosing that can be told from other reasons."""
-        return self._retire(trap)
+        return self.retire(trap)
 
     def _do_rdpmc(self, trap: Trap) -> Exit | None:
         """RDPMC always exists; without performance counters every number is one too many (SDM vol. 2B)."""
@@ -380,11 +384,3 @@ _HANDLERS: dict[str, Callable[[X86, Trap], Exit | None]] = {
 @cache
 def _in_exit(port: int, size: int) -> PioExit:
     return PioExit(port, size, False, 0)
-
-
-@cache
-def _pio_form(data: bytes) -> tuple[int | None, bool, int]:
-    """(immediate port or None for DX, is OUT, bytes) of an IN or OUT."""
-    opcode = next(b for b in data if b not in PREFIXES and b >> 4 != 4)  # 0x4x: REX
-    size = 1 if not opcode & 1 else 2 if b"\x66" in data[:-1] else 4
-    return data[-1] if opcode < 0xE8 else None, bool(opcode & 2), size

@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc
 
-from labkit.engines.base import Exit, ShutdownExit
+from labkit.engines.base import Exit, GuestFault, MemoryFaultExit, ShutdownExit
 from labkit.engines.disasm import disassemble, memory_operands
 from labkit.engines.unicorn.calibrate import CC_OP_EFLAGS, calibrate
+from labkit.engines.unicorn.mmu import NOT_YOURS
 
 if TYPE_CHECKING:
     from labkit.engines.unicorn.vcpu import UnicornVcpu
     from labkit.engines.unicorn.x86_regs import X86Registers
 
-__all__ = ["DB", "DF", "GP", "PF", "UD", "X86Events", "canonical"]
+__all__ = ["DB", "DF", "GP", "PF", "UD", "VC", "X86Events", "canonical"]
 
-DE, DB, BP, UD, DF, TS, NP, SS, GP, PF = 0, 1, 3, 6, 8, 10, 11, 12, 13, 14
+DE, DB, BP, UD, DF, TS, NP, SS, GP, PF, VC = 0, 1, 3, 6, 8, 10, 11, 12, 13, 14, 29
 WITH_ERROR = frozenset({DF, TS, NP, SS, GP, PF, 17, 21})
-CONTRIBUTORY = frozenset({DE, TS, NP, SS, GP})
+CONTRIBUTORY = frozenset({DE, TS, NP, SS, GP, VC})
 MASK64 = (1 << 64) - 1
 _STACK = ("push", "pop", "call", "ret", "enter", "leave")
 _SAVED = ("cs", "ss", "rip", "rsp", "rflags")
@@ -29,11 +30,11 @@ _RF = 1 << 16
 
 
 class _Fault(Exception):
-    """A fault met while an event is delivered."""
+    """A fault met while an event is delivered; with an exit, one that is the host's: the event comes again."""
 
-    def __init__(self, vector: int, error: int, why: str) -> None:
+    def __init__(self, vector: int, error: int, why: str, exit: Exit | None = None) -> None:
         super().__init__(why)
-        self.vector, self.error, self.why = vector, error, why
+        self.vector, self.error, self.why, self.exit = vector, error, why, exit
 
 
 def canonical(gva: int) -> bool:
@@ -122,6 +123,13 @@ class X86Events:
         self.regs.write("cr2", gva)
         return self.deliver(*self._refine(PF, error))
 
+    def not_yours(self, fault: GuestFault, gva: int, gpa: int, private: bool) -> Exit | None:
+        """A page that is not this guest's to use so (APM vol. 2 15.36.10): #VC with the address in CR2, or an exit to the host."""
+        if fault.kind != "#VC":
+            return MemoryFaultExit(gpa & -4096, private, fault.error_code, fault.why)
+        self.regs.write("cr2", gva)
+        return self.deliver(VC, fault.error_code)
+
     def _hflags(self) -> int:
         return int(struct.unpack_from("<I", self.handle.context(), calibrate().hflags)[0])
 
@@ -157,6 +165,10 @@ class X86Events:
             try:
                 self._enter(vector, error, software, old)
             except _Fault as fault:
+                if fault.exit is not None:
+                    self.vcpu.insns -= 1
+                    self.regs.set_ring(old["cs"] & 3)
+                    return fault.exit
                 if vector == DF:
                     self.regs.set_ring(old["cs"] & 3)
                     self.pending = chain
@@ -209,11 +221,23 @@ class X86Events:
         if not canonical(bottom) or not canonical(rsp - 8 & MASK64):
             raise _Fault(SS, external, f"the stack lies at {bottom:#x}, which is not canonical")
         if not self.vcpu.vmem_write(bottom, struct.pack(f"<{len(words)}Q", *reversed(words))):
+            self._check_owner(bottom)
             slots = (rsp - 8 * i - 8 & MASK64 for i in range(len(words)))
             gva = next((gva for gva in slots if self.vcpu.translate(gva, uc.UC_PROT_WRITE) is None), bottom)
             self.regs.write("cr2", gva)
             raise _Fault(PF, self._page_error(gva, True, ring), f"no writable stack at gva {gva:#x}")
         return bottom
+
+    def _check_owner(self, gva: int) -> None:
+        """Raise for the write that just failed, when it did for its page's owner."""
+        mmu = self.vcpu.vm.mmu
+        if mmu is None or mmu.facts.why != NOT_YOURS:
+            return
+        fault, facts = mmu.not_yours(), mmu.facts
+        if fault.kind == "#VC":
+            self.regs.write("cr2", gva)
+            raise _Fault(VC, fault.error_code, fault.why)
+        raise _Fault(VC, 0, fault.why, MemoryFaultExit(facts.gpa & -4096, facts.code != 0, fault.error_code, fault.why))
 
     def _gate(self, vector: int, external: int) -> tuple[int, int, int, int, int]:
         """(handler, IST, DPL, selector, is interrupt gate) of the IDT entry (SDM vol. 3A 6.14.1)."""

@@ -78,6 +78,15 @@ static inline void xsetbv(uint32_t index, uint64_t value)
 	__asm__ volatile("xsetbv" : : "a"((uint32_t)value), "d"((uint32_t)(value >> 32)), "c"(index) : "memory");
 }
 
+/* --- encrypted guests (names of the kernel's msr-index.h, sev-common.h and svm.h) --- */
+#define MSR_AMD64_SEV_ES_GHCB 0xc0010130
+#define MSR_AMD64_SEV 0xc0010131
+#define MSR_AMD64_SEV_ENABLED BIT(0)
+#define MSR_AMD64_SEV_ES_ENABLED BIT(1)
+#define MSR_AMD64_SEV_SNP_ENABLED BIT(2)
+#define GHCB_MSR_REG_GPA_REQ 0x012
+#define SVM_EXIT_IOIO 0x07b
+
 /* --- ports --- */
 #define PORT_ACCESS_(letter, type) \
 	static inline type in##letter(uint16_t port) \

@@ -1,0 +1,52 @@
+"""DRAM as the secure processor sees it: the guest's memory, where a system physical address is a gpa, and VMSAs far behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from labkit.errors import MemoryFault, NotAvailable
+from labkit.machine.memory import PAGE, Memory
+
+__all__ = ["VMSA_AT", "Dram"]
+
+VMSA_AT = 1 << 40  # where no memslot can be
+
+
+class Dram:
+    """Reads and writes by system physical address; `vmsa(index)` gives the page of a vCPU in whose registers only the CPU writes.
+
+    Where the model simplifies: such a page is made when somebody looks, from the registers as they are; a host that wrote into it
+    would make VMRUN load garbage, which is refused instead.
+    """
+
+    def __init__(self, memory: Memory, vmsa: Callable[[int], bytes | None]) -> None:
+        self.memory, self.vmsa = memory, vmsa
+        self.pages: list[bytes] = []  # the VMSAs as hypervisor and firmware left them
+
+    def add_vmsa(self) -> int:
+        """One more page; returns its address."""
+        self.pages.append(bytes(PAGE))
+        return VMSA_AT + PAGE * (len(self.pages) - 1)
+
+    def read(self, spa: int, size: int, /) -> bytes:
+        """What lies there, encrypted or not; raises MemoryFault for a hole."""
+        if spa < VMSA_AT:
+            return self.memory.read(spa, size)
+        index, offset = self._place(spa, size)
+        return (self.vmsa(index) or self.pages[index])[offset:offset + size]
+
+    def write(self, spa: int, data: bytes, /) -> None:
+        """Write it; raises MemoryFault for a hole, NotAvailable for a VMSA that belongs to its guest."""
+        if spa < VMSA_AT:
+            self.memory.write(spa, data)
+            return
+        index, offset = self._place(spa, len(data))
+        if self.vmsa(index) is not None:
+            raise NotAvailable(f"spa {spa:#x} is the VMSA of vCPU {index}: a vCPU that would load garbage from it is not modelled")
+        self.pages[index] = self.pages[index][:offset] + data + self.pages[index][offset + len(data):]
+
+    def _place(self, spa: int, size: int) -> tuple[int, int]:
+        index, offset = divmod(spa - VMSA_AT, PAGE)
+        if index >= len(self.pages) or offset + size > PAGE:
+            raise MemoryFault(f"{size} bytes at spa {spa:#x}: no DRAM there (VMSAs: {len(self.pages)} pages from {VMSA_AT:#x} on)", spa=spa)
+        return index, offset
