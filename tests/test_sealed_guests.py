@@ -58,9 +58,10 @@ void guest_msrs(void)
 """
 CASES = "".join(
     f'void insn_{n}(void)\n{{\n\tset_exception_handler(VC_VECTOR, vc);\n\tseen = 0, skip = {size};\n'
-    f'\t__asm__ volatile("{before}{"; " if before else ""}{insn.split(" #")[0]}" : : "a"(0), "d"(0), "S"(&skip) : "rbx", "rcx", "memory");\n'
+    f'\t__asm__ volatile("{before}{"; " if before else ""}{insn.split(" #")[0]}"\n'
+    f'\t\t\t : : "a"(0), "d"(0), "S"(&skip) : "rbx", "rcx", "memory");\n'
     f'\tGUEST_SYNC1(seen);\n\tGUEST_DONE();\n}}\n' for n, (insn, (size, before, _)) in enumerate(INSNS.items()))
-BUDGET = 100_000
+BUDGET, MASK = 100_000, (1 << 64) - 1
 Make = Callable[..., lk.Vm]
 
 
@@ -340,7 +341,8 @@ def test_that_mmio_and_string_io_go_through_the_shared_buffer(make: Make, is_wri
     (ghcb(0x666), GhcbReason.INVALID_EVENT), (ghcb(0x7B, 0x80 << 16 | 1), GhcbReason.INVALID_INPUT),
     (ghcb(0x7B, 0x80 << 16 | 0x70 | 1), GhcbReason.INVALID_INPUT),
     (ghcb(0x8000_0001, 0xFEC0_0000, 4, sw_scratch=0), GhcbReason.INVALID_SCRATCH_AREA),
-    (ghcb(0x8000_0001, 0xFEC0_0000, 0, sw_scratch=0), GhcbReason.INVALID_INPUT), (ghcb(0x8000_0010, sw_scratch=0), GhcbReason.MISSING_INPUT),
+    (ghcb(0x8000_0001, 0xFEC0_0000, 0, sw_scratch=0), GhcbReason.INVALID_INPUT),
+    (ghcb(0x8000_0010, sw_scratch=0), GhcbReason.MISSING_INPUT),
     (ghcb(0x8000_0002, 0xFEC0_0000, (1 << 64) - 1, sw_scratch=0x1000), GhcbReason.INVALID_SCRATCH_AREA),
     (ghcb(0x8000_0005, 2), GhcbReason.INVALID_INPUT),
 ])
@@ -376,8 +378,8 @@ def test_that_a_private_page_as_ghcb_is_noise_to_the_host(make: Make) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(code=st.sampled_from([*EVENTS, 0, 1 << 63]), info=st.tuples(*[st.integers(0, (1 << 64) - 1)] * 2), bitmap=st.integers(0, (1 << 128) - 1),
-       scratch=st.integers(0, (1 << 64) - 1) | st.integers(0x7F0, 0x1000), tail=st.binary(max_size=64))
+@given(code=st.sampled_from([*EVENTS, 0, 1 << 63]), info=st.tuples(*[st.integers(0, MASK)] * 2), bitmap=st.integers(0, (1 << 128) - 1),
+       scratch=st.integers(0, MASK) | st.integers(0x7F0, 0x1000), tail=st.binary(max_size=64))
 def test_that_no_page_breaks_the_host(code: int, info: tuple[int, int], bitmap: int, scratch: int, tail: bytes) -> None:
     page = bytearray(ghcb(code, *info, sw_scratch=scratch))
     page[0x800:0x800 + len(tail)] = tail
