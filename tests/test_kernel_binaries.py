@@ -10,7 +10,7 @@ import struct
 import pytest
 from kernel_host import BUDGET, MASK64, clear_cpuid, hole, run, synced, value_at
 
-from labkit.engines.base import DebugExit, HypercallExit, MmioExit, PioExit, ShutdownExit
+from labkit.engines.base import DebugExit, HypercallExit, MmioExit, PioExit, ShutdownExit, SystemEventExit
 from labkit.errors import GuestAssertFailed, InvalidState
 
 ICR = (0x44000, 0x440FF, 0x4000, 0xFE00000000004300 | 0xFF, 0xC4000)  # self, destinations, all flavours
@@ -270,6 +270,29 @@ def test_that_a_guest_with_sev_bits_runs_as_one_without_encryption(host):
     vm.vcpus[0].set_entry("guest_sev_es_code")
     assert isinstance(vm.vcpus[0].run(BUDGET), HypercallExit)  # VMGEXIT is VMMCALL outside SEV-ES (APM vol. 3)
     assert vm.vcpus[0].regs["msr_0xc0010130"] == 0x100  # GHCB_MSR_TERM_REQ
+
+
+def test_that_the_kernels_sev_guest_is_done_under_sev(host):
+    assert [uc.cmd for uc in host("sev_smoke_test", "guest_sev_code", protect="sev").run_until_done(BUDGET)] == ["DONE"]
+
+
+@pytest.mark.parametrize("policy", [4, 5])  # ES; ES and NODBG, as the C test has them
+@pytest.mark.parametrize("protect", ["sev-es", "snp"])
+def test_that_the_kernels_sev_es_guest_terminates(host, protect, policy):
+    vm = host("sev_smoke_test", "guest_sev_es_code", protect=protect, policy=policy if protect == "sev-es" else None)
+    exit = vm.vcpus[0].run(BUDGET)
+    assert (type(exit), exit.type, exit.data) == (SystemEventExit, 6, (0x100,)) and vm.vcpus[0].state == "terminated"
+
+
+@pytest.mark.parametrize("protect", ["sev", "sev-es", "snp"])
+def test_that_the_kernels_shutdown_guest_shuts_down_encrypted_too(host, protect):
+    exit = host("sev_smoke_test", "guest_shutdown_code", protect=protect).vcpus[0].run(BUDGET)
+    assert isinstance(exit, ShutdownExit) and exit.vectors[0] == 6
+
+
+def test_that_a_ucall_by_port_is_one_vc_after_the_other_under_sev_es(host):
+    exit = host("sev_smoke_test", "guest_sev_code", protect="sev-es").vcpus[0].run(BUDGET)
+    assert isinstance(exit, ShutdownExit)  # the kernel's library has no GHCB: its assertions and its ucalls only make more #VC
 
 
 def test_that_a_sev_guest_without_sev_says_what_it_misses(host):

@@ -121,7 +121,7 @@ class Rmp:
 
     def pvalidate(self, spa: int, asid: int, gpa: int, validate: bool, size: int = PAGE) -> tuple[RmpStatus, bool] | RmpFault:
         """PVALIDATE of a guest whose gpa the nested table has at spa: (EAX, CF = nothing changed), or the fault it meets instead."""
-        if gpa % PAGE or gpa % size:
+        if gpa % PAGE:
             return RmpStatus.FAIL_INPUT, False
         fault = guest_access(replace(self.entry(spa), validated=True), asid, gpa, True, False)
         if fault:

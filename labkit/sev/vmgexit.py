@@ -104,7 +104,7 @@ def answer(guest: ProtectedGuest, index: int, vcpu: EngineVcpu, ghcb: int, port:
 
 
 def _page(guest: ProtectedGuest, index: int, vcpu: EngineVcpu, gpa: int, port: int) -> tuple[Exit, int | None]:
-    if guest.memory.slot(gpa) is None or (guest.level > 2 and guest.host.rmp.entry(gpa).assigned):
+    if not gpa or guest.memory.slot(gpa) is None or (guest.level > 2 and guest.host.rmp.entry(gpa).assigned):
         return VmgexitExit(gpa, "GHCB", "no answer: KVM finds no page there that it may write"), None
     if guest.level > 2 and guest.registered.get(index) != gpa:
         return InternalErrorExit(f"KVM_RUN: EINVAL, the GHCB at gpa {gpa:#x} was never registered", vcpu.read_reg("rip")), None
