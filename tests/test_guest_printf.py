@@ -108,6 +108,8 @@ def conversions(draw, kernel):
         args.append(ctypes.c_int(draw(st.integers(1, 255))))
     elif letter in "diouxXp":
         args.append(ctypes.c_int64(draw(NUMBERS)))
+    if letter == "L":  # a qualifier: it takes the next character for its conversion, were it the % of the next one
+        letter = "Ly"
     return f"%{flags}{width}{precision}{qualifier}{letter}", args
 
 
