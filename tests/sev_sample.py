@@ -8,6 +8,7 @@ from labkit.errors import PspError
 from labkit.machine.memory import Memory
 from labkit.sev import transport
 from labkit.sev.commands import GuestState
+from labkit.sev.ghcb import GHCB
 from labkit.sev.policy import Policy
 from labkit.sev.psp import Psp
 
@@ -82,3 +83,12 @@ def status_of(psp: Psp, name: str, **fields: Any) -> int:
         assert err.command == name
         return int(err.status)  # type: ignore[call-overload, no-any-return]
     return 0
+
+
+def ghcb_page(code: int, info_1: int = 0, info_2: int = 0, **regs: int) -> bytes:
+    """A GHCB page with one request, every field of it marked valid."""
+    page, fields = bytearray(4096), {"sw_exit_code": code, "sw_exit_info_1": info_1, "sw_exit_info_2": info_2, **regs}
+    for name, value in fields.items():
+        GHCB.put(page, name, value)
+    GHCB.put(page, "valid_bitmap", sum(1 << GHCB.fields[name][0] // 8 for name in fields))
+    return bytes(page)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from labkit.cli import doctor, main
+from labkit.sev import SIMPLIFIED
+from labkit.sev.guest import KINDS
 
 RUN = "import sys; {0}; from labkit.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -31,6 +33,13 @@ def test_that_json_is_one_object_per_line_and_nothing_else() -> None:
     assert ("unicorn can", "step") in found and not found["engine", "qemu"]["ok"]
     assert found["compiler", "ziglang"]["ok"] and ("machine", "/dev/kvm") in found
     assert all(set(record) == {"kind", "name", "ok", "version", "note"} for record in found.values())
+
+
+def test_that_it_says_what_is_encrypted_and_where_the_model_is_simpler() -> None:
+    found = [(f.kind, f.name) for f in doctor.examine()]
+    assert [name for kind, name in found if kind == "protection"] == list(KINDS)
+    assert {name for kind, name in found if kind == "simplified in encryption"} == {name for name, _ in SIMPLIFIED}
+    assert next(f for f in doctor.examine() if (f.kind, f.name) == ("unicorn can", "protect")).ok
 
 
 def test_that_the_table_names_the_default_engine(capsys: pytest.CaptureFixture[str]) -> None:

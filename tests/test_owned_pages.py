@@ -7,13 +7,13 @@ from functools import cache
 from typing import Any
 
 import pytest
+from sev_sample import ghcb_page as ghcb
 
 import labkit as lk
 from labkit.engines.base import InternalErrorExit, MemoryFaultExit, ShutdownExit, VmgexitExit
 from labkit.errors import InvalidState
 from labkit.explore.attacks import flip_c_bit
 from labkit.sev.rmp import PAGE_NOT_VALIDATED, RmpEntry
-from test_sealed_guests import ghcb
 
 SOURCE = r"""
 #include "labkit.h"
@@ -52,6 +52,15 @@ void guest_validate(uint64_t offset, uint64_t large, uint64_t validate)
 {
 	GUEST_SYNC1(pvalidate(page + offset, large, validate));
 	GUEST_SYNC1(pvalidate(page + offset, large, validate));
+	GUEST_DONE();
+}
+void guest_give_up(void)
+{
+	set_exception_handler(VC_VECTOR, accept);
+	page[0] = 1;
+	pvalidate(page, 0, 0);
+	page[0]++;
+	GUEST_SYNC3(page[0], seen, times);
 	GUEST_DONE();
 }
 void guest_change(uint64_t gpa)
@@ -198,6 +207,10 @@ def test_that_pvalidate_says_how_it_went(make: Make, args: tuple[int, int, int],
     assert vm.guest.host.rmp.entry(vm.gpa_of_page).validated == bool(args[2])
 
 
+def test_that_a_page_that_the_guest_gave_up_is_gone_at_once(make: Make) -> None:
+    assert run(make("guest_give_up")).args[:3] == (2, PAGE_NOT_VALIDATED, 1)
+
+
 def test_that_there_is_no_pvalidate_without_snp(make: Make) -> None:
     came = run(make("guest_validate", 0, 0, 1, protect="sev-es"))
     assert came.cmd == "UNHANDLED" and came.args[0] == 6
@@ -239,7 +252,8 @@ def test_that_a_ghcb_must_be_registered_first(make: Make) -> None:
 
 
 @pytest.mark.parametrize(("first", "last", "entry", "error"), [
-    (0, 0, 2 << 52, 0), (0, 0, 3 << 52, 1 << 32 | 2), (0, 0, 1 << 56 | 2 << 52, 1 << 32 | 2), (1, 0, 0, 1 << 32 | 1), (0, 300, 0, 1 << 32 | 1),
+    (0, 0, 2 << 52, 0), (0, 0, 3 << 52, 1 << 32 | 2), (0, 0, 1 << 56 | 2 << 52, 1 << 32 | 2), (1, 0, 0, 1 << 32 | 1),
+    (0, 300, 0, 1 << 32 | 1),
 ])
 def test_that_a_list_of_page_states_is_taken_as_a_whole_or_refused(make: Make, first: int, last: int, entry: int, error: int) -> None:
     vm = lk.Vm.create(program(), "guest_register", protect="snp", launch=False)

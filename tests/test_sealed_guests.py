@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sev_sample import ghcb_page as ghcb
 
 import labkit as lk
 from labkit.arch.x86_cpu import CpuModel
@@ -98,14 +99,6 @@ def asks(make: Make, page: bytes, protect: str = "sev-es") -> tuple[lk.Vm, Exit 
     return vm, vm.vcpus[0].run(BUDGET), bytearray(vm.memory.read(gpa, 4096))
 
 
-def ghcb(code: int, info_1: int = 0, info_2: int = 0, **regs: int) -> bytes:
-    page, fields = bytearray(4096), {"sw_exit_code": code, "sw_exit_info_1": info_1, "sw_exit_info_2": info_2, **regs}
-    for name, value in fields.items():
-        GHCB.put(page, name, value)
-    GHCB.put(page, "valid_bitmap", sum(1 << GHCB.fields[name][0] // 8 for name in fields))
-    return bytes(page)
-
-
 # --- registers
 
 def test_that_guests_reach_their_host_through_the_ghcb(make: Make) -> None:
@@ -133,6 +126,12 @@ def test_that_registers_are_closed_where_they_are_encrypted(make: Make, name: st
     with pytest.raises(KvmError, match="the registers of vCPU 0 are encrypted") as refused:
         TOUCHES[name](vm)
     assert refused.value.facts["errno"] == errno and "cannot see" in repr(vm.vcpus[0].regs)
+
+
+@pytest.mark.parametrize("protect", ["sev-es", "snp"])
+def test_that_a_guest_at_cpl3_would_reach_no_host(make: Make, protect: str) -> None:
+    with pytest.raises(NotAvailable, match="GHCB"):
+        make(protect=protect, privilege="user")
 
 
 def test_that_the_view_is_dark_and_the_lab_still_steps(make: Make) -> None:

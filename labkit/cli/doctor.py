@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from labkit.errors import LabError
+from labkit.sev import PROTECTIONS, SIMPLIFIED
 
 __all__ = ["DEFAULT_ENGINE", "Finding", "add", "examine"]
 
@@ -75,6 +76,8 @@ def examine() -> Iterator[Finding]:
     engines = [list(_engine(name)) for name in ENGINES]
     yield from (found[0] for found in engines)
     yield from (can for found in engines for can in found[1:])
+    yield from (Finding("protection", name, True, "", note) for name, note in PROTECTIONS)
+    yield from (Finding("simplified in encryption", name, False, "", note) for name, note in SIMPLIFIED)
     yield from _compilers()
     yield _kvm()
     yield _program("machine", "qemu-system-x86_64", missing="only to look into a VM that QEMU runs (Debian: qemu-system-x86)")

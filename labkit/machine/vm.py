@@ -83,6 +83,8 @@ class Machine:
     def _protect(self, protection: Protection) -> AddressSpace:
         if self._protecting is None:
             raise NotAvailable(f"the {self.engine.name} engine cannot encrypt guests: use backend=\"unicorn\"")
+        if self.is_user and protection.level > 1:
+            raise NotAvailable("privilege \"user\": only CPL0 can write the GHCB's MSR, and without it a guest reaches no host")
         mode = protection.mode(self.arch.mode)
         self._protecting.protect(mode, protection, protection.inverted, protection.level)
         protection.connect(self._protecting)

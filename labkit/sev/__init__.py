@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["SIMPLIFIED"]
+__all__ = ["PROTECTIONS", "SIMPLIFIED"]
+
+PROTECTIONS = (  # what `protect=` takes, and what the host loses by it
+    ("sev", "memory: the host reads ciphertext of every private page, and its page tables are such pages"),
+    ("sev-es", "memory and registers: exits become #VC in the guest, which tells its host what it wants through VMGEXIT"),
+    ("snp", "memory, registers and ownership: the RMP refuses the host's writes, the guest validates its pages"),
+    ("tdx", "memory, with a shared bit in place of the C-bit"),
+)
 
 # What the model leaves out, and why; each file's docstring says the same about its own part
 SIMPLIFIED = (
@@ -11,5 +18,9 @@ SIMPLIFIED = (
     ("attestation reports and ID blocks", "they need AMD's signing keys; the launch digest and the measurement are real"),
     ("WBINVD", "the model has no caches: one DF_FLUSH stands for what hardware needs WBINVD on every core for"),
     ("VMPLs and huge RMP pages", "labkit's guests run at VMPL0 on 4 KiB pages, so there is no RMPADJUST and no PSMASH"),
+    ("VMSAs that the host wrote into", "a vCPU that loads garbage is no lesson; the write is refused, SNP's hardware refuses it too"),
+    ("scratch areas outside the GHCB", "version 2 of the protocol wants them inside"),
+    ("starting APs, guest requests", "labkit's vCPUs begin at their entry and nobody signs reports, so those GHCB events are refused"),
+    ("TDX's module", "its pages are encrypted and measured by the secure processor's launch; registers stay open, there is no #VE"),
     ("the CPUID page", "SNP's firmware compares it with the CPU; the model checks its count only"),
 )

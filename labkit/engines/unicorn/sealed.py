@@ -96,6 +96,7 @@ def pvalidate(cpu: X86) -> Exit | None:
     if gpa is None:
         return cpu.page_fault(gva, write=False)
     found = vm.mmu.cipher.pvalidate(gpa & -4096 if size == 4096 else gpa, size, bool(regs.read("rdx") & 1))
+    cpu.vcpu.sync()  # its translations may be of pages that it gave up
     if not isinstance(found, tuple):
         return cpu.not_yours(found, gva, gpa, True)
     cpu.retire(Trap("unknown", pc, PVALIDATE, "pvalidate", ""), rax=found[0], rflags=regs.read("rflags") & ~0x8D5 | found[1])
