@@ -34,7 +34,7 @@ void guest_code(uint64_t vcpu)
 
 def everything(vm: lk.Vm) -> dict[str, object]:
     """All that a VM is, as far as anybody can see."""
-    pool = vm._look_at_pool(None) if vm._pool else None
+    pool = vm.pool if vm._pool else None
     return {"step": vm.step, "regs": [dict(vcpu.regs.all()) for vcpu in vm.vcpus], "states": [vcpu.state for vcpu in vm.vcpus],
             "memory": [slot.data[:] for slot in vm.memory.slots], "events": [(e.step, e.vcpu, e.kind, e.what) for e in vm._events],
             "pool": pool and [list(getattr(pool, name)) for name in ("in_use", "owner", "since", "uses", "done", "leaked", "held")],

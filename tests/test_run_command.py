@@ -78,9 +78,14 @@ def test_that_a_forged_hva_is_reported_and_never_followed() -> None:
     assert lines[0]["cmd"] == "NONE" and "0x4141414141414141 is no memory of this VM" in lines[0]["why"]
 
 
+@pytest.mark.parametrize("protect", ["sev", "sev-es", "snp", "tdx"])
+def test_that_an_encrypted_guest_says_the_same(protect: str) -> None:
+    plain, hidden = run(GUESTS / "hello.elf", "--json"), run(GUESTS / "hello.elf", "--protect", protect, "--json")
+    assert hidden[0] == plain[0] == 0 and hidden[1][:-1] == plain[1][:-1] and hidden[1][-1]["end"] == "done"
+
+
 @pytest.mark.parametrize(("args", "words"), [
     (("nowhere.c",), "No such file"), ((GUESTS / "hello.elf", "--entry", "nope"), "no symbol 'nope'"),
-    ((GUESTS / "hello.elf", "--protect", "sev"), "not part of this labkit yet"),
     ((GUESTS / "hello.elf", "--vcpus", "0"), "at least one vCPU"),
     ((GUESTS / "hello.elf", "--backend", "bochs"), "only unicorn"), ((GUESTS / "hello.elf", "--schedule", "lottery"), "round_robin"),
     ((GUESTS / "hello.elf", "--max-insns", "-1"), "not negative"), (("/bin/true",), "position independent"),
