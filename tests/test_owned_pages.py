@@ -163,6 +163,16 @@ def test_that_a_shared_write_to_an_owned_page_is_refused_and_a_read_sees_ciphert
     assert isinstance(came, MemoryFaultExit) and (came.gpa, came.is_private) == (vm.gpa_of_page, False) and came.error_code == 0x1_8000_0003
 
 
+def test_that_a_page_that_was_shared_is_closed_to_shared_writes_once_it_is_owned(make: Make) -> None:
+    vm = make("guest_touch")
+    flip_c_bit(vm, program().symbol("page").gva)
+    set_state(vm, vm.gpa_of_page, "taken")
+    assert run(vm).cmd == "SYNC" and vm.memory.read(vm.gpa_of_page, 1) == b"\x07"
+    set_state(vm, vm.gpa_of_page, "good")
+    came = run(vm)  # it reads first, and what it then knows of the page must not let it write
+    assert isinstance(came, MemoryFaultExit) and not came.is_private
+
+
 @pytest.mark.parametrize(("state", "what"), [("taken", MemoryFaultExit), ("invalid", ShutdownExit)])
 def test_that_page_tables_are_the_guests_own_too(make: Make, state: str, what: type) -> None:
     vm = make()
