@@ -9,7 +9,7 @@ from labkit.explore.hosting import can
 from labkit.explore.selftests import HOSTED
 
 SHARED = {"step", "breakpoints", "snapshot", "deterministic", "exceptions", "triple_fault_vectors", "hypercalls", "cpuid", "msr_table",
-          "parallel_vcpus", "native_speed"}
+          "parallel_vcpus", "native_speed", "protect"}
 SOURCE = """
 #include "labkit.h"
 void guest_code(uint64_t vcpu)

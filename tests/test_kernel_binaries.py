@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 
 import pytest
-from kernel_host import BUDGET, MASK64, clear_cpuid, hole, run, synced, value_at
+from kernel_host import BUDGET, MASK64, run, synced, value_at
 
 from labkit.engines.base import DebugExit, HypercallExit, MmioExit, PioExit, ShutdownExit, SystemEventExit
 from labkit.errors import GuestAssertFailed, InvalidState
@@ -57,35 +57,9 @@ def test_that_a_text_longer_than_the_buffer_is_asserted_against(host):
 
 @pytest.mark.parametrize("name, faults", [("xcr0_cpuid_test", 62), ("vmx_pmu_caps_test", 66)])
 def test_that_each_bad_write_faults_in_the_guests_own_handler(host, name, faults):
-    vm = host(name)
-    vm.cpu.msrs[0x345], vm.cpu.read_only_msrs = 0x32C4, vm.cpu.read_only_msrs | {0x345}  # IA32_PERF_CAPABILITIES
-    vm.vcpus[0].args_set(0x32C4)
+    vm = host.ready(name)
     assert [uc.cmd for uc in vm.run_until_done(BUDGET)] == ["DONE"]
     assert sum(vm.events.what.str.startswith("vector 0xd")) == faults
-
-
-def test_that_cpuid_osxsave_follows_cr4(host):
-    vcpu = host("cr4_cpuid_sync_test").vcpus[0]
-    synced(vcpu, 0)
-    vcpu.regs.cr4 &= ~(1 << 18)
-    assert run(vcpu).cmd == "DONE"
-
-
-def test_that_cpuid_in_the_guest_is_the_vms_table(host):
-    vm = host("cpuid_test", "guest_main")
-    rows = b"".join(struct.pack("<10I", *key, 0, *regs, 0, 0, 0) for key, regs in vm.cpu.cpuid.items())
-    gva = vm.alloc(8 + len(rows))
-    vm.write(gva, struct.pack("<2I", len(vm.cpu.cpuid), 0) + rows)
-    vm.vcpus[0].args_set(gva)
-    assert [uc.args[1] for uc in vm.run_until_done(BUDGET)] == [1, 2, 0]
-
-
-@pytest.mark.parametrize("kind", ["gp", "fixed"])
-def test_that_performance_counters_that_are_not_there_fault(host, kind):
-    vm = host("pmu_counters_test", f"guest_test_{kind}_counters")
-    vm.cpu.cpuid[1, 0] = (*vm.cpu.cpuid[1, 0][:2], vm.cpu.cpuid[1, 0][2] | 1 << 15, vm.cpu.cpuid[1, 0][3])  # PDCM
-    vm.cpu.msrs[0x345] = 1 << 13  # FW_WRITES: the guest leaves the P6 counters out, whose writes KVM drops
-    assert [uc.cmd for uc in vm.run_until_done(BUDGET)] == ["DONE"]
 
 
 def test_that_msrs_and_hypercalls_that_are_not_there_fault_or_say_so(host):
@@ -110,24 +84,6 @@ def test_that_hyperv_msrs_are_there_when_the_table_has_them(host, index, writabl
         vm.vcpus[0].set_entry("guest_msr")
         vm.vcpus[0].args_set(gva)
         assert run(vm.vcpus[0]).cmd == "DONE"
-
-
-def test_that_platform_info_can_be_given_and_taken_away(host):
-    vm = host("platform_info_test")
-    vm.cpu.msrs[0xCE] = 0xFF00
-    synced(vm.vcpus[0], 1)
-    synced(vm.vcpus[0], 0)
-    del vm.cpu.msrs[0xCE]
-    assert run(vm.vcpus[0]).cmd == "DONE"
-
-
-def test_that_monitor_and_mwait_exist_when_cpuid_says_so(host):
-    vm = host("monitor_mwait_test")  # KVM's quirk (never #UD) is a CPU that announces them
-    for case in (4, 5, 6, 2, 7, 3):
-        synced(vm.vcpus[0], case)
-        a, b, c, d = vm.cpu.cpuid[1, 0]
-        vm.cpu.cpuid[1, 0] = a, b, c & ~8 if case & 5 == 5 else c | 8, d
-    assert run(vm.vcpus[0]).cmd == "DONE"
 
 
 def test_that_tsc_and_tsc_adjust_move_as_guest_and_host_write_them(host):
@@ -181,21 +137,9 @@ def test_that_the_clock_page_gives_nanoseconds(host):
     assert vcpu.regs["msr_0x4b564d01"] == vm.gva2gpa(gva) | 1
 
 
-def test_that_rep_ins_takes_a_byte_an_exit(host):
-    vcpu, stuff = host("userspace_io_test").vcpus[0], {1: 0, 2: 8191}  # RCX behind the first byte of two and of three
-    while isinstance(exit := vcpu.run(), PioExit):
-        assert (exit.port, exit.size, exit.is_write) == (0x80, 1, False)
-        vcpu.complete(0xAA)
-        vcpu.regs.rcx = stuff.pop(vcpu.regs.rcx, vcpu.regs.rcx)  # once each: the C test relies on KVM's batches there
-    assert exit.cmd == "DONE" and not stuff
-
-
 def test_that_every_io_write_leaves_in_order(host):
-    vm, ring_size, mmio, port = host("coalesced_io_test"), 170, 4 << 30, 0x80
-    hole(vm, mmio)
-    vm.write_guest_global("kvm_builtin_io_ring", struct.pack("<QI4xQQB7x", 0, ring_size, mmio, mmio, port))
-    vcpu = vm.vcpus[0]
-    vcpu.args_set(vm.program.symbol("kvm_builtin_io_ring").gva)
+    ring_size, mmio, port = 170, 4 << 30, 0x80
+    vcpu = host.ready("coalesced_io_test").vcpus[0]
     for start in range(3):
         last = [("mmio", ring_size - 1), ("pio", ring_size - 1)]
         ring = [("pio" if i & 1 else "mmio", i) for i in range(ring_size - 1)]
@@ -207,8 +151,7 @@ def test_that_every_io_write_leaves_in_order(host):
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_that_an_x87_load_from_mmio_is_carried_out_or_skipped(host, skip):
-    vm = host("exit_on_emulation_failure_test")
-    hole(vm, 0x700000000)
+    vm = host.ready("exit_on_emulation_failure_test")
     assert vm.vcpus[0].run(BUDGET) == MmioExit(0x700000000, 4, False, 0)
     if skip:  # as the C host does after KVM's emulation failure
         vm.vcpus[0].regs.rip += 2
@@ -218,11 +161,7 @@ def test_that_an_x87_load_from_mmio_is_carried_out_or_skipped(host, skip):
 
 
 def test_that_a_physical_address_beyond_maxphyaddr_is_a_reserved_bit(host):
-    vm = host("smaller_maxphyaddr_emulation_test")
-    vm.machine.space.map(gva := 0x123456789000, vm.gva2gpa(vm.alloc(4096)))
-    entry = vm.page_table().walk(gva).steps[-1]
-    vm.memory.write(entry.entry_gpa, (entry.entry | 1 << (vm.cpu.leaf(0x80000008, 0)[0] & 0xFF)).to_bytes(8, "little"))
-    vm.vcpus[0].args_set(False)
+    vm = host.ready("smaller_maxphyaddr_emulation_test")
     assert run(vm.vcpus[0]).cmd == "DONE" and "error 0x9" in vm.events.what[0]
 
 
@@ -251,9 +190,7 @@ def test_that_a_ucall_of_a_foreign_address_is_reported_and_registers_are_the_hos
 
 
 def test_that_state_moves_to_another_vm_at_every_stage(host):
-    vm = host("state_test")
-    clear_cpuid(vm, 1, 2, 26)  # XSAVE: that part of the guest uses AVX
-    vm.vcpus[0].args_set(0)
+    vm = host.ready("state_test")
     for stage in (1, 2):
         synced(vm.vcpus[0], stage)
         before, vm = vm, host.keep(vm.fork())
@@ -262,9 +199,8 @@ def test_that_state_moves_to_another_vm_at_every_stage(host):
 
 
 def test_that_a_guest_with_sev_bits_runs_as_one_without_encryption(host):
-    vm = host("sev_smoke_test", "guest_sev_code")
-    vm.cpu.cpuid[0x80000000, 0] = (0x8000001F, *vm.cpu.cpuid[0x80000000, 0][1:])
-    vm.cpu.cpuid[0x8000001F, 0], vm.cpu.msrs[0xC0010131], vm.cpu.msrs[0xC0010130] = (0b1010, 0, 0, 0), 1, 0
+    vm = host.ready("sev_smoke_test", "guest_sev_code")
+    vm.cpu.msrs[0xC0010130] = 0
     assert [uc.cmd for uc in vm.run_until_done(BUDGET)] == ["DONE"]
     vm.cpu.msrs[0xC0010131] = 3
     vm.vcpus[0].set_entry("guest_sev_es_code")
@@ -308,8 +244,7 @@ def test_that_a_guest_without_idt_shuts_down(host):
 
 @pytest.mark.parametrize("icr", ICR)
 def test_that_x2apic_registers_are_msrs(host, icr):
-    vm = host("xapic_state_test", "x2apic_guest_code")
-    vm.cpu.msrs |= dict.fromkeys((0x80F, 0x820, 0x821, 0x830), 0)
+    vm = host.ready("xapic_state_test", "x2apic_guest_code")
     regs = vm.vcpus[0].regs
     regs["msr_0x820"], regs["msr_0x821"] = icr & 0xFFFFFFFF, icr >> 32
     synced(vm.vcpus[0], icr)

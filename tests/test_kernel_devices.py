@@ -18,11 +18,8 @@ PAGE, MIB = 4096, 1 << 20
 
 
 def test_that_a_patched_hypercall_runs_as_what_it_now_is(host):
-    vm, apic = host("fix_hypercall_test", "guest_main"), 0xFEE00000
+    vm, apic = host.ready("fix_hypercall_test", "guest_main"), 0xFEE00000
     vcpu = vm.vcpus[0]
-    vcpu.regs.cr0 &= ~(1 << 16)  # WP: the guest writes to its code, which the kernel's own page tables allow
-    hole(vm, apic)
-    vm.install_exception_handler(6, "guest_ud_handler")
     assert vcpu.run(BUDGET) == MmioExit(apic + 0x20, 4, False, 0)
     exit = vcpu.run(BUDGET)
     gva = vm.gva_of("hypercall_insn")
@@ -150,8 +147,7 @@ def test_that_an_apic_timer_of_the_hosts_keeps_time(host):
 
 @pytest.mark.parametrize("icr", ICR)
 def test_that_an_xapics_registers_are_the_hosts(host, icr):
-    vm, apic = host("xapic_state_test", "xapic_guest_code"), 0xFEE00000
-    hole(vm, apic)
+    vm, apic = host.ready("xapic_state_test", "xapic_guest_code"), 0xFEE00000
     vcpu, regs = vm.vcpus[0], {0x200: icr & 0xFFFFFFFF, 0x210: icr >> 32}
     while isinstance(exit := vcpu.run(BUDGET), MmioExit):
         if exit.is_write:

@@ -13,7 +13,6 @@ from labkit.engines.base import BudgetExit
 
 PAGE, MIB = 4096, 1 << 20
 TEST_VALUE = 0x0123456789ABCDEF
-STEAL_TIME = 0x4B564D03  # MSR_KVM_STEAL_TIME
 
 
 def random_u32(seed):
@@ -37,16 +36,8 @@ def synced_all(vm):
         seen.add(uc.vcpu)
 
 
-def test_that_every_page_can_be_read(host):
-    vm = host("pre_fault_memory_test", memory=16 * MIB)
-    vm.vcpus[0].args_set(vm.alloc(2 * MIB + PAGE, min_gva=1 << 38))
-    assert run(vm.vcpus[0]).cmd == "DONE"
-
-
 def test_that_data_and_code_are_fetched_from_the_same_pages(host):
-    vm, gva = host("nx_huge_pages_test", memory=16 * MIB), 4 << 30
-    assert vm.machine.space.alloc(6 * MIB, "hpages", gva, nx=False) == gva
-    vm.write(gva, b"\xc3" * (6 * MIB))  # RET
+    vm, gva = host.ready("nx_huge_pages_test"), 4 << 30
     for stage in range(1, 7):
         synced(vm.vcpus[0], stage)
     touched = vm.page_table().df[lambda df: df.accessed & (df.gva >= gva) & (df.gva < gva + 6 * MIB)]
@@ -54,11 +45,7 @@ def test_that_data_and_code_are_fetched_from_the_same_pages(host):
 
 
 def test_that_the_guest_dirties_the_pages_its_random_numbers_say(host):
-    vm, gva, nr_pages = host("dirty_log_test", memory=24 * MIB), 0xC0000000, 2048
-    assert vm.alloc(nr_pages * PAGE, gva) == gva
-    for name, value in (("guest_page_size", PAGE), ("host_page_size", PAGE), ("guest_num_pages", nr_pages),
-                        ("guest_rng", bytes([7, 0, 0, 0])), ("iteration", 1)):
-        vm.write_guest_global(name, value)
+    vm, gva, nr_pages = host.ready("dirty_log_test"), 0xC0000000, 2048
     synced(vm.vcpus[0], 1)
     assert (first_words(vm, gva, nr_pages) == 1).all()
     vm.write_guest_global("iteration", 2)
@@ -96,11 +83,7 @@ def test_that_a_move_is_seen_when_the_host_writes(host):
 
 @pytest.mark.parametrize("schedule", ["round_robin:100", "random:5:33"])
 def test_that_each_vcpu_fills_its_part_of_memory(host, schedule):
-    vm, nr_pages = host("max_guest_memory_test", nr_vcpus=4, schedule=schedule), 64
-    gva = vm.alloc(4 * nr_pages * PAGE, 1 << 32)
-    for vcpu in vm.vcpus:
-        start = gva + vcpu.index * nr_pages * PAGE
-        vcpu.args_set(start, start + nr_pages * PAGE, PAGE)
+    vm, nr_pages, gva = host.ready("max_guest_memory_test", schedule=schedule), 64, 1 << 32
     synced_all(vm)
     assert (first_words(vm, gva, 4 * nr_pages) == gva + PAGE * np.arange(4 * nr_pages)).all()
     for vcpu in vm.vcpus:
@@ -148,14 +131,7 @@ def test_that_memstress_writes_where_and_how_often_it_is_told(host, name, percen
 
 
 def test_that_stolen_time_is_what_the_host_put_there(host):
-    vm = host("steal_time", nr_vcpus=4)
-    vm.cpu.msrs[STEAL_TIME] = 0
-    base = vm.alloc(4 * 64, 1 << 30)
-    gvas = [base + 64 * i for i in range(4)]
-    vm.write_guest_global("st_gva", struct.pack("<4Q", *gvas))
-    for vcpu, gva in zip(vm.vcpus, gvas, strict=True):
-        vcpu.args_set(vcpu.index)
-        vcpu.regs[f"msr_{STEAL_TIME:#x}"] = gva | 1
+    vm, gvas = host.ready("steal_time"), [(1 << 30) + 64 * i for i in range(4)]
     for stage, steal in enumerate((0, 1000, 5000)):
         for vcpu, gva in zip(vm.vcpus, gvas, strict=True):
             if stage:

@@ -172,17 +172,10 @@ def test_that_answer_c_is_right(seed: int) -> None:
     assert "Slots 0 to 3, whatever the seed" in answer("C")
 
 
-STRING = """
-#include "labkit.h"
-char text[64];
-volatile uint64_t count;
-void guest_code(void) { asm volatile("rep insb" :: "D"(text), "c"(count), "d"(0x80) : "memory"); GUEST_DONE(); }
-"""
-
-
 @pytest.mark.parametrize("seed", [1, 2])
 def test_that_answer_a_about_exits_is_right(seed: int, backend: str) -> None:
-    vm, count = lk.Vm.create(lk.Program.compile(STRING), backend=backend), random.Random(seed).randrange(1, 33)
+    [source] = [cell.source for cell in cells(REAL_KVM, "code") if cell.source.startswith("%%guest string\n")]
+    vm, count = lk.Vm.create(lk.Program.compile(source.partition("\n")[2]), backend=backend), random.Random(seed).randrange(1, 33)
     vm.write_guest_global("count", count)
     assert len([vm.run() for _ in range(40) if vm.vcpus[0].state != "done"]) == count + 1
     assert re.search(rf"seed {seed} it is {count} times", answer("A", REAL_KVM))

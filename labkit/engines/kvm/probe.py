@@ -116,6 +116,7 @@ def probe() -> tuple[Capability, ...]:
     nops = NOPS + LEAVE
     step, step_user = (_ask(_steps, nops, user, False) for user in (False, True))
     kernel, user = (_ask(_pace, LOOP, ring, float("inf")) for ring in (False, True))
+    watches, traps = _ask(_watches, STORE, False, False), _ask(_traps, b"\xcc" + LEAVE, False, False)
     cpuid = [_ask(_identifies, CPUID, ring, False) for ring in (False, True)]
     told = f"{kernel * 1e9:.0f} ns an instruction at CPL0, {user * 1e9:.0f} ns at CPL3"
     by_default = kernel > NATIVE >= user and step_user
@@ -131,7 +132,8 @@ def probe() -> tuple[Capability, ...]:
         Capability("step_user", step_user, "at CPL3 too" if step_user else
                    "at CPL3 this KVM's single step runs on: a VM that must step, count or break needs privilege=\"kernel\""),
         Capability("breakpoints", step and _ask(_breaks, nops, False, False), "any number: 4 in debug registers, more by stepping"),
-        Capability("watchpoints", _ask(_watches, STORE, False, False), "debug registers on data: probed with one store"),
+        Capability("watchpoints", watches, "debug registers on data" if watches else
+                   "a debug register on data does not stop a store here"),
         Capability("snapshot", True, "registers, XSAVE, MSRs and memory bit for bit; the TSC goes on from where it was"),
         Capability("dirty_log", _ask(_logs, STORE, False, False), "KVM_MEM_LOG_DIRTY_PAGES: a restore writes back what was written"),
         Capability("count", False, "nobody counts a run without max_insns: the clock moves by one with each exit, `exact` is False"),
@@ -140,11 +142,12 @@ def probe() -> tuple[Capability, ...]:
         Capability("native_speed", kernel <= NATIVE, told),
         Capability("native_speed_user", user <= NATIVE, told),
         Capability("user_by_default", by_default, why),
-        Capability("software_interrupts", _ask(_traps, b"\xcc" + LEAVE, False, False), "INT3 and INT n at CPL0: probed with one INT3"),
-        Capability("cpuid", all(cpuid), "leaf 7 was asked for: " + ", ".join(
-            f"{ring} sees {'the VM' if own else 'the host'}'s own" for ring, own in zip(("CPL0", "CPL3"), cpuid, strict=True))),
+        Capability("software_interrupts", traps, "INT3 and INT n at CPL0" if traps else "INT3 at CPL0 ends in KVM's internal error here"),
+        Capability("cpuid", all(cpuid), "leaf 7 of a guest is " + " and ".join(
+            f"{'the VM' if own else 'the host'}'s at {ring}" for ring, own in zip(("CPL0", "CPL3"), cpuid, strict=True))),
         Capability("msr_table", False, "a guest finds all of KVM's MSRs; those that KVM lacks are the VM's own table's"),
         Capability("exceptions", False, "KVM brings an exception to its handler inside the guest and tells nobody"),
         Capability("triple_fault_vectors", False, "KVM_EXIT_SHUTDOWN does not say which exceptions led there"),
+        Capability("protect", False, "labkit encrypts guests of its default engine only"),
         Capability("hypercalls", False, "KVM answers VMCALL and VMMCALL itself, with -KVM_ENOSYS (kvm_pvm at CPL0 never ends them)"),
     )
