@@ -224,6 +224,16 @@ def test_that_a_measurement_made_by_hand_is_the_one_that_counts() -> None:
         assert vm.guest.launched and blob == vm.guest.measurement and vm.run().args[0] == 0x1122334455667788
 
 
+def test_that_the_owner_expects_what_was_launched_and_nothing_else() -> None:
+    with lk.Vm.create(PROGRAM, protect="sev", launch=False) as vm:
+        with pytest.raises(lk.InvalidState, match="UNINIT has no measurement"):
+            vm.guest.expected(bytes(32))
+        vm.launch()
+        digest = vm.launch_progress().digest
+        assert vm.guest.expected(digest) == vm.guest.measurement
+        assert vm.guest.measurement not in (vm.guest.expected(bytes(32)), vm.guest.expected(digest, policy=1))
+
+
 def test_that_the_guest_s_eye_sees_noise_from_the_key_to_the_encryption() -> None:
     with lk.Vm.create(PROGRAM, protect="sev", launch=False) as vm:
         gpa = secret_page(vm)

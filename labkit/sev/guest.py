@@ -26,7 +26,7 @@ from labkit.sev.dram import Dram
 from labkit.sev.ghcb import msr_response
 from labkit.sev.kvm import KvmHost, KvmVcpu, KvmVm, VmType, check_register_access, kvm_command
 from labkit.sev.policy import Policy, SnpPolicy, Status
-from labkit.sev.psp import Measured, Psp
+from labkit.sev.psp import MEASURE_SIZE, Measured, Psp, measurement
 from labkit.sev.rmp import RmpFault, guest_access, host_access
 from labkit.sev.snp import SnpMeasured, SnpState
 from labkit.sev.vmgexit import Awaited
@@ -53,7 +53,7 @@ class Done:
 
     command: str
     nr_measured: int
-    refused: str = ""
+    refused: str = ""  # what was found
     status: Status | None = None  # the firmware's; None where KVM itself refused
 
 
@@ -131,7 +131,8 @@ class ProtectedGuest:
             result = kvm_command(self.vm, name, **fields)
         except KvmError as err:
             status = err.facts.get("status")
-            self.done.append(Done(name, len(self.measured), str(err), status if isinstance(status, Status) else None))
+            found = getattr(err.__cause__, "facts", {}).get("found") or str(err).removeprefix(f"{name}: ")
+            self.done.append(Done(name, len(self.measured), found, status if isinstance(status, Status) else None))
             raise
         self.done.append(Done(name, len(self.measured)))
         if name == "LAUNCH_MEASURE":
@@ -328,9 +329,20 @@ class ProtectedGuest:
             if self.kind == "sev-es":
                 self.command("LAUNCH_UPDATE_VMSA")
             if self.state is not GuestState.LAUNCH_SECRET:  # its owner may have had it measured, to bring a secret in
-                self.command("LAUNCH_MEASURE", size=48)
+                self.command("LAUNCH_MEASURE", size=MEASURE_SIZE)
             self.command("LAUNCH_FINISH")
         return self.measurement
+
+    def expected(self, digest: bytes, policy: int | None = None) -> bytes:
+        """What `measurement` must be if the host launched what the owner thinks, and under which policy: the owner has the key TIK.
+
+        Raises InvalidState before LAUNCH_MEASURE; SNP has no such key, its digest stands for itself.
+        """
+        guest = self.host.psp.guests.get(self.vm.handle)
+        if guest is None or not self.measurement:
+            raise InvalidState(f"a {self.kind} guest in state {self.state.name} has no measurement to compare with")
+        psp, nonce = self.host.psp, self.measurement[32:]
+        return measurement(guest.keys.tik, psp.api, psp.build, self.policy if policy is None else policy, digest, nonce)
 
     def launch(self) -> bytes:
         """All of it (vm_sev_launch); returns the measurement."""
