@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from labkit.arch.x86_cpu import CpuModel
 from labkit.engines import open_engine
 from labkit.errors import InvalidState, LabError, NotAvailable
+from labkit.guest.compile import prebuilt_defines
 from labkit.guest.program import Program
 
 __all__ = ["Needs", "guest", "load_ipython_extension"]
@@ -30,6 +31,7 @@ def _arguments(line: str) -> argparse.Namespace:
     parser.add_argument("--arch", default="x86_64")
     parser.add_argument("--compiler", default=None)
     parser.add_argument("--opt", default="-O1")
+    parser.add_argument("-D", dest="defines", metavar="NAME", action="append", default=[])
     try:
         arguments = parser.parse_args(shlex.split(line))
     except ValueError as error:  # an open quote
@@ -44,19 +46,21 @@ def guest(line: str, cell: str) -> tuple[str, Program]:
     arguments = _arguments(line)
     text = f"// %%guest {arguments.name}\n{cell}"
     try:
-        program = Program.compile(text, arguments.arch, arguments.compiler, arguments.opt, name=f"{arguments.name}.c")
+        program = Program.compile(text, arguments.arch, arguments.compiler, arguments.opt, tuple(arguments.defines),
+                                  name=f"{arguments.name}.c")
     except NotAvailable:
-        kept = _prebuilt(arguments.name, cell)
-        if kept is None or arguments != _arguments(arguments.name):
+        kept = _prebuilt(arguments.name, cell, tuple(arguments.defines))
+        if kept is None or arguments != _arguments(f"{arguments.name} {' '.join(f'-D{define}' for define in arguments.defines)}"):
             raise
         program = kept
     return arguments.name, program
 
 
-def _prebuilt(name: str, cell: str) -> Program | None:
+def _prebuilt(name: str, cell: str, defines: tuple[str, ...]) -> Program | None:
     """The guest of that name that comes with labkit, if its source is this cell: all lines but the first, a comment there."""
     for source in (folder / f"{name}.c" for folder in GUESTS):
-        if source.is_file() and source.read_text().partition("\n")[2].strip() == cell.strip():
+        same = source.is_file() and source.read_text().partition("\n")[2].strip() == cell.strip()
+        if same and prebuilt_defines(source) == defines:
             elf = source.with_suffix(".elf")
             said = f"No compiler here, so this is {elf.name}, built from the same source."
             return Program(elf.read_bytes(), name, elf, compiler_output=said)
@@ -91,7 +95,7 @@ def _lacks(backend: str) -> str:
 
 
 def load_ipython_extension(ipython: Any) -> None:
-    """Register %%guest NAME [--arch A] [--compiler C] [--opt=-O1] and %%needs BACKEND with this IPython."""
+    """Register %%guest NAME [--arch A] [--compiler C] [--opt=-O1] [-DNAME] and %%needs BACKEND with this IPython."""
 
     def run(line: str, cell: str) -> Program:
         try:

@@ -203,6 +203,48 @@ def test_that_code_in_shared_memory_is_never_run_as_plaintext() -> None:
         assert vm.memory.read(vm.machine.space.walk(gva).gpa, 4) == b"\xc3" * 4 and str(came) and vm.events.kind.iloc[0] != "ucall"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_that_a_launch_step_by_step_is_a_launch(kind: str) -> None:
+    with lk.Vm.create(PROGRAM, protect=kind, launch=False) as vm, lk.Vm.create(PROGRAM, protect=kind) as twin:
+        vm.guest.start()
+        assert vm.gva2gpa(PROGRAM.symbol("guest_code").gva), "no page table is encrypted yet"
+        vm.guest.update()
+        with pytest.raises(lk.InvalidState, match="its page tables are ciphertext"):
+            vm.gva2gpa(PROGRAM.symbol("guest_code").gva)
+        assert vm.guest.finish() == twin.guest.measurement and vm.run() == twin.run()
+        assert vm.encryption_map().ranges == twin.encryption_map().ranges
+
+
+def test_that_a_measurement_made_by_hand_is_the_one_that_counts() -> None:
+    with lk.Vm.create(PROGRAM, protect="sev", launch=False) as vm:
+        vm.guest.start()
+        vm.guest.update()
+        blob = vm.guest.command("LAUNCH_MEASURE", size=48)
+        vm.guest.command("LAUNCH_FINISH")
+        assert vm.guest.launched and blob == vm.guest.measurement and vm.run().args[0] == 0x1122334455667788
+
+
+def test_that_the_owner_expects_what_was_launched_and_nothing_else() -> None:
+    with lk.Vm.create(PROGRAM, protect="sev", launch=False) as vm:
+        with pytest.raises(lk.InvalidState, match="UNINIT has no measurement"):
+            vm.guest.expected(bytes(32))
+        vm.launch()
+        digest = vm.launch_progress().digest
+        assert vm.guest.expected(digest) == vm.guest.measurement
+        assert vm.guest.measurement not in (vm.guest.expected(bytes(32)), vm.guest.expected(digest, policy=1))
+
+
+def test_that_the_guest_s_eye_sees_noise_from_the_key_to_the_encryption() -> None:
+    with lk.Vm.create(PROGRAM, protect="sev", launch=False) as vm:
+        gpa = secret_page(vm)
+        before = vm.eyes(gpa)
+        vm.guest.start()
+        between = vm.eyes(gpa)
+        vm.guest.update()
+        after = vm.eyes(gpa)
+        assert before.host == before.guest == between.host == after.guest and len({before.guest, between.guest, after.host}) == 3
+
+
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_that_a_ucall_on_the_stack_is_readable_only_where_nothing_is_encrypted(kind: str | None) -> None:
     with lk.Vm.create(STACK, ucall="stack", protect=kind) as vm:
@@ -248,6 +290,7 @@ def two_views() -> lk.Vm:
 
 
 def guest(vm: lk.Vm, entry: str, *args: int) -> int:
+    vm.memory.write(vm.pool.gpa, bytes(64))  # a guest that is never entered again keeps its slot, and there are 512
     vm.vcpus[0].set_entry(entry)
     vm.vcpus[0].args_set(*args)
     return int(vm.vcpus[0].run(5000).args[0])  # type: ignore[union-attr]

@@ -46,6 +46,8 @@ def test_that_options_are_taken(shell):
     assert shell.run_cell(f"%%guest fast --opt=-O2 --compiler zig --arch x86_64\n{GOOD}").success
     assert shell.run_cell(f"%%guest slow --opt=-O0\n{GOOD}").success
     assert shell.user_ns["fast"].image != shell.user_ns["slow"].image
+    assert shell.run_cell(f"%%guest old -DLABKIT_UCALL_ON_STACK -D X=1\n{GOOD}").success
+    assert "ucall_is_on_stack" in shell.user_ns["old"].symbols and "ucall_is_on_stack" not in shell.user_ns["fast"].symbols
 
 
 @pytest.mark.parametrize(("line", "words"), [
@@ -70,14 +72,17 @@ def no_compiler(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
 
 
-@pytest.mark.parametrize(("line", "change", "made"), [("hello", "", True), ("hello", "x", False), ("hello --opt=-O2", "", False),
-                                                      ("leak", "", False)])
+@pytest.mark.parametrize(("line", "change", "made"), [
+    ("hello", "", True), ("hello", "x", False), ("hello --opt=-O2", "", False), ("leak", "", False), ("hello -DLABKIT_X", "", False),
+    ("stack -DLABKIT_UCALL_ON_STACK", "", True), ("stack", "", False), ("stack -DLABKIT_UCALL_ON_STACK -DX", "", False),
+])
 def test_that_without_a_compiler_only_the_very_guest_that_comes_along_will_do(shell, capsys, no_compiler, line, change, made):
     source = (Path(__file__).parent.parent / "data" / "guests" / "hello.c").read_text().partition("\n")[2]
     assert shell.run_cell(f"%%guest {line}\n{source}{change}").success is made
     shown = "".join(capsys.readouterr())
-    assert ("No compiler here, so this is hello.elf" if made else "pip install ziglang") in shown
-    assert ("hello" in shell.user_ns) is made
+    assert (f"No compiler here, so this is {line.split()[0]}.elf" if made else "pip install ziglang") in shown
+    assert (line.split()[0] in shell.user_ns) is made
+
 
 def test_that_a_cell_for_an_engine_that_is_there_runs_as_any_other(shell):
     assert shell.run_cell("%%needs unicorn\nx = 1\nx + 1").result == 2

@@ -23,11 +23,14 @@ from labkit.guest.compile import compile_guest
 
 REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
-TOUR, REAL_KVM = (REPO / "notebooks" / f"{name}.ipynb" for name in ("00_tour", "10_real_kvm"))
+TOUR, BITS, LAUNCH, REAL_KVM = (REPO / "notebooks" / f"{name}.ipynb"
+                                for name in ("00_tour", "05_encryption_bits", "06_sev_launch", "10_real_kvm"))
 GUESTS = REPO / "data" / "guests"
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+without_compiler = pytest.mark.parametrize("path", (TOUR, BITS, LAUNCH), ids=lambda path: path.stem)  # all their guests come prebuilt
 
 HOST = re.compile(r"\b0x7[0-9a-f]{11}\b")  # an address of host memory differs from run to run
+ENTROPY = re.compile(r"\d\.\d\d bits a byte")  # of a page with such an address in it
 NUMBERS = re.compile(r"\b(0x)?[0-9a-f]*\d[0-9a-f]*\b( \d{3})*")  # another compiler makes other steps and addresses
 PLACES = re.compile(r"/(home|Users|root|tmp|work|usr|opt|mnt|var)/|site-packages|[A-Z]:\\\\")
 
@@ -62,7 +65,7 @@ def said(notebook: Any) -> list[list[str]]:
 # --- style ---
 
 def test_that_the_notebooks_are_there() -> None:
-    assert {TOUR, REAL_KVM} <= set(NOTEBOOKS)
+    assert {TOUR, BITS, LAUNCH, REAL_KVM} <= set(NOTEBOOKS)
 
 
 @each
@@ -133,10 +136,9 @@ def test_that_host_addresses_and_numbers_are_recognised() -> None:
     assert NUMBERS.sub("N", "step 2 736 640, 400ff0 +20 lock bts") == "step N, N +N lock bts"
 
 
-@pytest.mark.parametrize("guest", ["hello", "secret"])
-def test_that_the_tours_guests_come_prebuilt(guest: str) -> None:
-    [cell] = [cell for cell in cells(TOUR, "code") if cell.source.startswith(f"%%guest {guest}\n")]
-    assert cell.source.partition("\n")[2].strip() == (GUESTS / f"{guest}.c").read_text().partition("\n")[2].strip()
+def guests(path: Path) -> list[str]:
+    """The names of the guests that a notebook shows and compiles."""
+    return [cell.source.split()[1] for cell in cells(path, "code") if cell.source.startswith("%%guest ")]
 
 
 # --- answers ---
@@ -146,6 +148,12 @@ def answer(letter: str, path: Path = TOUR) -> str:
     """The folded answer of an exercise."""
     [cell] = [cell for cell in cells(path, "markdown") if f"**{letter}. " in cell.source]
     return str(cell.source.partition("<details>")[2])
+
+
+def shown(path: Path, letter: str, seed: int) -> str:
+    """What the code cell of an exercise shows, in a copy of the notebook with another seed."""
+    [at] = [at for at, cell in enumerate(read(path).cells) if f"**{letter}. " in cell.source]
+    return said(ran(path, seed).notebook)[sum(cell.cell_type == "code" for cell in read(path).cells[:at])][0]
 
 
 def hello(**options: Any) -> Any:
@@ -195,6 +203,23 @@ def test_that_answer_c_about_schedules_is_right(seed: int) -> None:
     assert lk.compare(program, nr_vcpus=4, schedule=f"random:{seed}:30", max_insns=20_000).equal
 
 
+@pytest.mark.parametrize(("path", "letter", "seed", "told", "comes"), [
+    (BITS, "A", 1, "for seed 1 that is bit 46, 0x800040000000a003", "(46, '0x800000000000a003')"),
+    (BITS, "A", 2, "for seed 2 bit 51, 0x800800000000a003", "(51, '0x800000000000a003')"),
+    (BITS, "B", 1, "the one at 0x440 for seed 1", "* 440 "), (BITS, "B", 2, "the one at 0x1c0 for seed 2", "* 1c0 "),
+    (BITS, "C", 1, "For seed 1 (sev, stack) it is set", "('sev', 'stack', '0x8008"),
+    (BITS, "C", 4, "for seed 4 (sev, pool) it is clear", "('sev', 'pool', '0x8000000"),
+    (BITS, "C", 5, "for seed 5 (tdx, pool) it is set", "('tdx', 'pool', '0x80008"),
+    (LAUNCH, "A", 1, "For seed 1 it is 1,", "1"), (LAUNCH, "A", 2, "for seed 2 it is 6.", "6"),
+    (LAUNCH, "B", 1, "For seed 1 it is <code>LAUNCH_UPDATE_VMSA", "LAUNCH_UPDATE_VMSA: ENOTTY"),
+    (LAUNCH, "B", 2, "for seed 2 <code>GUEST_STATUS", "GUEST_STATUS (0, 8, "),
+    (LAUNCH, "B", 5, "for seed 5 <code>LAUNCH_FINISH", "LAUNCH_FINISH: EIO, the firmware says INVALID_GUEST_STATE (0x02)"),
+    (LAUNCH, "C", 1, "the digest is another", "(False, 'my secret is 2"), (LAUNCH, "C", 5, "Seed 5 gives the old order", "(True, 'my secret is 2"),
+])
+def test_that_an_answer_is_what_its_cell_shows(path: Path, letter: str, seed: int, told: str, comes: str) -> None:
+    assert told in answer(letter, path) and comes in shown(path, letter, seed)
+
+
 # --- running ---
 
 @dataclass(frozen=True)
@@ -205,12 +230,14 @@ class Run:
     seconds: float
 
 
-def run(path: Path, **env: str) -> Run:
+def run(path: Path, seed: int | None = None, **env: str) -> Run:
     """Run a copy of a notebook in a kernel of this Python that finds no program in PATH; raises when a cell fails."""
     notebook = nbformat.from_dict(read(path))
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
+            if seed is not None:
+                cell.source = re.sub(r"^seed = \d+$", f"seed = {seed}", cell.source, flags=re.MULTILINE)
     client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
                             coalesce_streams=True)
     start = time.monotonic()
@@ -219,9 +246,9 @@ def run(path: Path, **env: str) -> Run:
 
 
 @cache
-def ran(path: Path) -> Run:
-    """One run of a notebook for all tests."""
-    return run(path)
+def ran(path: Path, seed: int | None = None) -> Run:
+    """One run of a notebook, with its own seeds or another one, for all tests."""
+    return run(path, seed)
 
 
 @each
@@ -249,18 +276,20 @@ def test_that_the_committed_text_is_what_a_run_gives(path: Path) -> None:
     loose, settled = not compiled_alike(), [is_settled(cell) for cell in cells(path, "code")]
 
     def same(texts: list[list[str]]) -> list[list[str]]:
-        plain = [[HOST.sub("HVA", text) for text in cell] for cell in texts]
+        plain = [[ENTROPY.sub("some bits a byte", HOST.sub("HVA", text)) for text in cell] for cell in texts]
         return [[NUMBERS.sub("N", text) for text in cell] for cell in plain] if loose else plain
 
     for index, (kept, now) in enumerate(zip(same(said(read(path))), same(said(ran(path).notebook)), strict=True)):
         assert kept == now or not settled[index], f"code cell {index + 1} is stale: labkit freeze --execute {path.relative_to(REPO)}"
 
 
-def test_that_the_tour_runs_without_any_compiler(tmp_path: Path) -> None:
+@without_compiler
+def test_that_it_runs_without_any_compiler(path: Path, tmp_path: Path) -> None:
     (tmp_path / "ziglang").mkdir()
     (tmp_path / "ziglang" / "__init__.py").touch()  # found before the real one, and has no compiler in it
-    done = run(TOUR, PYTHONPATH=f"{tmp_path}:{REPO}")
-    assert "No compiler here, so this is hello.elf" in "".join(said(done.notebook)[1])
+    done = run(path, PYTHONPATH=f"{tmp_path}:{REPO}")
+    texts = "".join(text for cell in said(done.notebook) for text in cell)
+    assert re.findall(r"No compiler here, so this is (\w+)\.elf", texts) == guests(path)
 
 
 def test_that_a_notebook_about_kvm_says_why_it_cannot_where_there_is_none(tmp_path: Path) -> None:

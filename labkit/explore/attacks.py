@@ -13,7 +13,7 @@ from labkit.arch.desc import Field
 from labkit.errors import InvalidState
 from labkit.paging.walk import Walk, walk
 
-__all__ = ["flip_c_bit", "flip_ciphertext_bit", "move_ciphertext", "remap", "replay", "walk_without_mask"]
+__all__ = ["flip_c_bit", "flip_ciphertext_bit", "move_ciphertext", "remap", "replay", "walk_through_dram", "walk_without_mask"]
 
 PAGE = 4096
 
@@ -69,3 +69,9 @@ def walk_without_mask(vm: Any, gva: int) -> Walk:
     mode = vm.arch.mode
     naive = replace(mode, pa=Field((1 << 52) - PAGE, mode.pa.shift), reserved=0)
     return walk(space.eye, naive, space.root_gpa, gva)
+
+
+def walk_through_dram(vm: Any, gva: int) -> Walk:
+    """Walk as a host that does not know better: through DRAM as it is, where the tables of an encrypted guest are ciphertext."""
+    space = vm.machine.space
+    return walk(vm.memory.read, space.mode, space.root_gpa, gva)

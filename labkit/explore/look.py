@@ -297,7 +297,7 @@ def look_through_both(vm: Any, gpa: int, before: PageEyes | None) -> PageEyes:
     walk = None if gva is None else table.walk(gva)
     private = space.is_protected(page) if walk is None else bool(walk.flags.get("c"))
     host = vm.memory.read(page, 4096)
-    guest = space.eye(page, 4096) if private else host
+    guest = vm.machine.plain(page, 4096) if private else host
     word = "" if walk is None or space.mode.c_bit is None else space.mode.c_word(private)
     what = label_gva(vm, gva) if gva is not None else ""
     old = (None, None, None) if before is None else (before.host, before.guest, before.step)

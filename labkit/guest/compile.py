@@ -17,7 +17,7 @@ from labkit.errors import CompileError, InvalidState, NotAvailable
 from labkit.guest.lines import LIBRARY, LIBRARY_NAME
 from labkit.guest.program import Program
 
-__all__ = ["COMPILERS", "Compiler", "build_prebuilt", "compile_guest", "find_compiler"]
+__all__ = ["COMPILERS", "Compiler", "build_prebuilt", "compile_guest", "find_compiler", "prebuilt_defines"]
 
 COMPILERS = ("zig", "gcc", "clang", "cc")  # in the order they are tried
 TIMEOUT = 120  # seconds; ziglang's first run fills its cache
@@ -65,7 +65,7 @@ def find_compiler(name: str | None = None) -> Compiler:
 def _probe(name: str) -> Compiler | None:
     if name == "zig":
         spec = importlib.util.find_spec("ziglang")
-        path = Path(spec.origin).parent / ("zig.exe" if os.name == "nt" else "zig") if spec and spec.origin else None
+        path = Path(spec.origin).resolve().parent / ("zig.exe" if os.name == "nt" else "zig") if spec and spec.origin else None
         return Compiler(name, name, (str(path), "cc")) if path and path.is_file() else None
     found = shutil.which(name)
     return Compiler(name, "clang" if name == "clang" else "gcc", (found,)) if found else None
@@ -139,13 +139,18 @@ def _hint(output: str) -> str:
     return next((f"\n({hint})" for pattern, hint in HINTS if re.search(pattern, output)), "")
 
 
+def prebuilt_defines(source: Path) -> tuple[str, ...]:
+    """What a prebuilt guest is compiled with: the words -DNAME in the comment that is its first line."""
+    return tuple(re.findall(r"-D(\w+)", source.read_text().partition("\n")[0]))
+
+
 def build_prebuilt(folder: Path) -> list[Path]:
     """Compile every .c of a folder to the .elf beside it, always with ziglang so that everybody gets the same bytes."""
     built = []
     for source in sorted(folder.glob("*.c")):
         target = source.with_suffix(".elf")
         fresh = target.with_suffix(".new")
-        fresh.write_bytes(compile_guest(source, compiler="zig", name=source.name).image)
+        fresh.write_bytes(compile_guest(source, compiler="zig", defines=prebuilt_defines(source), name=source.name).image)
         fresh.replace(target)
         built.append(target)
     return built

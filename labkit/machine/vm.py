@@ -37,6 +37,7 @@ class Protection(Ownership, Protocol):
 
     protected: Sparsebit
     inverted: bool
+    on_encrypted: list[Callable[[str], None]]  # called with the reason when the page tables become ciphertext
 
     @property
     def level(self) -> int:
@@ -89,6 +90,7 @@ class Machine:
         self._protecting.protect(mode, protection, protection.inverted, protection.level)
         protection.connect(self._protecting)
         self.memory.on_look += [protection.look, self._protecting.memory_needed]
+        protection.on_encrypted.append(self.seal)
         return AddressSpace(self.memory, mode, self.is_user, protection.protected)
 
     def seal(self, why: str) -> None:

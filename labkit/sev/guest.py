@@ -26,7 +26,7 @@ from labkit.sev.dram import Dram
 from labkit.sev.ghcb import msr_response
 from labkit.sev.kvm import KvmHost, KvmVcpu, KvmVm, VmType, check_register_access, kvm_command
 from labkit.sev.policy import Policy, SnpPolicy, Status
-from labkit.sev.psp import Measured, Psp
+from labkit.sev.psp import MEASURE_SIZE, Measured, Psp, measurement
 from labkit.sev.rmp import RmpFault, guest_access, host_access
 from labkit.sev.snp import SnpMeasured, SnpState
 from labkit.sev.vmgexit import Awaited
@@ -41,7 +41,7 @@ __all__ = ["KINDS", "Done", "ProtectedGuest"]
 KINDS = ("sev", "sev-es", "snp", "tdx")
 C_BIT, TDX_SHARED_BIT = 51, 47  # Milan and later; a TD with 48 guest-physical address bits
 _TYPES = {"sev": VmType.SEV, "sev-es": VmType.SEV_ES, "snp": VmType.SNP, "tdx": VmType.SEV}
-_FACTS = ("policy", "measurement", "launched", "ghcbs", "jump_table")
+_FACTS = ("policy", "measurement", "encrypted", "launched", "ghcbs", "jump_table")
 _SEALS = ("LAUNCH_UPDATE_VMSA", "SNP_LAUNCH_FINISH")  # commands before which KVM writes VMSAs
 _SVME, _PAT, TSC_AUX = 1 << 12, 0x277, 0xC000_0103
 _POLICIES = {"sev": 0, "sev-es": int(Policy.ES), "snp": int(SnpPolicy.SMT | SnpPolicy.RESERVED_ONE), "tdx": 0}
@@ -53,7 +53,7 @@ class Done:
 
     command: str
     nr_measured: int
-    refused: str = ""
+    refused: str = ""  # what was found
     status: Status | None = None  # the firmware's; None where KVM itself refused
 
 
@@ -74,7 +74,8 @@ class ProtectedGuest:
         self.protected = Sparsebit()  # pfns
         self.done: list[Done] = []
         self.measurement = b""
-        self.launched = False
+        self.encrypted = self.launched = False
+        self.on_encrypted: list[Callable[[str], None]] = []
         self._registers = list[Callable[[], Mapping[str, int]]]()  # of each vCPU, as only the CPU itself can tell
         self._engine: ProtectingVm | None = None
         self.ghcbs = 0  # gva of the guest library's table of GHCBs
@@ -106,8 +107,8 @@ class ProtectedGuest:
 
     @property
     def why_sealed(self) -> str:
-        """Why the host follows no page table of the guest any longer; "" before the launch."""
-        return f"this is a {self.kind} guest since its launch, and its page tables are ciphertext" if self.launched else ""
+        """Why the host follows no page table of the guest any longer; "" before they are encrypted (is_pt_protected)."""
+        return f"this is a {self.kind} guest since its launch, and its page tables are ciphertext" if self.encrypted else ""
 
     @property
     def state(self) -> GuestState | SnpState:
@@ -130,10 +131,22 @@ class ProtectedGuest:
             result = kvm_command(self.vm, name, **fields)
         except KvmError as err:
             status = err.facts.get("status")
-            self.done.append(Done(name, len(self.measured), str(err), status if isinstance(status, Status) else None))
+            found = getattr(err.__cause__, "facts", {}).get("found") or str(err).removeprefix(f"{name}: ")
+            self.done.append(Done(name, len(self.measured), found, status if isinstance(status, Status) else None))
             raise
         self.done.append(Done(name, len(self.measured)))
+        if name == "LAUNCH_MEASURE":
+            self.measurement = result
+        if name in ("LAUNCH_FINISH", "SNP_LAUNCH_FINISH"):
+            self.launched = True
+            self._seal()
+            self.publish_owners()
         return result
+
+    def _seal(self) -> None:
+        self.encrypted = True
+        for tell in self.on_encrypted:
+            tell(self.why_sealed)
 
     def save(self) -> dict[str, Any]:
         """All of it, for a snapshot."""
@@ -298,12 +311,13 @@ class ProtectedGuest:
             self.memory.was_written(slot.gpa, slot.size)
 
     def update(self) -> None:
-        """Encrypt and measure every protected range, lowest first."""
+        """Encrypt and measure every protected range, lowest first; the host follows no page table from then on (sev_vm_launch)."""
         for pfn, count in list(self.protected.ranges()):
             if self.kind == "snp":
                 self.command("SNP_LAUNCH_UPDATE", gpa=pfn * PAGE, size=count * PAGE)
             else:
                 self.command("LAUNCH_UPDATE_DATA", spa=pfn * PAGE, size=count * PAGE)
+        self._seal()
 
     def finish(self) -> bytes:
         """Measure, and let the guest run; returns the measurement (SNP: the launch digest)."""
@@ -314,11 +328,21 @@ class ProtectedGuest:
         else:
             if self.kind == "sev-es":
                 self.command("LAUNCH_UPDATE_VMSA")
-            self.measurement = self.command("LAUNCH_MEASURE", size=48)
+            if self.state is not GuestState.LAUNCH_SECRET:  # its owner may have had it measured, to bring a secret in
+                self.command("LAUNCH_MEASURE", size=MEASURE_SIZE)
             self.command("LAUNCH_FINISH")
-        self.launched = True
-        self.publish_owners()
         return self.measurement
+
+    def expected(self, digest: bytes, policy: int | None = None) -> bytes:
+        """What `measurement` must be if the host launched what the owner thinks, and under which policy: the owner has the key TIK.
+
+        Raises InvalidState before LAUNCH_MEASURE; SNP has no such key, its digest stands for itself.
+        """
+        guest = self.host.psp.guests.get(self.vm.handle)
+        if guest is None or not self.measurement:
+            raise InvalidState(f"a {self.kind} guest in state {self.state.name} has no measurement to compare with")
+        psp, nonce = self.host.psp, self.measurement[32:]
+        return measurement(guest.keys.tik, psp.api, psp.build, self.policy if policy is None else policy, digest, nonce)
 
     def launch(self) -> bytes:
         """All of it (vm_sev_launch); returns the measurement."""

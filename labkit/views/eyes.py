@@ -170,7 +170,7 @@ def _outline(lattice: Lattice, first: int, count: int, pitch: float) -> str:
 
 def _about(eye: Eye) -> str:
     """An eye's hint of noise or sense."""
-    return f"{plain(eye.name, 40)}: {eye.entropy:.2f} bits a byte, {num(eye.nr_different)} of {num(len(eye.blocks))} blocks differ"
+    return f"{plain(eye.name, 40)}: {eye.entropy:.2f} bits a byte, {num(eye.nr_different)} different blocks of {num(len(eye.blocks))}"
 
 
 def _words(page: PageEyes) -> Html:
