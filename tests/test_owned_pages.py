@@ -7,13 +7,13 @@ from functools import cache
 from typing import Any
 
 import pytest
+from test_sealed_guests import ghcb
 
 import labkit as lk
 from labkit.engines.base import InternalErrorExit, MemoryFaultExit, ShutdownExit, VmgexitExit
 from labkit.errors import InvalidState
 from labkit.explore.attacks import flip_c_bit
 from labkit.sev.rmp import PAGE_NOT_VALIDATED, RmpEntry
-from test_sealed_guests import ghcb
 
 SOURCE = r"""
 #include "labkit.h"
