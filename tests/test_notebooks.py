@@ -214,7 +214,8 @@ def test_that_answer_c_about_schedules_is_right(seed: int) -> None:
     (LAUNCH, "B", 1, "For seed 1 it is <code>LAUNCH_UPDATE_VMSA", "LAUNCH_UPDATE_VMSA: ENOTTY"),
     (LAUNCH, "B", 2, "for seed 2 <code>GUEST_STATUS", "GUEST_STATUS (0, 8, "),
     (LAUNCH, "B", 5, "for seed 5 <code>LAUNCH_FINISH", "LAUNCH_FINISH: EIO, the firmware says INVALID_GUEST_STATE (0x02)"),
-    (LAUNCH, "C", 1, "the digest is another", "(False, 'my secret is 2"), (LAUNCH, "C", 5, "Seed 5 gives the old order", "(True, 'my secret is 2"),
+    (LAUNCH, "C", 1, "the digest is another", "(False, 'my secret is 2"),
+    (LAUNCH, "C", 5, "Seed 5 gives the old order", "(True, 'my secret is 2"),
 ])
 def test_that_an_answer_is_what_its_cell_shows(path: Path, letter: str, seed: int, told: str, comes: str) -> None:
     assert told in answer(letter, path) and comes in shown(path, letter, seed)
