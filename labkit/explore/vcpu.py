@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from labkit.arch.model import Arch
-from labkit.engines.base import BudgetExit, Exit, MonitorVcpu
+from labkit.engines.base import BudgetExit, Exit, MonitorVcpu, VmgexitExit
 from labkit.engines.disasm import Decoded
 from labkit.errors import InvalidState, NotAvailable
 from labkit.explore.arrivals import arrived
@@ -85,8 +85,16 @@ class Vcpu:
         return next(iter(self.disassemble(self.pc, 1).insns), None)
 
     def run(self, max_insns: int | None = None) -> Ucall | Exit:
-        """Run this vCPU alone until a ucall or another exit; with max_insns at most that far (BudgetExit)."""
-        return arrived(self.vm, self, self._cpu.run(max_insns))
+        """Run this vCPU alone until a ucall or another exit; with max_insns at most that far (BudgetExit).
+
+        A VMGEXIT that the host has answered is an event, and the run goes on.
+        """
+        start = self._cpu.insns
+        came = arrived(self.vm, self, self._cpu.run(max_insns))
+        while type(came) is VmgexitExit and came.request:
+            left = None if max_insns is None else max_insns - (self._cpu.insns - start)
+            came = arrived(self.vm, self, self._cpu.run(left))
+        return came
 
     def run_until_done(self, max_insns: int | None = None) -> list[Ucall]:
         """Run this vCPU alone to its DONE and return every ucall on the way.
