@@ -58,8 +58,8 @@ def test_that_host_addresses_lead_back(memory):
         memory.hva(0x50000)
 
 
-def test_that_a_second_slot_is_seen_by_host_and_guest():
-    vm = bare("mov rax,[0x60000000]; mov [0x60000008],rax; hlt")
+def test_that_a_second_slot_is_seen_by_host_and_guest(guest):
+    vm = guest("mov rax,[0x60000000]; mov [0x60000008],rax; hlt")
     slot = vm.memory.add(1 << 32, 1 << 20)
     vm.machine.engine.add_memslot(slot.gpa, slot.hva, slot.size)
     vm.machine.space.map(0x60000000, 1 << 32, 1)
@@ -79,8 +79,8 @@ def test_that_allocation_takes_the_lowest_gap_and_ends_with_an_error_that_helps(
 
 
 @pytest.mark.parametrize("gva", [0x7000_0000, 1 << 46, 1 << 63, (1 << 64) - 8, DATA + 4 * PAGE - 4])
-def test_that_a_virtual_access_outside_says_which_table_ends_it(gva):
-    vm = bare("nop")
+def test_that_a_virtual_access_outside_says_which_table_ends_it(guest, gva):
+    vm = guest("nop")
     with pytest.raises(lk.PageFault, match="gva") as caught:
         vm.read(gva, 8)
     assert caught.value.walk is not None
@@ -89,8 +89,8 @@ def test_that_a_virtual_access_outside_says_which_table_ends_it(gva):
     assert vm.read(DATA + 4 * PAGE - 4, 4) == bytes(4), "nothing was written"
 
 
-def test_that_a_page_mapped_to_nowhere_can_be_walked_but_not_read():
-    vm = bare("nop")
+def test_that_a_page_mapped_to_nowhere_can_be_walked_but_not_read(guest):
+    vm = guest("nop")
     vm.machine.space.map(0x7000_0000, 0xC000_0000, 1)
     assert vm.gva2gpa(0x7000_0123) == 0xC000_0123
     with pytest.raises(lk.PageFault, match=r"gpa 0xc0000123, where no memslot is"):
@@ -99,8 +99,8 @@ def test_that_a_page_mapped_to_nowhere_can_be_walked_but_not_read():
         vm.gpa2hva(0xC000_0123)
 
 
-def test_that_a_vcpu_reads_through_its_own_page_tables():
-    vm = bare("nop")
+def test_that_a_vcpu_reads_through_its_own_page_tables(guest):
+    vm = guest("nop")
     vm.vcpus[0].regs.cr3 = 0x5000
     with pytest.raises(lk.PageFault):
         vm.vcpus[0].read(CODE, 1)
@@ -108,7 +108,7 @@ def test_that_a_vcpu_reads_through_its_own_page_tables():
 
 
 @pytest.mark.parametrize("size", [2 << 20, 1 << 30])
-def test_that_huge_pages_work_for_guest_and_host(size):
+def test_that_huge_pages_work_for_guest_and_host(size):  # 1 GiB is a reserved bit to kvm_pvm
     with bare("mov rax,[rbx+0x1234]; hlt") as vm:
         vm.machine.space.map(gva := 1 << 40, 0, 1, page_size=size)
         vm.memory.write(0x1234, b"12345678")

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from guests import CODE, DATA, bare
+from guests import CODE, DATA
 
 import labkit as lk
 from labkit.engines.base import BudgetExit, HaltExit
@@ -58,9 +58,9 @@ def test_that_schedules_differ_where_guests_race(counter):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_that_a_run_may_be_cut_anywhere(schedule):
+def test_that_a_run_may_be_cut_anywhere(guest, schedule):
     def state(*budgets: int) -> list[dict[str, int]]:
-        vm = bare("1: lock xadd [rsi],rax; inc r8; add rax,r8; jmp 1b", nr_vcpus=2)
+        vm = guest("1: lock xadd [rsi],rax; inc r8; add rax,r8; jmp 1b", nr_vcpus=2)
         vm.schedule = type(vm.schedule).named(schedule)
         for index, vcpu in enumerate(vm.vcpus):
             vcpu._cpu.set_regs({"rax": index + 1, "rsi": DATA})
@@ -84,8 +84,8 @@ def test_that_vms_run_side_by_side_as_each_would_alone():
     assert together[0] == together[1] == together[4] == alone and "secret 200" in together[3][1].text
 
 
-def test_that_a_vcpu_s_page_tables_and_data_written_by_another_are_seen_at_its_next_turn():
-    vm = bare("1: mov rax,[rsi]; jmp 1b", nr_vcpus=2)
+def test_that_a_vcpu_s_page_tables_and_data_written_by_another_are_seen_at_its_next_turn(guest):
+    vm = guest("1: mov rax,[rsi]; jmp 1b", nr_vcpus=2)
     writer, reader = vm.vcpus
     vm.write(CODE + 0x100, b"\x48\xff\x06\xf4")  # inc qword ptr [rsi]; hlt
     writer._cpu.set_regs({"rip": CODE + 0x100})
@@ -128,8 +128,8 @@ CLOSED = [lambda vm: vm.vcpus[0].run(5), lambda vm: vm.vcpus[0].regs.rip, lambda
 
 
 @pytest.mark.parametrize("use", CLOSED)
-def test_that_a_closed_vm_says_so(use):
-    vm = bare("nop")
+def test_that_a_closed_vm_says_so(guest, use):
+    vm = guest("nop")
     vm.close()
     vm.close()
     with pytest.raises(lk.InvalidState, match="closed"):
@@ -144,8 +144,8 @@ def test_that_python_ends_quietly_with_vms_open_and_closed():
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
-def test_that_a_vm_has_at_most_512_vcpus():
-    vm = bare("nop", memory=32 << 20)
+def test_that_a_vm_has_at_most_512_vcpus(guest):
+    vm = guest("nop", memory=32 << 20)
     vm.machine.vcpus.extend(vm.machine.vcpus[:1] * 511)
     with pytest.raises(lk.InvalidState, match="at most 512"):
         vm.add_vcpu(CODE)
