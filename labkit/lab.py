@@ -35,6 +35,7 @@ from labkit.shown import draw_with
 from labkit.ucall.abi import HEADER_SIZE
 from labkit.ucall.designs import DESIGNS, make_ucalls
 from labkit.ucall.designs.stack import StackUcalls
+from labkit.ucall.door import UcallDoor
 from labkit.ucall.pool import Pool, PoolSnapshot, Ucall
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Vm:
 
     def __init__(self, machine: Machine, program: Program | None, backend: str, name: str, schedule: str, cpu: CpuModel) -> None:
         self.machine, self.program, self.backend, self.name = machine, program, backend, name
-        self.arch, self.memory, self.cpu = machine.arch, machine.memory, cpu
+        self.arch, self.memory, self.cpu, self.door = machine.arch, machine.memory, cpu, UcallDoor(machine.arch.ucall)
         self.schedule = Schedule.named(schedule)
         self.vcpus: list[Vcpu] = []
         self.protect: str | None = None
@@ -69,11 +70,10 @@ class Vm:
     def create(cls, program: Program, entry: str = "guest_code", nr_vcpus: int = 1, backend: str = "unicorn",
                protect: str | None = None, ucall: str | None = "pool", memory: int | None = None,
                schedule: str = "round_robin", name: str | None = None, cpu: CpuModel | None = None,
-               privilege: str | None = None, policy: int | None = None, launch: bool = True) -> Vm:
-        """A VM that is ready to run `entry` on every vCPU (vm_create_with_vcpus); memory in bytes.
+               privilege: str | None = None, policy: int | None = None, launch: bool = True, paging: str = "") -> Vm:
+        """A VM that is ready to run `entry` on every vCPU (vm_create_with_vcpus); memory in bytes, paging by name ("riscv/SV39_4K").
 
         privilege: "kernel" (CPL0) or "user" (CPL3); without it, as the engine's capability "user_by_default" says.
-
         protect: "sev", "sev-es", "snp" or "tdx" encrypts the guest: every page but those of alloc_shared, launched at once under
         `policy` (or with launch=False later, step by step, by `vm.guest`).
 
@@ -83,9 +83,8 @@ class Vm:
             raise NotAvailable(f"ucall={ucall!r}: there are {', '.join(DESIGNS)}, or None for a VM without ucalls", ucall=ucall)
         if nr_vcpus < 1:
             raise InvalidState(f"a VM needs at least one vCPU, not {nr_vcpus}")
-        start = program.symbol(entry).gva
-        size = memory or memory_for(program, nr_vcpus, HEADER_SIZE)
-        vm = cls._bare(program.arch, backend, [(0, size)], program, name or program.name, schedule, cpu, privilege, protect, policy)
+        start, size = program.symbol(entry).gva, memory or memory_for(program, nr_vcpus, HEADER_SIZE)
+        vm = cls._bare(program.arch, backend, [(0, size)], program, name or program.name, schedule, cpu, privilege, protect, policy, paging)
         load_program(program, vm.machine.space)
         vm.machine.boot()
         kernel_globals(program, vm.machine, vm.cpu)
@@ -104,13 +103,13 @@ class Vm:
 
     @classmethod
     def _bare(cls, arch: str, backend: str, slots: list[tuple[int, int]], program: Program | None, name: str, schedule: str,
-              cpu: CpuModel | None, privilege: str | None, protect: str | None = None, policy: int | None = None) -> Vm:
+              cpu: CpuModel | None, privilege: str | None, protect: str | None = None, policy: int | None = None, paging: str = "") -> Vm:
         cpu, memory = cpu.copy() if cpu else CpuModel(), Memory()
         for gpa, size in slots:
             memory.add(gpa, align_up(size, PAGE))
         guest = ProtectedGuest(protect, memory, cpu, policy) if protect is not None else None
         engine = open_engine(backend, arch, cpu)
-        vm = cls(Machine(find_arch(arch), engine, memory, privilege, guest), program, backend, name, schedule, cpu)
+        vm = cls(Machine(find_arch(arch, paging), engine, memory, privilege, guest), program, backend, name, schedule, cpu)
         vm.guest, vm.protect = guest, protect
         return vm
 
@@ -129,6 +128,7 @@ class Vm:
         self._ucalls = make_ucalls(design, program, self.machine.space)
         if self._pool is not None and "ucall_pool" in program.symbols:
             self.write_guest_global("ucall_pool", self._pool.gva)
+        self.door.open(program, self.machine.space)
 
     @property
     def _pool(self) -> Pool | None:
@@ -258,7 +258,7 @@ class Vm:
         """Let a guest function handle an exception (vm_install_exception_handler)."""
         if not 0 <= vector < self.arch.nr_vectors:
             raise InvalidState(f"{self.arch.name} has no exception {vector}, only 0 to {self.arch.nr_vectors - 1}")
-        self.write(self.machine.handlers_gva + 8 * vector, self.gva_of(handler).to_bytes(8, "little"))
+        self.write(self.machine.handlers_gva + 8 * vector, self.gva_of(handler).to_bytes(8, self.arch.mode.byteorder))
 
     def _need_program(self) -> Program:
         if self.program is None:
@@ -366,9 +366,8 @@ class Vm:
         state = self.snapshot()
         slots = [(slot.gpa, slot.size) for slot in self.memory.slots]
         twin = self._bare(self.arch.name, self.backend, slots, self.program, f"{self.name} (fork)", self.schedule.name, self.cpu,
-                          self.privilege, self.protect)
-        if self._ucalls is not None:
-            twin._ucalls = self._ucalls.twin(twin.machine.space)
+                          self.privilege, self.protect, paging=self.arch.mode.name)
+        twin.door, twin._ucalls = self.door, self._ucalls.twin(twin.machine.space) if self._ucalls is not None else None
         for vcpu in self.vcpus:
             twin.machine.adopt_vcpu(partial(twin._trace, vcpu.index))
             twin.vcpus.append(Vcpu(twin, vcpu.index))

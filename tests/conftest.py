@@ -41,12 +41,22 @@ def repo() -> Path:
 @pytest.fixture(scope="session")
 def selftests() -> Path:
     """The directory of the kernel's KVM selftests (`guest_print_test`, `x86_64/sev_smoke_test`, ...), built when they are not."""
-    done = subprocess.run([BUILD_SELFTESTS], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    return _built()
+
+
+def _built(*arguments: str) -> Path:
+    done = subprocess.run([BUILD_SELFTESTS, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode == 3:
         lacking(done.stderr.strip())
     if done.returncode:
         pytest.fail(done.stderr, pytrace=False)
     return Path(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="session", params=["arm64", "riscv", "s390"])
+def cross_selftests(request: pytest.FixtureRequest) -> Path:
+    """The directory of guest_print_test, cross built for another architecture."""
+    return _built(request.param)
 
 
 @cache

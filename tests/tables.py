@@ -35,9 +35,9 @@ class Memory:
     def put(self, gpa, index, entry):
         self.write(gpa + 8 * index, struct.pack("<Q", entry))
 
-    def alloc_table(self):
-        self.next_table += 4096
-        return self.next_table - 4096
+    def alloc_table(self, size=4096):
+        self.next_table += -(-size // 4096) * 4096
+        return self.next_table - -(-size // 4096) * 4096
 
     def builder(self, mode=X86_PXXV48_4K, root=None):
         return PageTableBuilder(self.read, self.write, self.alloc_table, mode, root)

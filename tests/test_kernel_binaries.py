@@ -10,6 +10,7 @@ import struct
 import pytest
 from kernel_host import BUDGET, MASK64, run, synced, value_at
 
+import labkit as lk
 from labkit.engines.base import DebugExit, HypercallExit, MmioExit, PioExit, ShutdownExit, SystemEventExit
 from labkit.errors import GuestAssertFailed, InvalidState
 
@@ -34,10 +35,23 @@ def number(vm, value):
 
 
 def test_that_every_string_of_guest_print_test_is_as_python_formats_it(host):
-    vm = host("guest_print_test")
+    check_prints(host("guest_print_test"))
+
+
+def test_that_it_is_so_on_every_architecture(cross_selftests):
+    program = lk.Program.load(cross_selftests / "guest_print_test")
+    code = next(symbol for symbol in program._all_symbols if symbol.name == "guest_code"  # of two static functions of that name
+                and program.line_at(symbol.gva).file.endswith("guest_print_test.c"))
+    with lk.Vm.create(program) as vm:
+        vm.vcpus[0].set_entry(code.gva)
+        check_prints(vm)
+
+
+def check_prints(vm):
+    order = {"little": "<", "big": ">"}[vm.program.byteorder]
     for kind, form, pairs in PRINTED:
         for a, b in pairs:
-            vm.host_globals["vals"] = struct.pack("<3Q", number(vm, a), number(vm, b), kind)
+            vm.host_globals["vals"] = struct.pack(f"{order}3Q", number(vm, a), number(vm, b), kind)
             vm.sync_global_to_guest("vals")
             shown, other = form.format(a), form.format(b)
             uc = run(vm.vcpus[0])

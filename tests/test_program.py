@@ -103,7 +103,7 @@ def test_that_lines_agree_with_readelf(hello):
     (b"", "not an ELF file"), (b"MZ\x90\0", "not an ELF file"), (b"\x7fELF\x02\x01", "truncated"),
     (patched(4, "B", 1), "32-bit"), (patched(5, "B", 2), "big-endian"), (patched(4, "B", 9), "unknown class"),
     (patched(16, "H", 3), "position independent"), (patched(16, "H", 1), "never linked"), (patched(16, "H", 4), "core dump"),
-    (patched(18, "H", 183), "another machine .EM_AARCH64"), (patched(18, "H", 0xfff0), "another machine"),
+    (patched(18, "H", 8), "another machine .EM_MIPS"), (patched(18, "H", 0xfff0), "another machine"),
     (patched(24, "Q", 0x500000), "entry point 0x500000 lies outside"),
     (patched(32, "Q", 1 << 40), "truncated: the program headers"), (patched(54, "H", 55), "no usable program headers"),
     (patched(56, "H", 0), "no usable program headers"), (patched(56, "H", 0xffff), "no usable program headers"),

@@ -93,7 +93,7 @@ def page_table(c_bit: int | None = None, late: bool = False, inverted: bool = Fa
     def write(gpa: int, data: bytes) -> None:
         memory[gpa:gpa + len(data)] = data
 
-    build = PageTableBuilder(read, write, lambda: next(tables), mode)
+    build = PageTableBuilder(read, write, lambda _size: next(tables), mode)
     secret, shared = ({} if c_bit is None else {"c": on} for on in (True, False))
     build.map(0x400000, 0x10000, 8, writable=False, **secret)
     build.map(0x408000, 0x18000, 6, nx=True, **secret)

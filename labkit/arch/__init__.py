@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from labkit.arch.arm64 import ARM64
 from labkit.arch.model import Arch
+from labkit.arch.riscv import RISCV64
+from labkit.arch.s390 import S390X
 from labkit.arch.x86_boot import X86_64
 from labkit.errors import NotAvailable
 
 __all__ = ["ARCHES", "find_arch"]
 
-ARCHES: dict[str, Arch] = {arch.name: arch for arch in (X86_64,)}
+ARCHES: dict[str, Arch] = {arch.name: arch for arch in (X86_64, ARM64, RISCV64, S390X)}
 
 
-def find_arch(name: str) -> Arch:
-    """The architecture of that name; raises NotAvailable, naming those there are."""
+def find_arch(name: str, paging: str | None = None) -> Arch:
+    """The architecture of that name, with a page-table format other than its first if wanted; raises NotAvailable, InvalidState."""
     try:
-        return ARCHES[name]
+        return ARCHES[name].with_paging(paging) if paging else ARCHES[name]
     except KeyError:
         raise NotAvailable(f"no architecture {name!r} in this labkit, only {', '.join(ARCHES)}", arch=name) from None

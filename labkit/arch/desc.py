@@ -11,7 +11,7 @@ from typing import Literal
 from labkit.bits import bit, genmask
 from labkit.errors import InvalidState
 
-__all__ = ["HUGE", "LAST", "NONE", "Field", "Leaf", "Level", "Match", "PagingMode", "short"]
+__all__ = ["HUGE", "LAST", "NEVER", "NONE", "Field", "Leaf", "Level", "Match", "PagingMode", "short"]
 
 
 class Leaf(Enum):
@@ -59,14 +59,22 @@ class Match:
         return entry & self.mask == self.value
 
 
+NEVER = Match(1, 0)  # of a present entry whose bit 0 says so; formats whose presence is another bit give their own
+
+
 @dataclass(frozen=True)
 class Level:
-    """One level of a walk; str() is its name in the manual."""
+    """One level of a walk; str() is its name in the manual. What is None is as the mode says."""
 
     name: str
     shift: int
     bits: int
     leaf: Leaf = NONE
+    present: Match | None = None
+    table: Match | None = None  # at the last level: entries that should be leaves and are none
+    pa: Field | None = None  # the next table
+    must: Match = Match(0)  # a present entry that does not look so is reserved
+    empty: int = 0  # an entry that maps nothing
 
     def __str__(self) -> str:
         return self.name
@@ -80,6 +88,11 @@ class Level:
     def nr_entries(self) -> int:
         """Entries in one table of this level."""
         return 1 << self.bits
+
+    @property
+    def table_size(self) -> int:
+        """Bytes of one table of this level (8-byte entries)."""
+        return 8 << self.bits
 
     def index(self, gva: int) -> int:
         """The entry of this level's table that translates gva."""
@@ -97,11 +110,17 @@ class PagingMode:
     flags: Mapping[str, int] = field(hash=False)  # name -> bit
     table: Match = Match(0)  # a present entry above the last level points to a table (else: it is a leaf)
     huge: int = 0  # bits to set in a huge leaf
+    made: int = 0  # bits to set in every leaf that labkit makes
     pat_huge: int = 0  # frame bits that mean something else in a huge leaf
     inverted: int = 0  # flag bits that say yes when they are clear
     all_of: tuple[str, ...] = ()  # flags that every level must grant
     any_of: tuple[str, ...] = ()  # flags that one level suffices to set
+    denies: Mapping[str, int] | None = field(default=None, hash=False)  # flag -> bit by which a table takes it away; None: as a leaf
+    absent: tuple[str, ...] = ()  # flags that other formats have and that make no difference here
     reserved: int = 0  # bits that must be clear in every present entry
+    table_reserved: int = 0  # and those in entries that point to tables
+    bad: Match | None = None  # what no present entry may look like
+    selector: int = 0  # bits of the root register that choose this format
     signed: bool = True  # canonical gvas are sign extended (else: zero extended)
     byteorder: Literal["little", "big"] = "little"
     entry_size: int = 8
@@ -175,6 +194,35 @@ class PagingMode:
         """Whether a CPU would try to translate gva at all."""
         return self.extend(gva) == gva
 
+    def present_at(self, level: Level) -> Match:
+        """The test for entries of this level that mean something."""
+        return level.present or self.present
+
+    def table_at(self, level: Level) -> Match:
+        """The test for present entries of this level that point to a table; at the last level: that are no leaves."""
+        return level.table or (NEVER if level.leaf is LAST else self.table)
+
+    def next_table(self, level: Level) -> Field:
+        """Where an entry of this level says where the next table is."""
+        return level.pa or self.pa
+
+    def new_table(self, level: Level, gpa: int) -> int:
+        """A permissive entry of this level that points to the table at gpa."""
+        rights = tuple(name for name in self.all_of if self.denies is None)
+        bits = self.present_at(level).value | self.table_at(level).value | level.must.value | self.encode(dict.fromkeys(rights, True))[0]
+        return self.next_table(level).put(gpa) | bits
+
+    def new_leaf(self, level: Level, flags: Mapping[str, bool]) -> int:
+        """A leaf of this level with these flags, but for its frame."""
+        bits = self.present_at(level).value | level.must.value | self.made | self.encode(flags)[0]
+        return bits | (0 if level.leaf is LAST else self.huge)
+
+    def grants(self, entry: int, is_table: bool) -> int:
+        """What an entry leaves of inherited rights, one bit a flag, to be ANDed over all levels."""
+        if self.denies is None or not is_table:
+            return entry ^ self.flip
+        return ~sum(self.flags[name] for name, mask in self.denies.items() if entry & mask)
+
     def root(self, register: int) -> int:
         """The gpa of the root table in a register such as CR3, without the bits (PCID, C-bit) that are no part of it."""
         return register & self.pa.get(self.pa.mask)
@@ -188,13 +236,16 @@ class PagingMode:
         low = self.pa.get(self.pa.mask) & (level.size - 1) & ~self.pat_huge
         return self.reserved | self.pa.put(low)
 
-    def rights(self, entry: int) -> dict[str, bool]:
-        """The flags of one entry by name, whatever the other levels say."""
+    def rights(self, entry: int, is_table: bool = False) -> dict[str, bool]:
+        """The flags of one entry by name, whatever the other levels say; of a table that only takes away, what it takes away."""
+        if is_table and self.denies is not None:
+            return {f"no {name}": True for name, mask in self.denies.items() if entry & mask}
         entry ^= self.inverted
         return {name: bool(entry & mask) for name, mask in self.flags.items()}
 
     def encode(self, flags: Mapping[str, bool]) -> tuple[int, int]:
         """The entry bits (to set, to clear) that give these flags; raises InvalidState for a name the mode lacks."""
+        flags = {name: on for name, on in flags.items() if name not in self.absent}
         for name in flags:
             if name not in self.flags:
                 raise InvalidState(f"{self.name} has no flag {name!r}, only {' '.join(self.flags)}", flag=name)
@@ -203,9 +254,9 @@ class PagingMode:
         bits = yes ^ (self.inverted & mask)
         return bits, mask & ~bits
 
-    def letters(self, entry: int) -> str:
+    def letters(self, entry: int, is_table: bool = False) -> str:
         """The flags of one entry as "W U A D NX C" (S for a shared bit that is set); P, which every present entry has, is left out."""
-        shown = self.rights(entry)
+        shown = self.rights(entry, is_table)
         if self.c_name == "S":
             shown = {"s" if name == "c" else name: on ^ (name == "c") for name, on in shown.items()}
         return " ".join(short(name) for name, on in shown.items() if on)
@@ -213,4 +264,5 @@ class PagingMode:
 
 def short(flag: str) -> str:
     """A flag as a label of one or two letters."""
-    return (flag if len(flag) <= 2 else flag[0]).upper()
+    no, _, name = flag.rpartition(" ")
+    return no + (name if len(name) <= 3 else name[0]).upper()

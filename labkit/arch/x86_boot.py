@@ -6,9 +6,11 @@ import struct
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
+from labkit.arch.desc import Field
 from labkit.arch.model import Arch, BootTables, UcallExit
 from labkit.arch.x86 import X86_PXXV48_4K
 from labkit.arch.x86_cpu import MAXPHYADDR
+from labkit.bits import genmask
 
 __all__ = ["KERNEL_CS", "KERNEL_DS", "KERNEL_TSS", "X86_64"]
 
@@ -67,7 +69,8 @@ def _level(regs: Mapping[str, int]) -> str:
 
 
 X86_64 = Arch(
-    name="x86_64", mode=X86_PXXV48_4K.with_maxphyaddr(MAXPHYADDR), pc="rip", sp="rsp", flags="rflags", shown=SHOWN,
-    arguments=("rdi", "rsi", "rdx", "rcx", "r8", "r9"), ucall=UcallExit("pio", 0x1000, "rdi"), flag_names=FLAGS, vectors=VECTORS,
+    name="x86_64", modes=(X86_PXXV48_4K.with_maxphyaddr(MAXPHYADDR),), pc="rip", sp="rsp", flags="rflags", shown=SHOWN,
+    arguments=("rdi", "rsi", "rdx", "rcx", "r8", "r9"), root="cr3", root_field=Field(genmask(51, 12)),
+    ucall=UcallExit("pio", 0x1000, "rdi"), flag_names=FLAGS, vectors=VECTORS, page_faults=frozenset({14}), stubs="idt_handlers",
     nr_vectors=256, stack_bias=8, level=_level, reset=_reset, tables=_tables, idt=_idt, tss_offset=TSS_OFFSET,
 )

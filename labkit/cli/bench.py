@@ -12,7 +12,7 @@ from labkit.errors import NotAvailable
 
 __all__ = ["add"]
 
-GROUPS = ("engine", "kvm", "looking", "encryption", "widgets")
+GROUPS = ("engine", "architectures", "kvm", "looking", "encryption", "widgets")
 
 
 def add(commands: Any) -> argparse.ArgumentParser:

@@ -10,31 +10,9 @@ if TYPE_CHECKING:
     from labkit.arch.desc import PagingMode
 
 __all__ = [
-    "BudgetExit",
-    "Capability",
-    "Cipher",
-    "DeadlineExit",
-    "DebugExit",
-    "EngineVcpu",
-    "EngineVm",
-    "Exit",
-    "GuestFault",
-    "HaltExit",
-    "HypercallExit",
-    "InternalErrorExit",
-    "InterruptExit",
-    "LoggingVm",
-    "MemoryFaultExit",
-    "MmioExit",
-    "Ownership",
-    "ParallelVm",
-    "PioExit",
-    "ProtectingVm",
-    "Regs",
-    "ShutdownExit",
-    "SystemEventExit",
-    "Trace",
-    "VmgexitExit",
+    "BudgetExit", "Capability", "Cipher", "DeadlineExit", "DebugExit", "DiagExit", "EngineVcpu", "EngineVm", "Exit", "GuestFault",
+    "HaltExit", "HypercallExit", "InternalErrorExit", "InterruptExit", "LoggingVm", "MemoryFaultExit", "MmioExit", "MonitorVcpu",
+    "Ownership", "ParallelVm", "PioExit", "ProtectingVm", "Regs", "SbiExit", "ShutdownExit", "SystemEventExit", "Trace", "VmgexitExit",
 ]
 
 Regs = dict[str, int]
@@ -46,6 +24,8 @@ class Exit:
     """Why a vCPU came back to the host; `end` is the word that `labkit run` prints."""
 
     end = "exit"
+    number = -1  # what tells a ucall from other exits of its kind: a port, a gpa, an extension
+    hva = 0  # of a ucall whose hva is in the exit itself
 
     def __str__(self) -> str:
         facts = (f"{k}={v:#x}" if type(v) is int else f"{k}={v}" for k, v in vars(self).items())
@@ -62,6 +42,11 @@ class PioExit(Exit):
     data: int
     end = "pio"
 
+    @property
+    def number(self) -> int:  # type: ignore[override]
+        """The port."""
+        return self.port
+
 
 @dataclass(frozen=True)
 class MmioExit(Exit):
@@ -72,6 +57,16 @@ class MmioExit(Exit):
     is_write: bool
     data: int
     end = "mmio"
+
+    @property
+    def number(self) -> int:  # type: ignore[override]
+        """The gpa of a write: only those are ucalls."""
+        return self.gpa if self.is_write else -1
+
+    @property
+    def hva(self) -> int:  # type: ignore[override]
+        """What was written."""
+        return self.data
 
 
 @dataclass(frozen=True)
@@ -96,8 +91,47 @@ class ShutdownExit(Exit):
 
 
 @dataclass(frozen=True)
+class SbiExit(Exit):
+    """RISC-V ECALL from S-mode (KVM_EXIT_RISCV_SBI); a0 holds SBI_ERR_NOT_SUPPORTED until `complete()` says otherwise."""
+
+    extension: int
+    function: int
+    args: tuple[int, ...]
+    end = "sbi"
+
+    @property
+    def number(self) -> int:  # type: ignore[override]
+        """The extension, with the function above its 64 bits."""
+        return self.function << 64 | self.extension
+
+    @property
+    def hva(self) -> int:  # type: ignore[override]
+        """The first argument."""
+        return self.args[0]
+
+
+@dataclass(frozen=True)
+class DiagExit(Exit):
+    """s390x DIAGNOSE (KVM_EXIT_S390_SIEIC with intercept code 4): its function code and what its first register holds."""
+
+    code: int
+    data: int
+    end = "diag"
+
+    @property
+    def number(self) -> int:  # type: ignore[override]
+        """The function code."""
+        return self.code
+
+    @property
+    def hva(self) -> int:  # type: ignore[override]
+        """What the register holds."""
+        return self.data
+
+
+@dataclass(frozen=True)
 class HypercallExit(Exit):
-    """VMCALL or VMMCALL; the result register holds -KVM_ENOSYS until `complete()` says otherwise."""
+    """VMCALL, VMMCALL, HVC or SMC; the result register holds -KVM_ENOSYS until `complete()` says otherwise."""
 
     nr: int
     args: tuple[int, ...]
@@ -270,6 +304,13 @@ class EngineVcpu(Protocol):
 
     def close(self) -> None:
         """Release what the engine holds."""
+
+
+@runtime_checkable
+class MonitorVcpu(Protocol):
+    """The vCPU of an engine that can say what becomes of an exclusive monitor between two runs."""
+
+    monitor_survives: bool
 
 
 class EngineVm(Protocol):

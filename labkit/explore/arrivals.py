@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from labkit.engines.base import BudgetExit, Exit, InterruptExit, PioExit, VmgexitExit
+from labkit.engines.base import BudgetExit, Exit, InterruptExit, VmgexitExit
 from labkit.sev.vmgexit import answer
 from labkit.ucall.pool import BadUcallExit, Ucall
 
@@ -19,11 +19,10 @@ def arrived(vm: Any, vcpu: Any, exit: Exit) -> Ucall | Exit:
     came: Ucall | Exit = exit
     if vcpu.state == "not started" and vm._ucalls is not None:
         vm._ucalls.begins(vcpu.index)
-    ucall = None
     if type(exit) is VmgexitExit and vm.guest is not None:
-        came, ucall = answer(vm.guest, vcpu.index, vcpu._cpu, exit.ghcb, vm.arch.ucall.number)
-    elif type(exit) is PioExit and exit.port == vm.arch.ucall.number:
-        ucall = vcpu._cpu.read_reg(vm.arch.ucall.register)
+        came, ucall = answer(vm.guest, vcpu.index, vcpu._cpu, exit.ghcb, vm.door.number)
+    else:
+        ucall = vm.door.value(exit, vcpu._cpu.read_reg)
     if ucall is not None:
         came = _take(vm, vcpu, ucall)
     elif vm._ucalls is not None:

@@ -58,5 +58,5 @@ def _unhandled(vm: Any, came: Ucall) -> str:
     read = vm.vcpus[came.vcpu].peek
     insn = next(iter(Listing.at(vm.arch.name, vm.program, read, pc, 1, pc).insns), None)
     what = f": {insn.text}" if insn is not None else ", where no instruction is"
-    touched = f"; fault address {fault:#x}" if name == "#PF" else ""
+    touched = f"; fault address {fault:#x}" if vector in vm.arch.page_faults else ""
     return f"vCPU {came.vcpu}: {name} (error code {error:#x}) and no handler, at {place(vm, pc)}{what}{touched}"

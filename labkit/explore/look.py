@@ -84,7 +84,7 @@ def _note(vm: Any, vcpu: Vcpu, name: str, value: int) -> tuple[str, int | None]:
     label = label_gva(vm, value)
     if not label:
         return "", None
-    text = _string_at(vcpu, value) if name not in ("cr3", arch.sp) else ""
+    text = _string_at(vcpu, value) if name not in (arch.root, arch.sp) else ""
     return text or label, value
 
 
@@ -154,7 +154,7 @@ def _stack(vm: Any, vcpu: Vcpu, sp: int) -> tuple[StackRow, ...]:
     data = read_code(vcpu.peek, sp, 8 * STACK_ROWS)
     rows = []
     for at in range(0, len(data) - 7, 8):
-        value = int.from_bytes(data[at:at + 8], "little")
+        value = int.from_bytes(data[at:at + 8], vm.arch.mode.byteorder)
         symbol = vm.program.symbol_at(value) if vm.program else None
         code = symbol is not None and symbol[0].kind == "func"
         line = vm.program.line_at(value) if code else None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from labkit.engines.disasm import decoder
+from labkit.engines.disasm import branch_target, decoder, disassemble
 from labkit.errors import LabError
 
 __all__ = ["Access", "Operands", "operands"]
@@ -52,7 +52,13 @@ class Operands:
 
 
 def operands(arch: str, data: bytes, regs: Regs, pc: int, read: Read) -> Operands:
-    """Decode one instruction and work out its operands; an empty answer for bytes that are no instruction."""
+    """Decode one instruction and work out its operands; an empty answer for bytes that are no instruction.
+
+    Of architectures other than x86-64 only the target of a branch is known.
+    """
+    if "rflags" not in regs:
+        plain = next(iter(disassemble(arch, data, pc)), None)
+        return Operands(target=branch_target(arch, plain)) if plain else Operands()
     insn = next(iter(decoder(arch, detail=True).disasm(data, pc)), None)
     if insn is None or insn.mnemonic == "nop":  # the long NOPs have a memory operand that nobody touches
         return Operands()

@@ -7,9 +7,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from labkit.arch.model import Arch
-from labkit.engines.base import BudgetExit, Exit
+from labkit.engines.base import BudgetExit, Exit, MonitorVcpu
 from labkit.engines.disasm import Decoded
-from labkit.errors import InvalidState
+from labkit.errors import InvalidState, NotAvailable
 from labkit.explore.arrivals import arrived
 from labkit.explore.explain import explain, place
 from labkit.explore.listing import Listing
@@ -113,6 +113,24 @@ class Vcpu:
             self._cpu.complete(value)
         self.vm.changed()
 
+    @property
+    def monitor_survives(self) -> bool:
+        """Whether an exclusive monitor (LDXR, LR) stays set between two runs, so that code with exclusives can be stepped.
+
+        Real processors clear it at every exception return, and a debugger that steps a load-exclusive/store-exclusive loop never
+        gets out of it (kernel commit b3d937722de0); set it to False to see that. Raises NotAvailable where the engine has no say.
+        """
+        return self._monitor().monitor_survives
+
+    @monitor_survives.setter
+    def monitor_survives(self, on: bool) -> None:
+        self._monitor().monitor_survives = on
+
+    def _monitor(self) -> MonitorVcpu:
+        if not isinstance(self._cpu, MonitorVcpu):
+            raise NotAvailable("this engine's vCPUs run on a real processor, which clears exclusive monitors as it likes")
+        return self._cpu
+
     def args_set(self, *values: int) -> None:
         """Set the arguments of the entry function (vcpu_args_set)."""
         self._check_registers()
@@ -150,7 +168,7 @@ class Vcpu:
         self.vm.changed()
 
     def _root(self) -> int:
-        return self._cpu.read_reg("cr3")
+        return self.vm.arch.root_field.get(self._cpu.read_reg(self.vm.arch.root))
 
     def disassemble(self, gva: int | str | None = None, count: int = 12) -> Listing:
         """Instructions from gva (or a symbol) on; without one, those around the program counter."""

@@ -22,17 +22,29 @@ __all__ = ["COMPILERS", "Compiler", "build_prebuilt", "compile_guest", "find_com
 COMPILERS = ("zig", "gcc", "clang", "cc")  # in the order they are tried
 TIMEOUT = 120  # seconds; ziglang's first run fills its cache
 FLAGS = (
-    "-std=gnu11", "-ffreestanding", "-fno-builtin", "-nostdlib", "-static", "-fno-pic", "-no-pie", "-mno-red-zone",
+    "-std=gnu11", "-ffreestanding", "-fno-builtin", "-nostdlib", "-static", "-fno-pic", "-no-pie",
     "-fno-stack-protector", "-fno-strict-aliasing", "-fno-omit-frame-pointer", "-fno-asynchronous-unwind-tables", "-gdwarf-4",
     "-Wall", "-Werror=implicit-function-declaration", "-Wl,-e,guest_code", "-Wl,-z,max-page-size=4096", "-Wl,--build-id=none",
 )
-NO_FLOATS = {  # ziglang accepts -mgeneral-regs-only and ignores it
-    "zig": ("-target", "x86_64-freestanding", "-mcpu=x86_64-sse-sse2-mmx-x87+soft_float", "-fno-sanitize=all",
-            "-Wl,--no-gc-sections", "-fdebug-compilation-dir=."),
-    "clang": ("--target=x86_64-linux-gnu", "-mgeneral-regs-only"),
-    "gcc": ("-m64", "-mgeneral-regs-only", "-fcf-protection=none", "-fno-tree-loop-distribute-patterns"),
+FAMILIES = {
+    "zig": ("-fno-sanitize=all", "-Wl,--no-gc-sections", "-fdebug-compilation-dir=."),
+    "clang": (),
+    "gcc": ("-fno-tree-loop-distribute-patterns",),
 }
-ARCHES = ("x86_64",)
+NO_FLOATS = {  # (family, arch); ziglang accepts -mgeneral-regs-only and ignores it
+    ("zig", "x86_64"): ("-target", "x86_64-freestanding", "-mcpu=x86_64-sse-sse2-mmx-x87+soft_float", "-mno-red-zone"),
+    ("zig", "arm64"): ("-target", "aarch64-freestanding", "-mcpu=generic-neon-fp_armv8"),
+    ("zig", "riscv64"): ("-target", "riscv64-freestanding", "-mcpu=generic_rv64+m+a+c+zicsr", "-mabi=lp64"),
+    ("zig", "s390x"): ("-target", "s390x-freestanding", "-mcpu=z13-vector+soft_float"),
+    ("clang", "x86_64"): ("--target=x86_64-linux-gnu", "-mgeneral-regs-only", "-mno-red-zone"),
+    ("gcc", "x86_64"): ("-m64", "-mgeneral-regs-only", "-mno-red-zone", "-fcf-protection=none"),
+    ("gcc", "arm64"): ("-mgeneral-regs-only", "-mno-outline-atomics"),
+    ("gcc", "riscv64"): ("-march=rv64imac_zicsr", "-mabi=lp64", "-mcmodel=medany"),
+    ("gcc", "s390x"): ("-march=z13", "-msoft-float", "-mno-vx"),
+}
+CROSS = {"arm64": "aarch64-linux-gnu-", "riscv64": "riscv64-linux-gnu-", "s390x": "s390x-linux-gnu-"}  # Debian's prefixes
+DEFAULT_ARCH, EVERYWHERE = "x86_64", ("hello", "two_vcpus")  # guests that come prebuilt for all architectures
+ARCHES = tuple(arch for family, arch in NO_FLOATS if family == "zig")
 ANY_BYTES = "surrogateescape"  # a source may have comments in Latin-1
 HINTS = (
     (r"declar.*GUEST_|GUEST_.*declar", 'is #include "labkit.h" missing?'),
@@ -51,23 +63,23 @@ class Compiler:
     command: tuple[str, ...]
 
 
-def find_compiler(name: str | None = None) -> Compiler:
-    """The compiler of that name ("zig", "gcc", "clang", "cc"), or the first there is; raises NotAvailable."""
+def find_compiler(name: str | None = None, arch: str = "x86_64") -> Compiler:
+    """The compiler of that name ("zig", "gcc", "clang", "cc") for an architecture, or the first there is; raises NotAvailable."""
     if name is not None and name not in COMPILERS:
         raise InvalidState(f"compiler {name!r} is not one of {', '.join(COMPILERS)}", compiler=name)
     for candidate in (name,) if name else COMPILERS:
-        if found := _probe(candidate):
+        if (found := _probe(candidate, CROSS.get(arch, ""))) and (found.family, arch) in NO_FLOATS:
             return found
-    what = f"the compiler {name!r}" if name else "a C compiler"
+    what = f"the compiler {name!r} for {arch}" if name else f"a C compiler for {arch}"
     raise NotAvailable(f"{what} is not on this machine; pip install ziglang brings one", compiler=name)
 
 
-def _probe(name: str) -> Compiler | None:
+def _probe(name: str, prefix: str) -> Compiler | None:
     if name == "zig":
         spec = importlib.util.find_spec("ziglang")
         path = Path(spec.origin).resolve().parent / ("zig.exe" if os.name == "nt" else "zig") if spec and spec.origin else None
         return Compiler(name, name, (str(path), "cc")) if path and path.is_file() else None
-    found = shutil.which(name)
+    found = shutil.which(prefix + name)
     return Compiler(name, "clang" if name == "clang" else "gcc", (found,)) if found else None
 
 
@@ -84,7 +96,7 @@ def compile_guest(source_or_path: str | Path, arch: str = "x86_64", compiler: st
     name = name or (str(source_or_path) if path else "guest.c")
     if not name.isprintable() or len(name) > 200 or Path(name).name in ("", ".."):
         raise InvalidState(f"{name!r} cannot be the name of a source", name=name)
-    found = find_compiler(compiler)
+    found = find_compiler(compiler, arch)
     with tempfile.TemporaryDirectory(prefix="labkit-") as work:
         source, line = Path(work) / ".source.c", name.replace("\\", "\\\\").replace('"', '\\"')
         if Path(name).name == name:  # gcc quotes the line from the file that #line names
@@ -113,8 +125,9 @@ def _command(compiler: Compiler, arch: str, source: Path, flags: Sequence[str]) 
     if compiler.family != "zig":  # its cache would never match a command line that differs every time
         places[source.parent] = "."
     maps = [f"-ffile-prefix-map={there}={shown}" for there, shown in places.items()]
-    return [*compiler.command, *FLAGS, *NO_FLOATS[compiler.family], *flags, *maps, f"-I{LIBRARY}", f"-I{LIBRARY / 'compat'}",
-            "-T", str(LIBRARY / arch / "link.ld"), "-o", "guest.elf", source.name, *library]
+    return [*compiler.command, *FLAGS, *FAMILIES[compiler.family], *NO_FLOATS[compiler.family, arch], *flags, *maps,
+            f"-I{LIBRARY}", f"-I{LIBRARY / 'compat'}",
+            "-T", str(LIBRARY / "link.ld"), "-o", "guest.elf", source.name, *library]
 
 
 def _run(compiler: Compiler, command: list[str], work: Path) -> tuple[bytes, str]:
@@ -145,14 +158,19 @@ def prebuilt_defines(source: Path) -> tuple[str, ...]:
 
 
 def build_prebuilt(folder: Path) -> list[Path]:
-    """Compile every .c of a folder to the .elf beside it, always with ziglang so that everybody gets the same bytes."""
+    """Compile every .c of a folder to the .elf beside it, and some for each other architecture into a folder of its name.
+
+    Always with ziglang, so that everybody gets the same bytes.
+    """
     built = []
-    for source in sorted(folder.glob("*.c")):
-        target = source.with_suffix(".elf")
-        fresh = target.with_suffix(".new")
-        fresh.write_bytes(compile_guest(source, compiler="zig", defines=prebuilt_defines(source), name=source.name).image)
-        fresh.replace(target)
-        built.append(target)
+    for source, arch in [(source, arch) for arch in ARCHES for source in sorted(folder.glob("*.c"))]:
+        if arch == DEFAULT_ARCH or source.stem in EVERYWHERE:
+            target = (folder / ("" if arch == DEFAULT_ARCH else arch) / source.name).with_suffix(".elf")
+            target.parent.mkdir(exist_ok=True)
+            fresh = target.with_suffix(".new")
+            fresh.write_bytes(compile_guest(source, arch, "zig", defines=prebuilt_defines(source), name=source.name).image)
+            fresh.replace(target)
+            built.append(target)
     return built
 
 

@@ -15,13 +15,15 @@ from labkit.errors import ElfError
 
 __all__ = ["ElfFacts", "Segment", "Symbol", "debug_info", "read_elf"]
 
-ARCHES = {"EM_X86_64": "x86_64"}  # e_machine -> the arch room's name
+ARCHES = {("EM_X86_64", 1): "x86_64", ("EM_AARCH64", 1): "arm64", ("EM_RISCV", 1): "riscv64", ("EM_S390", 2): "s390x"}  # e_machine, EI_DATA
 MAX_MEMSZ = 1 << 30  # bytes of all segments together
 LOWER_HALF = 1 << 47
 PHDR_SIZE, SHDR_SIZE, MAX_HEADERS = 56, 64, 4096
 MAX_NAME, MAX_SECTION_NAME, MAX_DEBUG, MAX_RUN = 4096, 256, 1 << 28, 1 << 14
+GP = b"__global_pointer$"  # riscv64: what gp holds; of all absolute symbols the only place
 KINDS: dict[int, Literal["notype", "object", "func"]] = {0: "notype", 1: "object", 2: "func", 10: "func"}  # STT_*; 10: IFUNC
-SYM = np.dtype([("name", "<u4"), ("info", "u1"), ("other", "u1"), ("shndx", "<u2"), ("value", "<u8"), ("size", "<u8")])
+SYM = np.dtype([("name", "<u4"), ("info", "u1"), ("other", "u1"), ("shndx", "<u2"), ("value", "<u8"), ("size", "<u8")])  # little-endian
+BYTEORDERS: dict[int, Literal["little", "big"]] = {1: "little", 2: "big"}  # EI_DATA
 assert SYM.itemsize == 24  # Elf64_Sym
 
 HOW = {"ET_DYN": "position independent (PIE or a shared library); link it with -no-pie at a fixed address",
@@ -64,6 +66,7 @@ class ElfFacts:
     """What one ELF file says, segments sorted by address, symbols in file order."""
 
     arch: str
+    byteorder: Literal["little", "big"]
     entry: int
     segments: tuple[Segment, ...]
     symbols: tuple[Symbol, ...]
@@ -79,30 +82,34 @@ def read_elf(image: bytes, name: str) -> ElfFacts:
         refuse(f"not an ELF file: it starts with {image[:4].hex(' ') or 'nothing'}")
     if len(image) < 64:
         refuse(f"truncated: {len(image)} bytes do not hold an ELF header")
-    if image[4:6] != b"\x02\x01":
-        kind = {1: "a 32-bit ELF", 2: "a big-endian ELF"}.get(image[4], "an ELF of unknown class")
-        refuse(f"{kind}; guests are 64-bit little-endian")
+    if image[4] != 2:
+        refuse(f"{'a 32-bit ELF' if image[4] == 1 else 'an ELF of unknown class'}; guests are 64-bit")
+    if image[5] not in BYTEORDERS:
+        refuse(f"an ELF of unknown byte order {image[5]}")
     try:
         elf = ELFFile(io.BytesIO(_without_bad_sections(image)))
         header = {key: elf.header[key] for key in ("e_type", "e_machine", "e_entry", "e_phoff", "e_phnum", "e_phentsize")}
     except Exception as error:  # pyelftools meets hostile bytes with exceptions of every kind
         refuse(f"broken ELF header ({error or type(error).__name__})")
+    byteorder = BYTEORDERS[image[5]]
+    if (header["e_machine"], image[5]) not in ARCHES:
+        runs = ", ".join(f"{arch} ({BYTEORDERS[data]}-endian)" for (_, data), arch in ARCHES.items())
+        refuse(f"for another machine ({header['e_machine']}, {byteorder}-endian); labkit runs {runs}")
     if header["e_type"] != "ET_EXEC":
         refuse(f"{HOW.get(header['e_type'], 'not an executable')} (e_type {header['e_type']})")
-    if header["e_machine"] not in ARCHES:
-        refuse(f"for another machine ({header['e_machine']}); labkit runs {', '.join(ARCHES.values())}")
     segments = _segments(elf, header, image, refuse)
     entry = int(header["e_entry"])
     if entry and not any(s.gva <= entry < s.end for s in segments):
         refuse(f"its entry point 0x{entry:x} lies outside every segment", entry=entry)
-    return ElfFacts(ARCHES[header["e_machine"]], entry, segments, _symbols(elf, image))
+    return ElfFacts(ARCHES[header["e_machine"], image[5]], byteorder, entry, segments, _symbols(elf, image))
 
 
 def _without_bad_sections(image: bytes) -> bytes:
     """The image, with a section table that does not fit taken out: a guest runs without one, and pyelftools would trip."""
-    (shoff,), (size, count, names) = unpack_from("<Q", image, 40), unpack_from("<3H", image, 58)
+    order = "<>"[image[5] == 2]
+    (shoff,), (size, count, names) = unpack_from(f"{order}Q", image, 40), unpack_from(f"{order}3H", image, 58)
     if size == SHDR_SIZE and 0 < count <= MAX_HEADERS and names < count and shoff + count * SHDR_SIZE <= len(image):
-        headers = [unpack_from("<I20xQ", image, shoff + i * SHDR_SIZE) for i in range(count)]  # sh_name, sh_offset
+        headers = [unpack_from(f"{order}I20xQ", image, shoff + i * SHDR_SIZE) for i in range(count)]  # sh_name, sh_offset
         if all(image.find(b"\0", at := headers[names][1] + name, at + MAX_SECTION_NAME) >= 0 for name, _ in headers):
             return image
     return image[:40] + bytes(8) + image[48:58] + bytes(6) + image[64:]
@@ -148,12 +155,12 @@ def _symbols(elf: Any, image: bytes) -> tuple[Symbol, ...]:
         data, names = (_bytes_of(s.header, image) for s in (table, sections[table["sh_link"]]))
     except Exception:  # no table, or a broken one: a guest without names still runs
         return ()
-    rows = np.frombuffer(data[:len(data) // SYM.itemsize * SYM.itemsize], SYM)
+    rows = np.frombuffer(data[:len(data) // SYM.itemsize * SYM.itemsize], SYM.newbyteorder(">" if image[5] == 2 else "<"))
     rows = rows[(rows["shndx"] != 0) & (rows["name"] < len(names)) & np.isin(rows["info"] & 15, list(KINDS))]
     found = []
     for name, info, _, shndx, gva, size in rows.tolist():
         end = names.find(b"\0", name, name + MAX_NAME)
-        if end > name and shndx != 0xfff1:  # SHN_ABS: a file's name or a constant, not a place
+        if end > name and names[name:name + 1] not in (b"$", b".") and (shndx != 0xfff1 or names[name:end] == GP):  # $x, .L: the tools' own
             found.append((info >> 4 == 0, Symbol(names[name:end].decode("utf-8", "replace"), gva, size, KINDS[info & 15])))
     return tuple(symbol for _, symbol in sorted(found, key=lambda pair: pair[0]))  # global before local
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from labkit.errors import InvalidState
 from labkit.guest.program import Program
@@ -31,10 +32,11 @@ class GlobalVar:
     size: int
     is_int: bool
     signed: bool | None
+    byteorder: Literal["little", "big"] = "little"
 
     def decode(self, data: bytes) -> Value:
         """The value of its bytes in memory."""
-        return int.from_bytes(data, "little", signed=bool(self.signed)) if self.is_int else bytes(data)
+        return int.from_bytes(data, self.byteorder, signed=bool(self.signed)) if self.is_int else bytes(data)
 
     def encode(self, value: object) -> bytes:
         """The bytes of a value; raises InvalidState when it does not fit."""
@@ -54,7 +56,7 @@ class GlobalVar:
             sign = {None: "", True: "signed ", False: "unsigned "}[self.signed]
             what = f"a {bits}-bit {sign}number" if self.is_int else "no number"
             raise InvalidState(f"{number} does not fit: {self.name} is {what} ({self.size} bytes)", name=self.name, value=number)
-        return (number & (1 << bits) - 1).to_bytes(self.size, "little")
+        return (number & (1 << bits) - 1).to_bytes(self.size, self.byteorder)
 
 
 def global_var(program: Program, name: str) -> GlobalVar:
@@ -65,7 +67,7 @@ def global_var(program: Program, name: str) -> GlobalVar:
         raise InvalidState(f"{name} is no variable: {why}", name=name)
     kind = program.kind_of_global(symbol.gva) if symbol.size in INT_SIZES else "other"
     signed = {"signed": True, "unsigned": False}.get(kind)
-    return GlobalVar(name, symbol.gva, symbol.size, kind != "other", signed)
+    return GlobalVar(name, symbol.gva, symbol.size, kind != "other", signed, program.byteorder)
 
 
 def write_guest_global(program: Program, name: str, value: object, write: Write) -> None:

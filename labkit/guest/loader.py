@@ -48,17 +48,22 @@ def _fill(space: AddressSpace, segment: Segment) -> None:
 
 def kernel_globals(program: Program, machine: Machine, cpu: CpuModel) -> None:
     """Exception stubs and the globals that kvm_util's host half writes into every guest, as far as the program has them."""
-    space, symbols = machine.space, program.symbols
-    if "idt_handlers" in symbols and machine.idt_gva:
-        raw = space.read(symbols["idt_handlers"].gva, 8 * machine.arch.nr_vectors)
-        machine.install_handlers([int.from_bytes(raw[i:i + 8], "little") for i in range(0, len(raw), 8)])
+    space, symbols, arch = machine.space, program.symbols, machine.arch
+    if arch.stubs in symbols:
+        gva = symbols[arch.stubs].gva
+        if arch.idt is None:
+            machine.vectors_gva = gva
+        elif machine.idt_gva:
+            raw = space.read(gva, 8 * arch.nr_vectors)
+            machine.install_handlers([int.from_bytes(raw[i:i + 8], program.byteorder) for i in range(0, len(raw), 8)])
+    machine.preset = {register: symbols[name].gva for register, name in arch.globals.items() if name in symbols}
     vendor = b"".join(part.to_bytes(4, "little") for part in (cpu.leaf(0, 0)[i] for i in (1, 3, 2)))
     values = {"exception_handlers": machine.handlers_gva, "host_cpu_is_intel": vendor == b"GenuineIntel",
               "host_cpu_is_amd": vendor == b"AuthenticAMD", "guest_tsc_khz": cpu.tsc_khz, "is_forced_emulation_enabled": 0}
     for name, value in values.items():
         symbol = symbols.get(name)
         if symbol is not None and symbol.kind == "object" and symbol.size in (1, 2, 4, 8):
-            space.write(symbol.gva, int(value).to_bytes(symbol.size, "little"))
+            space.write(symbol.gva, int(value).to_bytes(symbol.size, program.byteorder))
 
 
 def program_string(program: Program | None, gva: int) -> str | None:

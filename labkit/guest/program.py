@@ -21,7 +21,7 @@ MAX_IMAGE = 1 << 28  # bytes of an ELF file
 class Program:
     """A guest that can be loaded into any number of VMs; it never changes.
 
-    Attributes: arch ("x86_64"), name, path (None when it was compiled from text), image (the ELF file), entry (gva, 0: none),
+    Attributes: arch ("x86_64"), byteorder ("little"), name, path (None: compiled from text), image (the ELF file), entry (gva, 0: none),
     segments (sorted by gva), compiler_output (warnings, "" for loaded files).
     """
 
@@ -29,7 +29,7 @@ class Program:
                  compiler_output: str = "") -> None:
         facts = read_elf(image, name)
         self.image, self.name, self.path = image, name, path
-        self.arch, self.entry, self.segments = facts.arch, facts.entry, facts.segments
+        self.arch, self.byteorder, self.entry, self.segments = facts.arch, facts.byteorder, facts.entry, facts.segments
         self.compiler_output = compiler_output
         self.symbols: dict[str, Symbol] = {symbol.name: symbol for symbol in facts.symbols}
         self._all_symbols = facts.symbols

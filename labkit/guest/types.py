@@ -31,7 +31,7 @@ def _variable(image: bytes, gva: int) -> DIE | None:
     if dwarf is None or dwarf.debug_info_sec is None:
         return None
     stream = dwarf.debug_info_sec.stream
-    location = b"\x09\x03" + gva.to_bytes(8, "little")  # an exprloc of 9 bytes: DW_OP_addr gva
+    location = b"\x09\x03" + gva.to_bytes(8, "big" if image[5] == 2 else "little")  # an exprloc of 9 bytes: DW_OP_addr gva
     at = stream.getvalue().find(location)
     cu = next((cu for cu in dwarf.iter_CUs() if cu.cu_offset <= at < cu.cu_offset + cu.size), None) if at >= 0 else None
     offset = cu.cu_die_offset if cu else at

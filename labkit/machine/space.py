@@ -73,9 +73,8 @@ class AddressSpace:
                 return pfn
         return None
 
-    def _alloc_table(self) -> int:
-        gpa = self.alloc_pages(1, "page tables", TABLES_GPA)
-        self.memory.write(gpa, bytes(PAGE))
+    def _alloc_table(self, size: int) -> int:
+        gpa = self.alloc_pages(align_up(size, PAGE) // PAGE, "page tables", TABLES_GPA)
         self.tables.add(gpa)
         return gpa
 

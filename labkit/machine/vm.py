@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from labkit.arch.desc import PagingMode
 from labkit.arch.model import Arch, BootTables
+from labkit.bits import align_up
 from labkit.engines.base import EngineVcpu, EngineVm, Exit, LoggingVm, Ownership, ParallelVm, ProtectingVm, Trace
 from labkit.errors import InvalidState, NotAvailable
 from labkit.machine.memory import PAGE, Memory
@@ -29,6 +30,7 @@ class MachineState:
     cpus: tuple[bytes, ...]
     space: Any
     stacks: tuple[int, ...]
+    areas: tuple[int, ...] = ()
     tasks: tuple[int, ...] = ()
 
 
@@ -79,7 +81,9 @@ class Machine:
         self.vcpus: list[EngineVcpu] = []
         self.stacks: list[int] = []  # gva of each vCPU's stack, lowest byte
         self.tasks: list[int] = []  # gva of each vCPU's own descriptor page, where guests run as users
-        self.tables_gva = self.idt_gva = self.handlers_gva = 0
+        self.areas: list[int] = []  # gpa of each vCPU's own memory, where the architecture wants it
+        self.preset: dict[str, int] = {}  # registers that every vCPU begins with
+        self.tables_gva = self.idt_gva = self.handlers_gva = self.vectors_gva = 0
 
     def _protect(self, protection: Protection) -> AddressSpace:
         if self._protecting is None:
@@ -122,15 +126,18 @@ class Machine:
         self._protecting.swap(gpa, other)
 
     def boot(self) -> None:
-        """Allocate the machine's own tables (GDT, TSS, IDT) and the table of guest exception handlers."""
-        if self.arch.nr_vectors:
+        """Allocate the machine's own tables (x86: GDT, TSS, IDT) and the table of guest exception handlers."""
+        arch = self.arch
+        if arch.tables is not None:
             self.tables_gva = self.space.alloc(PAGE, "tables")
-            self.space.write(self.tables_gva, self.arch.tables(self.tables_gva, 0))
+            self.space.write(self.tables_gva, arch.tables(self.tables_gva, 0))
+        if arch.idt is not None:
             self.idt_gva = self.space.alloc(PAGE, "tables")
-            self.handlers_gva = self.space.alloc(PAGE, "tables")
+        self.handlers_gva = self.space.alloc(8 * arch.nr_vectors, "tables")
 
     def install_handlers(self, handlers: Sequence[int]) -> None:
         """Point the exception table at the guest's own entry stubs."""
+        assert self.arch.idt is not None
         self.space.write(self.idt_gva, self.arch.idt(handlers))
 
     def create_vcpu(self, entry: int, trace: Trace) -> EngineVcpu:
@@ -142,6 +149,9 @@ class Machine:
         self.stacks.append(self.space.alloc(STACK_PAGES * PAGE, "stacks"))
         if self.is_user:
             self.tasks.append(self._make_task())
+        if self.arch.area:
+            size = self.arch.area  # which is its alignment too
+            self.areas.append(align_up(self.space.alloc_pages(2 * size // PAGE - 1, "tables"), size))
         vcpu = self.engine.create_vcpu(index, trace)
         self._attach(vcpu)
         self.reset_vcpu(index, entry)
@@ -151,6 +161,7 @@ class Machine:
         """A descriptor page whose exceptions go to a stack of its own: vCPUs must not meet on one."""
         top = self.space.alloc(STACK_PAGES * PAGE, "stacks") + STACK_PAGES * PAGE
         gva = self.space.alloc(PAGE, "tables")
+        assert self.arch.tables is not None
         self.space.write(gva, self.arch.tables(gva, top))
         return gva
 
@@ -166,9 +177,13 @@ class Machine:
     def reset_vcpu(self, index: int, entry: int) -> None:
         """Bring a vCPU back to its reset state at `entry` (vcpu_arch_set_entry_point() and more)."""
         arch, top = self.arch, self.stacks[index] + STACK_PAGES * PAGE
-        gdt = self.tasks[index] if self.is_user else self.tables_gva
-        tables = BootTables(self.space.root_gpa, gdt, self.idt_gva, gdt + arch.tss_offset, self.is_user)
-        regs = arch.reset(tables) | {arch.pc: entry, arch.sp: top - arch.stack_bias, arch.arguments[0]: index}
+        gdt, area = self.tasks[index] if self.is_user else self.tables_gva, self.areas[index] if self.areas else 0
+        tables = BootTables(self.space.root_gpa, gdt, self.idt_gva, gdt + arch.tss_offset, self.is_user,
+                            arch.root_field.put(self.space.root_gpa) | arch.mode.selector, self.vectors_gva, area)
+        for offset, data in arch.area_image(tables).items():
+            self.memory.write(area + offset, data)
+        own = {arch.cpu_id: index} if arch.cpu_id else {}
+        regs = arch.reset(tables) | self.preset | own | {arch.pc: entry, arch.sp: top - arch.stack_bias, arch.arguments[0]: index}
         self.vcpus[index].set_regs(regs)
 
     def set_arguments(self, index: int, values: Sequence[int]) -> None:
@@ -199,8 +214,8 @@ class Machine:
         cpus = tuple(vcpu.save() for vcpu in self.vcpus)
         slots = tuple((slot.gpa, self.memory.read(slot.gpa, slot.size)) for slot in self.memory.slots)
         views = [] if self._protecting is None else self._protecting.views_state()
-        state = MachineState(slots, cpus, (views, self.space.state(), self.tables_gva, self.idt_gva, self.handlers_gva), tuple(self.stacks),
-                             tuple(self.tasks))
+        tables = self.tables_gva, self.idt_gva, self.handlers_gva, self.vectors_gva, dict(self.preset)
+        state = MachineState(slots, cpus, (views, self.space.state(), tables), tuple(self.stacks), tuple(self.areas), tuple(self.tasks))
         self._begin_log(state)
         return state
 
@@ -215,11 +230,12 @@ class Machine:
         for gpa, data in self._changed(state):
             self.memory.write(gpa, data)
         self._begin_log(state, fresh=state is self._base)
-        views, space, self.tables_gva, self.idt_gva, self.handlers_gva = state.space
+        views, space, tables = state.space
+        self.tables_gva, self.idt_gva, self.handlers_gva, self.vectors_gva, self.preset = tables
         if self._protecting is not None:
             self._protecting.set_views_state(views)
         self.space.set_state(space)
-        self.stacks, self.tasks = list(state.stacks), list(state.tasks)
+        self.stacks, self.areas, self.tasks = list(state.stacks), list(state.areas), list(state.tasks)
 
     def _changed(self, state: MachineState) -> Sequence[tuple[int, bytes]]:
         """What of a state's memory to write back: the pages written since, where engine and host know them; else all."""

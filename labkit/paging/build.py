@@ -36,10 +36,9 @@ class PageTableBuilder:
     except that they also grant user, for guests at CPL3. The caller flushes TLBs.
     """
 
-    def __init__(self, read: Read, write: Write, alloc_table: Callable[[], int], mode: PagingMode,
+    def __init__(self, read: Read, write: Write, alloc_table: Callable[[int], int], mode: PagingMode,
                  root_gpa: int | None = None) -> None:
         self.read, self.write, self.alloc_table, self.mode = read, write, alloc_table, mode
-        self._table_bits = mode.present.value | mode.table.value | mode.encode(dict.fromkeys(mode.all_of, True))[0]
         self.root_gpa = self._new_table(mode.levels[0]) if root_gpa is None else mode.root(root_gpa)
 
     def map(self, gva: int, gpa: int, nr_pages: int = 1, page_size: int = 4096, *,
@@ -54,8 +53,7 @@ class PageTableBuilder:
         if gpa < 0 or not is_aligned(gpa, page_size):
             raise InvalidState(f"gpa {gpa:#x} is not aligned to the page size {page_size:#x}", gpa=gpa)
         mode.pa.put(gpa + (nr_pages - 1) * page_size)
-        bits = mode.encode({"writable": writable, "user": user, "nx": nx, **flags})[0] | mode.present.value
-        bits |= mode.huge if level is not mode.levels[-1] else 0
+        bits = mode.new_leaf(level, {"writable": writable, "user": user, "nx": nx, **flags})
         spans = list(self._spans(level, gva, nr_pages))
         for start, count in spans:
             self._check_free(level, start, count)
@@ -67,7 +65,7 @@ class PageTableBuilder:
     def unmap(self, gva: int, nr_pages: int = 1) -> None:
         """Clear the leaves of nr_pages smallest pages from gva on; raises InvalidState at a hole or half a huge page."""
         for run in self._mapped(gva, nr_pages):
-            self._store(run.entry_gpa, np.zeros_like(run.entries))
+            self._store(run.entry_gpa, np.full_like(run.entries, run.level.empty))
 
     def protect(self, gva: int, nr_pages: int = 1, **flags: bool) -> None:
         """Set or clear the named flags (writable=False, c=True) on mapped pages and leave the others as they are."""
@@ -107,7 +105,7 @@ class PageTableBuilder:
             kind = classify(self.mode, step, entry)
             if step is level or kind != "table":
                 break
-            table = self.mode.pa.get(entry)
+            table = self.mode.next_table(step).get(entry)
         return step, entry_gpa, kind
 
     def _check_free(self, level: Level, gva: int, count: int) -> None:
@@ -129,7 +127,7 @@ class PageTableBuilder:
             if step is level:
                 return entry_gpa
             below = self.mode.levels[self.mode.levels.index(step) + 1]
-            entry = self.mode.pa.put(self._new_table(below)) | self._table_bits
+            entry = self.mode.new_table(step, self._new_table(below))
             self.write(entry_gpa, entry.to_bytes(self.mode.entry_size, self.mode.byteorder))
 
     def _mapped(self, gva: int, nr_pages: int) -> list[_Run]:
@@ -156,8 +154,8 @@ class PageTableBuilder:
         return InvalidState(f"gva {gva:#x} {what}: {where} is {entry:#x}", gva=gva, entry=entry, entry_gpa=entry_gpa)
 
     def _new_table(self, level: Level) -> int:
-        table = self.alloc_table()
-        self.write(table, bytes(level.nr_entries * self.mode.entry_size))
+        table = self.alloc_table(level.table_size)
+        self.write(table, level.empty.to_bytes(self.mode.entry_size, self.mode.byteorder) * level.nr_entries)
         return table
 
     def _load(self, entry_gpa: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from labkit.arch.desc import PagingMode
 from labkit.errors import MemoryFault
-from labkit.paging.entries import U64, Bools, classify_all, frames, runs
+from labkit.paging.entries import U64, Bools, classify_all, frames, grants, runs
 from labkit.paging.walk import Read, Walk, walk
 from labkit.shown import mimebundle
 
@@ -149,10 +150,15 @@ class PageTable:
         return first if first == last else f"{first} .. {last}"
 
     def _read(self, gpa: int, size: int) -> bytes:
-        table = gpa & -_table_size(self.mode)
-        if table not in self.tables:
+        at = bisect_right(self._starts, gpa) - 1
+        table = self._starts[at] if at >= 0 else 0
+        if at < 0 or gpa + size > table + len(self.tables[table]):
             raise MemoryFault(f"gpa {gpa:#x} is in no table of this snapshot", gpa=gpa, size=size)
         return self.tables[table][gpa - table:gpa - table + size]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return sorted(self.tables)
 
 
 def scan(read: Read, mode: PagingMode, root_gpa: int, step: int | None = None, label: Label | None = None,
@@ -171,7 +177,6 @@ class _Scan:
     def __init__(self, read: Read, mode: PagingMode, max_leaves: int) -> None:
         self.read, self.mode, self.left = read, mode, max_leaves
         self.max_visits = max(512, max_leaves >> 6)
-        self.table_size = _table_size(mode)
         self.tables: dict[int, bytes] = {}
         self.outside: set[int] = set()
         self.leaves: list[tuple[U64, U64, U64, U64, U64, NDArray[np.uint8]]] = []
@@ -210,13 +215,15 @@ class _Scan:
         """Decode some tables of one level: keeps their leaves, gives the visits below them."""
         mode, level = self.mode, self.mode.levels[depth]
         tables = self.tables
-        data = [tables.get(gpa) or self._table(gpa) for gpa in table.tolist()]
+        size = level.table_size
+        data = [raw if len(raw := tables.get(gpa, b"")) == size else self._table(gpa, size) for gpa in table.tolist()]
         if not all(data):
             there = np.array([bool(raw) for raw in data])
             self.bad.append(base[~there])
             base, rights = base[there], rights[there]
         entries = np.frombuffer(b"".join(data), mode.dtype).astype(np.uint64, copy=False)
-        at = np.flatnonzero((entries & np.uint64(mode.present.mask)) == np.uint64(mode.present.value))
+        present = mode.present_at(level)
+        at = np.flatnonzero((entries & np.uint64(present.mask)) == np.uint64(present.value))
         entries = entries[at]
         index = (at & (level.nr_entries - 1)).astype(np.uint64)
         owner = at >> level.bits
@@ -224,13 +231,13 @@ class _Scan:
         if depth == 0:
             top = 1 << (mode.va_bits - 1)
             gva[(gva & np.uint64(top)) != 0] |= np.uint64(mode.extend(top))
-        acc = rights[owner] & (entries ^ np.uint64(mode.flip))
         kinds = classify_all(mode, level, entries)
+        acc = rights[owner] & grants(mode, entries, kinds.table)
         leaf, below = np.flatnonzero(kinds.leaf), np.flatnonzero(kinds.table)
         if len(leaf) + len(below) < len(at):
             self.bad.append(gva[~(kinds.table | kinds.leaf)])
         self._keep(depth, gva[leaf], entries[leaf], acc[leaf])
-        return gva[below], frames(mode, entries[below]), acc[below]
+        return gva[below], frames(mode.next_table(level), entries[below]), acc[below]
 
     def _keep(self, depth: int, gva: U64, entry: U64, acc: U64) -> None:
         if len(gva) > self.left:
@@ -240,22 +247,21 @@ class _Scan:
         if not len(gva):
             return
         mode, size = self.mode, self.mode.levels[depth].size
-        gpa = frames(mode, entry) & np.uint64(-size & (1 << 64) - 1)
+        gpa = frames(mode.pa, entry) & np.uint64(-size & (1 << 64) - 1)
         rights = (entry & np.uint64(~mode.inherit & (1 << 64) - 1)) | (acc ^ np.uint64(mode.flip & mode.inherit))
         self.leaves.append((gva, gpa, np.full(len(gva), size, np.uint64), entry, rights, np.full(len(gva), depth, np.uint8)))
 
-    def _table(self, gpa: int) -> bytes:
+    def _table(self, gpa: int, size: int) -> bytes:
         """Read a table, b"" outside the memslots; each is read once, so loops see one state."""
+        known = self.tables.get(gpa, b"")
+        if len(known) > size:  # as a larger table of another level
+            return known[:size]
         try:
-            self.tables[gpa] = data = self.read(gpa, self.table_size)
+            self.tables[gpa] = data = known + self.read(gpa + len(known), size - len(known))
         except MemoryFault:
             self.outside.add(gpa)
             return b""
         return data
-
-
-def _table_size(mode: PagingMode) -> int:
-    return mode.levels[0].nr_entries * mode.entry_size
 
 
 def _bytes(size: int) -> str:

@@ -73,7 +73,8 @@ class Walk:
         if step.kind == "reserved":
             return f"{where}reserved bits set (entry {step.entry:#x})"
         note = "  outside guest memory" if step.kind == "outside" else ""
-        return f"{where}{step.next_gpa:#x} P {self.mode.letters(step.entry)}".rstrip() + note
+        flags = self.mode.letters(step.entry, is_table=step.kind != "leaf")
+        return f"{where}{step.next_gpa:#x} P {flags}".rstrip() + note
 
     def __repr__(self) -> str:
         return f"<Walk {self.mode.name}: {self.status}>"
@@ -84,10 +85,12 @@ class Walk:
 
 def classify(mode: PagingMode, level: Level, entry: int) -> Kind:
     """What an entry of this level is, as far as the entry itself can tell ("outside" needs memory)."""
-    if not mode.present(entry):
+    if not mode.present_at(level)(entry):
         return "hole"
-    if level.leaf is not LAST and mode.table(entry):
-        return "reserved" if entry & mode.reserved else "table"
+    if not level.must(entry) or (mode.bad is not None and mode.bad(entry)):
+        return "reserved"
+    if mode.table_at(level)(entry):
+        return "reserved" if level.leaf is LAST or entry & (mode.reserved | mode.table_reserved) else "table"
     return "reserved" if level.leaf is NONE or entry & mode.leaf_reserved(level) else "leaf"
 
 
@@ -111,9 +114,9 @@ def walk(read: Read, mode: PagingMode, root_gpa: int, gva: int) -> Walk:
             break
         kind = classify(mode, level, entry)
         if kind == "table":
-            table = mode.pa.get(entry)
+            table = mode.next_table(level).get(entry)
         steps.append(WalkStep(level, index, entry_gpa, entry, kind, table if kind == "table" else None))
-        rights &= entry ^ mode.flip
+        rights &= mode.grants(entry, kind == "table")
         if kind != "table":
             break
     return _finish(mode, root, gva, steps, rights)
@@ -138,7 +141,7 @@ def _problem(mode: PagingMode, root: int, gva: int, last: WalkStep | None) -> st
         return f"{who} is not present (entry {last.entry:#x})"
     if last.kind == "outside":
         return f"{who} points to gpa {last.next_gpa:#x}, outside guest memory (entry {last.entry:#x})"
-    leaf = not mode.table(last.entry) or last.level.leaf is LAST
+    leaf = not mode.table_at(last.level)(last.entry)
     why = f"is a leaf, which {last.level} may not hold" if leaf and last.level.leaf is NONE else "has reserved bits set"
     return f"{who} {why} (entry {last.entry:#x})"
 

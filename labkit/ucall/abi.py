@@ -25,7 +25,7 @@ UCALL_PIO_PORT = 0x1000
 GUEST_ERROR_STRING, GUEST_FILE, GUEST_LINE = range(3)  # args of an ABORT: two gvas and a number
 
 UCALL = np.dtype([("cmd", "<u8"), ("args", "<u8", UCALL_MAX_ARGS), ("buffer", "V", UCALL_BUFFER_LEN), ("hva", "<u8")])
-HEADER = np.dtype([("in_use", "u1", NR_SLOTS // 8), ("ucalls", UCALL, NR_SLOTS)])  # struct ucall_header
+HEADER = np.dtype([("in_use", "u1", NR_SLOTS // 8), ("ucalls", UCALL, NR_SLOTS)])  # struct ucall_header, little-endian
 UCALL_SIZE, HEADER_SIZE, BITMAP_BYTES = UCALL.itemsize, HEADER.itemsize, NR_SLOTS // 8
 OFFSET_ARGS, OFFSET_BUFFER, OFFSET_HVA = 8, 64, 1088
 _UCALL = Struct(f"<{1 + UCALL_MAX_ARGS}Q{UCALL_BUFFER_LEN}sQ")

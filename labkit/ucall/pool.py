@@ -44,7 +44,7 @@ Strings = Callable[[int], str | None]  # gva of a string constant -> its text, f
 DONE = int(UcallCmd.DONE)
 _NAMES = {int(cmd): cmd.name for cmd in UcallCmd}
 _WITH_TEXT = frozenset(int(cmd) for cmd in UcallCmd if has_text(cmd))
-_FIELDS = Struct(f"<{1 + UCALL_MAX_ARGS}Q")
+_SWAP, _WORDS = Struct(f"<{BITMAP_BYTES // 8}Q").pack, Struct(f">{BITMAP_BYTES // 8}Q").unpack
 
 
 class Ucall(NamedTuple):
@@ -160,7 +160,10 @@ class PoolSnapshot:
 class Pool:
     """The host's side of one VM's pool: makes it, looks up what a guest hands over, and keeps the history of its bits."""
 
-    def __init__(self, memory: Memory, gpa: int, gva: int) -> None:
+    def __init__(self, memory: Memory, gpa: int, gva: int, byteorder: Literal["little", "big"] = "little") -> None:
+        self._big = byteorder == "big"
+        self._fields = Struct(f"{'<>'[self._big]}{1 + UCALL_MAX_ARGS}Q")
+        self._header = HEADER.newbyteorder(">" if self._big else "<")
         self.memory, self.gpa, self.gva = memory, gpa, gva
         self.hva = memory.hva(gpa)  # of the header, as written into the guest; a forked VM keeps its parent's
         slot = memory.slot(gpa)
@@ -177,16 +180,16 @@ class Pool:
     def make(cls, space: AddressSpace) -> Pool:
         """Allocate a VM's pool, in memory that is never encrypted, and tell every slot its own address (ucall_init() in C)."""
         gva = space.alloc(HEADER_SIZE, "ucall pool", protected=False)
-        pool = cls(space.memory, space.walk(gva).require(), gva)
+        pool = cls(space.memory, space.walk(gva).require(), gva, space.mode.byteorder)
         with space.memory.view(pool.gpa, HEADER_SIZE) as raw:  # in place: a copy of half a megabyte of zeros takes longer than the VM
-            header = np.frombuffer(raw, HEADER)
+            header = np.frombuffer(raw, pool._header)
             header["ucalls"]["hva"] = pool.hva + BITMAP_BYTES + UCALL_SIZE * np.arange(NR_SLOTS, dtype=np.uint64)
             del header
         return pool
 
     def twin(self, space: AddressSpace) -> Pool:
         """The same pool in a forked VM's memory, known by the addresses that its parent handed out."""
-        return Pool(space.memory, self.gpa, self.gva)
+        return Pool(space.memory, self.gpa, self.gva, space.mode.byteorder)
 
     def saw(self, vcpu: int, locked: int, step: int) -> bytes:
         """A vCPU came back at `step`: slots that it took and gave back meanwhile. Returns in_use as it is now.
@@ -196,7 +199,7 @@ class Pool:
         """
         if self.memory.on_look:
             self.memory.looked_at(self.gpa, HEADER_SIZE, False)
-        now = self._data[self._offset:self._offset + BITMAP_BYTES]
+        now = self._bitmap()
         if locked >= 0 and (index := self._heard.pop(vcpu, -1)) >= 0 and now[index >> 3] >> (index & 7) & 1 and self._gone_on(vcpu, index):
             self._taken(index, vcpu, locked)  # it gave the slot back with a locked instruction, and has it again
         if now == self._seen:
@@ -213,6 +216,11 @@ class Pool:
                 self.owner[index] = self.since[index] = -1
                 self.done[index] = False
         return now
+
+    def _bitmap(self) -> bytes:
+        """in_use as it lies in memory, bit n at byte n / 8: the guest's words are its own byte order's."""
+        now = self._data[self._offset:self._offset + BITMAP_BYTES]
+        return _SWAP(*_WORDS(now)) if self._big else now
 
     def begins(self, vcpu: int) -> None:
         """A vCPU begins anew: what it held it will not give back."""
@@ -239,7 +247,7 @@ class Pool:
             return BadUcallExit(value, "stale", f"slot {index} is not in use: its bit in in_use is clear", vcpu)
         self._heard[vcpu], self.owner[index] = index, vcpu  # the owner: where vCPUs run at once, another one may have come back first
         at = self._offset + BITMAP_BYTES + UCALL_SIZE * index
-        fields = _FIELDS.unpack_from(self._data, at)
+        fields = self._fields.unpack_from(self._data, at)
         cmd, args = fields[0], fields[1:]
         name = _NAMES.get(cmd) or cmd_name(cmd)
         if cmd == DONE:
@@ -267,7 +275,7 @@ class Pool:
 
     def bits(self) -> NDArray[np.bool_]:
         """in_use, one bool a slot, as it lies in memory now."""
-        raw = np.frombuffer(self.memory.read(self.gpa, BITMAP_BYTES), np.uint8)
+        raw = np.frombuffer(self._bitmap(), np.uint8)
         return np.unpackbits(raw, bitorder="little").astype(np.bool_)
 
     def snapshot(self, step: int, finished: frozenset[int], seen: PoolSnapshot | None = None) -> PoolSnapshot:
@@ -277,7 +285,7 @@ class Pool:
         done = np.array(self.done, np.bool_) & in_use
         leaked = in_use & ~done & np.isin(owner, list(finished))
         indices = np.flatnonzero(in_use | (uses > 0)).tolist()
-        header = np.frombuffer(self.memory.read(self.gpa, HEADER_SIZE), HEADER)[0]
+        header = np.frombuffer(self.memory.read(self.gpa, HEADER_SIZE), self._header)[0]
         slots = tuple(self._slot(i, header["ucalls"][i], bool(in_use[i]), bool(done[i]), bool(leaked[i])) for i in indices)
         changed = np.zeros(NR_SLOTS, np.bool_) if seen is None else in_use ^ seen.in_use
         return PoolSnapshot(

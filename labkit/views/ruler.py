@@ -24,7 +24,7 @@ class Part(NamedTuple):
 def parts(mode: PagingMode, level: Level) -> list[Part]:
     """The bits of an entry of this level, from the highest down."""
     named = {mask.bit_length() - 1: mode.c_name if name == "c" else short(name) for name, mask in mode.flags.items()}
-    named[mode.present.mask.bit_length() - 1] = "P"
+    named[mode.present_at(level).mask.bit_length() - 1] = "P"
     if level.leaf is not LAST and mode.huge:
         named[mode.huge.bit_length() - 1] = "PS"
     out: list[Part] = []

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Builds the x86-64 KVM selftests of Linux 6.12 from Debian's package linux-source-6.12 and prints, as the last line of
+# Builds the KVM selftests of Linux 6.12 from Debian's package linux-source-6.12 and prints, as the last line of
 # standard output, the directory that holds the binaries (guest_print_test, x86_64/sev_smoke_test, ...).
+# With an argument, arm64, riscv or s390, guest_print_test alone is built, with Debian's cross compiler.
 #
 # They are built once, outside the repository: in $LABKIT_SELFTESTS, or ${XDG_CACHE_HOME:-~/.cache}/labkit-tests/selftests-6.12.
 # Exit status 3 says that this machine lacks what the build needs (the reason is on standard error), 1 that the build failed.
@@ -8,19 +9,32 @@ set -eu
 umask 022
 
 tarball=${LABKIT_LINUX_SOURCE:-/usr/src/linux-source-6.12.tar.xz}
+arch=${1:-x86}
+case $arch in
+x86) cross='' want='' ;;
+arm64) cross=aarch64-linux-gnu- want=gcc-aarch64-linux-gnu\ libc6-dev-arm64-cross ;;
+riscv) cross=riscv64-linux-gnu- want=gcc-riscv64-linux-gnu\ libc6-dev-riscv64-cross ;;
+s390) cross=s390x-linux-gnu- want=gcc-s390x-linux-gnu\ libc6-dev-s390x-cross ;;
+*) echo "build.sh: no architecture $arch" >&2; exit 2 ;;
+esac
 cache=${LABKIT_SELFTESTS:-${XDG_CACHE_HOME:-$HOME/.cache}/labkit-tests/selftests-6.12}
+[ "$arch" = x86 ] || cache=$cache-$arch
 log=$cache.log
 kvm=tools/testing/selftests/kvm
 
 # What the KVM selftests and their uapi headers are made from; the rest of the kernel stays in the tarball.
-parts="Makefile scripts usr/include include/uapi include/asm-generic arch/x86/Makefile arch/x86/entry/syscalls arch/x86/include/uapi
-arch/x86/include/asm arch/x86/tools tools/arch/x86/include tools/build tools/include tools/lib/rbtree.c tools/scripts tools/testing/selftests/lib.mk
+parts="Makefile scripts usr/include include/uapi include/asm-generic tools/arch tools/build tools/include tools/lib/rbtree.c tools/scripts tools/testing/selftests/lib.mk
 tools/testing/selftests/kselftest.h tools/testing/selftests/kselftest_harness.h tools/testing/selftests/rseq $kvm"
+
+case $arch in
+x86) parts="$parts arch/x86/Makefile arch/x86/entry/syscalls arch/x86/include/uapi arch/x86/include/asm arch/x86/tools" ;;
+*) parts="$parts arch/$arch" ;;
+esac
 
 missing() { echo "build.sh: $1" >&2; exit 3; }
 [ "$(uname -m)" = x86_64 ] || missing "the kernel selftests are built on x86_64 only, this is $(uname -m)"
-for tool in gcc make tar xz flock; do
-	command -v "$tool" >/dev/null || missing "no $tool (Debian: apt-get install build-essential xz-utils util-linux)"
+for tool in ${cross}gcc make tar xz flock; do
+	command -v "$tool" >/dev/null || missing "no $tool (Debian: apt-get install ${want:-build-essential} xz-utils util-linux)"
 done
 
 mkdir -p "$(dirname "$cache")"
@@ -52,9 +66,14 @@ build() {
 	# shellcheck disable=SC2086 # the parts are words
 	tar -I 'xz -T0' -xf "$tarball" -C "$tmp" --strip-components=1 $(printf 'linux-source-6.12/%s ' $parts)
 	echo "== uapi headers"
-	make -C "$tmp" -j"$jobs" headers
+	make -C "$tmp" -j"$jobs" headers ARCH="$arch" CROSS_COMPILE="$cross"
 	echo "== selftests"                       # the debug info names the sources where they will be, not where they are now
-	make -C "$tmp/$kvm" -k -j"$jobs" EXTRA_CFLAGS="-ffile-prefix-map=$tmp=$cache" || echo "== some did not build"
+	if [ "$arch" = x86 ]; then
+		make -C "$tmp/$kvm" -k -j"$jobs" EXTRA_CFLAGS="-ffile-prefix-map=$tmp=$cache" || echo "== some did not build"
+	else
+		make -C "$tmp/$kvm" -j"$jobs" ARCH="$arch" CROSS_COMPILE="$cross" EXTRA_CFLAGS="-ffile-prefix-map=$tmp=$cache" \
+			"$tmp/$kvm/guest_print_test"
+	fi
 	test -x "$tmp/$kvm/guest_print_test"
 	echo "== keep the binaries and what their line tables name"
 	find "$tmp/$kvm" \( -name '*.o' -o -name '*.d' \) -delete

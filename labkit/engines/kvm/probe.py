@@ -43,6 +43,7 @@ class _Guest:
         self.put(PML4, struct.pack("<Q", PDPT | 7))
         self.put(PDPT, struct.pack("<Q", PD | 7))
         self.put(PD, struct.pack("<Q", 0x87))  # 2 MiB
+        assert X86_64.tables is not None and X86_64.idt is not None
         self.put(TABLES, X86_64.tables(TABLES, RING0_STACK + 0x1000))
         self.put(IDT, X86_64.idt([CODE + 0x800] * 256))
         self.put(CODE + 0x800, LEAVE)

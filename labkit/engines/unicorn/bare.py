@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import unicorn
 from unicorn import x86_const as x86
 
-__all__ = ["open_uc", "pc", "stop_at_in"]
+from labkit.engines.unicorn.lib import STOP, Handle
+
+if TYPE_CHECKING:
+    from labkit.engines.unicorn.vcpu import UnicornVcpu
+
+__all__ = ["open_twin", "open_uc", "pc", "stop_at_in"]
 
 
 def open_uc(hva: int, size: int, regs: Mapping[str, int]) -> Any:
@@ -23,6 +28,16 @@ def open_uc(hva: int, size: int, regs: Mapping[str, int]) -> Any:
     for name in ("cr4", "cr3", "cr0", "cs", "ss", "ds", "es", "fs", "gs", "rsp", "rdi", "rsi", "rdx", "rflags", "rip"):
         uc.reg_write(getattr(x86, f"UC_X86_REG_{name.upper()}"), regs[name])
     return uc
+
+
+def open_twin(vcpu: UnicornVcpu, hva: int, size: int, end: int) -> Handle:
+    """An engine over host memory in the state of a labkit vCPU of any architecture, with one hook: it ends a run at gva `end`."""
+    quirks = vcpu.vm.quirks
+    handle = Handle(quirks.uc_arch, quirks.uc_mode, quirks.settings)
+    handle.map(0, hva, size, unicorn.UC_PROT_ALL)
+    handle.set_context(vcpu.handle.context())
+    handle.hook(unicorn.UC_HOOK_CODE, STOP, end, end)
+    return handle
 
 
 def pc(uc: Any) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from labkit.engines.disasm import Decoded, disassemble
+from labkit.engines.disasm import Decoded, branch_target, disassemble
 
 __all__ = ["loop_head", "settle"]
 
@@ -20,11 +20,15 @@ _STACK = ("push", "pop", "call", "ret", "leave", "enter")
 def loop_head(arch: str, gva: int, data: bytes) -> int | None:
     """Where a loop that this block closes must look at the flag: the block it jumps back to, itself if it touches memory."""
     block = list(disassemble(arch, data, gva))
-    if _loops(block):
-        touches = any(("[" in i.op_str and i.mnemonic not in ("lea", "nop")) or i.mnemonic in _STACK for i in block)
-        return gva if touches else None
-    target = _target(block[-1]) if block else None
+    if _loops(arch, block):
+        return gva if _touches(arch, block) else None
+    target = branch_target(arch, block[-1]) if block else None
     return target if target is not None and target < gva else None
+
+
+def _touches(arch: str, block: list[Decoded]) -> bool:
+    """Whether a loop touches memory; known of x86-64 alone, where it is worth a flag less."""
+    return arch != "x86_64" or any(("[" in i.op_str and i.mnemonic not in ("lea", "nop")) or i.mnemonic in _STACK for i in block)
 
 
 def settle(arch: str, stale: int, blocks: Mapping[int, bytes]) -> int:
@@ -33,7 +37,7 @@ def settle(arch: str, stale: int, blocks: Mapping[int, bytes]) -> int:
     That is the block's own start when it was entered once; else an instruction from which the block is reached without
     touching memory. `blocks` are the translated blocks by gva.
     """
-    loops = {gva for gva, data in blocks.items() if _loops(list(disassemble(arch, data, gva)))}
+    loops = {gva for gva, data in blocks.items() if _loops(arch, list(disassemble(arch, data, gva)))}
     seen: set[int] = set()
     ahead = [stale]
     while ahead:
@@ -43,21 +47,16 @@ def settle(arch: str, stale: int, blocks: Mapping[int, bytes]) -> int:
         if gva not in seen:
             seen.add(gva)
             data = next((data[gva - start:] for start, data in blocks.items() if start <= gva < start + len(data)), b"")
-            ahead += _successors(list(disassemble(arch, data, gva)), gva + len(data))
+            ahead += _successors(arch, list(disassemble(arch, data, gva)), gva + len(data))
     return stale
 
 
-def _target(insn: Decoded) -> int | None:
-    branch = insn.mnemonic[0] == "j" or insn.mnemonic.startswith(("call", "loop"))
-    return int(insn.op_str, 16) if branch and insn.op_str.startswith("0x") else None
+def _loops(arch: str, block: list[Decoded]) -> bool:
+    return bool(block) and (branch_target(arch, block[-1]) == block[0].gva or block[0].mnemonic.startswith("rep"))
 
 
-def _loops(block: list[Decoded]) -> bool:
-    return bool(block) and (_target(block[-1]) == block[0].gva or block[0].mnemonic.startswith("rep"))
-
-
-def _successors(block: list[Decoded], end: int) -> list[int]:
+def _successors(arch: str, block: list[Decoded], end: int) -> list[int]:
     if not block:
         return []
-    target = _target(block[-1])
+    target = branch_target(arch, block[-1])
     return ([] if target is None else [target]) + ([] if block[-1].mnemonic in ("jmp", "ret", "hlt") else [end])

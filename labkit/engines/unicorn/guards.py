@@ -55,7 +55,7 @@ class Guards:
         """Run two blocks of our own: Unicorn reports a new block only when it knows the one before."""
         page, before = Page(self.vcpu.quirks.two_blocks), self.handle.context()
         self.handle.map(0, page.hva, 4096, uc.UC_PROT_ALL)
-        self.handle.run(0)
+        self.handle.run(0, self.vcpu.quirks.two_blocks_count)
         self.handle.unmap(0, 4096)
         self.handle.set_context(before)
         self.handle.flush_code()
@@ -205,6 +205,18 @@ class Guards:
             self.vcpu.quirks.shorten_block()  # or it would begin anew for ever
             self._restarted = -1
         return None
+
+    def add(self, trap: Trap) -> None:
+        """One more sensitive instruction, in code that was looked through before."""
+        if trap.gva in self._hooks:
+            self.remove(trap.gva)
+        self._hook(trap.gva, trap)
+        self.traps[trap.gva] = trap
+
+    def remove(self, gva: int) -> None:
+        """That instruction may run in Unicorn again."""
+        self._unhook(gva)
+        self.handle.flush_code()
 
     def _hook(self, gva: int, trap: Trap) -> None:
         callback: Any = STOP

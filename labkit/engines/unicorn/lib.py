@@ -128,11 +128,13 @@ def _closed() -> int:
 class Handle:
     """One `uc_engine`, with the hooks and buffers that must live as long as it does."""
 
-    def __init__(self, arch: int, mode: int) -> None:
+    def __init__(self, arch: int, mode: int, settings: tuple[tuple[int, int], ...] = ()) -> None:
         handle = c_void_p()
         check(LIB.uc_open(arch, mode, byref(handle)), "uc_open")
         assert handle.value is not None
         self.h: int = handle.value
+        for what, value in settings:  # CPU model, page size: before anything else
+            self.ctl_write(what, c_int(value))
         self._callbacks: dict[int, object] = {}
         self._removed: list[object] = []  # callbacks that translated code may still call
         self.batches: list[RegBatch] = []

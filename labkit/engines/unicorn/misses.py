@@ -19,12 +19,12 @@ __all__ = ["fetch_fault", "mmu_miss"]
 
 def _whole(vcpu: UnicornVcpu, code: bytes) -> bool:
     """Whether the first instruction in code is all there, so that it is a later one that cannot be fetched."""
-    return len(code) == 15 or next(disassemble(vcpu.vm.arch, code, 0), None) is not None
+    return len(code) == vcpu.quirks.longest or next(disassemble(vcpu.vm.arch, code, 0), None) is not None
 
 
 def fetch_fault(vcpu: UnicornVcpu, pc: int, spent: bool) -> Exit | None:
     """Code ends here, or further on: Unicorn fetches a whole block before it runs the first instruction."""
-    code = vcpu.guards.read(pc, 15)
+    code = vcpu.guards.read(pc, vcpu.quirks.longest)
     if _whole(vcpu, code):
         if vcpu.shortened == (pc, vcpu.insns):
             return vcpu.refuse("Unicorn cannot fetch this instruction and does not say why")
@@ -49,7 +49,7 @@ def mmu_miss(vcpu: UnicornVcpu, mmu: Mmu, pc: int, limit: int) -> Exit | None:
         vcpu.vm.forget_translations(code=mmu.settle(facts.gpa))
         vcpu.sync()
         return None
-    if fetch and _whole(vcpu, vcpu.guards.read(pc, 15)):
+    if fetch and _whole(vcpu, vcpu.guards.read(pc, vcpu.quirks.longest)):
         vcpu.quirks.shorten_block()
         return None
     if fetch and limit and ran >= limit:

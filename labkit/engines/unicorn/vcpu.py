@@ -7,11 +7,11 @@ import json
 import struct
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc
 
-from labkit.engines.base import BudgetExit, DebugExit, Exit, GuestFault, InternalErrorExit, InterruptExit, Regs, Trace
+from labkit.engines.base import BudgetExit, DebugExit, Exit, InternalErrorExit, InterruptExit, Regs, Trace
 from labkit.engines.disasm import disassemble
 from labkit.engines.unicorn.blocks import settle
 from labkit.engines.unicorn.calibrate import calibrate
@@ -19,15 +19,15 @@ from labkit.engines.unicorn.guards import Guards
 from labkit.engines.unicorn.lib import LIB, Handle, IntrHook
 from labkit.engines.unicorn.misses import fetch_fault, mmu_miss
 from labkit.engines.unicorn.mmio import FETCHES, HOLES, Mmio
+from labkit.engines.unicorn.monitor import clear
 from labkit.engines.unicorn.stubs import stub
 from labkit.engines.unicorn.tally import MAX_BLOCK, Tally
 from labkit.errors import InvalidState
 
 if TYPE_CHECKING:
-    from labkit.engines.unicorn.traps import Trap
     from labkit.engines.unicorn.vm import UnicornVm
 
-__all__ = ["COUNT_FOR", "Quirks", "QuirksOf", "UnicornVcpu", "budget_exit"]
+__all__ = ["COUNT_FOR", "UnicornVcpu", "budget_exit"]
 
 SLICE = {"each": 1 << 20, "tally": 1 << 24}  # instructions after which a counted run looks up, some 15 ms: Ctrl-C, budget
 COUNT_FOR = 1 << 22  # an unbounded run is counted exactly that far, then runs uncounted
@@ -41,48 +41,6 @@ def budget_exit(insns: int) -> BudgetExit:
     return BudgetExit(insns)
 
 
-class QuirksOf(Protocol):
-    """Makes the quirks of an architecture for one vCPU: a class of them."""
-
-    uc_arch: int
-    uc_mode: int
-
-    def __call__(self, vcpu: UnicornVcpu) -> Quirks: ...
-
-
-class Quirks(Protocol):
-    """What one architecture adds to the run loop."""
-
-    awaits: list[int] | None
-    two_blocks: bytes  # code of two blocks that do nothing and end the run
-    fault_register: int  # libunicorn's number of the register that says where a page fault was
-
-    def pc(self) -> int: ...
-    def leave(self) -> int: ...  # the program counter to run from; what was known of registers is void
-    def arrive(self) -> int: ...  # the program counter after a run, and other registers that a trap will ask for
-    def set_pc(self, gva: int) -> None: ...
-    def scan(self, data: bytes, gva: int) -> dict[int, Trap]: ...
-    def trap(self, trap: Trap) -> Exit | None: ...
-    def exception(self, vector: int) -> Exit | None: ...
-    def invalid(self) -> Exit | None: ...
-    def complete(self, value: int) -> bool: ...
-    def is_drained(self) -> bool: ...
-    def is_fetch_fault(self, vector: int | None) -> bool: ...
-    def forget_exception(self) -> object: ...
-    def shorten_block(self) -> None: ...  # the next block that runs is one instruction long
-    def wants_short_block(self) -> bool: ...  # the CPU itself wants it so
-    def ring(self) -> int: ...  # the privilege level that memory is accessed with
-    def miss(self, error: int | None, gva: int) -> Exit | None: ...  # deliver a page fault at gva, None: it is no address
-    def not_yours(self, fault: GuestFault, gva: int, gpa: int, private: bool) -> Exit | None: ...  # SNP: a page with another owner
-    def restore_flags(self) -> None: ...  # of an instruction that has a hook and faulted
-    def strange_mode(self) -> str: ...  # why code cannot be run as the CPU stands, or ""
-    def read_all(self) -> Regs: ...
-    def read(self, name: str) -> int: ...
-    def write_many(self, regs: Mapping[str, int]) -> None: ...
-    def extra_state(self) -> dict[str, object]: ...
-    def set_extra_state(self, state: dict[str, object]) -> None: ...
-
-
 class UnicornVcpu:
     """A vCPU whose sensitive instructions stop before they run and are carried out by the host, as under a VMM.
 
@@ -93,12 +51,13 @@ class UnicornVcpu:
     def __init__(self, vm: UnicornVm, index: int, trace: Trace) -> None:
         self.vm, self.index, self.trace = vm, index, trace
         self.insns, self.exact = 0, True
-        self.handle = Handle(vm.quirks.uc_arch, vm.quirks.uc_mode)
+        self.handle = Handle(vm.quirks.uc_arch, vm.quirks.uc_mode, vm.quirks.settings)
         self.counter = ctypes.c_uint64.from_address(self.handle.h + calibrate().counter)
         self.stale_tlb = self.stale_code = False
         self.tally = Tally(vm.arch)
         self.mode, self._tally_hook, self._by_block = "", 0, "tally" if stub("tally") else "each"
         self.locked_at, self._stop = -1, self.stop
+        self.monitor_survives = True
         self.exception: int | None = None
         self._forced, self.shortened = False, (-1, -1)
         self.quirks = vm.quirks(self)
@@ -117,7 +76,7 @@ class UnicornVcpu:
 
     def set_regs(self, regs: Mapping[str, int]) -> None:
         """Set the named registers; raises InvalidState for a name or a value that does not fit."""
-        if "rip" in regs:
+        if self.quirks.pc_name in regs:
             self.mmio.forget()
         self.quirks.write_many(regs)
 
@@ -177,15 +136,19 @@ class UnicornVcpu:
 
     def _quietly(self, function: Callable[..., int], gva: int, *args: object) -> bool:
         """Whether that worked; a failed look of ours must not stay behind in the guest's fault register."""
-        before = self.handle.read(self.quirks.fault_register)
+        register = self.quirks.fault_register
+        before = self.handle.read(register) if register else 0
         if not function(ctypes.c_void_p(self.handle.h), ctypes.c_uint64(gva), *args):
             return True
-        self.handle.write(self.quirks.fault_register, before)
+        if register:
+            self.handle.write(register, before)
         return False
 
     def sync(self) -> None:
         """Forget what the host, or another vCPU, changed since this vCPU last ran."""
         if self.vm.runner is not self:
+            if self.quirks.monitor_offset():
+                self.vm.monitors.change_over(self.vm.runner, self)
             self.vm.runner = self
             if len(self.vm.vcpus) > 1 and any(self.vm.read(gpa, 4096) != seen for gpa, seen in self.guards.code_pages.items()):
                 self.stale_code = True
@@ -227,6 +190,8 @@ class UnicornVcpu:
         if self.stale_tlb or self.stale_code or self.vm.runner is not self:
             self.sync()
         start, self.quirks.awaits, self.locked_at = self.insns, None, -1
+        if not self.monitor_survives:
+            clear(self)
         self.guards.skip = self.quirks.pc()
         self.guards.forget_last()
         if self.mmio.pending and (insns is None or insns > 0) and (exit := self.mmio.resume()) is not None:
@@ -377,7 +342,7 @@ class UnicornVcpu:
         if self.exception is not None:
             return self.quirks.exception(self.exception)
         if status in HOLES:
-            return self.mmio.meet()
+            return self.quirks.hole(pc)
         if status == uc.UC_ERR_INSN_INVALID:
             return self.quirks.invalid()
         return self.refuse(f"unicorn: {LIB.uc_strerror(status).decode()}")
@@ -389,6 +354,6 @@ class UnicornVcpu:
     def refuse(self, why: str) -> InternalErrorExit:
         """The exit for what this engine will not run, with the bytes at the program counter."""
         pc = self.quirks.pc()
-        data = self.guards.read(pc, 15)
+        data = self.guards.read(pc, self.quirks.longest)
         insn = next(disassemble(self.vm.arch, data, pc), None)
         return InternalErrorExit(why, pc, data[: insn.size] if insn else data, insn.text if insn else "")

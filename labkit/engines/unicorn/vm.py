@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any
 from labkit.arch.x86_cpu import CpuModel
 from labkit.engines.base import Capability, Ownership, Trace
 from labkit.engines.interrupt import shield
+from labkit.engines.unicorn.arm64 import Arm64
+from labkit.engines.unicorn.monitor import Monitors
+from labkit.engines.unicorn.riscv import Riscv64
+from labkit.engines.unicorn.s390 import S390x
 from labkit.engines.unicorn.vcpu import COUNT_FOR, UnicornVcpu
 from labkit.engines.unicorn.x86 import X86
 from labkit.errors import InvalidState, NotAvailable
@@ -15,11 +19,11 @@ from labkit.errors import InvalidState, NotAvailable
 if TYPE_CHECKING:
     from labkit.arch.desc import PagingMode
     from labkit.engines.unicorn.mmu import Mmu
-    from labkit.engines.unicorn.vcpu import QuirksOf
+    from labkit.engines.unicorn.quirks import QuirksOf
 
 __all__ = ["CAPABILITIES", "UnicornVm"]
 
-_QUIRKS: dict[str, QuirksOf] = {"x86_64": X86}
+_QUIRKS: dict[str, QuirksOf] = {"x86_64": X86, "arm64": Arm64, "riscv64": Riscv64, "s390x": S390x}
 
 CAPABILITIES = (
     Capability("step", True, "one instruction, one REP iteration, one exception delivery"),
@@ -56,11 +60,14 @@ class UnicornVm:
         self.count_for = COUNT_FOR
         self.mmu: Mmu | None = None
         self.level = 0  # of protection: 1 memory, 2 registers, 3 ownership of pages
+        self.monitors = Monitors()
 
     def protect(self, mode: PagingMode, cipher: Ownership, inverted: bool, level: int) -> None:
         """Let the guest see memory through the key where an entry's encryption bit says so (inverted: where it does not)."""
         from labkit.engines.unicorn.mmu import Mmu
 
+        if self.arch != "x86_64":
+            raise NotAvailable(f"encrypted guests are x86-64's, not {self.arch}'s", arch=self.arch)
         if self.vcpus or self.mmu is not None:
             raise InvalidState("a VM is protected once, before it has vCPUs")
         self.mmu, self.level = Mmu(mode, cipher, inverted), level
@@ -88,6 +95,8 @@ class UnicornVm:
         first, last = gpa & -4096, gpa + size - 1
         if self.mmu is not None:
             self.mmu.host_wrote(gpa, size)
+        if self.runner is not None and self.runner.quirks.monitor_offset():
+            self.monitors.host_wrote(self.runner, gpa, size)
         for vcpu in self.vcpus:
             vcpu.stale_tlb = True
             if not vcpu.stale_code and any(first <= page <= last for page in vcpu.guards.code_pages):
@@ -149,6 +158,12 @@ class UnicornVm:
             if start <= gpa < start + length:
                 return ctypes.string_at(hva + gpa - start, min(size, start + length - gpa))
         return b""
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Write guest memory by gpa, as the CPU itself does at an interruption; what no memslot holds is lost."""
+        for start, hva, length in self.slots:
+            if start <= gpa and gpa + len(data) <= start + length:
+                ctypes.memmove(hva + gpa - start, data, len(data))
 
     def overlaps(self, gpa: int, size: int) -> bool:
         """Whether a range touches a memslot."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from unicorn import unicorn_const as uc
 
@@ -37,7 +37,9 @@ class X86(X86Events):
     """The quirks of x86-64, one per vCPU."""
 
     uc_arch, uc_mode = uc.UC_ARCH_X86, uc.UC_MODE_64
+    settings: ClassVar[tuple[tuple[int, int], ...]] = ()
     two_blocks, fault_register = b"\xeb\x00\xf4", PLAIN["cr2"]
+    pc_name, longest, two_blocks_count = "rip", 15, 0
 
     def __init__(self, vcpu: UnicornVcpu) -> None:
         super().__init__(vcpu)
@@ -76,6 +78,14 @@ class X86(X86Events):
     def set_pc(self, gva: int) -> None:
         """Set RIP."""
         self.regs.write("rip", gva & MASK64)
+
+    def monitor_offset(self) -> int:
+        """Atomic instructions are single ones."""
+        return 0
+
+    def hole(self, pc: int) -> Exit | None:
+        """Memory that is not there is a device's."""
+        return self.vcpu.mmio.meet()
 
     def is_drained(self) -> bool:
         """RCX is zero: a REP instruction has no iteration left."""

@@ -132,8 +132,38 @@ enum guest_assert_builtin_args { GUEST_ERROR_STRING, GUEST_FILE, GUEST_LINE, GUE
 
 #if defined(__x86_64__)
 #include "x86_64/processor.h"
+#elif defined(__aarch64__)
+#include "arm64/processor.h"
+#elif defined(__riscv) && __riscv_xlen == 64
+#include "riscv64/processor.h"
+#elif defined(__s390x__)
+#include "s390x/processor.h"
 #else
 #error "labkit.h has no part for this architecture"
 #endif
+
+/* The guest's way to do what the host does with vm_install_exception_handler(). */
+static inline void set_exception_handler(int vector, exception_handler_t handler)
+{
+	((volatile exception_handler_t *)exception_handlers)[vector] = handler;
+}
+
+/* --- bitmaps, where the processor has no instruction of its own for them --- */
+#ifndef LABKIT_OWN_BITMAPS
+#define BIT_MASK_(nr) (1UL << ((nr) % 64))
+static __always_inline bool test_and_set_bit(unsigned long nr, volatile unsigned long *bitmap)
+{
+	return __atomic_fetch_or(&bitmap[nr / 64], BIT_MASK_(nr), __ATOMIC_SEQ_CST) & BIT_MASK_(nr);
+}
+
+static __always_inline bool test_and_clear_bit(unsigned long nr, volatile unsigned long *bitmap)
+{
+	return __atomic_fetch_and(&bitmap[nr / 64], ~BIT_MASK_(nr), __ATOMIC_SEQ_CST) & BIT_MASK_(nr);
+}
+#endif
+
+static __always_inline void set_bit(unsigned long nr, volatile unsigned long *bitmap) { (void)test_and_set_bit(nr, bitmap); }
+static __always_inline void clear_bit(unsigned long nr, volatile unsigned long *bitmap) { (void)test_and_clear_bit(nr, bitmap); }
+static inline bool test_bit(unsigned long nr, const volatile unsigned long *bitmap) { return bitmap[nr / 64] >> (nr % 64) & 1; }
 
 #endif

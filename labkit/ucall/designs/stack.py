@@ -29,7 +29,7 @@ from labkit.ucall.pool import BadUcallExit, Strings, Ucall
 __all__ = ["MARK", "StackUcalls"]
 
 MARK = "ucall_is_on_stack"  # the symbol that such a program has
-_FIELDS = Struct(f"<{1 + UCALL_MAX_ARGS}Q")
+_FIELDS = {order: Struct(f"{mark}{1 + UCALL_MAX_ARGS}Q") for order, mark in (("little", "<"), ("big", ">"))}
 
 
 class StackUcalls:
@@ -54,7 +54,7 @@ class StackUcalls:
             raw = self.space.read(value, UCALL_SIZE)
         except (InvalidState, PageFault, MemoryFault) as err:
             return BadUcallExit(value, "unreadable", f"struct ucall lies on the guest's stack: {err}. {self._seen(value)}", vcpu)
-        fields = _FIELDS.unpack_from(raw)
+        fields = _FIELDS[self.space.mode.byteorder].unpack_from(raw)
         cmd, args = fields[0], fields[1:]
         text = decode_text(raw[OFFSET_BUFFER:]) if has_text(cmd) else None
         if cmd != UcallCmd.ABORT:

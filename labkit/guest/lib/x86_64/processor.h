@@ -23,12 +23,6 @@ extern vm_vaddr_t exception_handlers; /* table of NUM_INTERRUPTS handlers, made 
 extern const vm_vaddr_t idt_handlers[NUM_INTERRUPTS];
 void route_exception(struct ex_regs *regs);
 
-/* The guest's way to do what the host does with vm_install_exception_handler(). */
-static inline void set_exception_handler(int vector, exception_handler_t handler)
-{
-	((volatile exception_handler_t *)exception_handlers)[vector] = handler;
-}
-
 /* --- model-specific registers, time, CPUID --- */
 #define READ_EDX_EAX_(insn) \
 	static inline uint64_t insn(uint32_t index) \
@@ -126,6 +120,7 @@ static inline void hlt(void) { __asm__ volatile("hlt" : : : "memory"); }
 static inline void invlpg(const void *gva) { __asm__ volatile("invlpg (%0)" : : "r"(gva) : "memory"); }
 
 /* --- bitmaps: one locked instruction each --- */
+#define LABKIT_OWN_BITMAPS
 static __always_inline bool test_and_set_bit(unsigned long nr, volatile unsigned long *bitmap)
 {
 	bool was_set;
@@ -142,9 +137,6 @@ static __always_inline bool test_and_clear_bit(unsigned long nr, volatile unsign
 	return was_set;
 }
 
-static __always_inline void set_bit(unsigned long nr, volatile unsigned long *bitmap) { (void)test_and_set_bit(nr, bitmap); }
-static __always_inline void clear_bit(unsigned long nr, volatile unsigned long *bitmap) { (void)test_and_clear_bit(nr, bitmap); }
-static inline bool test_bit(unsigned long nr, const volatile unsigned long *bitmap) { return bitmap[nr / 64] >> (nr % 64) & 1; }
 
 /*
  * One instruction that may fault. Three registers carry the agreement with route_exception(): r9 a magic number,

@@ -1,0 +1,84 @@
+"""Exclusive monitors as hardware has them: a store-exclusive fails after any write by another, be it of the same value.
+
+Unicorn keeps the address and the value of a load-exclusive and compares values, so it misses a write of what was there before.
+A monitor that is open when another vCPU begins to run is watched for writes until its own vCPU is back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+from unicorn import unicorn_const as uc
+
+from labkit.engines.unicorn.lib import MemHook
+
+if TYPE_CHECKING:
+    from labkit.engines.unicorn.vcpu import UnicornVcpu
+
+__all__ = ["GRANULE", "Monitors", "clear"]
+
+GRANULE = 64  # bytes: CTR_EL0.ERG may be anything from 16 to 2048; RISC-V leaves it open
+CLEAR = (1 << 64) - 1
+
+
+def _reserved(vcpu: UnicornVcpu) -> int | None:
+    """The gpa of the granule that a vCPU's monitor watches, None when it is not set."""
+    at = vcpu.quirks.monitor_offset()
+    gva = int.from_bytes(vcpu.handle.context()[at:at + 8], "little") if at else CLEAR
+    gpa = None if gva == CLEAR else vcpu.translate(gva)
+    return None if gpa is None else gpa & -GRANULE
+
+
+def clear(vcpu: UnicornVcpu) -> None:
+    """What CLREX and an exception return do."""
+    if at := vcpu.quirks.monitor_offset():
+        def patch(context: int) -> None:
+            ctypes.c_uint64.from_address(context + at).value = CLEAR
+
+        vcpu.handle.patch_context(patch)
+
+
+class Monitors:
+    """The open monitors of one VM's vCPUs that are not running."""
+
+    def __init__(self) -> None:
+        self.open: dict[UnicornVcpu, int] = {}
+        self._hooks: list[int] = []
+        self._watcher: UnicornVcpu | None = None
+
+    def change_over(self, before: UnicornVcpu | None, vcpu: UnicornVcpu) -> None:
+        """Another vCPU runs from here on: what it writes is watched as long as somebody's monitor is open."""
+        self._unwatch()
+        if before is not None and (granule := _reserved(before)) is not None:
+            self.open[before] = granule
+        self.open.pop(vcpu, None)
+        if self.open:
+            self._watcher = vcpu
+            self._hooks = [vcpu.handle.hook(uc.UC_HOOK_MEM_WRITE, MemHook(self._written), granule, granule + GRANULE - 1)
+                           for granule in set(self.open.values())]
+            vcpu.handle.flush_code()
+
+    def _unwatch(self) -> None:
+        if self._watcher is not None and self._hooks:
+            for hook in self._hooks:
+                self._watcher.handle.unhook(hook)
+            self._watcher.handle.flush_code()
+        self._watcher, self._hooks = None, []
+
+    def _written(self, _h: int, _kind: int, gpa: int, size: int, _value: int, _d: int) -> bool:
+        self.break_at(gpa, size)
+        return True
+
+    def break_at(self, gpa: int, size: int) -> None:
+        """Memory was written: monitors that watch it are clear."""
+        for vcpu in [vcpu for vcpu, granule in self.open.items() if gpa < granule + GRANULE and granule < gpa + size]:
+            del self.open[vcpu]
+            clear(vcpu)
+
+    def host_wrote(self, vcpu: UnicornVcpu | None, gpa: int, size: int) -> None:
+        """The host wrote memory, while the last vCPU that ran may have an open monitor too."""
+        self.break_at(gpa, size)
+        granule = _reserved(vcpu) if vcpu is not None else None
+        if vcpu is not None and granule is not None and gpa < granule + GRANULE and granule < gpa + size:
+            clear(vcpu)

@@ -1,0 +1,285 @@
+"""What each architecture has of its own: syndromes, access flags, large pages, broken tables, refused instructions."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+import labkit as lk
+from labkit.arch.arm64 import ARM64_PXXV48_4K
+from labkit.arch.riscv import RISCV_SV39, RISCV_SV48
+from labkit.arch.s390 import S390_PXXV64_4K
+from labkit.engines.base import HaltExit, HypercallExit, InternalErrorExit, MmioExit, SbiExit
+from labkit.errors import GuestCrashed, InvalidState
+from labkit.ucall.pool import BadUcallExit
+
+GVA, HOLE = 0x7000_0000, 0x3_0000_0000
+
+
+@cache
+def program(arch: str, body: str) -> lk.Program:
+    return lk.Program.compile(f'#include "labkit.h"\nvolatile uint64_t out;\nvoid guest_code(uint64_t a, uint64_t b)\n{{\n{body}\n'
+                              "\tGUEST_DONE();\n}\n", arch=arch)
+
+
+def vm_of(arch: str, body: str, *args: int, **options) -> lk.Vm:
+    vm = lk.Vm.create(program(arch, body), **options)
+    if args:
+        vm.vcpus[0].args_set(*args)
+    return vm
+
+
+READ, WRITE = "\tout = *(volatile uint64_t *)a;", "\t*(volatile uint64_t *)a = b;"
+CALL = "\t((void (*)(void))a)();"
+
+
+def fault(vm: lk.Vm) -> tuple[int, int, int]:
+    """(vector, syndrome, fault address) that the guest reports."""
+    uc = vm.vcpus[0].run(20_000)
+    assert uc.cmd == "UNHANDLED", uc
+    return uc.args[0], uc.args[1], uc.args[3]
+
+
+def map_page(vm: lk.Vm, **flags: bool) -> int:
+    gpa = vm.machine.space.alloc_pages(1, "test")
+    vm.machine.space.map(GVA, gpa, nx=flags.pop("nx", True), **flags)
+    return gpa
+
+
+# --- syndromes
+
+DABT, IABT, BRK = 0x25, 0x21, 0x3C
+
+
+@pytest.mark.parametrize(("body", "writable", "mapped", "esr", "far"), [
+    (READ, True, False, 0x9600_0005, GVA), (WRITE, True, False, 0x9600_0045, GVA), (WRITE, False, True, 0x9600_004F, GVA),
+    (CALL, True, True, 0x8600_000F, GVA), (CALL, True, False, 0x8600_0005, GVA), ("\t__asm__(\"brk #7\");", True, False, 0xF200_0007, 0),
+    ("\t__asm__(\"svc #9\");", True, False, 0x5600_0009, 0), ("\t((void (*)(void))(a + 2))();", True, True, 0x8A00_0000, GVA + 2),
+])
+def test_that_arm64_syndromes_are_the_manuals(body, writable, mapped, esr, far):
+    """Arm ARM D24.2.40 ESR_EL1: translation fault level 1, permission fault level 3, WnR in bit 6."""
+    vm = vm_of("arm64", body, GVA, 1)
+    if mapped:
+        map_page(vm, writable=writable)
+    vector, syndrome, address = fault(vm)
+    assert (syndrome, address) == (esr, far) and vector == 4 * 64 + (esr >> 26)
+
+
+@pytest.mark.parametrize(("body", "writable", "mapped", "cause"), [
+    (READ, True, False, 13), (WRITE, True, False, 15), (WRITE, False, True, 15), (CALL, True, True, 12), (CALL, True, False, 12),
+])
+def test_that_riscv_causes_and_stval_are_the_manuals(body, writable, mapped, cause):
+    vm = vm_of("riscv64", body, GVA, 1)
+    if mapped:
+        map_page(vm, writable=writable)
+    assert fault(vm) == (cause, GVA, GVA)
+
+
+@pytest.mark.parametrize(("body", "writable", "mapped", "code", "teid"), [
+    (READ, True, False, 0x3B - 0x2B, GVA | 0x800), (WRITE, True, False, 0x10, GVA | 0x400), (WRITE, False, True, 0x04, GVA | 0x404),
+    (CALL, True, False, 0x10, GVA | 0x800),
+])
+def test_that_s390_codes_and_teid_are_the_manuals(body, writable, mapped, code, teid):
+    """Principles of Operation: the translation-exception identification has a page address, and whether it was a store (bits 52, 53)."""
+    vm = vm_of("s390x", body, GVA, 1)
+    if mapped:
+        map_page(vm, writable=writable)
+    assert fault(vm) == (code, teid, GVA)
+
+
+@pytest.mark.parametrize(("arch", "body", "vector"), [
+    ("riscv64", "\t__asm__ volatile(\"ebreak\");", 3), ("riscv64", "\t__asm__ volatile(\"csrr %0, mstatus\" : \"=r\"(a));", 2),
+    ("s390x",
+     "\t__asm__ volatile(\"lghi %%r4, 0\\n\\tdsgr %%r4, %%r4\" : : : \"r4\", \"r5\");", 9),
+    ("s390x", "\t__asm__ volatile(\".short 0\");", 1),
+    ("s390x", "\tout = *(volatile uint64_t *)a;", 5),
+])
+def test_that_other_exceptions_have_their_number(arch, body, vector):
+    vm = vm_of(arch, body, GVA, 1)
+    if vector == 5:
+        vm.machine.space.map(GVA, HOLE)  # storage that is not there: an addressing exception, not a device
+    assert fault(vm)[0] == vector
+
+
+# --- walks against the architecture's own walker
+
+def test_that_every_arm64_walk_is_what_at_s1e1r_says():
+    vm = vm_of("arm64", READ)
+    space, regs = vm.machine.space, vm.vcpus[0].regs
+    space.map(0x4000_0000, 0x40_0000, 1, 1 << 21, writable=False)
+    space.map(0x80_0000_0000, 0x4000_0000, 1, 1 << 30)
+    vm.vcpus[0].step()
+    table = vm.page_table()
+    gvas = [*table.gva.tolist(), 0x4000_1238, 0x401F_FFF8, 0x80_1234_5678, 0x1000, 0x5000_0000, 0xFFFF_F000_0000, 0x100_0000_0000]
+    for gva in gvas:
+        regs["s1_0_c7_c8_0"] = gva  # AT S1E1R
+        par, walk = regs.par_el1, table.walk(gva)
+        assert (walk.gpa is None) == bool(par & 1), f"{gva:#x}: PAR_EL1 {par:#x}, {walk.status}"
+        if walk.gpa is not None:
+            assert (par & 0xFFFF_FFFF_F000) + gva % 4096 == walk.gpa
+        else:
+            level = len(walk.steps) - 1
+            assert par >> 1 & 0x3F == 4 + level, "a translation fault of the level at which the walk ended"
+        regs["s1_0_c7_c8_1"] = gva  # AT S1E1W
+        assert bool(regs.par_el1 & 1) == (walk.gpa is None or not walk.flags["writable"])
+
+
+@pytest.mark.parametrize("arch", ["arm64", "riscv64"])
+def test_that_large_pages_are_built_walked_and_used(arch):
+    vm = vm_of(arch, WRITE, 0x4000_0000 + 0x1238, 77, memory=16 << 20)
+    mode, space = vm.arch.mode, vm.machine.space
+    size = mode.page_sizes[1]
+    gpa = space.alloc_pages(2 * size // 4096 - 1, "test")
+    gpa = -(-gpa // size) * size
+    space.map(0x4000_0000, gpa, 1, size, nx=True)
+    walk = vm.page_table().walk(0x4000_1238)
+    assert (walk.gpa, walk.page_size) == (gpa + 0x1238, size)
+    assert vm.vcpus[0].run(10_000).cmd == "DONE"
+    assert int.from_bytes(vm.memory.read(gpa + 0x1238, 8), mode.byteorder) == 77
+
+
+@pytest.mark.parametrize("mode", [RISCV_SV39, RISCV_SV48])
+def test_that_riscv_has_two_modes_and_sets_accessed_and_dirty(mode):
+    vm = vm_of("riscv64", WRITE, GVA, 1, paging=mode.name)
+    map_page(vm)
+    assert vm.arch.mode == mode and len(vm.page_table().walk(GVA).steps) == len(mode.levels)
+    before = vm.page_table().walk(GVA).flags
+    assert vm.vcpus[0].run(10_000).cmd == "DONE"
+    after = vm.page_table().walk(GVA).flags
+    assert not before["accessed"] and not before["dirty"] and after["accessed"] and after["dirty"]
+    twin = vm.fork()
+    assert twin.arch.mode == mode and twin.page_table().walk(GVA).flags == after
+
+
+def test_that_a_paging_mode_that_is_not_there_is_refused_with_those_that_are():
+    with pytest.raises(InvalidState, match="riscv/SV48_4K, riscv/SV39_4K"):
+        vm_of("riscv64", READ, paging="riscv/SV57_4K")
+
+
+def test_that_arm64_faults_on_a_page_without_access_flag_and_the_guest_can_set_it():
+    vm = vm_of("arm64", READ, GVA)
+    map_page(vm)
+    vm.machine.space.builder.protect(GVA, 1, accessed=False)
+    assert fault(vm)[1] == 0x9600_000B  # access flag fault, level 3
+    vm.machine.space.builder.protect(GVA, 1, accessed=True)
+    vm.vcpus[0].set_entry("guest_code")
+    vm.vcpus[0].args_set(GVA)
+    assert vm.vcpus[0].run(10_000).cmd == "DONE"
+
+
+BROKEN = [  # arch, levels above the last, bits to set, bits to clear, what the guest gets
+    ("arm64", 0, 0, 2, 0x9600_0007), ("arm64", 3, 0, 2, None), ("riscv64", 0, 0, 0xE, 13), ("riscv64", 0, 0, 0x2, 13),
+    ("riscv64", 1, 0x40, 0, None), ("s390x", 0, 0x800, 0, 0x12), ("s390x", 1, 0x4, 0, 0x12), ("s390x", 2, 0x8, 0, None),
+    ("s390x", 0, 0x400, 0, 0x11),
+]
+
+
+@pytest.mark.parametrize(("arch", "above", "to_set", "to_clear", "wanted"), BROKEN)
+def test_that_entries_with_invalid_bits_are_a_hole_in_the_view_and_a_fault_in_the_guest(arch, above, to_set, to_clear, wanted):
+    vm = vm_of(arch, READ, GVA)
+    map_page(vm)
+    order = vm.arch.mode.byteorder
+    step = vm.page_table().walk(GVA).steps[-1 - above]
+    vm.memory.write(step.entry_gpa, ((step.entry | to_set) & ~to_clear).to_bytes(8, order))
+    walk = vm.page_table().walk(GVA)
+    assert walk.gpa is None and walk.problem and walk.text
+    if wanted is not None:  # above that, the guest's own code is gone too; and Unicorn does not look at A in a pointer
+        vector, syndrome, _ = fault(vm)
+        assert wanted in (vector, syndrome)
+
+
+def test_that_hierarchical_rights_of_arm64_tables_count():
+    vm = vm_of("arm64", WRITE, GVA, 1)
+    map_page(vm)
+    step = vm.page_table().walk(GVA).steps[1]
+    vm.memory.write(step.entry_gpa, (step.entry | 1 << 62).to_bytes(8, "little"))  # APTable: no writes below
+    table = vm.page_table()
+    assert not table.walk(GVA).flags["writable"] and not table.flag("writable")[table.gva == GVA].any()
+    assert "noW" in table.walk(GVA).text and fault(vm)[1] == 0x9600_004F
+
+
+# --- exits
+
+def test_that_two_arm64_vms_have_an_exit_address_each_and_one_for_both_is_broken():
+    """The selftests' ucall_exit_mmio_addr was one for all VMs; commit 28a65567acb5 gave each its own (vm->ucall_mmio_addr)."""
+    body = "\tGUEST_SYNC(1);"
+    small, large = vm_of("arm64", body, memory=8 << 20), vm_of("arm64", body, memory=16 << 20)
+    assert (small.door.number, large.door.number) == (8 << 20, 16 << 20)
+    for vm in (small, large):
+        assert [uc.cmd for uc in vm.fork().run_until_done()] == ["SYNC", "DONE"]
+    small.door = large.door  # as it was: the last VM that was made decides for all
+    with pytest.raises(GuestCrashed, match="mmio"):
+        small.run_until_done(10_000)
+    assert isinstance(small.vcpus[0].run(10), MmioExit | BadUcallExit) or small.vcpus[0].state == "running"
+    assert [uc.cmd for uc in large.run_until_done()] == ["SYNC", "DONE"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("arch", ["arm64", "riscv64"])
+def test_that_devices_are_read_and_written_whole(arch, size):
+    body = f"\tvolatile uint{8 * size}_t *p = (void *)a;\n\tfor (int i = 0; i < 3; i++) *p = b + i;\n\tout = *p;\n\tGUEST_SYNC1(out);"
+    vm = vm_of(arch, body, GVA + 8 * size, 0x1122334455667788)
+    vm.machine.space.map(GVA, HOLE)
+    vcpu, mask = vm.vcpus[0], (1 << 8 * size) - 1
+    for i in range(3):
+        assert vcpu.run(1000) == MmioExit(HOLE + 8 * size, size, True, 0x1122334455667788 + i & mask)
+    assert vcpu.run(1000) == MmioExit(HOLE + 8 * size, size, False, 0)
+    vcpu.complete(0xFEDCBA9876543210)
+    assert vcpu.run(1000).args[0] == 0xFEDCBA9876543210 & mask
+
+
+def test_that_an_arm64_store_that_met_a_device_goes_to_memory_again():
+    vm = vm_of("arm64", "\tfor (int i = 0; i < 6; i++) *(volatile uint64_t *)(i & 1 ? b : a) = i;", GVA, 0x6000_0000)
+    vm.machine.space.map(GVA, HOLE)
+    vm.machine.space.map(0x6000_0000, gpa := vm.machine.space.alloc_pages(1, "test"), nx=True)
+    assert [vm.vcpus[0].run(1000).data for _ in range(3)] == [0, 2, 4]
+    assert vm.vcpus[0].run(1000).cmd == "DONE" and vm.memory.read(gpa, 8) == (5).to_bytes(8, "little")
+
+
+@pytest.mark.parametrize(("arch", "body", "exit"), [
+    ("arm64", "\t__asm__ volatile(\"wfi\");", HaltExit()), ("riscv64", "\t__asm__ volatile(\"wfi\");", HaltExit()),
+    ("arm64", "\tregister uint64_t x0 __asm__(\"x0\") = 0x84000000; register uint64_t x1 __asm__(\"x1\") = 1, x2 __asm__(\"x2\") = 2,"
+     " x3 __asm__(\"x3\") = 3, x4 __asm__(\"x4\") = 4;"
+     " __asm__ volatile(\"hvc #0\" : \"+r\"(x0) : \"r\"(x1), \"r\"(x2), \"r\"(x3), \"r\"(x4));"
+     " out = x0;", HypercallExit(0x84000000, (1, 2, 3, 4))),
+    ("riscv64", "\tout = sbi_ecall(0x10, 3, 1, 2, 3, 4, 5, 6).error;", SbiExit(0x10, 3, (1, 2, 3, 4, 5, 6))),
+    ("s390x", "\tstatic const uint64_t psw[2] __attribute__((aligned(8))) = { 0x0002000180000000, 0 };"
+     " __asm__ volatile(\"lpswe %0\" : : \"Q\"(psw));", HaltExit()),
+])
+def test_that_a_guest_halts_and_calls(arch, body, exit):
+    vm = vm_of(arch, body)
+    assert vm.vcpus[0].run(1000) == exit
+    if not isinstance(exit, HaltExit):
+        vm.vcpus[0].complete(0x42)
+        assert vm.vcpus[0].run(1000).cmd == "DONE" and vm.sync_global_from_guest("out") == 0x42
+
+
+@pytest.mark.parametrize(("arch", "body"), [
+    ("arm64", "\tuint64_t t[3]; for (int i = 0; i < 3; i++) t[i] = read_sysreg(cntvct_el0);"),
+    ("riscv64", "\tuint64_t t[3]; for (int i = 0; i < 3; i++) t[i] = csr_read(time);"),
+    ("s390x", "\tvolatile uint64_t t[3]; for (int i = 0; i < 3000; i++) __asm__ volatile(\"stckf %0\" : \"=Q\"(t[i / 1000]) : : \"cc\");"),
+])
+def test_that_time_is_the_vms_own_and_repeats(arch, body):
+    runs = []
+    for _ in range(2):
+        vm = vm_of(arch, body + "\n\tGUEST_ASSERT(t[0] < t[1] && t[1] < t[2]);\n\tGUEST_SYNC3(t[0], t[1], t[2]);")
+        runs.append([uc.args for uc in vm.run_until_done()])
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(("arch", "word", "name"), [
+    ("arm64", ".inst 0x19000441", "cpyf"), ("s390x", ".long 0xb9390000; .short 0x0700", "prno"), ("riscv64", ".word 0x6000c5b3", "")])
+def test_that_an_instruction_that_unicorn_lacks_is_refused_or_undefined(arch, word, name):
+    """One that capstone knows is refused with its text; one that nobody knows is the guest's undefined instruction."""
+    vm = vm_of(arch, f"\t__asm__ volatile(\"{word}\");")
+    came = vm.vcpus[0].run(20_000)
+    if isinstance(came, InternalErrorExit):
+        assert came.disassembly and "does not have this instruction" in came.why
+    else:
+        assert came.cmd == "UNHANDLED" and came.args[0] in (4 * 64, 1, 2, 6)
+
+
+def test_that_formats_are_what_their_names_say():
+    assert [mode.va_bits for mode in (ARM64_PXXV48_4K, RISCV_SV39, RISCV_SV48, S390_PXXV64_4K)] == [48, 39, 48, 64]
+    assert [level.table_size for level in S390_PXXV64_4K.levels] == [16384] * 4 + [2048]
