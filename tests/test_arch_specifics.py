@@ -283,3 +283,35 @@ def test_that_an_instruction_that_unicorn_lacks_is_refused_or_undefined(arch, wo
 def test_that_formats_are_what_their_names_say():
     assert [mode.va_bits for mode in (ARM64_PXXV48_4K, RISCV_SV39, RISCV_SV48, S390_PXXV64_4K)] == [48, 39, 48, 64]
     assert [level.table_size for level in S390_PXXV64_4K.levels] == [16384] * 4 + [2048]
+
+
+@pytest.mark.parametrize(("arch", "insn", "drop", "vector"), [
+    ("arm64", "svc #3", {"pstate": 0x3C0}, 8 * 64 + 0x15), ("arm64", "ldr x0, [xzr, #0]", {"pstate": 0x3C0}, 8 * 64 + 0x24),
+    ("riscv64", "ecall", {"priv": 0}, 8), ("riscv64", "csrr a0, sstatus", {"priv": 0}, 2), ("riscv64", "ld a0, 0(zero)", {"priv": 0}, 13),
+    ("s390x", "diag %r0,%r1,0x501", {"pswm": 0x0401000180000000}, 2), ("s390x", "lctlg %c1,%c1,0(%r15)", {"pswm": 0x0401000180000000}, 2),
+])
+def test_that_an_exception_comes_from_below_into_the_kernel(arch, insn, drop, vector):
+    """A guest that was taken its privileges: its exception enters the kernel with the kernel's stack and rights."""
+    insn = insn.replace("[xzr, #0]", "[x9]")
+    vm = vm_of(arch, f"\t__asm__ volatile(\"{insn}\");")
+    space, vcpu = vm.machine.space, vm.vcpus[0]
+    for _ in range(20):
+        if insn.split()[0] != vcpu.insn.mnemonic.removeprefix("c."):
+            assert vcpu.step() is None
+    if "user" in vm.arch.mode.flags:
+        for segment in vm.program.segments:
+            space.builder.protect(segment.gva & -4096, -(-segment.memsz // 4096), user=True)
+        space.builder.protect(vm.machine.stacks[0], 5, user=True)
+        if arch == "riscv64":  # S-mode runs no code of U-mode's pages: its own lies elsewhere
+            gpa = vm.gva2gpa(vm.gva_of("exception_vectors") & -4096)
+            space.map(0x6000_0000, gpa, -(-vm.program.segments[0].memsz // 4096))
+            vcpu.regs.stvec = 0x6000_0000 + vm.gva_of("exception_vectors") % 4096
+            vcpu.regs.sstatus = 1 << 18  # SUM
+    if arch == "arm64":
+        vcpu.regs.x9, vcpu.regs.sp_el1 = 0x10, vm.machine.stacks[0] + 8192
+    for name, value in drop.items():
+        vcpu.regs[name] = value
+    at = vcpu.pc
+    assert vcpu.step() is None and vm._events[-1].facts["vector"] == vector
+    assert vm._events[-1].facts["pc"] - at == (4 if "svc" in insn else 0)  # a call goes on behind itself
+    assert vcpu.pc != at and not any(vcpu.regs[name] == value for name, value in drop.items())
