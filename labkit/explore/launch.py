@@ -71,6 +71,12 @@ class LaunchProgress:
         return sum(step.nr_pages for step in self.steps if step.refused is None)
 
     @property
+    def nr_planned(self) -> int:
+        """Pages to measure in all: those of memory that were planned, and the VMSAs, which are none of it."""
+        vmsas = [step.nr_pages for step in self.steps if step.kind == "VMSA" and step.refused is None]
+        return sum(nr for _, nr in self.planned) + sum(vmsas) * bool(self.planned)
+
+    @property
     def status(self) -> str:
         """Where the launch is, in one sentence, or what was refused last."""
         last = self.steps[-1] if self.steps else None
@@ -78,8 +84,7 @@ class LaunchProgress:
             return f"{last.command} was refused by KVM: {last.found}."
         if last is not None and last.refused is not None:
             return f"{last.command} was refused: {last.refused.name} ({last.refused:#04x}), {last.refused.sentence}; found {last.found}."
-        planned = sum(nr for _, nr in self.planned)
-        of = f" of {planned}" if planned else ""
+        of = f" of {self.nr_planned}" if self.planned else ""
         owner = "" if not self.expected else ", as the owner computed" if self.expected == self.digest else ", not what the owner computed"
         return f"{self.state.name}: {self.nr_pages}{of} pages measured, digest {self.digest[:4].hex() or 'none yet'}…{owner}."
 

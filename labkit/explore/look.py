@@ -295,10 +295,12 @@ def look_through_both(vm: Any, gpa: int, before: PageEyes | None) -> PageEyes:
     table = vm.page_table()
     gva = min(table.maps(page), default=None)
     walk = None if gva is None else table.walk(gva)
-    private = space.is_protected(page) if walk is None else bool(walk.flags.get("c"))
+    through = space.is_protected(page) if walk is None else bool(walk.flags.get("c"))
     host = vm.memory.read(page, 4096)
-    guest = vm.machine.plain(page, 4096) if private else host
-    word = "" if walk is None or space.mode.c_bit is None else space.mode.c_word(private)
+    guest = vm.machine.plain(page, 4096) if through else host
+    word = "" if walk is None or space.mode.c_bit is None else space.mode.c_word(through)
+    facts = vm.guest.pages(vm.machine.written()) if vm.guest is not None else []
+    private = any(fact["private"][(page - at) // 4096] for at, fact in facts if 0 <= page - at < 4096 * len(fact["private"]))
     what = label_gva(vm, gva) if gva is not None else ""
     old = (None, None, None) if before is None else (before.host, before.guest, before.step)
     return PageEyes(page, host, guest, old[0], old[1], private, word, what, gva, vm.step, old[2])

@@ -170,9 +170,9 @@ def key(*marks: tuple[str, str] | None) -> Html:
     return el("div", *(el("span", el("i", cls=mark[0]), mark[1]) for mark in marks if mark), cls="key", aria_label="key")
 
 
-def swatch(secret: bool, said: str = "") -> Html:
-    """Encrypted or shared, as a cell and a word; said is what a leaf's bit says ("C=1")."""
-    mark, ink, word = ("sw e", "et", "encrypted") if secret else ("sw s", "st", "shared")
+def swatch(secret: bool, said: str = "", clear: str = "shared") -> Html:
+    """Encrypted or not, as a cell and a word; said is what a leaf's bit says ("C=1"), clear the word for what is not."""
+    mark, ink, word = ("sw e", "et", "encrypted") if secret else ("sw s", "st", clear)
     return el("span", cls=mark) + el("span", f"{said} {word}".strip(), cls=ink)
 
 

@@ -48,8 +48,8 @@ def render(page: PageEyes, previous: object = None, *, width: float = 940, selec
     chosen = None if offset is None or not 0 <= offset < len(page.host) else offset // BLOCK
     since = "" if page.since is None else f", since step {num(page.since)}"
     said, marked = plain(page.status, 300), bool(host.changed.any() or guest.changed.any())
-    facts = [*map(plain, filter(None, (page.what,))), el("span", f"gpa {hx(page.gpa)}", cls="mono"), swatch(page.private)]
-    facts += [f"the guest looks with {plain(page.word, 12)}"] * bool(page.word)
+    facts = [*map(plain, filter(None, (page.what,))), el("span", f"gpa {hx(page.gpa)}", cls="mono")]
+    facts += [swatch(page.private, clear="plaintext")] + [f"the guest looks with {plain(page.word, 12)}"] * bool(page.word)
     if page.gva is not None:
         facts.insert(len(page.what) > 0, el("span", f"gva {hx(page.gva)}", cls="mono"))
     rows, narrow = _rows(host, guest, chosen), width < 700
@@ -179,8 +179,8 @@ def _words(page: PageEyes) -> Html:
                 f" different block{'s' * (eye.nr_different != 1)}") for who, eye in (("host", host), ("guest", guest))]
     if guest.changed.any() or host.changed.any():
         lines += [el("div", "The guest sees ", el("b", num(nr := int(guest.changed.sum())), cls="ct"), f" byte{'s' * (nr != 1)} changed,"),
-                  el("div", "the host ", el("b", num(int(host.changed.sum())), cls="ct"),
-                     ": whole blocks." if page.private else ": the same.")]
+                  el("div", "the host ", el("b", num(seen := int(host.changed.sum())), cls="ct"),
+                     ": the same." if (host.changed == guest.changed).all() else ": whole blocks." if seen > nr else ".")]
     return el("div", *lines, cls="say")
 
 
