@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from labkit.errors import PspError
+from labkit.explore.arrivals import arrived
 from labkit.machine.memory import Memory
 from labkit.sev import transport
 from labkit.sev.commands import GuestState
@@ -92,3 +93,8 @@ def ghcb_page(code: int, info_1: int = 0, info_2: int = 0, **regs: int) -> bytes
         GHCB.put(page, name, value)
     GHCB.put(page, "valid_bitmap", sum(1 << GHCB.fields[name][0] // 8 for name in fields))
     return bytes(page)
+
+
+def once(vcpu: Any, max_insns: int) -> Any:
+    """One exit: behind a VMGEXIT that the host has answered, `vcpu.run` itself goes on."""
+    return arrived(vcpu.vm, vcpu, vcpu._cpu.run(max_insns))

@@ -31,7 +31,7 @@ def mapped(mode: PagingMode, *pages: tuple[int, int, bool]) -> PageTable:
     def write(gpa: int, data: bytes) -> None:
         memory[gpa:gpa + len(data)] = data
 
-    build = PageTableBuilder(read, write, lambda: next(tables), mode)
+    build = PageTableBuilder(read, write, lambda _size: next(tables), mode)
     for gva, gpa, secret in pages:
         build.map(gva, gpa, c=secret)
     return scan(read, mode, build.root_gpa)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from sev_sample import ghcb_page as ghcb
+from sev_sample import once
 
 import labkit as lk
 from labkit.engines.base import InternalErrorExit, MemoryFaultExit, ShutdownExit, VmgexitExit
@@ -123,9 +124,9 @@ def set_state(vm: Any, gpa: int, state: str) -> None:
 
 def run(vm: lk.Vm) -> Any:
     """The next exit that is not an answered VMGEXIT."""
-    came = vm.vcpus[0].run(BUDGET)
+    came = once(vm.vcpus[0], BUDGET)
     while isinstance(came, VmgexitExit):
-        came = vm.vcpus[0].run(BUDGET)
+        came = once(vm.vcpus[0], BUDGET)
     return came
 
 
@@ -146,7 +147,7 @@ def test_that_a_page_that_is_not_the_guests_leaves_for_the_host(make: Make, stat
     came = run(vm)
     assert isinstance(came, MemoryFaultExit) and (came.gpa, came.is_private, came.end) == (vm.gpa_of_page, True, "memory-fault")
     assert came.error_code == 0x5_8000_0001 | 2 and "nested page fault" in vm.explain(came)
-    again = vm.vcpus[0].run(BUDGET)
+    again = once(vm.vcpus[0], BUDGET)
     assert again == came and vm.vcpus[0].step_count < steps + 500
     set_state(vm, vm.gpa_of_page, "good")
     assert run(vm).args[1] == 1 and run(vm).cmd == "DONE"
@@ -256,7 +257,7 @@ def test_that_a_ghcb_must_be_registered_first(make: Make) -> None:
         vm.vcpus[0].args_set(gpa)
         vm.launch()
         vm.memory.write(gpa, ghcb(0x89))
-        came = vm.vcpus[0].run(BUDGET) if entry == "guest_ghcb" else [vm.vcpus[0].run(BUDGET) for _ in range(2)][1]
+        came = once(vm.vcpus[0], BUDGET) if entry == "guest_ghcb" else [once(vm.vcpus[0], BUDGET) for _ in range(2)][1]
         assert isinstance(came, what) and ("never registered" in str(came) or "WBINVD" in str(came))
         vm.close()
 
@@ -273,8 +274,8 @@ def test_that_a_list_of_page_states_is_taken_as_a_whole_or_refused(make: Make, f
     block = bytearray(ghcb(0x8000_0010, sw_scratch=gpa + 0x800))
     block[0x800:0x810] = first.to_bytes(2, "little") + last.to_bytes(6, "little") + (entry | page).to_bytes(8, "little")
     vm.memory.write(gpa, bytes(block))
-    vm.vcpus[0].run(BUDGET)
-    assert isinstance(vm.vcpus[0].run(BUDGET), VmgexitExit)
+    once(vm.vcpus[0], BUDGET)
+    assert isinstance(once(vm.vcpus[0], BUDGET), VmgexitExit)
     assert int.from_bytes(vm.memory.read(gpa + 0x3A0, 8), "little") == error
     assert vm.guest.host.rmp.entry(page).assigned == bool(error)
     vm.close()
@@ -282,7 +283,7 @@ def test_that_a_list_of_page_states_is_taken_as_a_whole_or_refused(make: Make, f
 
 def test_that_a_private_page_is_no_ghcb(make: Make) -> None:
     vm = make("guest_register", launch_arguments(program()))
-    assert [vm.vcpus[0].run(BUDGET) for _ in range(2)][1].answer.startswith("no answer")
+    assert [once(vm.vcpus[0], BUDGET) for _ in range(2)][1].answer.startswith("no answer")
 
 
 def test_that_owners_come_back_with_a_snapshot(make: Make) -> None:

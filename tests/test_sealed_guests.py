@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sev_sample import ghcb_page as ghcb
+from sev_sample import once
 
 import labkit as lk
 from labkit.arch.x86_cpu import CpuModel
@@ -96,7 +97,7 @@ def asks(make: Make, page: bytes, protect: str = "sev-es") -> tuple[lk.Vm, Exit 
     vm.vcpus[0].args_set(gpa)
     vm.launch()
     vm.memory.write(gpa, page)
-    return vm, vm.vcpus[0].run(BUDGET), bytearray(vm.memory.read(gpa, 4096))
+    return vm, once(vm.vcpus[0], BUDGET), bytearray(vm.memory.read(gpa, 4096))
 
 
 # --- registers
@@ -201,7 +202,7 @@ def test_that_nodbg_hides_the_vmsa(make: Make) -> None:
 @pytest.mark.parametrize("protect", ["sev-es", "snp"])
 def test_that_a_fork_goes_on_and_a_snapshot_comes_back(make: Make, protect: str) -> None:
     vm = make(protect=protect)
-    assert isinstance(vm.vcpus[0].run(BUDGET), VmgexitExit if protect == "snp" else tuple)
+    assert isinstance(once(vm.vcpus[0], BUDGET), VmgexitExit if protect == "snp" else tuple)
     state = vm.snapshot()
     with vm.fork() as twin:
         ends = [[uc.cmd for uc in each.run_until_done(BUDGET)] for each in (vm, twin)]
@@ -232,14 +233,14 @@ def test_that_what_is_intercepted_is_vc(make: Make, n: int, code: int) -> None:
 
 
 def test_that_a_halt_leaves_by_itself_and_vmcall_does_not_exist(make: Make) -> None:
-    assert make("guest_halt").vcpus[0].run(BUDGET) == HaltExit()
-    came = make("guest_vmcall").vcpus[0].run(BUDGET)
+    assert once(make("guest_halt").vcpus[0], BUDGET) == HaltExit()
+    came = once(make("guest_vmcall").vcpus[0], BUDGET)
     assert came.cmd == "UNHANDLED" and came.args[0] == 6
 
 
 def test_that_an_unhandled_vc_is_told_with_its_exit_code(make: Make) -> None:
     vm = make("guest_unhandled")
-    came = vm.vcpus[0].run(BUDGET)
+    came = once(vm.vcpus[0], BUDGET)
     assert came.args[:2] == (29, 0x72) and "#VC (error code 0x72)" in vm.explain(came) and "cpuid" in vm.explain(came)
 
 
@@ -263,7 +264,7 @@ def test_that_the_msr_answers(make: Make, asked: int, answer: int) -> None:
 @pytest.mark.parametrize("asked", [0x100, 0x100 | 1 << 12 | 2 << 16, 0x010, 0x012 | 5 << 12, 0x014 | 5 << 12 | 1 << 52])
 def test_that_terminate_and_what_only_snp_has_end_the_guest(make: Make, asked: int) -> None:
     vm = make("guest_msr", asked)
-    came = vm.vcpus[0].run(BUDGET)
+    came = once(vm.vcpus[0], BUDGET)
     assert isinstance(came, SystemEventExit) and (came.type, came.data, came.end) == (6, (asked,), "terminated")
     assert vm.vcpus[0].state == "terminated"
     with pytest.raises(InvalidState, match="no vCPU can run"):
@@ -271,7 +272,7 @@ def test_that_terminate_and_what_only_snp_has_end_the_guest(make: Make, asked: i
 
 
 def test_that_reset_hold_halts(make: Make) -> None:
-    assert make("guest_msr", 0x006).vcpus[0].run(BUDGET) == HaltExit()
+    assert once(make("guest_msr", 0x006).vcpus[0], BUDGET) == HaltExit()
 
 
 # --- VMGEXIT: the page
@@ -330,7 +331,7 @@ def test_that_mmio_and_string_io_go_through_the_shared_buffer(make: Make, is_wri
         vm.memory.write(gpa, bytes(page))
         data = int.from_bytes(b"abcdef"[:size], "little") if is_write else 0
         wanted = MmioExit(0xFEC0_0000, 4, is_write, data) if size == 4 else PioExit(0x80, 6, is_write, data)
-        assert vm.vcpus[0].run(BUDGET) == wanted
+        assert once(vm.vcpus[0], BUDGET) == wanted
         vm.vcpus[0].complete(int.from_bytes(b"ABCDEF", "little"))
         assert vm.memory.read(gpa + 0x800, 6) == (b"abcdef" if is_write else b"ABCDEF"[:size] + b"abcdef"[size:])
 
@@ -363,7 +364,7 @@ def test_that_a_page_can_end_the_guest(make: Make) -> None:
 
 @pytest.mark.parametrize("gpa", [0, 1 << 39, (1 << 64) - 4096])
 def test_that_a_ghcb_that_is_nowhere_is_not_answered(make: Make, gpa: int) -> None:
-    came = make("guest_ghcb", gpa).vcpus[0].run(BUDGET)
+    came = once(make("guest_ghcb", gpa).vcpus[0], BUDGET)
     assert isinstance(came, VmgexitExit) and "no answer" in str(came)
 
 
@@ -373,7 +374,7 @@ def test_that_a_private_page_as_ghcb_is_noise_to_the_host(make: Make) -> None:
     vm.write(gva, ghcb(0x72, rax=0, rcx=0))
     vm.vcpus[0].args_set(vm.gva2gpa(gva))
     vm.launch()
-    assert "refused" in str(vm.vcpus[0].run(BUDGET))
+    assert "refused" in str(once(vm.vcpus[0], BUDGET))
 
 
 @settings(max_examples=60, deadline=None)
@@ -385,7 +386,7 @@ def test_that_no_page_breaks_the_host(code: int, info: tuple[int, int], bitmap: 
     GHCB.put(page, "valid_bitmap", bitmap | 7 << 114)
     vm, gpa = hostile()
     vm.memory.write(gpa, bytes(page))
-    came = vm.vcpus[0].run(BUDGET)
+    came = once(vm.vcpus[0], BUDGET)
     assert came.end in ("vmgexit", "pio", "mmio", "hypercall", "halted", "terminated", "internal-error", "bad-ucall") or came.cmd == "NONE"
     assert parse_ghcb(vm.memory.read(gpa, 4096)).code == code
 
@@ -402,5 +403,5 @@ def hostile() -> tuple[lk.Vm, int]:
 
 def test_that_every_msr_request_ends_well(make: Make) -> None:
     for code in MSR_REQUESTS:
-        came = make("guest_msr", code | 0xFFFF_FFFF_FFFF_F000).vcpus[0].run(BUDGET)
+        came = once(make("guest_msr", code | 0xFFFF_FFFF_FFFF_F000).vcpus[0], BUDGET)
         assert came.end in ("vmgexit", "terminated", "halted")
