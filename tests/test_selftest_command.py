@@ -32,8 +32,8 @@ def few(selftests: Path, tmp_path: Path) -> Path:
         shutil.copy(selftests / name, tmp_path / name)
     image = bytearray((selftests / "guest_print_test").read_bytes())
     (tmp_path / "truncated").write_bytes(image[:3000])
-    image[18] = 183  # EM_AARCH64
-    (tmp_path / "arm").write_bytes(image)
+    image[18] = 21  # EM_PPC64
+    (tmp_path / "ppc").write_bytes(image)
     (tmp_path / "magic_only").write_bytes(b"\x7fELF")
     (tmp_path / "notes.txt").write_text("no ELF")
     return tmp_path
@@ -70,7 +70,7 @@ def test_that_nothing_in_the_folder_is_lost(few: Path) -> None:
     assert status == 0 and len(lines) == 7
     assert got["guest_print_test", "guest_code"] == got["x86_64/cr4_cpuid_sync_test", "guest_code"] == ("passes", "")
     assert got["x86_64/amx_test", ""] == ("cannot", "labkit knows no host half for guest_code")
-    for name in ("truncated", "arm", "magic_only"):
+    for name in ("truncated", "ppc", "magic_only"):
         assert got[name, ""][0] == "cannot" and name in got[name, ""][1], got[name, ""]
 
 
