@@ -31,6 +31,7 @@ __all__ = ["COUNT_FOR", "UnicornVcpu", "budget_exit"]
 
 SLICE = {"each": 1 << 20, "tally": 1 << 24}  # instructions after which a counted run looks up, some 15 ms: Ctrl-C, budget
 COUNT_FOR = 1 << 22  # an unbounded run is counted exactly that far, then runs uncounted
+PATIENCE = 8  # times that a run is asked to end (each 20 ms) before it is forced: a busy machine may not have let it look yet
 BY_EACH = 4096  # budgets up to this are counted by Unicorn, an instruction at a time: changing over costs a translation
 _HEADER = struct.Struct("<4sI")
 
@@ -59,7 +60,7 @@ class UnicornVcpu:
         self.locked_at, self._stop = -1, self.stop
         self.monitor_survives = True
         self.exception: int | None = None
-        self._forced, self.shortened = False, (-1, -1)
+        self._forced, self._asked, self.shortened = False, 0, (-1, -1)
         self.quirks = vm.quirks(self)
         self.guards, self.mmio = Guards(self), Mmio(self)
         self.handle.hook(uc.UC_HOOK_INTR, IntrHook(lambda _h, vector, _d: self._intr(vector)))
@@ -181,10 +182,11 @@ class UnicornVcpu:
 
     def stop(self) -> None:
         """Make an uncounted run return, from another thread; the caller repeats it until the run is over (see blocks.py)."""
-        if self.guards.halt.value:  # it was asked before: what does not look at the flag is stopped from outside
+        self.guards.halt.value = 1
+        self._asked += 1
+        if self._asked > PATIENCE:  # what does not look at the flag is stopped from outside
             self._forced = True
             LIB.uc_emu_stop(self.handle.h)
-        self.guards.halt.value = 1
 
     def _run(self, insns: int | None) -> Exit:
         if self.stale_tlb or self.stale_code or self.vm.runner is not self:
@@ -293,7 +295,7 @@ class UnicornVcpu:
         self.guards.halt.value = 0
 
     def _run_uncounted(self) -> int:
-        self.guards.halt.value, self._forced = 0, False
+        self.guards.halt.value, self._forced, self._asked = 0, False, 0
         with self.vm.shield.native():
             status = self.handle.run(self.quirks.leave())
         stopped = self._forced and not self.guards.stopped and not status and self.exception is None
