@@ -92,6 +92,13 @@ class Tour:
         self.page.set_viewport_size({"width": 1400, "height": 1000})
 
 
+def pictures() -> int:
+    """How many pictures the outputs of the committed tour hold."""
+    cells = json.loads((REPO / "notebooks" / "00_tour.ipynb").read_text())["cells"]
+    outputs = [output.get("data", {}).get("text/html", "") for cell in cells for output in cell.get("outputs", [])]
+    return sum("".join(output).count("<img") for output in outputs)
+
+
 @pytest.fixture(scope="module")
 def tour(browser: Any, address: str) -> Iterator[Tour]:
     """The tour, run from top to bottom in Chromium."""
@@ -106,6 +113,7 @@ def tour(browser: Any, address: str) -> Iterator[Tour]:
     page.goto(address)
     page.wait_for_function("window.jupyterapp")
     page.evaluate(READY)
+    page.wait_for_function("(count) => document.querySelectorAll('.jp-OutputArea img').length >= count", arg=pictures())  # cells far down come later
     saved = {"alts": page.eval_on_selector_all(".jp-OutputArea img", "(images) => images.map((one) => [one.alt, one.naturalWidth])"),
              "widgets": page.locator("section.lk").count(), "text": page.locator(".jp-Notebook").inner_text()}
     page.evaluate(RUN)
