@@ -23,22 +23,28 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 SCRIPT = Path(labkit.views.__file__).with_name("js").joinpath("widget.js").read_text(encoding="utf-8")
 HARNESS = """
 async ([script, state]) => {
-  const handlers = {};
   window.sent = []; window.saved = 0;
-  window.model = {
-    get: (name) => state[name],
-    set: (name, value) => { state[name] = value; },
-    on: (name, handler) => { (handlers[name] ??= new Set()).add(handler); },
-    off: (name, handler) => { handlers[name]?.delete(handler); },
-    save_changes: () => { window.saved++; },
-    send: (message) => window.sent.push(message),
-    push: (changes) => {
-      for (const [name, value] of Object.entries(changes)) { state[name] = value; handlers[`change:${name}`]?.forEach((one) => one()); }
-    },
-    handlers,
+  window.show = async (state) => {
+    const handlers = {};
+    const model = {
+      get: (name) => state[name],
+      set: (name, value) => { state[name] = value; },
+      on: (name, handler) => { (handlers[name] ??= new Set()).add(handler); },
+      off: (name, handler) => { handlers[name]?.delete(handler); },
+      save_changes: () => { window.saved++; },
+      send: (message) => window.sent.push(message),
+      push: (changes) => {
+        const all = { batch: [state.batch[0] + 1, 1], ...changes };
+        for (const [name, value] of Object.entries(all)) { state[name] = value; handlers[`change:${name}`]?.forEach((one) => one()); }
+      },
+      handlers,
+    };
+    const module = await import(`data:text/javascript;base64,${script}#${Math.random()}`);
+    model.close = module.default.render({ model, el: document.getElementById('here') });
+    return model;
   };
-  const module = await import('data:text/javascript;base64,' + script);
-  window.close_ = module.default.render({ model: window.model, el: document.getElementById('here') });
+  window.model = await window.show(state);
+  window.close_ = window.model.close;
 }
 """
 
@@ -66,7 +72,7 @@ def state(kind: str = "vm", **changes: object) -> dict[str, object]:
     """The traits of a widget that shows the sample run."""
     view = dashboard.render(sample.vm(**changes), kind=kind, actions=("step", "step_line", "run", "select"))
     panes = {f"pane_{name}": body for name, body in view.panes.items()}
-    return {"layout_html": view.layout, "step": 1277, "width": 940, "acks": 0, **panes}
+    return {"layout_html": view.layout, "step": 1277, "width": 940, "acks": 0, "batch": [0, 1], **panes}
 
 
 def sent(page: Any) -> list[dict[str, object]]:
@@ -193,6 +199,19 @@ def test_that_many_updates_between_two_frames_are_one_paint(page: Any) -> None:
       return [seen, pane.textContent, document.querySelector('.lk').dataset.step];
     }""")
     assert paints == [1, "499", "499"]
+
+
+def test_that_views_whose_messages_left_together_are_painted_together(page: Any) -> None:
+    first, last, alone = page.evaluate("""async (state) => {
+      const other = await window.show(state), titles = [...document.querySelectorAll('[data-pane=title]')];
+      const pause = (ms) => new Promise((done) => setTimeout(done, ms)), said = () => titles.map((one) => one.textContent).join();
+      const come = async (to, text, batch) => { to.push({pane_title: text, batch}); await pause(1); return said(); };
+      titles.forEach((one) => { one.textContent = 'old'; });
+      await pause(50);
+      return [await come(window.model, 'a', [1, 2]), await come(other, 'b', [1, 2]), (await come(other, 'c', [2, 2]), await pause(100), said())];
+    }""", state())
+    assert first == "old,old" and last == "a,b"
+    assert alone == "a,c"  # the other message of its batch went to another page
 
 
 def test_that_running_is_announced_at_most_twice_a_second(page: Any) -> None:

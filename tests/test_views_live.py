@@ -114,26 +114,23 @@ def test_that_the_event_loop_paints_what_is_left() -> None:
 # --- what
 
 
-def test_that_views_of_one_vm_share_one_snapshot_per_paint_and_are_sent_when_all_are_drawn() -> None:
+def test_that_views_of_one_vm_share_one_snapshot_per_paint_and_say_how_many_messages_there_are() -> None:
     run, shown = Run(), list[str]()
     hub = Hub(run)
 
-    def painter(name: str) -> Callable[[], Callable[[], None]]:
-        def paint() -> Callable[[], None]:
-            shown.append(f"draw {name}")
-            return lambda: shown.append(f"send {name}")
-        return paint
+    def painter(name: str) -> Callable[[int], None]:
+        return lambda messages: shown.append(f"{name} of {messages}")
 
     for name in "ab":
         hub.watch(painter(name), True)
     shown.clear()
     run.snapshots, hub.publisher._next = 0, 0
     run.go()
-    assert shown == ["draw a", "draw b", "send a", "send b"] and run.snapshots == 1
+    assert shown == ["a of 2", "b of 2"] and run.snapshots == 1
 
 
-def nothing() -> Callable[[], None]:
-    return lambda: None
+def nothing(messages: int) -> None:
+    """What paints nothing."""
 
 
 def test_that_nobody_looking_costs_no_snapshot() -> None:
@@ -172,6 +169,12 @@ def widget() -> Any:
     made._receive(made, {"act": "hello"}, [])
     yield made
     made.close()
+
+
+def test_that_what_two_widgets_show_is_drawn_once(widget: Any) -> None:
+    stepper = type(widget)(widget._hub, "stepper")
+    assert stepper.view().panes["registers"] is widget.view().panes["registers"]
+    stepper.close()
 
 
 def log(widget: Any) -> list[tuple[str, dict[str, object]]]:

@@ -41,7 +41,7 @@ BUTTONS = (
 
 @dataclass(frozen=True)
 class Scene:
-    """What is drawn, and how; memo keeps the panes that seldom change for the next time."""
+    """What is drawn, and how; memo keeps parts for the next view that shows the same, and the next time."""
 
     vm: VmSnapshot
     previous: VmSnapshot | None
@@ -60,7 +60,8 @@ class Scene:
         """The vCPU in front, with the buttons."""
         vcpu, previous = front(self.vm), () if self.previous is None else self.previous.vcpus
         before = next((old for old in previous if old.index == vcpu.index), None)
-        view = stepper.render(vcpu, before, width=self.width, selection=self.vm.selection)
+        draw = partial(stepper.render, vcpu, before, width=self.width, selection=self.vm.selection)
+        view = self._once("stepper", draw, vcpu, before, self.width, self.vm.selection)
         return replace(view, panes={**view.panes, "transport": transport(self.vm, self.actions)})
 
     def pool(self, fold: bool = False) -> View:

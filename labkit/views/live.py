@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 from labkit.explore.inspect import VmSnapshot
 
@@ -81,7 +81,8 @@ class Hub:
         self.controller = controller
         self.shown = self._seen = controller.snapshot()  # painted last; painted when the last cell or action ended
         self._base: VmSnapshot | None = None
-        self.painters: list[Callable[[], Callable[[], None]]] = []  # of the widgets that somebody may see: draw, and return what sends
+        self.memo: dict[str, Any] = {}  # parts that several widgets show are drawn once
+        self.painters: list[Callable[[int], None]] = []  # of the widgets that somebody may see
         self.publisher = Publisher(self._publish)
         controller.observe(self.publisher.poke)
         shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
@@ -114,14 +115,14 @@ class Hub:
         self.shown = self.controller.snapshot()
 
     def _publish(self) -> int:
-        """All messages leave together: what comes in between two frames, a browser lays out and paints twice."""
+        """One message a widget; each says how many there are, and the browser paints them together when all have come."""
         if self.painters:
             self.refresh()
-        for send in [paint() for paint in self.painters]:
-            send()
+        for paint in self.painters:
+            paint(len(self.painters))
         return len(self.painters)
 
-    def watch(self, paint: Callable[[], Callable[[], None]], watched: bool) -> None:
+    def watch(self, paint: Callable[[int], None], watched: bool) -> None:
         """A browser shows the widget that paint belongs to, or none does any longer."""
         if watched and paint not in self.painters:
             self.painters.append(paint)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -27,6 +25,7 @@ class _Panes(anywidget.AnyWidget):
     layout_html = traitlets.Unicode().tag(sync=True)
     step = traitlets.Int().tag(sync=True)
     width = traitlets.Int(940).tag(sync=True)  # measured by the browser
+    batch = traitlets.List(traitlets.Int(), [0, 1]).tag(sync=True)  # its number, and how many messages it has: painted together
     acks = traitlets.Int().tag(sync=True)  # actions done so far
     vars().update({f"pane_{name}": traitlets.Unicode().tag(sync=True) for name in dashboard.PANES})
 
@@ -37,27 +36,25 @@ class LabWidget(_Panes):
     def __init__(self, hub: Hub, kind: str = "vm") -> None:
         if kind not in dashboard.VIEWS:
             raise InvalidState(f"there is no view {kind!r}, only {', '.join(dashboard.VIEWS)}", kind=kind)
-        self._hub, self._kind, self._nr_views, self._memo = hub, kind, 0, dict[str, Any]()
+        self._hub, self._kind, self._nr_views = hub, kind, 0
         self._pinned: int | None = None
         hub.refresh()
         super().__init__(layout_html=str(self.view().layout), step=hub.shown.step, **self._drawn(940))
         hub.watch(self.paint, True)  # until the last browser that showed it says bye
         self.on_msg(self._receive)
-        self.observe(lambda _change: self.paint()(), "width")
+        self.observe(lambda _change: self.paint(), "width")
 
     def view(self, width: int = 940) -> View:
         """The same picture as a View, for a notebook without kernel and for a terminal."""
         hub = self._hub
         return dashboard.render(hub.shown, hub.before, width=width, kind=self._kind, actions=hub.controller.actions,
-                                pinned=self._pinned, memo=self._memo)
+                                pinned=self._pinned, memo=hub.memo)
 
-    def paint(self) -> Callable[[], None]:
-        """Draw the hub's snapshot; what is returned sends it, as one message with the panes that changed."""
-        return partial(self._put, self._hub.shown.step, self._drawn(min(max(self.width, 320), 4000)))
-
-    def _put(self, step: int, drawn: dict[str, str]) -> None:
+    def paint(self, messages: int = 1) -> None:
+        """Draw the hub's snapshot and send the panes that changed, as one message of so many that the browser paints together."""
+        drawn = self._drawn(min(max(self.width, 320), 4000))
         with self.hold_sync():
-            self.step = step
+            self.step, self.batch = self._hub.shown.step, [self.batch[0] + 1, messages]
             for name, body in drawn.items():
                 setattr(self, name, body)
 

@@ -3,6 +3,20 @@
 
 let made = 0;
 
+// All views of a page are painted together. Each has a module of its own, so what they share hangs on the window.
+const page = (globalThis.labkitPage ??= { views: new Set(), models: new Set(), painted: -Infinity, timer: 0, frame: 0 });
+
+/** Paint every view that something came for. */
+function paintAll() {
+  clearTimeout(page.timer);
+  cancelAnimationFrame(page.frame);
+  page.timer = page.frame = 0;
+  page.painted = performance.now();
+  page.models.clear();
+  for (const view of page.views) view.paint();
+  page.views.clear();
+}
+
 /** What a grid said about its cells (see draw.grid). */
 function facts(grid) {
   grid.lab ??= JSON.parse(grid.dataset.grid);
@@ -62,8 +76,6 @@ class LabView {
     this.model = model;
     this.id = ++made;
     this.dirty = new Set();
-    this.frame = 0;
-    this.painted = -Infinity;
     this.sent = model.get('acks');
     this.spoken = -Infinity;
     this.hovering = false;
@@ -92,7 +104,7 @@ class LabView {
       this.ends.push(() => this.model.off(`change:${name}`, handler));
     };
     for (const name of this.panes.keys()) change(`pane_${name}`, () => this.queue(name));
-    change('step', () => this.queue('title'));
+    change('batch', () => queueMicrotask(() => this.arrived()));
     change('acks', () => this.waiting());
     on(this.root, 'click', (event) => this.click(event));
     on(this.root, 'pointermove', (event) => this.hover(event));
@@ -108,7 +120,7 @@ class LabView {
 
   close() {
     this.model.send({ act: 'bye' });
-    cancelAnimationFrame(this.frame);
+    page.views.delete(this);
     clearTimeout(this.speaking);
     clearTimeout(this.measuring);
     for (const end of this.ends) end();
@@ -116,18 +128,24 @@ class LabView {
 
   // ---- from Python to the page
 
-  /** A message after a pause is painted at once, many in a row once per frame. */
+  /** Something to paint, when all messages that left Python together are here; one for another page holds them up for 30 ms. */
   queue(name) {
-    if (!this.dirty.size && !this.frame && performance.now() - this.painted > 30) queueMicrotask(() => this.paint());
-    else if (!this.frame) this.frame = requestAnimationFrame(() => this.paint());
     this.dirty.add(name);
+    page.views.add(this);
+    page.timer ||= setTimeout(paintAll, 30);
+  }
+
+  /** A whole message is here. The last of its batch paints: at once after a pause, else with the next frame. */
+  arrived() {
+    this.queue('title');
+    page.models.add(this.model);
+    if (page.models.size < this.model.get('batch')[1]) return;
+    if (performance.now() - page.painted > 30) paintAll();
+    else page.frame ||= requestAnimationFrame(paintAll);
   }
 
   /** Swap in what changed. */
   paint() {
-    cancelAnimationFrame(this.frame);
-    this.frame = 0;
-    this.painted = performance.now();
     const focus = this.focusPath();
     for (const name of this.dirty) {
       const pane = this.panes.get(name);
