@@ -113,7 +113,8 @@ def tour(browser: Any, address: str) -> Iterator[Tour]:
     page.goto(address)
     page.wait_for_function("window.jupyterapp")
     page.evaluate(READY)
-    page.wait_for_function("(count) => document.querySelectorAll('.jp-OutputArea img').length >= count", arg=pictures())  # cells far down come later
+    come = "(count) => document.querySelectorAll('.jp-OutputArea img').length >= count"
+    page.wait_for_function(come, arg=pictures())  # JupyterLab draws cells far down later
     saved = {"alts": page.eval_on_selector_all(".jp-OutputArea img", "(images) => images.map((one) => [one.alt, one.naturalWidth])"),
              "widgets": page.locator("section.lk").count(), "text": page.locator(".jp-Notebook").inner_text()}
     page.evaluate(RUN)

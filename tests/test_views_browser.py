@@ -208,7 +208,10 @@ def test_that_views_whose_messages_left_together_are_painted_together(page: Any)
       const come = async (to, text, batch) => { to.push({pane_title: text, batch}); await pause(1); return said(); };
       titles.forEach((one) => { one.textContent = 'old'; });
       await pause(50);
-      return [await come(window.model, 'a', [1, 2]), await come(other, 'b', [1, 2]), (await come(other, 'c', [2, 2]), await pause(100), said())];
+      const seen = [await come(window.model, 'a', [1, 2]), await come(other, 'b', [1, 2])];
+      await come(other, 'c', [2, 2]);
+      await pause(100);
+      return [...seen, said()];
     }""", state())
     assert first == "old,old" and last == "a,b"
     assert alone == "a,c"  # the other message of its batch went to another page
