@@ -225,7 +225,7 @@ def _code_lines(path: Path) -> int:
     """Lines that hold code: blank lines, comments and docstrings are there to be read, and cost nobody a day."""
     text = path.read_text()
     if path.suffix != ".py":
-        return sum(bool(line.strip()) for line in text.splitlines())
+        return sum(bool(line.strip()) for line in re.sub(r"/\*.*?\*/|(?<!:)//.*?$", "", text, flags=re.S | re.M).splitlines())
     tree = ast.parse(text)
     holders = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
     docs = {line for n in holders if ast.get_docstring(n) for line in range(n.body[0].lineno, (n.body[0].end_lineno or 0) + 1)}
