@@ -15,6 +15,7 @@ from guests import CODE, DATA
 
 import labkit as lk
 from labkit.engines.base import BudgetExit, HaltExit
+from labkit.errors import InvalidState
 
 GUESTS = Path(__file__).parents[1] / "data" / "guests"
 SCHEDULES = ["round_robin:1", "round_robin:2", "round_robin:17", "round_robin", "random:7:30", "random:8", "sequential"]
@@ -47,6 +48,24 @@ def test_that_a_schedule_gives_the_same_run_every_time(counter, schedule):
         with lk.Vm.create(counter, nr_vcpus=3, schedule=schedule) as vm:
             runs.append((vm.run_until_done(1_000_000), vm.step, [vcpu.step_count for vcpu in vm.vcpus]))
     assert runs[0] == runs[1] and max(uc.args[3] for uc in runs[0][0] if uc.cmd == "SYNC") == 150
+
+
+@pytest.mark.parametrize(("act", "said"), [
+    (lambda vm: vm.run(-1), "vCPU 0: cannot run -1 instructions"),
+    (lambda vm: vm.vcpus[1].run(-5), "vCPU 1: cannot run -5 instructions"),
+    (lambda vm: vm.vcpus[1].step(0), "vCPU 1: cannot step 0 instructions"),
+    (lambda vm: vm.vcpus[0].disassemble("guest_code", 0), "vCPU 0: cannot disassemble 0 instructions"),
+    (lambda vm: vm.vcpus[0].args_set(1 << 64), "args_set: 0x10000000000000000 does not fit into the 64 bits of an argument"),
+    (lambda vm: vm.vcpus[0].args_set(-(1 << 63) - 1), "args_set: -0x8000000000000001 does not fit"),
+])
+def test_that_a_number_that_makes_no_sense_is_refused(counter, act, said):
+    with lk.Vm.create(counter, nr_vcpus=2) as vm, pytest.raises(InvalidState, match=said):
+        act(vm)
+
+
+def test_that_a_listing_of_nothing_says_where_nothing_was_found(counter):
+    with lk.Vm.create(counter) as vm:
+        assert repr(vm.vcpus[0].disassemble(0xDEAD0000)) == "0xdead0000: no instruction at 0xdead0000"
 
 
 def test_that_schedules_differ_where_guests_race(counter):

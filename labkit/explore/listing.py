@@ -36,6 +36,7 @@ class Listing:
     pc: int
     symbol: str
     start: int  # gva of the symbol
+    gva: int  # where the first one was looked for
 
     @classmethod
     def at(cls, arch: str, program: Program | None, read: Read, gva: int, count: int, pc: int) -> Listing:
@@ -48,7 +49,7 @@ class Listing:
             insns.append(insn)
             if len(insns) == count:
                 break
-        return cls(tuple(insns), pc, symbol, start)
+        return cls(tuple(insns), pc, symbol, start, gva)
 
     @classmethod
     def around(cls, arch: str, program: Program | None, read: Read, pc: int, before: int, after: int) -> Listing:
@@ -62,7 +63,7 @@ class Listing:
         at = next((i for i, insn in enumerate(insns) if insn.gva == pc), None)
         if at is None:  # a data byte, or a jump into the middle of an instruction
             return cls.at(arch, program, read, pc, after + 1, pc)
-        return cls(tuple(insns[max(0, at - before):at + after + 1]), pc, found[0].name, start)
+        return cls(tuple(insns[max(0, at - before):at + after + 1]), pc, found[0].name, start, pc)
 
     def __len__(self) -> int:
         return len(self.insns)
@@ -73,7 +74,7 @@ class Listing:
     def __repr__(self) -> str:
         head = [f"{self.symbol or hex(self.start)}:"]
         if not self.insns:
-            return f"{head[0]} no instruction at {self.pc:#x}"
+            return f"{head[0]} no instruction at {self.gva:#x}"
         marks = ("=>" if insn.gva == self.pc else "  " for insn in self.insns)
         rows = (f"{mark} {i.gva:x} +{i.gva - self.start:<4x} {i.mnemonic:<9} {i.op_str}" for mark, i in zip(marks, self.insns, strict=True))
         return "\n".join([*head, *(row.rstrip() for row in rows)])

@@ -89,6 +89,8 @@ class Vcpu:
 
         A VMGEXIT that the host has answered is an event, and the run goes on.
         """
+        if max_insns is not None and max_insns < 0:
+            raise InvalidState(f"vCPU {self.index}: cannot run {max_insns} instructions")
         start = self._cpu.insns
         came = arrived(self.vm, self, self._cpu.run(max_insns))
         while type(came) is VmgexitExit and came.request:
@@ -180,6 +182,8 @@ class Vcpu:
 
     def disassemble(self, gva: int | str | None = None, count: int = 12) -> Listing:
         """Instructions from gva (or a symbol) on; without one, those around the program counter."""
+        if count < 1:
+            raise InvalidState(f"vCPU {self.index}: cannot disassemble {count} instructions")
         program, pc = self.vm.program, self.pc
         if gva is None:
             return Listing.around(self.vm.arch.name, program, self.peek, pc, count // 3, count - count // 3 - 1)

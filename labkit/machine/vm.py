@@ -191,6 +191,9 @@ class Machine:
         names = self.arch.arguments
         if not 1 <= len(values) <= len(names):
             raise InvalidState(f"args_set takes 1 to {len(names)} values on {self.arch.name}, not {len(values)}")
+        for value in values:
+            if not -1 << 63 <= value < 1 << 64:
+                raise InvalidState(f"args_set: {value:#x} does not fit into the 64 bits of an argument")
         self.vcpus[index].set_regs({name: value & (1 << 64) - 1 for name, value in zip(names, values, strict=False)})
 
     def run_parallel(self, indices: Sequence[int]) -> tuple[int, Exit]:
