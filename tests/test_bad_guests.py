@@ -30,6 +30,8 @@ void guest_loads_cr3(uint64_t bad) { asm volatile("mov %0, %%cr3" :: "r"(bad)); 
 void guest_leaves_long_mode(uint64_t vcpu) { asm volatile("mov %0, %%cr0" :: "r"(0x10021UL)); GUEST_DONE(); }
 void guest_clears_stack(uint64_t vcpu) { memset((void *)((uint64_t)__builtin_frame_address(0) & ~0xfffUL), 0, 0x1000); GUEST_SYNC(1); }
 void guest_moves_stack(uint64_t gva) { asm volatile("mov %0, %%rsp; push %0; ud2" :: "r"(gva)); }
+void guest_forges_abort(uint64_t vcpu) { ucall(UCALL_ABORT, 3, 1UL << 63, ~0UL, ~0UL); }
+void guest_talks(uint64_t vcpu) { for (;;) GUEST_SYNC(1); }
 void guest_uses_avx(uint64_t vcpu) { asm volatile(".byte 0xc5, 0xf1, 0xfe, 0xc2"); }
 """)
 GUESTS = lk.Program.load(Path(__file__).parents[1] / "data" / "guests" / "bad.elf")
@@ -56,7 +58,8 @@ BAD = [
     ("guest_loads_cr3", 1 << 62, lk.GuestCrashed, ""), ("guest_leaves_long_mode", None, lk.GuestCrashed, ""),
     ("guest_clears_stack", None, lk.GuestCrashed, ""), ("guest_moves_stack", 0x66660000, lk.GuestCrashed, "triple fault"),
     ("guest_moves_stack", 1 << 63, lk.GuestCrashed, "triple fault"), ("guest_uses_avx", None, lk.GuestCrashed, "VEX"),
-    ("guest_code", None, lk.BudgetExceeded, "budget"),
+    ("guest_code", None, lk.BudgetExceeded, "budget"), ("guest_talks", None, lk.BudgetExceeded, "the budget of 50000 instructions"),
+    ("guest_forges_abort", None, lk.GuestAssertFailed, r"ABORT without words \(its file has no readable name"),
 ]
 
 

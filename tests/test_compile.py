@@ -47,6 +47,19 @@ def test_that_an_error_is_the_compilers_own_with_the_users_line(compiler, source
     assert not number or source.splitlines()[int(number) - 1].strip() in str(caught.value), "the excerpt is the user's line"
 
 
+@pytest.mark.parametrize("compiler", HERE)
+@pytest.mark.parametrize("word", ["noinline", *(f"__attribute__ (({name}))" for name in ("noinline", "cold, noinline", "__noinline__"))])
+def test_that_a_function_is_kept_out_of_line_in_the_kernels_way_and_in_the_compilers(compiler, word):
+    source = f"static {word} int twice(int n) {{ barrier(); return 2 * n; }}\nvoid guest_code(int n) {{ GUEST_SYNC(twice(n)); }}"
+    program = Program.compile(f'#include "labkit.h"\n{source}', compiler=compiler, opt="-O2")
+    assert "twice" in program.symbols and not program.compiler_output
+
+
+def test_that_both_ways_in_one_source_are_an_error_that_says_so():
+    with pytest.raises(CompileError, match=r"cannot have the kernel's bare noinline too"):
+        Program.compile('#include "labkit.h"\n__attribute__((noinline)) void a(void) {}\nnoinline void guest_code(void) { a(); }\n')
+
+
 def test_that_warnings_are_kept():
     assert "cell.c:1:" in compile_guest("void guest_code(void) { int unused; }\n", name="cell.c").compiler_output
 

@@ -27,7 +27,7 @@ def explain(vm: Any, came: Ucall | Exit) -> str:
         case Ucall(cmd="UNHANDLED"):
             return _unhandled(vm, came)
         case Ucall(cmd="ABORT"):
-            return f"vCPU {came.vcpu}: {came.text} ({came.file}:{came.line})"
+            return f"vCPU {came.vcpu}: {came.text or 'an ABORT without words'} ({came.file or 'its file has no readable name'}:{came.line})"
         case Ucall():
             return repr(came)[1:-1]
         case BadUcallExit():

@@ -70,7 +70,7 @@ def stream(run: Callable[[int | None], Came], done: Callable[[], bool], clock: C
     start = clock()
     while not done():
         came = run(None if max_insns is None else max(0, max_insns - (clock() - start)))
-        yield came
+        yield came if max_insns is None or not isinstance(came, BudgetExit) else BudgetExit(max_insns)  # not what was left of it
         if not goes_on(came):
             return
 

@@ -46,7 +46,9 @@ CROSS = {"arm64": "aarch64-linux-gnu-", "riscv64": "riscv64-linux-gnu-", "s390x"
 DEFAULT_ARCH, EVERYWHERE = "x86_64", ("hello", "two_vcpus")  # guests that come prebuilt for all architectures
 ARCHES = tuple(arch for family, arch in NO_FLOATS if family == "zig")
 ANY_BYTES = "surrogateescape"  # a source may have comments in Latin-1
+NOINLINE = re.compile(r"__attribute__\s*\(\([^()]*\bnoinline\b")  # an attribute's name, where the kernel's headers have a macro
 HINTS = (
+    (r"'__noinline__'", "a source with __attribute__((noinline)) cannot have the kernel's bare noinline too"),
     (r"declar.*GUEST_|GUEST_.*declar", 'is #include "labkit.h" missing?'),
     (r"\b__[a-z]+[sdt]f[0-9]?\b|SSE (register|disabled|vector)", "guests have no floating point"),
 )
@@ -101,7 +103,8 @@ def compile_guest(source_or_path: str | Path, arch: str = "x86_64", compiler: st
         source, line = Path(work) / ".source.c", name.replace("\\", "\\\\").replace('"', '\\"')
         if Path(name).name == name:  # gcc quotes the line from the file that #line names
             (Path(work) / name).write_bytes(text.encode("utf-8", ANY_BYTES))
-        source.write_bytes(f'#line 1 "{line}"\n{text}\n'.encode("utf-8", ANY_BYTES))
+        first = "#define LABKIT_NOINLINE_IS_AN_ATTRIBUTE\n" if NOINLINE.search(text) else ""
+        source.write_bytes(f'{first}#line 1 "{line}"\n{text}\n'.encode("utf-8", ANY_BYTES))
         flags = (opt, *(f"-D{define}" for define in defines), f"-iquote{path.parent.resolve() if path else Path.cwd()}")
         image, output = _run(found, _command(found, arch, source, flags), Path(work))
     shown = text.encode("utf-8", ANY_BYTES).decode("utf-8", "replace")

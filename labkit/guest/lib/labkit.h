@@ -20,7 +20,11 @@ typedef int64_t s64;
 typedef uint64_t vm_vaddr_t;
 typedef uint64_t vm_paddr_t;
 
-#define noinline __attribute__((noinline))
+#ifdef LABKIT_NOINLINE_IS_AN_ATTRIBUTE /* the source has __attribute__((noinline)), which the kernel's macro would break */
+#define noinline __noinline__
+#else
+#define noinline __attribute__((__noinline__))
+#endif
 #ifndef __always_inline
 #define __always_inline inline __attribute__((always_inline))
 #endif
