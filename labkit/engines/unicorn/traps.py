@@ -1,7 +1,7 @@
 """Which x86-64 instructions must not run inside Unicorn, and why.
 
 Some are the host's business (IN, HLT, CPUID, MSRs), some Unicorn carries out wrongly without a word: SYSCALL only moves on,
-RDTSC and RDRAND answer with the host's, an unknown RDMSR reads 0, 128-bit VEX computes something else.
+RDTSC and RDRAND answer with the host's, an unknown RDMSR reads 0, 128-bit VEX computes something else, control registers take any bits.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ _STRING = frozenset(b"\xa4\xa5\xa6\xa7\xaa\xab\xac\xad\xae\xaf")
 _SUSPECT = re.compile(
     rb"[\xf0\x86\x87\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xc4\xc5\x62\x8f\xf1]"
     rb"|[\xf2\xf3][\x26\x2e\x36\x3e\x40-\x4f\x64-\x67\xf0\xf2\xf3]*[\x90\xa4-\xa7\xaa-\xaf]"
-    rb"|\x0f[\x00\x01\x05\x08\x09\x21\x23\x30-\x37\x78\x79\xa2\xaa\xae\xc7]|\x8e[\x10-\x17\x50-\x57\x90-\x97\xd0-\xd7]", re.DOTALL)
+    rb"|\x0f[\x00\x01\x05\x08\x09\x20\x21\x22\x23\x30-\x37\x78\x79\xa2\xaa\xae\xc7]|\x8e[\x10-\x17\x50-\x57\x90-\x97\xd0-\xd7]", re.DOTALL)
 
-_CUT = re.compile(rb"[\x40-\x4f]?\x0f[\x21\x23]")  # debug registers at CPL3: Unicorn raises #GP and reads no further
+_CUT = re.compile(rb"[\x40-\x4f]?\x0f[\x20-\x23]")  # control and debug registers at CPL3: Unicorn raises #GP and reads no further
 
 
 def _kind(data: bytes, mnemonic: str, op_str: str) -> str | None:
@@ -65,6 +65,8 @@ def _kind(data: bytes, mnemonic: str, op_str: str) -> str | None:
         return "locked"
     if words[-1] == "mov" and op_str.startswith("ss,"):
         return "shadow"
+    if words[-1] == "mov" and (op_str.startswith("cr") or op_str.endswith("cr8")):
+        return "control"
     if words[-1] == "mov" and "dr7" in op_str:
         return "dr7"
     return "vector" if _is_vector(data) else None

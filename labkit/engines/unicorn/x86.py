@@ -14,6 +14,7 @@ from labkit.engines.base import Exit, HaltExit, HypercallExit, PioExit
 from labkit.engines.unicorn.lib import RegBatch
 from labkit.engines.unicorn.sealed import HANDLERS
 from labkit.engines.unicorn.traps import SIZES, Trap, pio_form, scan
+from labkit.engines.unicorn.x86_control import do_control
 from labkit.engines.unicorn.x86_events import DB, GP, UD, X86Events, canonical
 from labkit.engines.unicorn.x86_regs import CODE64, DATA, NATIVE_MSRS, PLAIN, X86Registers
 
@@ -389,7 +390,8 @@ class X86(X86Events):
 
 
 _HANDLERS: dict[str, Callable[[X86, Trap], Exit | None]] = {
-    name.removeprefix("_do_"): handler for name, handler in vars(X86).items() if name.startswith("_do_")}
+    name.removeprefix("_do_"): handler for name, handler in vars(X86).items() if name.startswith("_do_")} | {"control": do_control}
+
 
 @cache
 def _in_exit(port: int, size: int) -> PioExit:
