@@ -109,13 +109,33 @@ def test_that_lines_agree_with_readelf(hello):
     (patched(56, "H", 0), "no usable program headers"), (patched(56, "H", 0xffff), "no usable program headers"),
     (HELLO.read_bytes()[:0x1800], "truncated: segment 0"), (patched(PHDRS + 8, "Q", 1 << 63), "truncated: segment 0"),
     (patched(PHDRS + 32, "Q", 0x100000), "more bytes in the file"), (patched(PHDRS + 40, "Q", 1 << 62), "all segments together"),
-    (patched(PHDRS + 40, "Q", 0x5000), "segments overlap"), (patched(PHDRS + 16, "Q", (1 << 47) - 0x1000), "lower half"),
-    (patched(PHDRS + 16, "Q", (1 << 64) - 0x3000), "lower half"),
+    (patched(PHDRS + 40, "Q", 0x5000), "segments overlap"),
+    (patched(PHDRS + 16, "Q", (1 << 64) - 0x1000), "segment 0 at 0xfffffffffffff000 leaves the address space"),
 ])
 def test_that_a_file_that_cannot_be_a_guest_is_refused_with_the_reason(image, what):
     with pytest.raises(ElfError, match=what) as caught:
         Program.load(image, name="x.elf")
     assert str(caught.value).startswith("x.elf: ") and caught.value.path == "x.elf"
+
+
+def linked_at(gva, code=bytes.fromhex("488b05f9ffffff f4")):  # mov rax, [rip - 7]; hlt
+    """An x86-64 ELF of one segment."""
+    ident, machine = b"\x7fELF\x02\x01\x01".ljust(16, b"\0"), 62
+    header = struct.pack("<HHIQQQIHHHHHH", 2, machine, 1, gva + 120, 64, 0, 0, 64, 56, 1, 64, 0, 0)
+    return ident + header + struct.pack("<IIQQQQQQ", 1, 7, 0, gva, gva, 120 + len(code), 120 + len(code), 4096) + code
+
+
+@pytest.mark.parametrize("gva", [0x1000, (1 << 47) - 0x1000, 0xFFFF_8000_0000_0000, 0xFFFF_FFFF_8000_0000])
+def test_that_a_program_may_lie_anywhere_in_both_halves_of_the_address_space(gva):
+    program = Program.load(linked_at(gva), name="x.elf")
+    with lk.Vm.create(program, entry=gva + 120) as vm:
+        assert vm.vcpus[0].run() == HaltExit() and vm.vcpus[0].regs.rax == 0xF4FFFFFFF9058B48
+        assert vm.page_table().walk(gva + 120).gpa == vm.gva2gpa(gva + 120) and vm.vcpus[0].pc == gva + 128
+
+
+def test_that_a_program_in_the_hole_between_the_halves_is_refused():
+    with pytest.raises(InvalidState, match=r"gva 0x900000000000..0x900000000fff is not canonical in x86/PXXV48_4K"):
+        lk.Vm.create(Program.load(linked_at(0x9000_0000_0000)), entry=0x9000_0000_0078)
 
 
 @pytest.mark.parametrize("path", ["nowhere.elf", "/", "/dev/zero", "x\0y"])

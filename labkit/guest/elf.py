@@ -17,7 +17,6 @@ __all__ = ["ElfFacts", "Segment", "Symbol", "debug_info", "read_elf"]
 
 ARCHES = {("EM_X86_64", 1): "x86_64", ("EM_AARCH64", 1): "arm64", ("EM_RISCV", 1): "riscv64", ("EM_S390", 2): "s390x"}  # e_machine, EI_DATA
 MAX_MEMSZ = 1 << 30  # bytes of all segments together
-LOWER_HALF = 1 << 47
 PHDR_SIZE, SHDR_SIZE, MAX_HEADERS = 56, 64, 4096
 MAX_NAME, MAX_SECTION_NAME, MAX_DEBUG, MAX_RUN = 4096, 256, 1 << 28, 1 << 14
 GP = b"__global_pointer$"  # riscv64: what gp holds; of all absolute symbols the only place
@@ -135,8 +134,8 @@ def _segments(elf: Any, header: dict[str, Any], image: bytes, refuse: Any) -> tu
             refuse(f"segment {i} wants 0x{memsz:x} bytes; all segments together may have 0x{MAX_MEMSZ:x}", segment=i)
         if offset + filesz > len(image):
             refuse(f"truncated: segment {i} ends at byte 0x{offset + filesz:x} of the file's 0x{len(image):x}", segment=i)
-        if gva + memsz > LOWER_HALF:
-            refuse(f"segment {i} at 0x{gva:x} leaves the lower half of the address space", segment=i)
+        if gva + memsz > 1 << 64:
+            refuse(f"segment {i} at 0x{gva:x} leaves the address space", segment=i)
         found.append(Segment(gva, image[offset:offset + filesz], memsz, bool(flags & 4), bool(flags & 2), bool(flags & 1)))
     if not found:
         refuse("nothing to load: it has no PT_LOAD segment")
