@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["Awaited", "answer", "complete"]
 
 MSR = f"msr_{GHCB_MSR:#x}"
-KVM_ENOSYS, KVM_EPERM = -1000 & (1 << 64) - 1, -1 & (1 << 64) - 1
+KVM_EPERM = -1 & (1 << 64) - 1
 _GP = 13 | 3 << 8 | 1 << 31  # exception 13, valid: the guest's #VC handler raises it (APM vol. 2 15.20)
 _MASK32 = 0xFFFF_FFFF
 Answer = Exit | dict[str, int] | GhcbReason  # for the host's user space; registers for the guest; or why not
