@@ -197,6 +197,7 @@ def test_that_without_a_selection_it_shows_a_page_that_disagrees_else_the_stack(
     vm.run()
     control, gpa = VmController(vm), count_gpa(vm)
     assert control.snapshot().eyes.what == "stack of vCPU 0"  # type: ignore[union-attr]
+    assert dashboard.walked(control.snapshot()).gpa is not None, "sealed or not, the walk ends at a page"
     attacks.flip_c_bit(vm, program().symbol("count").gva)
     assert control.snapshot().eyes.gpa == gpa & -4096  # type: ignore[union-attr]
     assert "disagree" in dashboard.render(control.snapshot(), kind="encryption").panes["title"]

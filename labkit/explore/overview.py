@@ -69,9 +69,11 @@ def page_states(vm: Any) -> list[PageStates]:
         meant = _marked(((4096 * pfn, 4096 * count) for pfn, count in guest.protected.ranges()), gpa, nr)
         facts: dict[str, Any] = {}
         if guest.kind == "snp":
-            entries = [guest.host.rmp.entry(page) for page in range(gpa, gpa + 4096 * nr, 4096)]
-            facts = {"owner": np.array([entry.asid for entry in entries]), "asid": guest.vm.asid,
-                     "validated": np.array([entry.validated for entry in entries])}
+            owner, valid = np.zeros(nr, np.uint32), np.zeros(nr, np.bool_)
+            for spa, entry in guest.host.rmp.entries.items():
+                if 0 <= spa - gpa < 4096 * nr:
+                    owner[(spa - gpa) // 4096], valid[(spa - gpa) // 4096] = entry.asid, entry.validated
+            facts = {"owner": owner, "asid": guest.vm.asid, "validated": valid}
         out.append(PageStates.of(gpa, (launched | through) & ~without, meant, **facts))
     return out
 

@@ -81,7 +81,7 @@ class Scene:
         return self._once("memory", draw, now.slots, now.ranges, chosen, width)
 
     def pages(self) -> View:
-        """The walk of the selection, else of the next instruction."""
+        """The walk as `walked` says."""
         now, chosen = self.vm.page_table, self.vm.selection
         before = None if self.previous is None or self.previous.page_table.tables == now.tables else self.previous.page_table
         walk = walked(self.vm)
@@ -120,7 +120,8 @@ class Scene:
         layout = SECRET_LAYOUT if secret else LAYOUT
         facts = [vm.arch, vm.engine, vm.protection, f"{len(vm.vcpus)} vCPU" + "s" * (len(vm.vcpus) != 1), vm.schedule, vm.state]
         said = plain(vm.status, 400) if vm.status else parts[0].status
-        of = "the selection" if vm.selection is not None and vm.selection.gva is not None else "the next instruction"
+        of = ("the selection" if vm.selection is not None and vm.selection.gva is not None else
+              "the page above" if front(vm).sealed else "the next instruction")
         drawn = {name: body for part in parts for name, body in part.panes.items() if f'data-pane="{name}"' in layout} | {
             "title": header(plain(vm.name), [plain(fact, 60) for fact in facts if fact], vm.step),
             "timeline": timeline.draw(vm, self.width - 26), "status": status_line(said, "status top"),
@@ -182,9 +183,9 @@ def front(vm: VmSnapshot) -> VcpuSnapshot:
 
 
 def walked(vm: VmSnapshot) -> Walk:
-    """The walk that the views show: of the selection, else of the next instruction."""
-    chosen = None if vm.selection is None else vm.selection.gva
-    return vm.page_table.walk(front(vm).pc if chosen is None else chosen)
+    """The walk that the views show: of the selection, else of the next instruction; where that is sealed, of the page that is shown."""
+    chosen, shown = None if vm.selection is None else vm.selection.gva, None if vm.eyes is None else vm.eyes.gva
+    return vm.page_table.walk(chosen if chosen is not None else shown or 0 if front(vm).sealed else front(vm).pc)
 
 
 def transport(vm: VmSnapshot, actions: Collection[str]) -> Html:
