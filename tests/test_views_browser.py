@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import encryption_sample as secrets
+import pytest
 import views_sample as sample
 
 import labkit.views
