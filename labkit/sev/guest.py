@@ -222,15 +222,12 @@ class ProtectedGuest:
     def check_ready(self, index: int) -> None:
         """KVM_RUN: raises InvalidState for a vCPU whose guest is not launched: it is LAUNCH_FINISH that makes it ready to run.
 
-        Source: Documentation/virt/kvm/x86/amd-memory-encryption.rst. On hardware VMRUN with a VMSA that is not encrypted fails
-        (KVM_EXIT_FAIL_ENTRY). Where the model simplifies: Linux 6.12 does not stop a plain SEV guest, which would run what it finds.
+        Until then the firmware keeps the ASID invalid on every core, so that hardware's VMRUN fails and KVM says KVM_EXIT_FAIL_ENTRY
+        (Documentation/virt/kvm/x86/amd-memory-encryption.rst; activate_common() and sev_mcmd_launch_finish() of AMD's firmware).
         """
-        if self.launched:
-            return
-        sealed = self.level < 2 or self.vm.vcpus[index].protected
-        why = "" if sealed else "; its VMSA is not encrypted, VMRUN would fail with VMEXIT_INVALID"
-        raise InvalidState(f"KVM_RUN of vCPU {index}: this {self.kind} guest is in state {self.state.name}, and "
-                           f"{'SNP_' * (self.kind == 'snp')}LAUNCH_FINISH, which makes it ready to run, did not come yet{why}")
+        if not self.launched:
+            raise InvalidState(f"KVM_RUN of vCPU {index}: this {self.kind} guest is in state {self.state.name}, and no core runs its ASID "
+                               f"before {'SNP_' * (self.kind == 'snp')}LAUNCH_FINISH (VMRUN fails, KVM_EXIT_FAIL_ENTRY)")
 
     def check_registers(self, index: int) -> None:
         """KVM_GET_REGS, KVM_SET_REGS: raises KvmError EINVAL once a vCPU's registers are encrypted."""

@@ -224,7 +224,7 @@ def _jump_table(call: _Call) -> Answer:
 
 
 def _page_states(call: _Call) -> Answer:
-    """A list of page-state changes (GHCB specification 4.1.6): a header of two 16-bit numbers, then an 8-byte entry each."""
+    """A list of page-state changes (GHCB specification, chapter 4): a header of two 16-bit numbers, then an 8-byte entry each."""
     offset = call.scratch(8)
     if offset is None:
         return GhcbReason.INVALID_SCRATCH_AREA
