@@ -92,7 +92,8 @@ class Psp:
         """Run one command with the fields of Request; raises PspError with the status of the first check that fails.
 
         Gives: LAUNCH_START, RECEIVE_START a handle; LAUNCH_MEASURE 48 bytes; GUEST_STATUS (policy, asid, state; UNINIT for one that
-        is not there); DBG_DECRYPT plaintext; SEND_START a session; SEND_UPDATE_* (header, data); PLATFORM_STATUS (API, build, initialised, ES, guests); others None.
+        is not there); DBG_DECRYPT plaintext; SEND_START a session; SEND_UPDATE_* (header, data); PLATFORM_STATUS (API, build,
+        initialised, ES, guests); others None.
         """
         try:
             if name not in RULES:
