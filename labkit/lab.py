@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from labkit.arch import find_arch
@@ -12,7 +13,6 @@ from labkit.bits import align_up
 from labkit.engines import Capability, open_engine
 from labkit.engines.base import Exit
 from labkit.errors import InvalidState, NotAvailable
-from labkit.explore.arrivals import arrived
 from labkit.explore.controller import VmController
 from labkit.explore.encryption import EncryptionMap
 from labkit.explore.events import Event, events_frame
@@ -20,9 +20,10 @@ from labkit.explore.explain import explain
 from labkit.explore.eyes import PageEyes
 from labkit.explore.inspect import MemoryMap, VmSnapshot
 from labkit.explore.launch import LaunchProgress
-from labkit.explore.look import label_gva, look_at_encryption, look_at_launch, look_at_memory, look_at_vm, look_through_both
-from labkit.explore.running import collect, run_scheduled, runnable, stream
-from labkit.explore.state import VmState, put_state, take_state
+from labkit.explore.look import label_gva, look_at_memory
+from labkit.explore.overview import gpa_of, look_at_encryption, look_at_launch, look_at_vm, look_through_both
+from labkit.explore.running import collect, run_on, stream
+from labkit.explore.state import VmState, fork, put_state, take_state
 from labkit.explore.vcpu import Vcpu
 from labkit.guest.globals import HostGlobals, write_guest_global
 from labkit.guest.loader import DEFAULT_MEMORY, kernel_globals, load_program, memory_for, program_string
@@ -30,7 +31,7 @@ from labkit.machine.memory import PAGE, Memory
 from labkit.machine.schedule import Schedule
 from labkit.machine.vm import Machine
 from labkit.paging.scan import PageTable, scan
-from labkit.sev.guest import ProtectedGuest
+from labkit.sev.guest import MakeGuest, ProtectedGuest, protection
 from labkit.shown import draw_with
 from labkit.ucall.abi import HEADER_SIZE
 from labkit.ucall.designs import DESIGNS, make_ucalls
@@ -70,12 +71,13 @@ class Vm:
     def create(cls, program: Program, entry: str = "guest_code", nr_vcpus: int = 1, backend: str = "unicorn",
                protect: str | None = None, ucall: str | None = "pool", memory: int | None = None,
                schedule: str = "round_robin", name: str | None = None, cpu: CpuModel | None = None,
-               privilege: str | None = None, policy: int | None = None, launch: bool = True, paging: str = "") -> Vm:
+               privilege: str | None = None, policy: int | None = None, launch: bool = True, paging: str = "",
+               c_bit: int | None = None) -> Vm:
         """A VM that is ready to run `entry` on every vCPU (vm_create_with_vcpus); memory in bytes, paging by name ("riscv/SV39_4K").
 
         privilege: "kernel" (CPL0) or "user" (CPL3); without it, as the engine's capability "user_by_default" says.
         protect: "sev", "sev-es", "snp" or "tdx" encrypts the guest: every page but those of alloc_shared, launched at once under
-        `policy` (or with launch=False later, step by step, by `vm.guest`).
+        `policy` (or with launch=False later, step by step, by `vm.guest`), with the encryption bit at c_bit (else CPUID says where).
 
         Raises NotAvailable for a backend or a protection this labkit or machine lacks, SymbolNotFound, InvalidState.
         """
@@ -84,7 +86,8 @@ class Vm:
         if nr_vcpus < 1:
             raise InvalidState(f"a VM needs at least one vCPU, not {nr_vcpus}")
         start, size = program.symbol(entry).gva, memory or memory_for(program, nr_vcpus, HEADER_SIZE)
-        vm = cls._bare(program.arch, backend, [(0, size)], program, name or program.name, schedule, cpu, privilege, protect, policy, paging)
+        guest = protection(protect, policy, c_bit, launch)
+        vm = cls._bare(program.arch, backend, [(0, size)], program, name or program.name, schedule, cpu, privilege, guest, paging)
         load_program(program, vm.machine.space)
         vm.machine.boot()
         kernel_globals(program, vm.machine, vm.cpu)
@@ -103,14 +106,16 @@ class Vm:
 
     @classmethod
     def _bare(cls, arch: str, backend: str, slots: list[tuple[int, int]], program: Program | None, name: str, schedule: str,
-              cpu: CpuModel | None, privilege: str | None, protect: str | None = None, policy: int | None = None, paging: str = "") -> Vm:
+              cpu: CpuModel | None, privilege: str | None, protect: MakeGuest | None = None, paging: str = "") -> Vm:
         cpu, memory = cpu.copy() if cpu else CpuModel(), Memory()
         for gpa, size in slots:
             memory.add(gpa, align_up(size, PAGE))
-        guest = ProtectedGuest(protect, memory, cpu, policy) if protect is not None else None
+        guest = protect(memory, cpu) if protect is not None else None
         engine = open_engine(backend, arch, cpu)
         vm = cls(Machine(find_arch(arch, paging), engine, memory, privilege, guest), program, backend, name, schedule, cpu)
-        vm.guest, vm.protect = guest, protect
+        if guest is not None:
+            vm.guest, vm.protect = guest, guest.kind
+            guest.on_command.append(vm.changed)
         return vm
 
     def launch(self) -> bytes:
@@ -157,22 +162,14 @@ class Vm:
     def run(self, max_insns: int | None = None) -> Ucall | Exit:
         """Run all vCPUs under the schedule until the next ucall or exit of any; at most max_insns in all (BudgetExit)."""
         try:
-            return self._run(max_insns)
+            return run_on(self, max_insns)
         finally:
             self.machine.pause()
-
-    def _run(self, max_insns: int | None) -> Ucall | Exit:
-        if self.schedule.kind != "parallel":
-            return run_scheduled(self.vcpus, self.schedule, max_insns)
-        if max_insns is not None:
-            raise NotAvailable("schedule \"parallel\": instructions of vCPUs that run at once are not counted, so there is no max_insns")
-        index, exit = self.machine.run_parallel(runnable(self.vcpus))
-        return arrived(self, self.vcpus[index], exit)
 
     def stream(self, max_insns: int | None = None) -> Iterator[Ucall | Exit]:
         """Every ucall and exit until all vCPUs are done, one of them fails, or the budget is used up (then BudgetExit last)."""
         try:
-            yield from stream(self._run, self._all_done, lambda: self.step, max_insns)
+            yield from stream(partial(run_on, self), self._all_done, lambda: self.step, max_insns)
         finally:
             self.machine.pause()
 
@@ -210,6 +207,7 @@ class Vm:
     def mem_set_private(self, gpa: int, size: int, private: bool = True) -> None:
         """Have the launch encrypt these pages (vm_mem_set_private); raises InvalidState after it, and without protection."""
         self._need_guest().set_private(gpa, size, private)
+        self.changed()
 
     def mem_set_shared(self, gpa: int, size: int) -> None:
         """Have the launch leave these pages as they are (vm_mem_set_shared); page tables are not changed."""
@@ -298,10 +296,14 @@ class Vm:
         self._need_guest()
         return look_at_launch(self)
 
-    def eyes(self, gpa: int) -> PageEyes:
-        """One page through two eyes: the host's and the guest's; changes are marked against the last time this was asked of it."""
-        self._seen_eyes[gpa & -PAGE] = look_through_both(self, gpa, self._seen_eyes.get(gpa & -PAGE))
-        return self._seen_eyes[gpa & -PAGE]
+    def eyes(self, gpa: int | None = None, gva: int | None = None) -> PageEyes:
+        """One page, by gpa or gva, through two eyes: the host's and the guest's; changes are marked against the last look at it.
+
+        Raises InvalidState without exactly one address, PageFault and MemoryFault for one where nothing is.
+        """
+        page = gpa_of(self, gpa, gva) & -PAGE
+        self._seen_eyes[page] = look_through_both(self, page, self._seen_eyes.get(page))
+        return self._seen_eyes[page]
 
     def memory_map(self) -> MemoryMap:
         """What lies where in guest-physical memory."""
@@ -312,13 +314,15 @@ class Vm:
         return look_at_vm(self, vcpu)
 
     def show(self, kind: str = "vm") -> Any:
-        """A live view that follows the VM: all of it, or "stepper", "pool", "pages", "memory" alone.
-
-        A saved notebook keeps its picture, a terminal its text.
+        """A live view that follows the VM: all of it, or "stepper", "pool", "pages", "memory" alone; for a protected VM also
+        "encryption", "eyes" (the selected page) and "launch". A saved notebook keeps its picture, a terminal its text.
         """
+        from labkit.views.dashboard import SECRETS
         from labkit.views.live import Hub
         from labkit.views.widget import LabWidget
 
+        if kind in SECRETS:
+            self._need_guest()
         self._hub = self._hub or Hub(VmController(self))
         return LabWidget(self._hub, kind)
 
@@ -363,15 +367,11 @@ class Vm:
 
     def fork(self) -> Vm:
         """An independent VM that goes on from here; its pool keeps the addresses that this one handed out."""
-        state = self.snapshot()
         slots = [(slot.gpa, slot.size) for slot in self.memory.slots]
+        guest = protection(self.protect, None, self.guest.c_bit if self.guest else None)
         twin = self._bare(self.arch.name, self.backend, slots, self.program, f"{self.name} (fork)", self.schedule.name, self.cpu,
-                          self.privilege, self.protect, paging=self.arch.mode.name)
-        twin.door, twin._ucalls = self.door, self._ucalls.twin(twin.machine.space) if self._ucalls is not None else None
-        for vcpu in self.vcpus:
-            twin.machine.adopt_vcpu(partial(twin._trace, vcpu.index))
-            twin.vcpus.append(Vcpu(twin, vcpu.index))
-        twin.restore(state)
+                          self.privilege, guest, self.arch.mode.name)
+        fork(self, twin)
         return twin
 
     def close(self) -> None:
@@ -389,10 +389,4 @@ class Vm:
         return f"<Vm {self.name}: {self.arch.name} on {self.backend}, step {self.step}, {states}>"
 
 
-def _draw(snapshot: Any) -> Any:
-    from labkit.views.dashboard import bundle
-
-    return bundle(snapshot)
-
-
-draw_with(_draw)
+draw_with(lambda snapshot: import_module("labkit.views.dashboard").bundle(snapshot))  # which loads when first needed

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 from unicorn import UC_ARCH_X86, UC_HOOK_INSN, UC_MODE_64, Uc
 from unicorn import x86_const as x86
 
 from labkit.guest.program import Program
-from labkit.ucall.abi import GUEST_UCALL_FAILED, HEADER_SIZE, NR_SLOTS, UCALL_PIO_PORT, UCALL_SIZE, decode_text, decode_ucall
+from labkit.ucall.abi import GUEST_UCALL_FAILED, HEADER_SIZE, NR_SLOTS, UCALL, UCALL_PIO_PORT, UCALL_SIZE, decode_text
 
 STACK, POOL, HANDLERS = 0x10000000, 0x20000000, 0x30000000
 HVA = 0x7F0000000000
@@ -62,8 +63,8 @@ class BareGuest:
         if self.left == GUEST_UCALL_FAILED:
             raise Exhausted
         slot = self.left - HVA
-        raw = decode_ucall(bytes(self.uc.mem_read(POOL + 64 + slot * UCALL_SIZE, UCALL_SIZE)))
-        return raw.cmd, raw.args, decode_text(raw.buffer), slot
+        raw = np.frombuffer(self.uc.mem_read(POOL + 64 + slot * UCALL_SIZE, UCALL_SIZE), UCALL)[0]
+        return int(raw["cmd"]), tuple(map(int, raw["args"])), decode_text(raw["buffer"].tobytes()), slot
 
     def in_use(self) -> list[int]:
         bits = int.from_bytes(self.uc.mem_read(POOL, 64), "little")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import io
 import subprocess
 import sys
@@ -33,8 +34,9 @@ def build(source: Path, target: str) -> bytes:
 def main() -> None:
     """Write mmu_code.py."""
     source = ROOM / "mmu.c"
-    parts = ['"""Machine code of mmu.c, made by tests/build_mmu.py; a test sees to it that the two belong together."""\n',
-             '__all__ = ["MACHINE_CODE", "SOURCE_SHA256"]\n',
+    parts = ['"""Machine code of mmu.c, made by tests/build_mmu.py; tests/test_mmu_code.py sees to it that the two belong together."""\n',
+             '__all__ = ["COMPILER", "MACHINE_CODE", "SOURCE_SHA256"]\n',
+             f'COMPILER = "ziglang {importlib.metadata.version("ziglang")}"',
              f'SOURCE_SHA256 = "{hashlib.sha256(source.read_bytes()).hexdigest()}"', "MACHINE_CODE = {"]
     for machine, target in TARGETS.items():
         lines = textwrap.wrap(build(source, target).hex(), 128)

@@ -59,6 +59,11 @@ def eyes(at: tuple[int, ...] = (0x238, 0x278), secret: bool = True, what: str = 
     return PageEyes(0xd0000, host, bytes(new), before, bytes(old), secret, "C=1" if secret else "C=0", what, 0x90406a0000, 1277, 1180)
 
 
+def vm_facts() -> dict[str, object]:
+    """What the sample VM has beside when it is protected."""
+    return {"c_bit": 51, "encryption": encryption(), "eyes": eyes(), "launch": launch()}
+
+
 def launch(finished: bool = True) -> LaunchProgress:
     """A SEV-ES launch with a LAUNCH_FINISH that comes too early."""
     psp = make_psp(size=1 << 21)

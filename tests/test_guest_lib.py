@@ -15,6 +15,7 @@ from unicorn import x86_const as x86
 
 from labkit.guest.program import Program
 from labkit.ucall import abi
+from labkit.ucall.pool import Fields
 
 DISASSEMBLER = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
 ERROR_CODES = {8, 10, 11, 12, 13, 14, 17, 21, 29, 30}  # SDM Vol. 3 table 6-1, APM Vol. 2 table 8-1
@@ -60,9 +61,11 @@ def test_that_python_and_c_agree_on_every_size_and_offset():
 
 
 def test_that_decoding_believes_nothing():
-    raw = abi.decode_ucall(bytes(range(64)) + b"\xff" * 1032)
-    assert (raw.cmd, raw.args[6], raw.hva) == (0x0706050403020100, 0x3F3E3D3C3B3A3938, 2**64 - 1)
-    assert abi.decode_text(raw.buffer) == "�" * 1024 and abi.decode_text(b"ab\0cd") == "ab" and abi.decode_text(b"") == ""
+    raw = bytes(range(64)) + b"\xff" * 1032
+    for order, cmd in (("little", "0x706050403020100?"), ("big", "0x1020304050607?")):
+        found = Fields(order).ucall(raw, 0, 0, None, 0, str)
+        assert (found.cmd, found.args[6], found.text) == (cmd, int.from_bytes(raw[56:64], order), None)
+    assert abi.decode_text(raw[64:]) == "�" * 1024 and abi.decode_text(b"ab\0cd") == "ab" and abi.decode_text(b"") == ""
     assert [abi.cmd_name(n) for n in (0, 1, 5, 6, 0x17)] == ["NONE", "SYNC", "UNHANDLED", "0x6?", "0x17?"]
     assert [abi.has_text(n) for n in range(7)] == [False, False, True, True, False, True, False]
 

@@ -241,7 +241,7 @@ def test_that_a_page_changes_hands_and_must_be_validated_anew(make: Make) -> Non
     with pytest.raises(InvalidState, match="host write"):
         vm.memory.write(gpa, b"x")
     assert run(vm).args[:2] == (0, PAGE_NOT_VALIDATED)
-    assert [run(vm).args[0] for _ in range(2)] == [0x1_0000_0015] * 2 and run(vm).cmd == "DONE"
+    assert [run(vm).args[0] for _ in range(2)] == [0x8000_0000_0000_0015] * 2 and run(vm).cmd == "DONE"
 
 
 def launch_arguments(prog: lk.Program) -> int:
@@ -263,10 +263,10 @@ def test_that_a_ghcb_must_be_registered_first(make: Make) -> None:
 
 
 @pytest.mark.parametrize(("first", "last", "entry", "error"), [
-    (0, 0, 2 << 52, 0), (0, 0, 3 << 52, 1 << 32 | 2), (0, 0, 1 << 56 | 2 << 52, 1 << 32 | 2), (1, 0, 0, 1 << 32 | 1),
-    (0, 300, 0, 1 << 32 | 1),
+    (0, 0, 2 << 52, 0), (0, 0, 2 << 52 | 2, 1 << 32 | 2), (0, 0, 1 << 56 | 2 << 52, 1 << 32 | 2), (0, 300, 0, 1 << 32 | 1),
+    (0, 253, 0, 1 << 32 | 1), (0, 0, 2 << 52 | 1 << 51, 0x100 << 32),
 ])
-def test_that_a_list_of_page_states_is_taken_as_a_whole_or_refused(make: Make, first: int, last: int, entry: int, error: int) -> None:
+def test_that_a_list_of_page_states_is_carried_out_or_refused(make: Make, first: int, last: int, entry: int, error: int) -> None:
     vm = lk.Vm.create(program(), "guest_register", protect="snp", launch=False)
     gpa, page = vm.gva2gpa(vm.alloc_shared(4096)), vm.gva2gpa(program().symbol("page").gva)
     vm.vcpus[0].args_set(gpa)
@@ -278,6 +278,24 @@ def test_that_a_list_of_page_states_is_taken_as_a_whole_or_refused(make: Make, f
     assert isinstance(once(vm.vcpus[0], BUDGET), VmgexitExit)
     assert int.from_bytes(vm.memory.read(gpa + 0x3A0, 8), "little") == error
     assert vm.guest.host.rmp.entry(page).assigned == bool(error)
+    assert vm.memory.read(gpa + 0x800, 2)[0] == (not error), "the header says which entry is next"
+    vm.close()
+
+
+def test_that_a_guest_sees_how_far_its_list_of_page_states_has_come(make: Make) -> None:
+    vm = lk.Vm.create(program(), "guest_register", protect="snp", launch=False)
+    gpa, page = vm.gva2gpa(vm.alloc_shared(4096)), vm.gva2gpa(program().symbol("page").gva)
+    vm.vcpus[0].args_set(gpa)
+    vm.launch()
+    block, entries = bytearray(ghcb(0x8000_0010, sw_scratch=gpa + 0x800)), (2 << 52 | page, 3 << 52 | page, 2 << 52 | 1 << 51)
+    block[0x800:0x808] = (2 << 16).to_bytes(8, "little")  # entries 0 to 2
+    for i, entry in enumerate(entries):
+        block[0x808 + 8 * i:0x810 + 8 * i] = entry.to_bytes(8, "little")
+    vm.memory.write(gpa, bytes(block))
+    for _ in range(2):
+        once(vm.vcpus[0], BUDGET)
+    after = vm.memory.read(gpa + 0x800, 32)
+    assert after[0] == 2 and [after[8 + 8 * i] for i in range(3)] == [1, 1, 0], "the last one is of no memory"
     vm.close()
 
 

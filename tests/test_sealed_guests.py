@@ -252,7 +252,7 @@ def test_that_the_status_msr_needs_no_help(make: Make) -> None:
 
 @pytest.mark.parametrize(("asked", "answer"), [
     (0x002, 0x0002_0001_3300_0001), (0x4 | 0 << 32, 0x5 | 0xD << 32), (0x4 | 1 << 32 | 1 << 30, 0x800 << 32 | 1 << 30 | 5),
-    (0x080, 0x081), (0xABC, 0xABC), (0x7777_0000_0FFF, 0x7777_0000_0FFF),
+    (0x080, 0x1081), (0xABC, 0xABC), (0x7777_0000_0FFF, 0x7777_0000_0FFF),
 ])
 def test_that_the_msr_answers(make: Make, asked: int, answer: int) -> None:
     vm = make("guest_msr", asked)
@@ -299,7 +299,9 @@ def test_that_a_ucall_of_a_foreign_address_is_reported_as_ever(make: Make) -> No
     (ghcb(0x7C, 1, rcx=0x179, rax=0, rdx=0), {"sw_exit_info_1": 1, "sw_exit_info_2": 0x8000_030D}),
     (ghcb(0x7C, 1, rcx=0x1B, rax=0xFEE0_0800, rdx=0), {"sw_exit_info_1": 0}), (ghcb(0x6F, rcx=0), {"sw_exit_info_2": 0x8000_030D}),
     (ghcb(0x7C, 1, rcx=0x10, rax=5, rdx=1), {"sw_exit_info_1": 0}), (ghcb(0x27), {"rax": 0x400}), (ghcb(0x37, rax=0x401), {}),
-    (ghcb(0x89), {}), (ghcb(0x8000_FFFD), {"sw_exit_info_2": 0}), (ghcb(0x8000_0005, 0, 0x5000), {"sw_exit_info_2": 0x5000}),
+    (ghcb(0x89), {}), (ghcb(0x8000_FFFD), {"sw_exit_info_2": 1}), (ghcb(0x8000_0005, 0, 0x5000), {"sw_exit_info_2": 0}),
+    (ghcb(0x8000_0005, 1), {"sw_exit_info_2": 0}), (ghcb(0x8000_0001, 0xFEC0_0000, 0, sw_scratch=0), {"sw_exit_info_1": 0}),
+    (ghcb(0x7B, 0x80 << 16 | 1), {"sw_exit_info_1": 0}), (ghcb(0x7B, 0x80 << 16 | 4 | 1 << 4, 0, sw_scratch=0), {"sw_exit_info_1": 0}),
     (ghcb(0x81, rax=7, cpl=3), {"rax": (1 << 64) - 1}),
 ])
 def test_that_a_page_is_answered_and_the_guest_goes_on(make: Make, page: bytes, regs: dict[str, int]) -> None:
@@ -338,18 +340,24 @@ def test_that_mmio_and_string_io_go_through_the_shared_buffer(make: Make, is_wri
 
 @pytest.mark.parametrize(("page", "reason"), [
     (bytes(4096), GhcbReason.MISSING_INPUT), (b"\xff" * 4096, GhcbReason.INVALID_USAGE), (ghcb(0x72, rax=0), GhcbReason.MISSING_INPUT),
-    (ghcb(0x666), GhcbReason.INVALID_EVENT), (ghcb(0x7B, 0x80 << 16 | 1), GhcbReason.INVALID_INPUT),
+    (ghcb(0x666), GhcbReason.INVALID_EVENT),
     (ghcb(0x7B, 0x80 << 16 | 0x70 | 1), GhcbReason.INVALID_INPUT),
     (ghcb(0x8000_0001, 0xFEC0_0000, 4, sw_scratch=0), GhcbReason.INVALID_SCRATCH_AREA),
-    (ghcb(0x8000_0001, 0xFEC0_0000, 0, sw_scratch=0), GhcbReason.INVALID_INPUT),
+    (ghcb(0x8000_0001, 0xFEC0_0000, 9, sw_scratch=0), GhcbReason.INVALID_INPUT),
+    (ghcb(0x7B, 0x80 << 16 | 4 | 1 << 4, 2033, sw_scratch=0x800), GhcbReason.INVALID_SCRATCH_AREA),
     (ghcb(0x8000_0010, sw_scratch=0), GhcbReason.MISSING_INPUT),
-    (ghcb(0x8000_0002, 0xFEC0_0000, (1 << 64) - 1, sw_scratch=0x1000), GhcbReason.INVALID_SCRATCH_AREA),
+    (ghcb(0x8000_0002, 0xFEC0_0000, (1 << 64) - 1, sw_scratch=0x1000), GhcbReason.INVALID_INPUT),
     (ghcb(0x8000_0005, 2), GhcbReason.INVALID_INPUT),
 ])
 def test_that_a_bad_page_is_refused_with_its_reason(make: Make, page: bytes, reason: GhcbReason) -> None:
     vm, came, after = asks(make, page)
     assert isinstance(came, VmgexitExit) and reason.name in str(came) and vm.vcpus[0].state == "running"
     assert [GHCB.get(after, f"sw_exit_info_{n}") for n in (1, 2)] == [2, reason]
+
+
+def test_that_string_io_without_end_is_kvm_s_einval(make: Make) -> None:
+    _, came, _ = asks(make, ghcb(0x7B, 0x80 << 16 | 4 | 1 << 6, 1 << 40, sw_scratch=0))
+    assert isinstance(came, InternalErrorExit) and "EINVAL" in came.why
 
 
 @pytest.mark.parametrize("code", [0x6E, 0x87, 0x8000_FFFF])

@@ -27,7 +27,7 @@ LAUNCH_UPDATE_VMSA   !10    -             !2            !2      !2          !2  
 LAUNCH_MEASURE       !10    2             !2            !2      !2          !2             !2
 LAUNCH_SECRET        !10    !2            -             !2      !2          !2             !2
 LAUNCH_FINISH        !10    !2            3             !2      !2          !2             !2
-GUEST_STATUS         !10    -             -             -       -           -              -
+GUEST_STATUS         -      -             -             -       -           -              -
 DBG_DECRYPT          !10    -             -             -       -           -              -
 DBG_ENCRYPT          !10    -             -             -       -           -              -
 SEND_START           !10    !2            !2            4       !2          !2             !2
@@ -84,9 +84,11 @@ BAD: list[tuple[str, int, GuestState, dict[str, Any], Status]] = [
     ("LAUNCH_UPDATE_DATA", ES, STATES.LAUNCH_UPDATE, {"size": 0}, S.INVALID_LEN),
     ("LAUNCH_UPDATE_DATA", ES, STATES.LAUNCH_UPDATE, {"size": 24}, S.INVALID_LEN),
     ("LAUNCH_UPDATE_VMSA", 0, STATES.LAUNCH_UPDATE, {"spa": 3, "size": 0}, S.UNSUPPORTED),
-    ("LAUNCH_UPDATE_VMSA", ES, STATES.LAUNCH_UPDATE, {"size": 4095}, S.INVALID_LEN),
+    *(("LAUNCH_UPDATE_VMSA", ES, STATES.LAUNCH_UPDATE, {"size": size}, S.INVALID_LEN) for size in (0, 16, 4080, 4095, 8192)),
     ("LAUNCH_MEASURE", ES, STATES.LAUNCH_UPDATE, {"size": 47}, S.INVALID_LEN),
     ("LAUNCH_SECRET", ES, STATES.LAUNCH_SECRET, {"spa": SPA + 1, "header": b""}, S.INVALID_ADDRESS),
+    ("LAUNCH_SECRET", ES, STATES.RUNNING, {"spa": SPA + 1, "header": b""}, S.INVALID_ADDRESS),
+    ("LAUNCH_SECRET", ES, STATES.RUNNING, {"header": b""}, S.INVALID_LEN),
     ("LAUNCH_SECRET", ES, STATES.LAUNCH_SECRET, {"data": bytes(17)}, S.INVALID_LEN),
     ("LAUNCH_SECRET", ES, STATES.LAUNCH_SECRET, {"header": bytes(51)}, S.INVALID_LEN),
     ("LAUNCH_SECRET", ES, STATES.LAUNCH_SECRET, {"header": bytes(52)}, S.BAD_MEASUREMENT),
@@ -103,7 +105,8 @@ BAD: list[tuple[str, int, GuestState, dict[str, Any], Status]] = [
     ("SEND_UPDATE_VMSA", 0, STATES.SEND_UPDATE, {}, S.UNSUPPORTED),
     ("RECEIVE_UPDATE_VMSA", 0, STATES.RECEIVE_UPDATE, {}, S.UNSUPPORTED),
     ("RECEIVE_UPDATE_DATA", ES, STATES.RECEIVE_UPDATE, {"header": bytes(52)}, S.BAD_MEASUREMENT),
-    ("SEND_UPDATE_DATA", ES, STATES.SEND_UPDATE, {"size": 1}, S.INVALID_LEN),
+    ("SEND_UPDATE_DATA", ES, STATES.SEND_UPDATE, {"size": 1, "spa": 1}, S.INVALID_LEN),
+    ("SEND_UPDATE_DATA", ES, STATES.SEND_UPDATE, {"spa": 1}, S.INVALID_ADDRESS),
     ("INIT", ES, STATES.RUNNING, {}, S.INVALID_PLATFORM_STATE),
     ("REBOOT", ES, STATES.RUNNING, {}, S.INVALID_COMMAND),
 ]
@@ -177,6 +180,19 @@ def test_that_keys_are_shared_only_by_consent(first: int, second: int, status: S
     assert status_of(psp, "LAUNCH_START", policy=second, handle=handle) == status
     if not status:
         assert psp.guests[2].cipher.key == psp.guests[1].cipher.key and status_of(psp, "ACTIVATE", handle=2, asid=1) == 0
+
+
+def test_that_a_guest_that_was_sent_gets_no_asid() -> None:
+    psp = make_psp()
+    handle = in_state(psp, GuestState.SENT)
+    psp.command("DEACTIVATE", handle=handle)
+    psp.command("DF_FLUSH")
+    assert status_of(psp, "ACTIVATE", handle=handle, asid=1) == S.INVALID_GUEST_STATE
+
+
+def test_that_keys_are_derived_as_everybody_derives_them() -> None:
+    made = transport._kdf(bytes(16), b"sev-master-secret", bytes(16))  # the test vector of the crate sev (virtee/sev)
+    assert made.hex() == "ab4d269fcc62bedb4511d56c386ce706"
 
 
 def test_that_two_guests_have_two_keys() -> None:

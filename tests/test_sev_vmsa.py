@@ -10,7 +10,7 @@ import labkit as lk
 from labkit.errors import InvalidState
 from labkit.sev.cipher import MemoryCipher
 from labkit.sev.cpu import encryption_leaf, sev_status
-from labkit.sev.vmsa import VMSA, VMSA_SIZE, seal, unseal, vmsa_page, vmsa_registers
+from labkit.sev.vmsa import VMSA, VMSA_SIZE, vmsa_page, vmsa_registers
 
 CIPHER, SPA = MemoryCipher(bytes(range(16))), 0x77000
 LIMITS = {field: 1 << 8 * size for field, (_, size) in VMSA.fields.items()}
@@ -27,7 +27,7 @@ def regs() -> dict[str, int]:
 
 
 def test_that_a_booted_vcpu_survives_its_save_area(regs: dict[str, int]) -> None:
-    back = unseal(seal(regs, CIPHER, SPA), CIPHER, SPA)
+    back = vmsa_registers(vmsa_page(regs))
     lost = set(regs) - set(back)
     assert not lost & {"rip", "rsp", "rflags", "cr0", "cr3", "cr4", "efer", "cs", "tr", "gdt_base", "xmm15", "mxcsr", "fs_base"}
     assert {name: back[name] for name in regs if name in back} == {name: value for name, value in regs.items() if name in back}
@@ -72,10 +72,10 @@ def test_that_fields_do_not_overlap() -> None:
 
 
 def test_that_the_host_sees_nothing_and_its_write_garbles_a_block() -> None:
-    page = bytearray(seal({"rip": 0x401000, "rax": 0xDEAD}, CIPHER, SPA))
+    page = bytearray(CIPHER.encrypt(SPA, vmsa_page({"rip": 0x401000, "rax": 0xDEAD})))
     assert (0x401000).to_bytes(8, "little") not in page and len(page) == VMSA_SIZE
     page[VMSA.fields["rax"][0]] ^= 1
-    after = unseal(bytes(page), CIPHER, SPA)
+    after = vmsa_registers(CIPHER.decrypt(SPA, page))
     assert after["rip"] == 0x401000 and after["rax"] != 0xDEAD
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import encryption_sample as secrets
 import pytest
 import views_sample as sample
 
@@ -264,3 +265,49 @@ def test_that_a_saved_view_has_the_columns_that_fit(page: Any, width: int, side_
     page.set_content(str(stepper.render(sample.vcpu()).img_html))
     left, right = (page.get_by_role("table", name=name).bounding_box() for name in ("source", "disassembly"))
     assert (left["x"] + left["width"] <= right["x"]) == side_by_side and right["x"] + right["width"] <= width
+
+
+# --- a protected VM
+
+
+@pytest.fixture
+def protected(browser: Any) -> Iterator[Any]:
+    """A page with the dashboard of a protected VM."""
+    page = browser.new_page(viewport={"width": 1000, "height": 2200})
+    page.set_content(f"<style>{css()}</style><body data-jp-theme-light=true><div id=here></div>")
+    page.evaluate(HARNESS, [base64.b64encode(SCRIPT.encode()).decode(), json.loads(json.dumps(state(**secrets.vm_facts())))])
+    yield page
+    page.close()
+
+
+def test_that_a_click_on_a_block_says_which(protected: Any) -> None:
+    protected.mouse.click(*cell(protected, "Blocks for the guest", 35))
+    protected.mouse.click(*cell(protected, "Blocks for the host", 200))
+    assert sent(protected) == [{"act": "select", "kind": "block", "value": 35, "arg": "1"},
+                               {"act": "select", "kind": "block", "value": 200, "arg": "0"}]
+
+
+def test_that_blocks_and_pages_speak_and_take_keys(protected: Any) -> None:
+    protected.mouse.move(*cell(protected, "Blocks for the guest", 35))
+    assert status(protected) == "Block 35 at 0xd0230"
+    protected.mouse.move(*cell(protected, "Encryption of guest memory", 0xd4))
+    assert status(protected).startswith("Page 0xd4000: test_mem, C=1, memory plaintext") and "disagree" in status(protected)
+    protected.get_by_role("grid", name="Blocks for the host").focus()
+    for key in ("Home", "ArrowRight", "ArrowDown", "Enter"):
+        protected.keyboard.press(key)
+    assert sent(protected) == [{"act": "select", "kind": "block", "value": 17, "arg": "0"}]
+
+
+def test_that_a_row_of_the_dump_selects_its_bytes(protected: Any) -> None:
+    protected.locator("[data-pane=dump] tr[data-act]").first.click()
+    assert [message["kind"] for message in sent(protected)] == ["byte"]
+
+
+@pytest.mark.parametrize("width", [420, 700, 1000, 1500])
+def test_that_nothing_of_a_protected_vm_sticks_out(protected: Any, width: int) -> None:
+    protected.set_viewport_size({"width": width, "height": 2200})
+    drawn = dashboard.render(sample.vm(**secrets.vm_facts()), kind="vm", width=width - 40)
+    protected.evaluate("(panes) => window.model.push(panes)", {f"pane_{name}": body for name, body in drawn.panes.items()})
+    protected.wait_for_timeout(100)
+    right = protected.evaluate("Math.max(...[...document.querySelectorAll('.lk .pane')].map((pane) => pane.getBoundingClientRect().right))")
+    assert right <= protected.evaluate("document.querySelector('section.lk').getBoundingClientRect().right") + 1

@@ -33,6 +33,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--backend", default="unicorn", help="engine: unicorn or kvm (default: unicorn); unicorn,kvm compares them")
     parser.add_argument("--vcpus", type=int, default=1, metavar="N", help="how many vCPUs (default: 1)")
     parser.add_argument("--protect", choices=("sev", "sev-es", "snp", "tdx"), help="memory encryption")
+    parser.add_argument("--policy", type=partial(int, base=0), metavar="N", help="of an encrypted guest's launch")
+    parser.add_argument("--c-bit", type=partial(int, base=0), metavar="N", help="where an encrypted guest's page tables have the C-bit")
     parser.add_argument("--schedule", default="round_robin", help="round_robin:QUANTUM, random:SEED:QUANTUM, sequential or parallel")
     parser.add_argument("--privilege", choices=("kernel", "user"), help="ring of the guests (default: the engine's, see labkit doctor)")
     parser.add_argument("--max-insns", type=int, metavar="N", help="stop after N instructions of all vCPUs together")
@@ -66,7 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     if "," in args.backend:
         return _compare(args, program)
     with Vm.create(program, args.entry, args.vcpus, args.backend, args.protect, schedule=args.schedule,
-                   privilege=args.privilege) as vm:
+                   privilege=args.privilege, policy=args.policy, c_bit=args.c_bit) as vm:
         last: Ucall | Exit | None = None
         try:
             for last in vm.stream(args.max_insns):
@@ -95,7 +97,7 @@ def _compare(args: argparse.Namespace, program: Program) -> int:
         return last
 
     found = labkit.compare(program, backends, args.entry, args.vcpus, host=host, protect=args.protect, schedule=args.schedule,
-                           privilege=args.privilege or "kernel")
+                           privilege=args.privilege or "kernel", policy=args.policy, c_bit=args.c_bit)
     if args.json:
         print(json.dumps({"end": "equal" if found.equal else "different", "ends": dict(zip(found.backends, found.ends, strict=True)),
                           "differences": [asdict(difference) for difference in found.differences], "tolerated": found.causes}), flush=True)

@@ -24,17 +24,20 @@ def move_ciphertext(vm: Any, source: int, target: int, size: int = PAGE) -> None
     Raises InvalidState where SNP's RMP refuses the write.
     """
     vm.memory.write(target, vm.memory.read(source, size))
+    vm.changed()
 
 
 def replay(vm: Any, gpa: int, old: bytes) -> None:
     """Put ciphertext back that was read at the same gpa before: the guest reads its old plaintext, and cannot tell."""
     vm.memory.write(gpa, old)
+    vm.changed()
 
 
 def flip_ciphertext_bit(vm: Any, gpa: int, bit: int = 0) -> None:
     """Change one bit of DRAM: exactly the 16-byte block around it becomes garbage to the guest."""
     byte = vm.memory.read(gpa, 1)[0] ^ 1 << bit
     vm.memory.write(gpa, bytes([byte]))
+    vm.changed()
 
 
 def remap(vm: Any, gpa: int, other: int) -> None:
@@ -73,5 +76,5 @@ def walk_without_mask(vm: Any, gva: int) -> Walk:
 
 def walk_through_dram(vm: Any, gva: int) -> Walk:
     """Walk as a host that does not know better: through DRAM as it is, where the tables of an encrypted guest are ciphertext."""
-    space = vm.machine.space
-    return walk(vm.memory.read, space.mode, space.root_gpa, gva)
+    found: Walk = vm.machine.space.host_walk(gva)
+    return found

@@ -7,7 +7,8 @@ from typing import Any
 
 from labkit.errors import InvalidState
 from labkit.explore.inspect import Selection, VmSnapshot
-from labkit.explore.look import look_at_vm, select
+from labkit.explore.look import select
+from labkit.explore.overview import look_at_vm
 from labkit.explore.running import RUNNABLE
 
 __all__ = ["VmController"]
@@ -27,7 +28,7 @@ class VmController:
     def actions(self) -> frozenset[str]:
         """What can be done now."""
         steady = {"select", "vcpu", "toggle_breakpoint"}
-        if self._vcpu.state in RUNNABLE:
+        if self._vcpu.state in RUNNABLE and (self.vm.guest is None or self.vm.guest.launched):
             return frozenset(steady | {"run", "step", "step_line"})
         return frozenset(steady)
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from labkit.paging.scan import PageTable
 from labkit.shown import mimebundle
 from labkit.ucall.pool import PoolSnapshot
+
+if TYPE_CHECKING:
+    from labkit.explore.encryption import EncryptionMap
+    from labkit.explore.eyes import PageEyes
+    from labkit.explore.launch import LaunchProgress
 
 __all__ = ["EventMark", "Insn", "MemoryMap", "MemoryRange", "RegisterRow", "Selection", "StackRow", "Touch", "VcpuSnapshot", "VmSnapshot"]
 
@@ -152,6 +157,9 @@ class VmSnapshot:
     selection: Selection | None
     events: tuple[EventMark, ...] = field(default=())
     status: str = ""
+    encryption: EncryptionMap | None = None  # of a protected VM, as are the next two
+    eyes: PageEyes | None = None  # the page of the selection
+    launch: LaunchProgress | None = None
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
         return mimebundle(self)

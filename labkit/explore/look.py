@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from labkit.errors import InvalidState, LabError
-from labkit.explore.encryption import EncryptionMap, PageStates, encryption_map
-from labkit.explore.eyes import PageEyes
+from labkit.errors import LabError
+from labkit.explore.eyes import BLOCK
 from labkit.explore.inspect import (
-    EventMark,
     Insn,
     MemoryMap,
     MemoryRange,
@@ -17,23 +15,18 @@ from labkit.explore.inspect import (
     StackRow,
     Touch,
     VcpuSnapshot,
-    VmSnapshot,
 )
-from labkit.explore.launch import LaunchProgress, LaunchStep, launch_steps
 from labkit.explore.listing import Listing, read_code
 from labkit.explore.touch import Operands, operands
 from labkit.machine.vcpu import flags_text
 from labkit.ucall.abi import BITMAP_BYTES, OFFSET_ARGS, OFFSET_BUFFER, OFFSET_HVA, UCALL_SIZE
-from labkit.ucall.pool import Ucall
 
 if TYPE_CHECKING:
     from labkit.explore.vcpu import Vcpu
 
-__all__ = ["label_gva", "look_at_encryption", "look_at_launch", "look_at_memory", "look_at_vcpu", "look_at_vm",
-           "look_through_both", "next_slot", "select", "status_of"]
+__all__ = ["label_gva", "look_at_memory", "look_at_vcpu", "next_slot", "select", "status_of"]
 
 BEFORE, AFTER, STACK_ROWS, SOURCE_ROWS = 4, 9, 6, 12
-LETTERS = {"SYNC": "S", "PRINTF": "P", "DONE": "D", "ABORT": "A", "UNHANDLED": "A"}
 
 
 def label_gva(vm: Any, gva: int) -> str:
@@ -208,35 +201,6 @@ def look_at_memory(vm: Any) -> MemoryMap:
     return MemoryMap(tuple((slot.gpa, slot.size) for slot in vm.memory.slots), tuple(merged), vm.step)
 
 
-def look_at_encryption(vm: Any) -> EncryptionMap:
-    """Page tables against memory."""
-    if vm.guest is None:
-        raise InvalidState(f"{vm.name} is not protected: nothing in it is encrypted")
-    asid = vm.guest.vm.asid if vm.guest.kind == "snp" else 0
-    truth = [PageStates.of(gpa, asid=asid, **facts) for gpa, facts in vm.guest.pages(vm.machine.written())]
-    return encryption_map(vm.page_table(), truth, look_at_memory(vm), protection=vm.guest.kind, facts=(f"policy {vm.guest.policy:#x}",))
-
-
-def look_at_vm(vm: Any, front: int = 0, selection: Selection | None = None) -> VmSnapshot:
-    """Everything the dashboard draws."""
-    from dataclasses import replace
-
-    cpus = tuple(look_at_vcpu(vm, vcpu) for vcpu in vm.vcpus)
-    pool = vm.pool if vm._pool is not None else None
-    status = ""
-    if cpus:
-        cpu = cpus[front]
-        status = status_of(cpu)
-    if cpus and not cpu.sealed:
-        ops = operands(vm.arch.name, read_code(vm.vcpus[front].peek, cpu.pc, 15), vm.vcpus[front].regs.all(), cpu.pc, vm.vcpus[front].peek)
-        pool = replace(pool, next_slot=next_slot(vm, ops)) if pool is not None else None
-    marks = tuple(EventMark(e.step, e.vcpu, LETTERS.get(e.cmd, "N") if isinstance(e, Ucall) else "X", e.what) for e in vm._events)
-    states = {cpu.state for cpu in cpus}
-    return VmSnapshot(vm.name, vm.arch.name, vm.backend, vm.protect or "no encryption", ", ".join(sorted(states)) or "no vCPU",
-                      vm.schedule.name.replace("_", " "), vm.step, front, cpus, pool, vm.page_table(), look_at_memory(vm), selection,
-                      marks, status)
-
-
 def status_of(cpu: VcpuSnapshot) -> str:
     """What a vCPU is about to do, in one or two sentences."""
     if cpu.sealed:
@@ -262,45 +226,16 @@ def select(vm: Any, kind: str, value: int) -> Selection | None:
         label = f"vCPU {held.vcpu}, {held.cmd}" if held else "free"
     elif kind in ("gva", "register", "byte", "entry"):
         gva, size, label = value, 1, label_gva(vm, value)
-    elif kind == "page":
-        gvas = vm.page_table().maps(value & -4096)
-        gva, size, label = (gvas[0] if gvas else None), 4096, ""
+    elif kind in ("page", "block"):
+        size = 4096 if kind == "page" else BLOCK
+        gva = next(iter(vm.page_table().maps(value & -size)), None)
+        label = "" if gva is None else label_gva(vm, gva)
     else:
         return None
     walk = vm.machine.space.walk(gva) if gva is not None else None
-    gpa = walk.gpa if walk is not None else value & -4096
+    gpa = walk.gpa if walk is not None else value & -size
     try:
         hva = vm.memory.hva(gpa) if gpa is not None else None
     except LabError:
         hva = None
     return Selection(kind, label, gva, gpa, hva, size, tuple(map(str, walk.steps)) if walk else (), slot)
-
-
-def look_at_launch(vm: Any) -> LaunchProgress:
-    """How far the launch of a protected VM is: each command as it went, each range with the digest after it."""
-    guest, steps, done = vm.guest, list[LaunchStep](), 0
-    measured = launch_steps(guest.measured)
-    for one in guest.done:
-        new = measured[done:one.nr_measured]
-        done = one.nr_measured
-        steps += new or [LaunchStep(one.command, refused=one.status, found=one.refused)]
-    slots = tuple((slot.gpa, slot.size) for slot in vm.memory.slots)
-    planned = tuple((pfn * 4096, count) for pfn, count in guest.protected.ranges())
-    return LaunchProgress(guest.kind.upper(), guest.state, tuple(steps), slots, planned, guest.policy, guest.measurement)
-
-
-def look_through_both(vm: Any, gpa: int, before: PageEyes | None) -> PageEyes:
-    """The page that holds gpa, as host and guest see it; `before` is what somebody saw of the same page last."""
-    page, space = gpa & -4096, vm.machine.space
-    table = vm.page_table()
-    gva = min(table.maps(page), default=None)
-    walk = None if gva is None else table.walk(gva)
-    through = space.is_protected(page) if walk is None else bool(walk.flags.get("c"))
-    host = vm.memory.read(page, 4096)
-    guest = vm.machine.plain(page, 4096) if through else host
-    word = "" if walk is None or space.mode.c_bit is None else space.mode.c_word(through)
-    facts = vm.guest.pages(vm.machine.written()) if vm.guest is not None else []
-    private = any(fact["private"][(page - at) // 4096] for at, fact in facts if 0 <= page - at < 4096 * len(fact["private"]))
-    what = label_gva(vm, gva) if gva is not None else ""
-    old = (None, None, None) if before is None else (before.host, before.guest, before.step)
-    return PageEyes(page, host, guest, old[0], old[1], private, word, what, gva, vm.step, old[2])

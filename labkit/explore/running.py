@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from labkit.engines.base import BudgetExit, DebugExit, Exit, HypercallExit, VmgexitExit
-from labkit.errors import BudgetExceeded, GuestAssertFailed, GuestCrashed, InvalidState
+from labkit.engines.base import BudgetExit, DebugExit, Exit, HypercallExit
+from labkit.errors import BudgetExceeded, GuestAssertFailed, GuestCrashed, InvalidState, NotAvailable
+from labkit.explore.arrivals import arrived
 from labkit.machine.schedule import Schedule
 from labkit.ucall.pool import BadUcallExit, Ucall
 
-__all__ = ["RUNNABLE", "Runnable", "collect", "goes_on", "run_scheduled", "runnable", "stream"]
+__all__ = ["RUNNABLE", "Runnable", "collect", "goes_on", "run_on", "run_scheduled", "runnable", "stream"]
 
 RUNNABLE = ("not started", "running")
 Came = Ucall | Exit
@@ -53,6 +54,16 @@ def run_scheduled(vcpus: Sequence[Runnable], schedule: Schedule, max_insns: int 
             return BudgetExit(max_insns or 0)
 
 
+def run_on(vm: Any, max_insns: int | None) -> Came:
+    """Run a VM under its schedule until the next ucall or exit of any vCPU."""
+    if vm.schedule.kind != "parallel":
+        return run_scheduled(vm.vcpus, vm.schedule, max_insns)
+    if max_insns is not None:
+        raise NotAvailable("schedule \"parallel\": instructions of vCPUs that run at once are not counted, so there is no max_insns")
+    index, exit = vm.machine.run_parallel(runnable(vm.vcpus))
+    return arrived(vm, vm.vcpus[index], exit)
+
+
 def goes_on(came: Came) -> bool:
     """Whether a guest can be expected to go on after this: a ucall that ends it, a crash and a used-up pool say no."""
     match came:
@@ -61,7 +72,7 @@ def goes_on(came: Came) -> bool:
         case BadUcallExit(kind=kind):
             return kind not in ("exhausted", "unreadable")  # the others are reported, nothing was read through them
         case _:
-            return isinstance(came, HypercallExit) or (isinstance(came, VmgexitExit) and came.request != "")
+            return isinstance(came, HypercallExit)
 
 
 def stream(run: Callable[[int | None], Came], done: Callable[[], bool], clock: Callable[[], int],

@@ -81,7 +81,7 @@ def look_back(vm: Any, drive: Callable[[Any], Came | None]) -> Side:
         end, why = ending(vm, drive(vm))
     except LabError as err:
         end, why = type(err).__name__, str(err)
-    slots = tuple((slot.gpa, slot.hva, slot.data[:]) for slot in vm.memory.slots)
+    slots = tuple((slot.gpa, slot.hva, vm.memory.read(slot.gpa, slot.size)) for slot in vm.memory.slots)
     can = [can.name for can in vm.capabilities if can.have] + ["counted"] * all(vcpu.exact for vcpu in vm.vcpus)
     states, regs = zip(*((vcpu.state, vcpu._cpu.get_regs()) for vcpu in vm.vcpus), strict=True) if vm.vcpus else ((), ())
     return Side(vm.name, vm.backend, end, why, tuple(vm._events), states, regs, slots, vm.page_table(),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from labkit.errors import InvalidState
 from labkit.explore.events import Event
+from labkit.explore.vcpu import Vcpu
 from labkit.machine.schedule import Schedule
 from labkit.machine.vm import MachineState
 from labkit.ucall.pool import Ucall
 
-__all__ = ["VmState", "put_state", "take_state"]
+__all__ = ["VmState", "fork", "put_state", "take_state"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,6 @@ def put_state(vm: Any, state: VmState) -> None:
     """Make the VM what it was; raises InvalidState for the state of a VM of another shape, and changes nothing then."""
     if (vm.guest is None) != (state.guest is None):
         raise InvalidState(f"{vm.name} and the snapshot: one is protected and the other is not")
-    if vm.guest is not None:
-        vm.guest.launched = False  # for the moment: whoever restores a machine is no host that the RMP refuses
     vm.machine.set_state(state.machine)
     if vm.guest is not None:
         vm.guest.restore(state.guest)
@@ -53,3 +53,13 @@ def put_state(vm: Any, state: VmState) -> None:
     vm._events = list(state.events)
     for vcpu, was in zip(vm.vcpus, state.states, strict=True):
         vcpu.state = was
+
+
+def fork(vm: Any, twin: Any) -> None:
+    """Make an empty VM of the same shape one that goes on from where the first is."""
+    state = take_state(vm)
+    twin.door, twin._ucalls = vm.door, vm._ucalls.twin(twin.machine.space) if vm._ucalls is not None else None
+    for vcpu in vm.vcpus:
+        twin.machine.adopt_vcpu(partial(twin._trace, vcpu.index))
+        twin.vcpus.append(Vcpu(twin, vcpu.index))
+    twin.restore(state)

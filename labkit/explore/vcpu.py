@@ -87,10 +87,12 @@ class Vcpu:
     def run(self, max_insns: int | None = None) -> Ucall | Exit:
         """Run this vCPU alone until a ucall or another exit; with max_insns at most that far (BudgetExit).
 
-        A VMGEXIT that the host has answered is an event, and the run goes on.
+        A VMGEXIT that the host has answered is an event, and the run goes on. Raises InvalidState for a guest whose launch is not finished.
         """
         if max_insns is not None and max_insns < 0:
             raise InvalidState(f"vCPU {self.index}: cannot run {max_insns} instructions")
+        if self.vm.guest is not None:
+            self.vm.guest.check_ready(self.index)
         start = self._cpu.insns
         came = arrived(self.vm, self, self._cpu.run(max_insns))
         while type(came) is VmgexitExit and came.request:

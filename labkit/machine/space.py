@@ -123,6 +123,10 @@ class AddressSpace:
         """How gva is translated now, as the guest's own walker sees it; never raises."""
         return walk(self.eye, self.mode, self.root_gpa if root_gpa is None else root_gpa, gva)
 
+    def host_walk(self, gva: int) -> Walk:
+        """The walk of a host that does not know better: through DRAM as it is, where tables of an encrypted guest are ciphertext."""
+        return walk(self.memory.read, self.mode, self.root_gpa, gva)
+
     def pieces(self, gva: int, size: int, root_gpa: int | None) -> list[tuple[int, int]]:
         """(gpa, bytes) of a virtual range, page by page; raises PageFault at the first page that is not there."""
         self.check_open(f"walk page tables for gva {gva:#x}")

@@ -42,12 +42,6 @@ class Sparsebit:
         i = bisect_right(self._starts, start) - 1
         return i >= 0 and start + count <= self._ends[i]
 
-    def is_clear(self, start: int, count: int = 1) -> bool:
-        """Whether none of count bits from start on is set."""
-        self._check(start, count)
-        i = bisect_right(self._ends, start)
-        return i == len(self._starts) or self._starts[i] >= start + count
-
     def next_clear(self, start: int, count: int = 1) -> int:
         """The first of count clear bits in a row, not before start (sparsebit_next_clear_num)."""
         self._check(start, count)

@@ -15,7 +15,7 @@ from labkit.machine.memory import PAGE, Memory
 from labkit.machine.space import AddressSpace
 from labkit.machine.sparsebit import Sparsebit
 
-__all__ = ["Machine", "MachineState", "Protection"]
+__all__ = ["STACK_PAGES", "Machine", "MachineState", "Protection"]
 
 STACK_PAGES = 5  # DEFAULT_STACK_PGS
 MOST_WRITES = 4096  # of the host between two snapshots, to be kept one by one
@@ -231,7 +231,7 @@ class Machine:
         for vcpu, blob in zip(self.vcpus, state.cpus, strict=True):
             vcpu.restore(blob)  # before memory, which an instruction that was under way may still change
         for gpa, data in self._changed(state):
-            self.memory.write(gpa, data)
+            self.memory.put(gpa, data)
         self._begin_log(state, fresh=state is self._base)
         views, space, tables = state.space
         self.tables_gva, self.idt_gva, self.handlers_gva, self.vectors_gva, self.preset = tables

@@ -19,7 +19,6 @@ SIMPLIFIED = (
     ("WBINVD", "the model has no caches: one DF_FLUSH stands for what hardware needs WBINVD on every core for"),
     ("VMPLs and huge RMP pages", "labkit's guests run at VMPL0 on 4 KiB pages, so there is no RMPADJUST and no PSMASH"),
     ("VMSAs that the host wrote into", "a vCPU that loads garbage is no lesson; the write is refused, SNP's hardware refuses it too"),
-    ("scratch areas outside the GHCB", "version 2 of the protocol wants them inside"),
     ("starting APs, guest requests", "labkit's vCPUs begin at their entry and nobody signs reports, so those GHCB events are refused"),
     ("TDX's module", "its pages are encrypted and measured by the secure processor's launch; registers stay open, there is no #VE"),
     ("the CPUID page", "SNP's firmware compares it with the CPU; the model checks its count only"),

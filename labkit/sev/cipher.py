@@ -95,14 +95,6 @@ class MemoryCipher:
         """Decrypt from one buffer into another or itself, in chunks: needs no memory of its own that grows."""
         self._into(False, spa, data, out)
 
-    def encrypt_blocks(self, spas: Words, data: Any) -> NDArray[np.uint8]:
-        """Ciphertext, shape (n, 16), of n blocks of data that lie at these addresses, in any order."""
-        return self._blocks(True, spas, data)
-
-    def decrypt_blocks(self, spas: Words, data: Any) -> NDArray[np.uint8]:
-        """Plaintext, shape (n, 16), of n blocks of data that lie at these addresses, in any order."""
-        return self._blocks(False, spas, data)
-
     def _into(self, encrypts: bool, spa: int, data: Any, out: Any) -> None:
         source, target = memoryview(data).cast("B"), memoryview(out).cast("B")
         size = len(source)
@@ -112,15 +104,6 @@ class MemoryCipher:
         for at in range(0, size, CHUNK):
             blocks, made = (np.frombuffer(view[at:at + CHUNK], "<u8").reshape(-1, 2) for view in (source, target))
             self._crypt(encrypts, _run_of_tweaks(spa + at, len(blocks), self._tweaks), blocks, made)
-
-    def _blocks(self, encrypts: bool, spas: Words, data: Any) -> NDArray[np.uint8]:
-        blocks, where = np.frombuffer(data, "<u8").reshape(-1, 2), np.asarray(spas, np.uint64)
-        if len(where) != len(blocks) or (where & np.uint64(BLOCK - 1)).any():
-            raise InvalidState(f"{len(blocks)} blocks go with as many addresses, multiples of 16, not with {len(where)}")
-        out, step = np.empty_like(blocks), CHUNK // BLOCK
-        for at in range(0, len(blocks), step):
-            self._crypt(encrypts, tweaks(where[at:at + step]), blocks[at:at + step], out[at:at + step])
-        return out.view(np.uint8)
 
     def _crypt(self, encrypts: bool, tweak: Words, blocks: Words, out: Words) -> None:
         """XE is C = E(P ^ T), XEX is C = E(P ^ T) ^ T: only XE leaves out the XOR on the ciphertext's side."""

@@ -1,6 +1,7 @@
 """The commands of SEV's secure processor as a table: states before and after, and checks in the firmware's order.
 
-Source: SEV API (AMD 55766) chapter 6; the numbers of the states are those of GUEST_STATUS.
+Source: SEV API (AMD 55766) chapter 6; the numbers of the states are those of GUEST_STATUS. Where it leaves the order open, it is that
+of the firmware's published source (github.com/amd/AMD-ASPFW, sev_mcmd.c).
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def _rule(states: str, to: int | None, checks: str) -> Rule:
     return Rule(frozenset(GuestState(int(s)) for s in states), None if to is None else GuestState(to), tuple(checks.split()))
 
 
-_START, _UPDATE, _PACKET = "platform session", "platform guest state", "platform guest state active address blocks"
+_START, _UPDATE = "platform session", "platform guest state"
 RULES = {
     "INIT": _rule("", None, "uninitialised"),
     "SHUTDOWN": _rule("", None, ""),
@@ -81,23 +82,23 @@ RULES = {
     "DF_FLUSH": _rule("", None, "platform"),
     "LAUNCH_START": _rule("0", 1, f"{_START} sharer sharing version es_platform"),
     "LAUNCH_UPDATE_DATA": _rule("1", None, f"{_UPDATE} active address blocks"),
-    "LAUNCH_UPDATE_VMSA": _rule("1", None, f"{_UPDATE} es_guest active address blocks"),
+    "LAUNCH_UPDATE_VMSA": _rule("1", None, f"{_UPDATE} es_guest active address page"),
     "LAUNCH_MEASURE": _rule("1", 2, f"{_UPDATE} room"),
-    "LAUNCH_SECRET": _rule("2", None, f"{_PACKET} header"),
+    "LAUNCH_SECRET": _rule("2", None, "platform guest address blocks header state active"),
     "LAUNCH_FINISH": _rule("2", 3, _UPDATE),
-    "GUEST_STATUS": _rule("123456", None, "platform guest"),
-    "ACTIVATE": _rule("123456", None, "platform guest asid inactive owned flushed"),
+    "GUEST_STATUS": _rule("", None, "platform"),
+    "ACTIVATE": _rule("12345", None, "platform guest asid owned inactive state flushed"),
     "DEACTIVATE": _rule("123456", None, "platform guest active"),
     "DECOMMISSION": _rule("123456", 0, "platform guest inactive"),
-    "DBG_DECRYPT": _rule("123456", None, "platform address blocks guest debug"),
-    "DBG_ENCRYPT": _rule("123456", None, "platform address blocks guest debug"),
+    "DBG_DECRYPT": _rule("123456", None, "platform address blocks guest debug active"),
+    "DBG_ENCRYPT": _rule("123456", None, "platform address blocks guest debug active"),
     "SEND_START": _rule("3", 4, f"{_UPDATE} send"),
-    "SEND_UPDATE_DATA": _rule("4", None, _PACKET),
-    "SEND_UPDATE_VMSA": _rule("4", None, f"{_UPDATE} es_guest active address blocks"),
+    "SEND_UPDATE_DATA": _rule("4", None, f"{_UPDATE} active blocks address"),
+    "SEND_UPDATE_VMSA": _rule("4", None, f"{_UPDATE} es_guest active blocks address"),
     "SEND_FINISH": _rule("4", 6, _UPDATE),
     "SEND_CANCEL": _rule("4", 3, _UPDATE),
     "RECEIVE_START": _rule("0", 5, f"{_START} session_given sharer sharing version es_platform"),
-    "RECEIVE_UPDATE_DATA": _rule("5", None, f"{_PACKET} header"),
-    "RECEIVE_UPDATE_VMSA": _rule("5", None, f"{_UPDATE} es_guest active address blocks header"),
+    "RECEIVE_UPDATE_DATA": _rule("5", None, f"{_UPDATE} active blocks header address"),
+    "RECEIVE_UPDATE_VMSA": _rule("5", None, f"{_UPDATE} es_guest active blocks header address"),
     "RECEIVE_FINISH": _rule("5", 3, _UPDATE),
 }

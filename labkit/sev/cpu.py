@@ -1,6 +1,6 @@
 """What an encrypted guest's CPU says about encryption: one CPUID leaf and two MSRs.
 
-Source: APM vol. 3 (24594) appendix E, leaf 0x8000001F; APM vol. 2 (24593) 15.34.10 (SEV_STATUS) and 15.35.7 (GHCB).
+Source: APM vol. 3 (24594) appendix E, leaf 0x8000001F; APM vol. 2 (24593) 15.34.10 (SEV_STATUS) and 15.35 (GHCB).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The guest-hypervisor communication block: the MSR protocol and the shared page, read by a host that trusts neither.
 
-Source: GHCB specification (AMD 56421) sections 2.3 (MSR) and 2.6, 4 (page); what a request must bring along and how a bad one is
-answered as KVM does it (sev_es_validate_vmgexit(), sev_handle_vmgexit_msr_protocol() in arch/x86/kvm/svm/sev.c).
+Source: GHCB specification (AMD 56421) chapters 2 (MSR protocol, layout) and 4 (events); what a request must bring along and how a
+bad one is answered as KVM does it (sev_es_validate_vmgexit(), sev_handle_vmgexit_msr_protocol() in arch/x86/kvm/svm/sev.c).
 """
 
 from __future__ import annotations

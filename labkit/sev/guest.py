@@ -6,13 +6,13 @@ opposite of the C-bit. Its module's own launch (TDH.MEM.PAGE.ADD) is not modelle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from labkit.arch.desc import PagingMode
 from labkit.arch.x86_cpu import CpuModel
@@ -36,13 +36,14 @@ if TYPE_CHECKING:
     from labkit.engines.base import ProtectingVm
     from labkit.guest.program import Program
 
-__all__ = ["KINDS", "Done", "ProtectedGuest"]
+__all__ = ["KINDS", "Done", "MakeGuest", "ProtectedGuest", "protection"]
 
 KINDS = ("sev", "sev-es", "snp", "tdx")
 C_BIT, TDX_SHARED_BIT = 51, 47  # Milan and later; a TD with 48 guest-physical address bits
 _TYPES = {"sev": VmType.SEV, "sev-es": VmType.SEV_ES, "snp": VmType.SNP, "tdx": VmType.SEV}
 _FACTS = ("policy", "measurement", "encrypted", "launched", "ghcbs", "jump_table")
 _SEALS = ("LAUNCH_UPDATE_VMSA", "SNP_LAUNCH_FINISH")  # commands before which KVM writes VMSAs
+_STARTS, _FINISHES = ("LAUNCH_START", "SNP_LAUNCH_START", "RECEIVE_START"), ("LAUNCH_FINISH", "SNP_LAUNCH_FINISH", "RECEIVE_FINISH")
 _SVME, _PAT, TSC_AUX = 1 << 12, 0x277, 0xC000_0103
 _POLICIES = {"sev": 0, "sev-es": int(Policy.ES), "snp": int(SnpPolicy.SMT | SnpPolicy.RESERVED_ONE), "tdx": 0}
 
@@ -63,7 +64,7 @@ class ProtectedGuest:
     It is the engine's cipher too: before LAUNCH_START there is no key, and private pages read as what lies in DRAM.
     """
 
-    def __init__(self, kind: str, memory: Memory, cpu: CpuModel, policy: int | None = None) -> None:
+    def __init__(self, kind: str, memory: Memory, cpu: CpuModel, policy: int | None = None, c_bit: int | None = None) -> None:
         if kind not in KINDS:
             raise NotAvailable(f"protect={kind!r}: there are {', '.join(KINDS)}", protect=kind)
         self.kind, self.memory, self.cpu, self.policy = kind, memory, cpu, _POLICIES[kind] if policy is None else policy
@@ -76,27 +77,32 @@ class ProtectedGuest:
         self.measurement = b""
         self.encrypted = self.launched = False
         self.on_encrypted: list[Callable[[str], None]] = []
+        self.on_command: list[Callable[[], object]] = []  # called behind each one, refused or not
         self._registers = list[Callable[[], Mapping[str, int]]]()  # of each vCPU, as only the CPU itself can tell
         self._engine: ProtectingVm | None = None
         self.ghcbs = 0  # gva of the guest library's table of GHCBs
         self.registered: dict[int, int] = {}  # vCPU -> gpa of the GHCB that it registered (SNP)
         self.awaited: dict[int, Awaited] = {}  # vCPU -> where its answer from user space goes
         self.jump_table = 0
-        self.c_bit = self._announce(cpu)
+        self.c_bit = self._announce(cpu, c_bit)
         self.host.psp.command("INIT", **({"es": True} if kind == "sev-es" else {}))
         self.command("INIT2")
 
-    def _announce(self, cpu: CpuModel) -> int:
+    def _announce(self, cpu: CpuModel, asked: int | None) -> int:
         """Let CPUID and the MSRs say what this VM is; a leaf that is there already says where the bit is."""
+        if asked is not None and not 32 <= asked < 52:
+            raise InvalidState(f"c_bit={asked}: the encryption bit is one of the bits 32 to 51 of an entry", c_bit=asked)
         if self.kind == "tdx":
-            return TDX_SHARED_BIT
+            return TDX_SHARED_BIT if asked is None else asked
         psp = self.host.psp
-        cpu.cpuid.setdefault((LEAF, 0), encryption_leaf(self.kind, C_BIT, 0, psp.nr_asids, psp.min_sev_asid))
+        cpu.cpuid.setdefault((LEAF, 0), encryption_leaf(self.kind, C_BIT if asked is None else asked, 0, psp.nr_asids, psp.min_sev_asid))
         highest = cpu.cpuid[0x8000_0000, 0]
         cpu.cpuid[0x8000_0000, 0] = (max(highest[0], LEAF), *highest[1:])
         cpu.msrs |= {SEV_STATUS_MSR: sev_status(self.kind), GHCB_MSR: 0}
         cpu.read_only_msrs |= {SEV_STATUS_MSR}
         c_bit = cpu.cpuid[LEAF, 0][1] & 0x3F
+        if asked not in (None, c_bit):
+            raise InvalidState(f"c_bit={asked}, but CPUID {LEAF:#x} of the CPU model says {c_bit}", c_bit=asked)
         if self.level > 1:  # what KVM leaves there at reset
             cpu.msrs[GHCB_MSR] = msr_response("SEV_INFO", min=1, max=2, c_bit=c_bit)
         return c_bit
@@ -125,6 +131,23 @@ class ProtectedGuest:
 
     def command(self, name: str, **fields: Any) -> Any:
         """KVM_MEMORY_ENCRYPT_OP; raises KvmError, and keeps a record of what was refused."""
+        if name in _STARTS:
+            self._forget_views()
+        try:
+            result = self._issue(name, fields)
+            self._after(name, result, fields)
+            return result
+        finally:
+            for tell in self.on_command:
+                tell()
+
+    def _forget_views(self) -> None:
+        """There is a key now or will be: what was private until then was so without one."""
+        for slot in self.memory.slots:
+            self.memory.looked_at(slot.gpa, slot.size, False)
+            self.memory.was_written(slot.gpa, slot.size)
+
+    def _issue(self, name: str, fields: dict[str, Any]) -> Any:
         try:
             if name in _SEALS:
                 self._save_registers()
@@ -135,13 +158,18 @@ class ProtectedGuest:
             self.done.append(Done(name, len(self.measured), found, status if isinstance(status, Status) else None))
             raise
         self.done.append(Done(name, len(self.measured)))
-        if name == "LAUNCH_MEASURE":
+        return result
+
+    def _after(self, name: str, result: Any, fields: dict[str, Any]) -> None:
+        if name in _STARTS:
+            self.policy = fields.get("policy", 0)
+            self._forget_views()
+        elif name == "LAUNCH_MEASURE":
             self.measurement = result
-        if name in ("LAUNCH_FINISH", "SNP_LAUNCH_FINISH"):
+        elif name in _FINISHES:
             self.launched = True
             self._seal()
             self.publish_owners()
-        return result
 
     def _seal(self) -> None:
         self.encrypted = True
@@ -190,6 +218,16 @@ class ProtectedGuest:
         self._registers.append(registers)
         if self.level > 1:
             self.vm.vcpus.append(KvmVcpu(self.dram.add_vmsa()))
+
+    def check_ready(self, index: int) -> None:
+        """KVM_RUN: raises InvalidState for a vCPU whose guest is not launched: it is LAUNCH_FINISH that makes it ready to run.
+
+        Until then the firmware keeps the ASID invalid on every core, so that hardware's VMRUN fails and KVM says KVM_EXIT_FAIL_ENTRY
+        (Documentation/virt/kvm/x86/amd-memory-encryption.rst; activate_common() and sev_mcmd_launch_finish() of AMD's firmware).
+        """
+        if not self.launched:
+            raise InvalidState(f"KVM_RUN of vCPU {index}: this {self.kind} guest is in state {self.state.name}, and no core runs its ASID "
+                               f"before {'SNP_' * (self.kind == 'snp')}LAUNCH_FINISH (VMRUN fails, KVM_EXIT_FAIL_ENTRY)")
 
     def check_registers(self, index: int) -> None:
         """KVM_GET_REGS, KVM_SET_REGS: raises KvmError EINVAL once a vCPU's registers are encrypted."""
@@ -283,32 +321,9 @@ class ProtectedGuest:
             raise InvalidState(f"gpa {gpa:#x}, {size:#x} bytes: private memory comes in whole pages")
         (self.protected.set if private else self.protected.clear)(gpa // PAGE, size // PAGE)
 
-    def pages(self, slots: Iterable[tuple[int, NDArray[np.bool_], NDArray[np.bool_]]]) -> list[tuple[int, dict[str, Any]]]:
-        """What memory really is: for each memslot its gpa, and by name arrays of one element a page.
-
-        private: DRAM holds ciphertext of the guest's key; protected: the host meant it to; with SNP owner (ASID) and validated.
-        `slots` are (gpa, the guest wrote the page last through its key, last without it).
-        """
-        measured = {m.spa + at for m in self.measured for at in range(0, getattr(m, "size", PAGE), PAGE)}
-        found = []
-        for gpa, through, without in slots:
-            frames = range(gpa, gpa + PAGE * len(through), PAGE)
-            launched = np.array([page in measured for page in frames], np.bool_)
-            facts = {"private": (launched | through) & ~without, "protected": np.array([page // PAGE in self.protected for page in frames])}
-            if self.kind == "snp":
-                entries = [self.host.rmp.entry(page) for page in frames]
-                facts["owner"] = np.array([entry.asid for entry in entries])
-                facts["validated"] = np.array([entry.validated for entry in entries])
-            found.append((gpa, facts))
-        return found
-
     def start(self) -> None:
-        """LAUNCH_START: the guest gets its key and its ASID; what was private until now was so without a key."""
-        for slot in self.memory.slots:
-            self.memory.looked_at(slot.gpa, slot.size, False)
+        """LAUNCH_START: the guest gets its key and its ASID."""
         self.command("SNP_LAUNCH_START" if self.kind == "snp" else "LAUNCH_START", policy=self.policy)
-        for slot in self.memory.slots:
-            self.memory.was_written(slot.gpa, slot.size)
 
     def update(self) -> None:
         """Encrypt and measure every protected range, lowest first; the host follows no page table from then on (sev_vm_launch)."""
@@ -355,3 +370,16 @@ class ProtectedGuest:
         """Every update so far with the digest after it."""
         guest = self.vm.snp or self.host.psp.guests.get(self.vm.handle)
         return [*guest.measured] if guest else []
+
+
+MakeGuest = Callable[[Memory, CpuModel], ProtectedGuest]
+
+
+def protection(kind: str | None, policy: int | None = None, c_bit: int | None = None, launch: bool = True) -> MakeGuest | None:
+    """What makes a VM's encryption, None for a plain VM; raises InvalidState for one that has settings without being encrypted."""
+    if kind is not None:
+        return partial(ProtectedGuest, kind, policy=policy, c_bit=c_bit)
+    stray = {"policy": policy, "c_bit": c_bit, "launch": None if launch else False}
+    if given := [f"{name}={value}" for name, value in stray.items() if value is not None]:
+        raise InvalidState(f"{' and '.join(given)}: only an encrypted guest has that, with protect={', '.join(map(repr, KINDS))}")
+    return None

@@ -1,6 +1,6 @@
 """What a guest's owner demands (policies) and what the secure processor answers (status codes).
 
-Sources: SEV API (AMD 55766) chapter 3, table 2 (policy) and the status table of its appendix; SNP ABI (AMD 56860) table 9;
+Sources: SEV API (AMD 55766) chapter 3 (policy) and section 4.4 (status codes); SNP ABI (AMD 56860), guest policy;
 numbers as in Linux include/uapi/linux/psp-sev.h.
 """
 

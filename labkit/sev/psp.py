@@ -1,6 +1,6 @@
 """The secure processor (PSP) of SEV and SEV-ES: platform, guests, and every command as a row of a table.
 
-Source: SEV API (AMD 55766) chapters 5 and 6; the order of checks as in the rows. Where the model simplifies: certificates are not
+Source: SEV API (AMD 55766) chapters 5 and 6; the order of checks as in commands.py. Where the model simplifies: certificates are not
 checked (a Diffie-Hellman key is a bare point, so a DOMAIN policy cannot be proven and forbids SEND), there is no attestation report,
 packets are never compressed, one DF_FLUSH does what hardware needs WBINVD on every core for, and everything random follows from a seed.
 """
@@ -91,8 +91,9 @@ class Psp:
     def command(self, name: str, **fields: Any) -> Any:
         """Run one command with the fields of Request; raises PspError with the status of the first check that fails.
 
-        Gives: LAUNCH_START, RECEIVE_START a handle; LAUNCH_MEASURE 48 bytes; GUEST_STATUS (policy, asid, state); DBG_DECRYPT plaintext;
-        SEND_START a session; SEND_UPDATE_* (header, data); PLATFORM_STATUS (API, build, initialised, ES, guests); others None.
+        Gives: LAUNCH_START, RECEIVE_START a handle; LAUNCH_MEASURE 48 bytes; GUEST_STATUS (policy, asid, state; UNINIT for one that
+        is not there); DBG_DECRYPT plaintext; SEND_START a session; SEND_UPDATE_* (header, data); PLATFORM_STATUS (API, build,
+        initialised, ES, guests); others None.
         """
         try:
             if name not in RULES:
@@ -192,6 +193,7 @@ _CHECKS: dict[str, tuple[Status, Callable[[Psp, Request], str]]] = {
     "session_given": (S.INVALID_LEN, lambda psp, r: _if(not r.session, "no session")),
     "header": (S.INVALID_LEN, lambda psp, r: _if(len(r.header) != transport.HEADER_SIZE, f"{len(r.header)} bytes of header")),
     "blocks": (S.INVALID_LEN, lambda psp, r: _if(r.length <= 0 or r.length % BLOCK, f"{r.length:#x} bytes")),
+    "page": (S.INVALID_LEN, lambda psp, r: _if(r.length != PAGE, f"{r.length:#x} bytes, and a VMSA is one page")),
     "room": (S.INVALID_LEN, lambda psp, r: _if(r.size < MEASURE_SIZE, f"{r.size} bytes of room, {MEASURE_SIZE} needed")),
     "address": (S.INVALID_ADDRESS, _address),
     "active": (S.INACTIVE, lambda psp, r: _if(not psp.guests[r.handle].asid, "ASID 0")),
@@ -256,8 +258,8 @@ def _secret(psp: Psp, r: Request) -> None:
 
 
 def _status(psp: Psp, r: Request) -> tuple[int, int, GuestState]:
-    guest = psp.guests[r.handle]
-    return guest.policy, guest.asid, guest.state
+    guest = psp.guests.get(r.handle)
+    return (guest.policy, guest.asid, guest.state) if guest else (0, 0, GuestState.UNINIT)
 
 
 def _activate(psp: Psp, r: Request) -> None:

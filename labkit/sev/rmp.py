@@ -1,6 +1,6 @@
 """SNP's reverse map: who owns each page of DRAM, and what the hardware says to an access that does not fit.
 
-Source: APM vol. 2 (24593) 15.36.3 to 15.36.10, RMPUPDATE and PVALIDATE in vol. 3; error-code bits in 15.36.10. Where the model
+Source: APM vol. 2 (24593) 15.36, RMPUPDATE and PVALIDATE in vol. 3; error-code bits in 15.36.10. Where the model
 simplifies: all pages are 4 KiB (no PSMASH), and there is one privilege level (VMPL0), because labkit's guests run at that.
 """
 
@@ -34,7 +34,7 @@ class RmpEntry:
 
     @property
     def state(self) -> str:
-        """The state's name in SNP ABI (56860) table 3."""
+        """The page's state by the name that SNP ABI (56860) gives it."""
         if not self.assigned:
             return "HYPERVISOR"
         if not self.asid:

@@ -1,7 +1,7 @@
 """The SNP half of the secure processor: launch digest, launch commands, policy.
 
-Source: SNP ABI (AMD 56860) sections 8.16 to 8.18 and table 67 (PAGE_INFO). Where the model simplifies: no ID block and no attestation
-report, no VMPL permissions, no migration; the CPUID page is checked for its count only, not against the CPU.
+Source: SNP ABI (AMD 56860) sections 8.16 to 8.18, its table 67 (PAGE_INFO) as sev-snp-measure reads it. Where the model simplifies: no ID
+block and no attestation report, no VMPL permissions, no migration; the CPUID page is checked for its count only, not against the CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DIGEST_SIZE = 48  # SHA-384
 _PAGE_INFO = Struct("<48s48sHBBBBBxQ")  # digest, contents, length, type, IMI, VMPL3..1 permissions, GPA
 assert _PAGE_INFO.size == 0x70
 _MAX_CPUID = 64  # entries of the CPUID page
-_SECRETS_VERSION, _VMPCK_OFFSET, _VMPCK_SIZE = 3, 0x20, 4 * 32  # SNP ABI table 71
+_SECRETS_VERSION, _VMPCK_OFFSET, _VMPCK_SIZE = 3, 0x20, 4 * 32  # SNP ABI 8.17.2.5, PAGE_TYPE_SECRETS
 
 
 class PageType(IntEnum):

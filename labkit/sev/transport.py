@@ -1,7 +1,8 @@
 """How keys and pages travel: the session between an owner or a platform and a secure processor, and the packets under it.
 
-Source: SEV API (AMD 55766) chapter 2 (keys: ECDH on P-384, KDF of SP 800-108, session = wrapped TEK || TIK) and sections 6.6, 6.8
-and 6.10 (packets). Certificates are left out: a public key is 97 bytes of an uncompressed point, and nobody vouches for it.
+Source: SEV API (AMD 55766) chapter 2 (keys: ECDH on P-384, KDF of SP 800-108, session = wrapped TEK || TIK) and section 6.6 (packets;
+SEND and RECEIVE use the same); the KDF is tested with a vector of the crate sev (virtee). Certificates are left out: a public key is
+97 bytes of an uncompressed point, and nobody vouches for it.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """What a host does at VMGEXIT, as KVM does (sev_handle_vmgexit() in arch/x86/kvm/svm/sev.c): it knows only what the guest tells it.
 
 The request is copied once and then checked and used; the page is raw DRAM, so one that the guest left private is noise and refused.
-Where the model simplifies: a scratch area must lie in the GHCB page, as version 2 of the protocol wants it.
+A scratch area must lie in the GHCB page, as version 2 of the protocol wants it, which is what INIT2 agrees on. Where the model
+simplifies: KVM leaves changes of page state to its user space, here the host makes them at once, and 2 MiB as 512 small pages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from labkit.arch.x86_cpu import IA32_TSC, IA32_TSC_ADJUST
@@ -46,9 +47,12 @@ if TYPE_CHECKING:
 __all__ = ["Awaited", "answer", "complete"]
 
 MSR = f"msr_{GHCB_MSR:#x}"
-KVM_ENOSYS, KVM_EPERM = -1000 & (1 << 64) - 1, -1 & (1 << 64) - 1
+FEATURES = 1 << 0  # of the hypervisor: SNP; KVM also offers bit 1, the starting of APs
+KVM_EPERM = -1 & (1 << 64) - 1
 _GP = 13 | 3 << 8 | 1 << 31  # exception 13, valid: the guest's #VC handler raises it (APM vol. 2 15.20)
-_MASK32 = 0xFFFF_FFFF
+_MASK32, _INT_MAX = 0xFFFF_FFFF, 0x7FFF_FFFF
+_PSC_MSR_ERROR = 1 << 31  # of GHCBData[63:32]
+_PSC_GENERIC, _PSC_HEADER, _PSC_ENTRY = 0x100 << 32, 1 << 32 | 1, 1 << 32 | 2  # of sw_exit_info_2 (asm/sev-common.h)
 Answer = Exit | dict[str, int] | GhcbReason  # for the host's user space; registers for the guest; or why not
 
 
@@ -75,6 +79,7 @@ class _Call:
     port: int  # of ucalls
     ucall: int | None = None
     awaited: Awaited | None = None
+    edits: dict[int, bytes] = field(default_factory=dict)  # of the shared buffer, by offset in the page
 
     def reg(self, name: str) -> int:
         return self.request.regs.get(name, 0)
@@ -93,7 +98,8 @@ def answer(guest: ProtectedGuest, index: int, vcpu: EngineVcpu, ghcb: int, port:
     if name == "GHCB":
         return _page(guest, index, vcpu, ghcb, port)
     said = answer_msr(ghcb, MsrHost(guest.c_bit, lambda leaf, sub: guest.cpu.seen_by(index, vcpu.read_reg("cr4"), leaf, sub),
-                                    guest.level > 2, page_state=guest.page_state_change))
+                                    guest.level > 2, features=FEATURES,
+                                    page_state=lambda gfn, op: _PSC_MSR_ERROR if guest.page_state_change(gfn, op) else 0))
     if said is None:
         why = term_text(ghcb) if name == "TERM" else f"KVM ends a guest that asks for {name} without SNP"
         return SystemEventExit(KVM_SYSTEM_EVENT_SEV_TERM, (ghcb,), why), None
@@ -112,6 +118,8 @@ def _page(guest: ProtectedGuest, index: int, vcpu: EngineVcpu, gpa: int, port: i
     call = _Call(guest, vcpu, index, gpa, page, parse_ghcb(page, guest.level > 2), port)
     said = call.request.refused or _ANSWERS.get(call.request.name, _unhandled)(call)
     reply = bytearray(page)
+    for offset, data in call.edits.items():
+        reply[offset:offset + len(data)] = data
     if isinstance(said, dict | GhcbReason) or call.awaited is not None or call.ucall is not None:
         GHCB.put(reply, "valid_bitmap", 0)
         refused = isinstance(said, GhcbReason)
@@ -145,8 +153,12 @@ def complete(guest: ProtectedGuest, index: int, value: int) -> bool:
 def _io(call: _Call) -> Answer:
     port = decode_io(call.request.info_1)
     size = port.size * (call.request.info_2 if port.is_string else 1)
+    if not port.size:
+        return {} if not call.request.info_1 >> 4 & 7 else GhcbReason.INVALID_INPUT
+    if size > _INT_MAX:
+        return InternalErrorExit(f"KVM_RUN: EINVAL, {size:#x} bytes of string I/O", call.vcpu.read_reg("rip"))
     if not size:
-        return GhcbReason.INVALID_INPUT
+        return {}
     if port.is_string:
         return _area(call, size, port.is_write, lambda data: PioExit(port.port, size, port.is_write, data))
     if port.port == call.port and "rax" in call.request.regs:
@@ -169,7 +181,9 @@ def _area(call: _Call, size: int, is_write: bool, exit: Callable[[int], Exit]) -
 
 def _mmio(call: _Call) -> Answer:
     gpa, size, is_write = call.request.info_1, call.request.info_2, call.request.name == "MMIO_WRITE"
-    return _area(call, size, is_write, lambda data: MmioExit(gpa, size, is_write, data)) if size else GhcbReason.INVALID_INPUT
+    if not size or size > 8:
+        return GhcbReason.INVALID_INPUT if size else {}
+    return _area(call, size, is_write, lambda data: MmioExit(gpa, size, is_write, data))
 
 
 def _cpuid(call: _Call) -> Answer:
@@ -218,23 +232,31 @@ def _dr7(call: _Call) -> Answer:
 def _jump_table(call: _Call) -> Answer:
     if call.request.info_1 > 1:
         return GhcbReason.INVALID_INPUT
-    if call.request.info_1 == 0:
-        call.guest.jump_table = call.request.info_2
-    return {"sw_exit_info_2": call.guest.jump_table}
+    if call.request.info_1:
+        return {"sw_exit_info_2": call.guest.jump_table}
+    call.guest.jump_table = call.request.info_2
+    return {}
 
 
 def _page_states(call: _Call) -> Answer:
-    """A list of page-state changes (GHCB specification 4.1.6): a header of two 16-bit numbers, then an 8-byte entry each."""
+    """A list of page-state changes (GHCB specification, chapter 4): a header of two 16-bit numbers, then an 8-byte entry each."""
     offset = call.scratch(8)
     if offset is None:
         return GhcbReason.INVALID_SCRATCH_AREA
-    first, last = (int.from_bytes(call.page[offset + at:offset + at + 2], "little") for at in (0, 2))
-    if call.scratch(8 * (last + 2)) is None or first > last:
-        return {"sw_exit_info_2": 1 << 32 | 1}  # invalid header
+    header, entries = call.page[offset:offset + 8], offset + 8
+    first, last = (int.from_bytes(header[at:at + 2], "little") for at in (0, 2))
+    if call.scratch(8 * (last + 2)) is None:
+        return {"sw_exit_info_2": _PSC_HEADER}
     for at in range(first, last + 1):
-        entry = int.from_bytes(call.page[offset + 8 + 8 * at:offset + 16 + 8 * at], "little")
-        if entry >> 56 & 1 or call.guest.page_state_change(entry >> 12 & (1 << 40) - 1, entry >> 52 & 0xF):
-            return {"sw_exit_info_2": 1 << 32 | 2}  # invalid entry
+        here = slice(entries + 8 * at, entries + 8 * at + 8)
+        entry = int.from_bytes(call.page[here], "little")
+        done, gfn, op, nr_pages = entry & 0xFFF, entry >> 12 & (1 << 40) - 1, entry >> 52 & 0xF, 512 if entry >> 56 & 1 else 1
+        if done > nr_pages or gfn % nr_pages:
+            return {"sw_exit_info_2": _PSC_ENTRY}
+        if op in (1, 2) and any(call.guest.page_state_change(gfn + i, op) for i in range(done, nr_pages)):
+            return {"sw_exit_info_2": _PSC_GENERIC}
+        call.edits[here.start] = (entry & ~0xFFF | nr_pages).to_bytes(8, "little")  # the guest sees how far its host has come
+        call.edits[offset] = (at + 1).to_bytes(2, "little")
     return {}
 
 
@@ -255,5 +277,6 @@ _ANSWERS: dict[str, Callable[[_Call], Answer]] = {
     "IOIO": _io, "MMIO_READ": _mmio, "MMIO_WRITE": _mmio, "CPUID": _cpuid, "MSR": _msr, "VMMCALL": _hypercall, "READ_DR7": _dr7,
     "WRITE_DR7": _dr7, "AP_JUMP_TABLE": _jump_table, "PAGE_STATE": _page_states, "TERM": _term,
     "RDPMC": lambda call: {"sw_exit_info_1": 1, "sw_exit_info_2": _GP}, "AP_HLT_LOOP": lambda call: HaltExit(),
-    **dict.fromkeys(("INVD", "WBINVD", "MONITOR", "MWAIT", "NMI_COMPLETE", "HV_FEATURES"), _done),
+    "HV_FEATURES": lambda call: {"sw_exit_info_2": FEATURES},
+    **dict.fromkeys(("INVD", "WBINVD", "MONITOR", "MWAIT", "NMI_COMPLETE"), _done),
 }

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from labkit.errors import InvalidState
-from labkit.sev.cipher import MemoryCipher
 
-__all__ = ["SNP_ACTIVE", "VMSA", "VMSA_GPA", "VMSA_SIZE", "Hidden", "Layout", "seal", "unseal", "vmsa_page", "vmsa_registers"]
+__all__ = ["SNP_ACTIVE", "VMSA", "VMSA_GPA", "VMSA_SIZE", "Hidden", "Layout", "vmsa_page", "vmsa_registers"]
 
 VMSA_SIZE, VMSA_GPA = 4096, 0xFFFF_FFFF_F000  # KVM's INITIAL_VMSA_GPA, which SNP measures
 SNP_ACTIVE = 1 << 0  # sev_features
@@ -97,13 +96,3 @@ def vmsa_registers(page: bytes) -> dict[str, int]:
         raise InvalidState(f"a VMSA is one page, not {len(page)} bytes")
     back = {field: name for name, field in _NAMES.items()} | {f"{name}_selector": name for name in _SELECTORS}
     return {back.get(field, field): VMSA.get(page, field) for field in VMSA.fields}
-
-
-def seal(regs: Mapping[str, int], cipher: MemoryCipher, spa: int, hidden: Mapping[str, Hidden] | None = None) -> bytes:
-    """The page as DRAM holds it after a VMEXIT: what the host sees of a vCPU's registers."""
-    return cipher.encrypt(spa, vmsa_page(regs, hidden))
-
-
-def unseal(page: bytes, cipher: MemoryCipher, spa: int) -> dict[str, int]:
-    """The registers that VMRUN loads from a page of ciphertext; a host that changed it loads garbage (SNP refuses the write)."""
-    return vmsa_registers(cipher.decrypt(spa, page))

@@ -6,15 +6,13 @@ Source: tools/testing/selftests/kvm/include/ucall_common.h and lib/ucall_common.
 from __future__ import annotations
 
 from enum import IntEnum
-from struct import Struct
-from typing import NamedTuple
 
 import numpy as np
 
 __all__ = [
     "BITMAP_BYTES", "GUEST_ERROR_STRING", "GUEST_FILE", "GUEST_LINE", "GUEST_UCALL_FAILED", "HEADER", "HEADER_SIZE", "NR_SLOTS",
     "OFFSET_ARGS", "OFFSET_BUFFER", "OFFSET_HVA", "UCALL", "UCALL_BUFFER_LEN", "UCALL_MAX_ARGS", "UCALL_PIO_PORT", "UCALL_SIZE",
-    "RawUcall", "UcallCmd", "cmd_name", "decode_text", "decode_ucall", "has_text",
+    "UcallCmd", "cmd_name", "decode_text", "has_text",
 ]
 
 UCALL_MAX_ARGS = 7
@@ -28,8 +26,7 @@ UCALL = np.dtype([("cmd", "<u8"), ("args", "<u8", UCALL_MAX_ARGS), ("buffer", "V
 HEADER = np.dtype([("in_use", "u1", NR_SLOTS // 8), ("ucalls", UCALL, NR_SLOTS)])  # struct ucall_header, little-endian
 UCALL_SIZE, HEADER_SIZE, BITMAP_BYTES = UCALL.itemsize, HEADER.itemsize, NR_SLOTS // 8
 OFFSET_ARGS, OFFSET_BUFFER, OFFSET_HVA = 8, 64, 1088
-_UCALL = Struct(f"<{1 + UCALL_MAX_ARGS}Q{UCALL_BUFFER_LEN}sQ")
-assert (_UCALL.size, UCALL_SIZE, HEADER_SIZE) == (1096, 1096, 561216)
+assert (UCALL_SIZE, HEADER_SIZE) == (1096, 561216)
 
 
 class UcallCmd(IntEnum):
@@ -43,15 +40,6 @@ class UcallCmd(IntEnum):
     UNHANDLED = 5
 
 
-class RawUcall(NamedTuple):
-    """The fields of one struct ucall as they lie in memory, believed by nobody yet."""
-
-    cmd: int
-    args: tuple[int, ...]
-    buffer: bytes
-    hva: int
-
-
 def cmd_name(cmd: int) -> str:
     """ "SYNC" for 1 and so on; a number that is no command as "0x17?"."""
     return UcallCmd(cmd).name if 0 <= cmd < len(UcallCmd) else f"0x{cmd:x}?"
@@ -60,12 +48,6 @@ def cmd_name(cmd: int) -> str:
 def has_text(cmd: int) -> bool:
     """Whether the buffer belongs to this ucall; for other commands it holds what an earlier one left."""
     return cmd in (UcallCmd.PRINTF, UcallCmd.ABORT, UcallCmd.UNHANDLED)
-
-
-def decode_ucall(data: bytes | memoryview) -> RawUcall:
-    """One struct ucall from its 1096 bytes."""
-    fields = _UCALL.unpack(data)
-    return RawUcall(fields[0], fields[1:8], fields[8], fields[9])
 
 
 def decode_text(buffer: bytes | bytearray | memoryview) -> str:

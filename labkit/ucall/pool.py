@@ -37,11 +37,10 @@ from labkit.ucall.abi import (
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["BadUcallExit", "Pool", "PoolSnapshot", "Slot", "SlotState", "Ucall"]
+__all__ = ["BadUcallExit", "Fields", "Pool", "PoolSnapshot", "Slot", "SlotState", "Strings", "Ucall"]
 
 SlotState = Literal["free", "held", "done", "leaked"]
 Strings = Callable[[int], str | None]  # gva of a string constant -> its text, from the program and not from the guest
-DONE = int(UcallCmd.DONE)
 _NAMES = {int(cmd): cmd.name for cmd in UcallCmd}
 _WITH_TEXT = frozenset(int(cmd) for cmd in UcallCmd if has_text(cmd))
 _SWAP, _WORDS = Struct(f"<{BITMAP_BYTES // 8}Q").pack, Struct(f">{BITMAP_BYTES // 8}Q").unpack
@@ -79,12 +78,31 @@ class Ucall(NamedTuple):
         return f"<Ucall vCPU {self.vcpu} {self.cmd}{said}{where} args [{', '.join(map(hex, args))}] slot {self.slot}>"
 
 
+class Fields:
+    """How one struct ucall is read, in a guest's byte order; what is in it is believed by nobody yet."""
+
+    def __init__(self, byteorder: Literal["little", "big"] = "little") -> None:
+        self._unpack = Struct(f"{'>' if byteorder == 'big' else '<'}{1 + UCALL_MAX_ARGS}Q").unpack_from
+
+    def ucall(self, data: Any, at: int, vcpu: int, slot: int | None, step: int, strings: Strings) -> Ucall:
+        """The ucall at an offset; strings finds the texts that an ABORT only points to."""
+        fields = self._unpack(data, at)
+        cmd, args = fields[0], fields[1:]
+        name = _NAMES.get(cmd) or cmd_name(cmd)
+        if cmd not in _WITH_TEXT:
+            return Ucall(name, args, None, vcpu, slot, step)
+        text = decode_text(data[at + OFFSET_BUFFER:at + OFFSET_BUFFER + UCALL_BUFFER_LEN])
+        if cmd != UcallCmd.ABORT:
+            return Ucall(name, args, text, vcpu, slot, step)
+        return Ucall(name, args, text, vcpu, slot, step, strings(args[GUEST_FILE]), args[GUEST_LINE], strings(args[GUEST_ERROR_STRING]))
+
+
 @dataclass(frozen=True)
 class BadUcallExit(Exit):
     """A ucall exit with a value that is no slot in use: nothing was read through it."""
 
     value: int
-    kind: str  # "exhausted" "stale" "unaligned" "foreign" "no pool"
+    kind: str  # "exhausted" "stale" "unaligned" "foreign" "no pool" "unreadable"
     why: str
     vcpu: int
     end = "bad-ucall"
@@ -162,7 +180,7 @@ class Pool:
 
     def __init__(self, memory: Memory, gpa: int, gva: int, byteorder: Literal["little", "big"] = "little") -> None:
         self._big = byteorder == "big"
-        self._fields = Struct(f"{'<>'[self._big]}{1 + UCALL_MAX_ARGS}Q")
+        self._fields = Fields(byteorder)
         self._header = HEADER.newbyteorder(">" if self._big else "<")
         self.memory, self.gpa, self.gva = memory, gpa, gva
         self.hva = memory.hva(gpa)  # of the header, as written into the guest; a forked VM keeps its parent's
@@ -246,18 +264,10 @@ class Pool:
         if not self.saw(vcpu, locked, step)[index >> 3] >> (index & 7) & 1:
             return BadUcallExit(value, "stale", f"slot {index} is not in use: its bit in in_use is clear", vcpu)
         self._heard[vcpu], self.owner[index] = index, vcpu  # the owner: where vCPUs run at once, another one may have come back first
-        at = self._offset + BITMAP_BYTES + UCALL_SIZE * index
-        fields = self._fields.unpack_from(self._data, at)
-        cmd, args = fields[0], fields[1:]
-        name = _NAMES.get(cmd) or cmd_name(cmd)
-        if cmd == DONE:
+        found = self._fields.ucall(self._data, self._offset + BITMAP_BYTES + UCALL_SIZE * index, vcpu, index, step, strings)
+        if found.cmd == "DONE":
             self.done[index] = True
-        if cmd not in _WITH_TEXT:
-            return Ucall(name, args, None, vcpu, index, step)
-        text = decode_text(self._data[at + OFFSET_BUFFER:at + OFFSET_BUFFER + UCALL_BUFFER_LEN])
-        if cmd != UcallCmd.ABORT:
-            return Ucall(name, args, text, vcpu, index, step)
-        return Ucall(name, args, text, vcpu, index, step, strings(args[GUEST_FILE]), args[GUEST_LINE], strings(args[GUEST_ERROR_STRING]))
+        return found
 
     def _refuse(self, value: int, vcpu: int, index: int, rest: int) -> Ucall | BadUcallExit:
         if value == GUEST_UCALL_FAILED:

@@ -19,13 +19,16 @@ from labkit.views import compare, encryption, eyes, launch, memory, pages, pool,
 from labkit.views.draw import Html, cat, el, label, num, plain
 from labkit.views.show import Bundle, View, columns, header, mimebundle, pane, status_line
 
-__all__ = ["PANES", "VIEWS", "Scene", "bundle", "front", "render", "transport", "walked"]
+__all__ = ["PANES", "SECRETS", "VIEWS", "Scene", "bundle", "front", "render", "transport", "walked"]
 
 PANES = ("title", "transport", "timeline", "status", "source", "disassembly", "registers", "stack", "touches", "pool", "card",
-         "poolkey", "held", "rail", "memory", "walk", "ruler", "ranges", "changes")  # of all kinds of widget
+         "poolkey", "held", "rail", "memory", "walk", "ruler", "ranges", "changes", "problems", "dump", "blocks", "words", "states",
+         "pages", "steps", "owner")  # of all kinds of widget
 CODE = columns("two", pane("source"), pane("disassembly")), el("div", pane("registers"), pane("touches"), cls="side")
-LAYOUT = cat([pane("title"), pane("transport"), pane("timeline"), pane("status"), columns("c2 dash", *CODE),
-              pane("pool"), pane("poolkey"), pane("rail"), pane("memory"), pane("walk")])
+HEAD = cat([pane("title"), pane("transport"), pane("timeline"), pane("status"), columns("c2 dash", *CODE),
+            pane("pool"), pane("poolkey"), pane("rail"), pane("memory")])
+LAYOUT = HEAD + pane("walk")
+SECRET_LAYOUT = HEAD + cat([pane("problems"), eyes.SIDES, *map(pane, ("walk", "states", "owner"))])  # of a protected VM
 # action -> (what it does, its key, key cap, words on the button, icon); three groups: back, forth, run
 BUTTONS = (
     {"home": ("Run to start", "Home", "Home", "", "M2 2h2v12H2zM14 2v12L5 8z"),
@@ -67,7 +70,7 @@ class Scene:
     def pool(self, fold: bool = False) -> View:
         """The ucall pool, or that there is none."""
         if self.vm.pool is None:
-            return View("ucall pool", none := "This VM has no ucall pool.", {"status": status_line(none)}, pane("status"), list)
+            return _none("ucall pool", "This VM has no ucall pool.")
         before = None if self.previous is None else self.previous.pool
         return pool.render(self.vm.pool, before, width=self.width, selection=self.vm.selection, taker=self.vm.vcpu, fold=fold)
 
@@ -78,7 +81,7 @@ class Scene:
         return self._once("memory", draw, now.slots, now.ranges, chosen, width)
 
     def pages(self) -> View:
-        """The walk of the selection, else of the next instruction."""
+        """The walk as `walked` says."""
         now, chosen = self.vm.page_table, self.vm.selection
         before = None if self.previous is None or self.previous.page_table.tables == now.tables else self.previous.page_table
         walk = walked(self.vm)
@@ -88,24 +91,58 @@ class Scene:
         view = self._once("pages", partial(pages.render_walk, walk, now, before, **facts), walk, now.tables, old, facts)
         return replace(view, panes={**view.panes, "title": pages.title(walk, now)})
 
+    def encryption(self) -> View:
+        """Page tables against memory, or that nothing is encrypted."""
+        now, chosen, width = self.vm.encryption, self.vm.selection, self.width
+        if now is None:
+            return _none("encryption", "This VM is not protected: nothing in it is encrypted.")
+        draw = partial(encryption.render, now, width=width, selection=chosen)
+        return replace(self._once("encryption", draw, now.ranges, now.protection, chosen, width), title=encryption.title(now))
+
+    def eyes(self) -> View:
+        """The page of the selection through both eyes."""
+        now, before = self.vm.eyes, self.previous
+        if now is None:
+            return _none("eyes", "This VM is not protected: host and guest see the same.")
+        return eyes.render(now, None if before is None else before.eyes, width=self.width, selection=self.vm.selection)
+
+    def launch(self) -> View:
+        """The launch so far."""
+        now = self.vm.launch
+        if now is None:
+            return _none("launch", "This VM is not protected: it has no launch.")
+        return self._once("launch", partial(launch.render, now, width=self.width), now, self.width)
+
     def dash(self) -> View:
         """All of it."""
-        vm, parts = self.vm, (self.stepper(), self.pool(fold=True), self.memory(), self.pages())
+        vm, secret = self.vm, [self.encryption(), self.eyes(), self.launch()] if self.vm.encryption is not None else []
+        parts = (self.stepper(), self.pool(fold=True), *(secret or [self.memory()]), self.pages())
+        layout = SECRET_LAYOUT if secret else LAYOUT
         facts = [vm.arch, vm.engine, vm.protection, f"{len(vm.vcpus)} vCPU" + "s" * (len(vm.vcpus) != 1), vm.schedule, vm.state]
         said = plain(vm.status, 400) if vm.status else parts[0].status
-        of = "the selection" if vm.selection is not None and vm.selection.gva is not None else "the next instruction"
-        drawn = {name: body for part in parts for name, body in part.panes.items() if f'data-pane="{name}"' in LAYOUT} | {
+        of = ("the selection" if vm.selection is not None and vm.selection.gva is not None else
+              "the page above" if front(vm).sealed else "the next instruction")
+        drawn = {name: body for part in parts for name, body in part.panes.items() if f'data-pane="{name}"' in layout} | {
             "title": header(plain(vm.name), [plain(fact, 60) for fact in facts if fact], vm.step),
             "timeline": timeline.draw(vm, self.width - 26), "status": status_line(said, "status top"),
-            "rail": parts[3].panes["rail"], "walk": label("Page walk", f"of {of}: {parts[3].status}") + parts[3].panes["walk"],
+            "rail": parts[-1].panes["rail"], "walk": label("Page walk", f"of {of}: {parts[-1].status}") + parts[-1].panes["walk"],
         }
+        if secret:
+            drawn["states"] = label("Launch", secret[-1].status) + drawn["states"]
         title = f"{plain(vm.name)}, {plain(vm.arch)}, {plain(vm.engine)}, step {num(vm.step)}"
-        return View(title, said, drawn, LAYOUT, lambda: [line for part in parts for line in ("", part.status, *part.lines())])
+        return View(title, said, drawn, layout, lambda: [line for part in parts for line in ("", part.status, *part.lines())])
 
 
+SECRETS = ("encryption", "eyes", "launch")  # views that only a protected VM has
 VIEWS: dict[str, Callable[[Scene], View]] = {
     "vm": Scene.dash, "stepper": Scene.stepper, "pool": Scene.pool, "pages": Scene.pages, "memory": Scene.memory,
+    "encryption": Scene.encryption, "eyes": Scene.eyes, "launch": Scene.launch,
 }
+
+
+def _none(title: str, words: str) -> View:
+    """There is no such thing."""
+    return View(title, words, {"status": status_line(words)}, pane("status"), list)
 
 
 def render(vm: VmSnapshot, previous: VmSnapshot | None = None, *, width: float = 940, kind: str = "vm",
@@ -146,9 +183,9 @@ def front(vm: VmSnapshot) -> VcpuSnapshot:
 
 
 def walked(vm: VmSnapshot) -> Walk:
-    """The walk that the views show: of the selection, else of the next instruction."""
-    chosen = None if vm.selection is None else vm.selection.gva
-    return vm.page_table.walk(front(vm).pc if chosen is None else chosen)
+    """The walk that the views show: of the selection, else of the next instruction; where that is sealed, of the page that is shown."""
+    chosen, shown = None if vm.selection is None else vm.selection.gva, None if vm.eyes is None else vm.eyes.gva
+    return vm.page_table.walk(chosen if chosen is not None else shown or 0 if front(vm).sealed else front(vm).pc)
 
 
 def transport(vm: VmSnapshot, actions: Collection[str]) -> Html:

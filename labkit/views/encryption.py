@@ -29,7 +29,7 @@ from labkit.views.draw import (
 from labkit.views.show import View, header, pane, rail, status_line
 from labkit.views.strip import PAGE, Painter, Strip, lay
 
-__all__ = ["render", "status"]
+__all__ = ["render", "status", "title"]
 
 TRACK, SECOND = 9, 11  # height of a page in one track, and where the lower track begins
 MAX_ROWS, MAX_PROBLEMS = 40, 6
@@ -52,8 +52,12 @@ def render(found: EncryptionMap, previous: object = None, *, width: float = 940,
         "problems": _problems(found), "ranges": _table(found, selection),
         "rail": rail(selection), "status": status_line(said),
     }
-    title = f"encryption, {plain(found.protection)}, {', '.join(map(plain, found.facts))}, step {num(found.step)}"
-    return View(title, said, panes, cat(map(pane, panes)), lambda: _lines(found))
+    return View(title(found), said, panes, cat(map(pane, panes)), lambda: _lines(found))
+
+
+def title(found: EncryptionMap) -> str:
+    """What the map is of, and when it was made."""
+    return f"encryption, {plain(found.protection)}, {', '.join(map(plain, found.facts))}, step {num(found.step)}"
 
 
 def status(found: EncryptionMap, selection: Selection | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -33,7 +34,7 @@ from labkit.views.draw import (
 )
 from labkit.views.show import View, columns, header, pane, rail, status_line
 
-__all__ = ["render"]
+__all__ = ["SIDES", "render"]
 
 ROWS = 14  # of the dump; the rest is a click on the map away
 COLS = 16  # blocks a row of the map
@@ -41,8 +42,10 @@ SIDES = columns("eyes", pane("dump"), el("div", pane("blocks"), pane("words"), c
 LAYOUT = cat([pane("title"), SIDES, pane("rail"), pane("status")])
 
 
-def render(page: PageEyes, previous: object = None, *, width: float = 940, selection: Selection | None = None) -> View:
-    """The page as a view; changes are marked against the bytes that the snapshot brings along, rows follow the selection."""
+def render(page: PageEyes, previous: PageEyes | None = None, *, width: float = 940, selection: Selection | None = None) -> View:
+    """The page as a view; changes are marked against previous, else against the bytes that it brings along; rows follow the selection."""
+    if previous is not None and (previous.gpa, len(previous.host)) == (page.gpa, len(page.host)):
+        page = replace(page, previous_host=previous.host, previous_guest=previous.guest, since=previous.step)
     host, guest = page.eyes
     offset = None if selection is None or selection.gpa is None else selection.gpa - page.gpa
     chosen = None if offset is None or not 0 <= offset < len(page.host) else offset // BLOCK
@@ -53,9 +56,10 @@ def render(page: PageEyes, previous: object = None, *, width: float = 940, selec
     if page.gva is not None:
         facts.insert(len(page.what) > 0, el("span", f"gva {hx(page.gva)}", cls="mono"))
     rows, narrow = _rows(host, guest, chosen), width < 700
+    name = f"Page {hx(page.gpa)}{', ' * bool(page.what)}{plain(page.what, 40)}"
     panes = {
         "title": header("One page, two eyes", facts, page.step),
-        "dump": label("Bytes", f"each row is one 16-byte cipher block{since}") + _dump(page, rows, chosen, narrow),
+        "dump": label(name, f"each row is one 16-byte cipher block{since}") + _dump(page, rows, chosen, narrow),
         "blocks": label("The page", f"{num(len(host.blocks))} blocks, to choose from") + _maps(page, rows, chosen, 6 if width < 1100 else 9)
         + key(("k-enc", "not zero") if page.private else ("k-shr", "not zero"), ("k-tint", "all zero"),
               ("k-chg", "changed") if marked else None, ("k-sel", "shown")),

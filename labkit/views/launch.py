@@ -24,7 +24,7 @@ def render(launch: LaunchProgress, previous: object = None, *, width: float = 94
     policy, said = policy_text(launch.policy, isinstance(launch.state, SnpState)), plain(launch.status, 400)
     panes = {
         "title": header("Launch", [plain(launch.protection, 20), f"policy {policy}"], counts=counts),
-        "states": label("State of the guest", "filled: now") + _chevrons(launch, width - 26),
+        "states": _chevrons(launch, width - 26),
         "pages": label("Pages", "solid: measured and encrypted") + _pages(launch, width - 26) + _key(launch),
         "steps": _steps(launch, width), "owner": _owner(launch),
         "status": status_line(said, "status hole" if _refused(launch) else "status"),

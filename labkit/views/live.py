@@ -21,7 +21,7 @@ class Controller(Protocol):
     """What the live views need of a VM.
 
     act() takes run, step, step_line (no facts), vcpu(index), toggle_breakpoint(gva or line) and select(kind, value):
-    slot (index), register (name), entry and byte (gva), page (gpa), symbol (name), none (None). A name not in actions
+    slot (index), register (name), entry and byte (gva), page and block (gpa), symbol (name), none (None). A name not in actions
     is never sent and has no button; time travel adds home, back, back_line, back_ucall and end.
     """
 
@@ -92,12 +92,12 @@ class Hub:
     @property
     def before(self) -> VmSnapshot | None:
         """What changes are marked against: the last state somebody could look at."""
-        return self._seen if self.shown.step != self._seen.step else self._base
+        return self._seen if _happened(self.shown, self._seen) else self._base
 
     def settle(self) -> None:
         """A cell or an action ended: show the final state; later changes are marked against it."""
         self.publisher.flush()
-        if self.shown.step != self._seen.step:
+        if _happened(self.shown, self._seen):
             self._base = self._seen
         self._seen = self.shown
 
@@ -129,3 +129,10 @@ class Hub:
             self.publisher.dirty = True
             self.publisher.flush()
         self.painters = [other for other in self.painters if watched or other != paint]
+
+
+def _happened(now: VmSnapshot, then: VmSnapshot) -> bool:
+    """Whether the guest went on between two snapshots, or the host changed the page that both show: more than another selection."""
+    eye, before = now.eyes, then.eyes
+    same = eye is None or before is None or eye.gpa != before.gpa or (eye.host, eye.guest) == (before.host, before.guest)
+    return now.step != then.step or not same

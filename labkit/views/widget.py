@@ -9,6 +9,7 @@ import anywidget
 import traitlets
 
 from labkit.errors import InvalidState, LabError
+from labkit.explore.eyes import BLOCK
 from labkit.views import dashboard, pages
 from labkit.views.live import Hub
 from labkit.views.show import Bundle, View, mimebundle, status_line
@@ -108,6 +109,8 @@ class LabWidget(_Panes):
         number, shown = _number(value), self._hub.shown
         if kind == "entry":
             number = pages.gva_of(shown.page_table, dashboard.walked(shown).gva, _number(content.get("arg")), number)
+        if kind == "block":
+            number = 0 if shown.eyes is None else shown.eyes.gpa + BLOCK * number
         return {"kind": kind, "value": number * 4096 if kind == "page" else number}
 
 

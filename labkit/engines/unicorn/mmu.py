@@ -32,7 +32,7 @@ __all__ = ["FAULT", "NEED", "NONCANONICAL", "NOT_YOURS", "Mmu"]
 
 FAULT, NONCANONICAL, NEED, NOT_YOURS = 1, 2, 3, 4
 READ, WRITE, FETCH = 16, 17, 18  # uc_mem_type
-PLAIN_STALE, RAW_STALE, PLAIN_SEEN, RAW_SEEN, WROTE_PRIVATE, WROTE_SHARED, ASSIGNED, UNUSABLE = (1 << bit for bit in range(8))
+PLAIN_STALE, RAW_STALE, _, _, WROTE_PRIVATE, WROTE_SHARED, ASSIGNED, UNUSABLE = (1 << bit for bit in range(8))  # as in mmu.c
 WROTE = WROTE_PRIVATE | WROTE_SHARED
 KEPT = WROTE | ASSIGNED | UNUSABLE  # whatever happens to the bytes
 PLAIN_AT = 1 << 44  # where the plain view of gpa 0 lies in Unicorn's own physical memory

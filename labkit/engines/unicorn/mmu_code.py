@@ -1,7 +1,8 @@
-"""Machine code of mmu.c, made by tests/build_mmu.py; a test sees to it that the two belong together."""
+"""Machine code of mmu.c, made by tests/build_mmu.py; tests/test_mmu_code.py sees to it that the two belong together."""
 
-__all__ = ["MACHINE_CODE", "SOURCE_SHA256"]
+__all__ = ["COMPILER", "MACHINE_CODE", "SOURCE_SHA256"]
 
+COMPILER = "ziglang 0.17.1"
 SOURCE_SHA256 = "7d5a7c8fdabd9026afadfa0d39a573e3460605c654e665f50b3f23f863bbd8ea"
 MACHINE_CODE = {
     "x86_64": (

@@ -1,7 +1,7 @@
 """x86-64 guests with encrypted registers: what would leave for the host is #VC, and VMGEXIT is the way out.
 
 Which instructions are intercepted is KVM's choice (init_vmcb(), sev_es_init_vmcb() in arch/x86/kvm/svm of Linux 6.12); which of them
-leave by themselves ("automatic exits": HLT, PAUSE, a nested page fault, SHUTDOWN) is the hardware's (APM vol. 2 15.35.4). Where an
+leave by themselves ("automatic exits": HLT, PAUSE, a nested page fault, SHUTDOWN) is the hardware's (APM vol. 2 15.35). Where an
 exception and the intercept compete, the exception comes first (APM vol. 2 15.9, 15.10).
 """
 

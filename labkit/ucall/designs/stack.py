@@ -7,36 +7,21 @@ LABKIT_UCALL_ON_STACK defined.
 
 from __future__ import annotations
 
-from struct import Struct
-
 from labkit.errors import InvalidState, MemoryFault, PageFault
 from labkit.machine.space import AddressSpace
-from labkit.paging.walk import Walk, walk
-from labkit.ucall.abi import (
-    GUEST_ERROR_STRING,
-    GUEST_FILE,
-    GUEST_LINE,
-    OFFSET_BUFFER,
-    UCALL_MAX_ARGS,
-    UCALL_SIZE,
-    UcallCmd,
-    cmd_name,
-    decode_text,
-    has_text,
-)
-from labkit.ucall.pool import BadUcallExit, Strings, Ucall
+from labkit.ucall.abi import UCALL_SIZE
+from labkit.ucall.pool import BadUcallExit, Fields, Strings, Ucall
 
 __all__ = ["MARK", "StackUcalls"]
 
 MARK = "ucall_is_on_stack"  # the symbol that such a program has
-_FIELDS = {order: Struct(f"{mark}{1 + UCALL_MAX_ARGS}Q") for order, mark in (("little", "<"), ("big", ">"))}
 
 
 class StackUcalls:
     """The host's side for one VM. There is no slot, so nobody can be told whose struct it was, nor when it was taken."""
 
     def __init__(self, space: AddressSpace) -> None:
-        self.space = space
+        self.space, self._fields = space, Fields(space.mode.byteorder)
 
     def twin(self, space: AddressSpace) -> StackUcalls:
         """The same for a forked VM."""
@@ -54,17 +39,7 @@ class StackUcalls:
             raw = self.space.read(value, UCALL_SIZE)
         except (InvalidState, PageFault, MemoryFault) as err:
             return BadUcallExit(value, "unreadable", f"struct ucall lies on the guest's stack: {err}. {self._seen(value)}", vcpu)
-        fields = _FIELDS[self.space.mode.byteorder].unpack_from(raw)
-        cmd, args = fields[0], fields[1:]
-        text = decode_text(raw[OFFSET_BUFFER:]) if has_text(cmd) else None
-        if cmd != UcallCmd.ABORT:
-            return Ucall(cmd_name(cmd), args, text, vcpu, None, step)
-        return Ucall(cmd_name(cmd), args, text, vcpu, None, step, strings(args[GUEST_FILE]), args[GUEST_LINE],
-                     strings(args[GUEST_ERROR_STRING]))
-
-    def host_walk(self, gva: int) -> Walk:
-        """The walk that a host would make: through DRAM as it is, ciphertext included."""
-        return walk(self.space.memory.read, self.space.mode, self.space.root_gpa, gva)
+        return self._fields.ucall(raw, 0, vcpu, None, step, strings)
 
     def _seen(self, gva: int) -> str:
-        return f"Its walk through DRAM ends so: {self.host_walk(gva).status}" if self.space.sealed else ""
+        return f"Its walk through DRAM ends so: {self.space.host_walk(gva).status}" if self.space.sealed else ""
