@@ -26,12 +26,13 @@ DEBUG = EXITS["KVM_EXIT_DEBUG"]
 ENABLE, STEP, HW_BP = (CONSTANTS[f"KVM_GUESTDBG_{name}"] for name in ("ENABLE", "SINGLESTEP", "USE_HW_BP"))
 SYNC_REGS, SYNC_SREGS = CONSTANTS["KVM_SYNC_X86_REGS"], CONSTANTS["KVM_SYNC_X86_SREGS"]
 HW_BREAKPOINTS = 4
-RIP, RCX, FLAGS = GPR["rip"], GPR["rcx"], GPR["rflags"]
+RIP, RCX, RSP, FLAGS = (GPR[name] for name in ("rip", "rcx", "rsp", "rflags"))
 ZF = 1 << 6
 DE, DB, BP, UD, NP, SS, GP, PF, MF, XM = 0, 1, 3, 6, 11, 12, 13, 14, 16, 19
 _PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 _STRINGS = frozenset(b"\x6c\x6d\x6e\x6f\xa4\xa5\xa6\xa7\xaa\xab\xac\xad\xae\xaf")
 _COMPARES = frozenset(b"\xa6\xa7\xae\xaf")
+_FAR = frozenset(b"\xca\xcb\xcf")  # RET to another segment, IRET: RIP lies on top of the stack, CS behind it
 
 
 class Kind(NamedTuple):
@@ -44,6 +45,7 @@ class Kind(NamedTuple):
     compares: bool
     narrow: bool  # counts in ECX
     vector: int  # of an exception that it may raise beside #UD #GP #PF
+    selector: int  # where on the stack it finds its next CS; 0 for what leads to CPL3 whatever lies there, -1 for what stays
 
     @property
     def mask(self) -> int:
@@ -54,15 +56,17 @@ class Kind(NamedTuple):
 @lru_cache(4096)
 def kind_of(code: bytes) -> Kind:
     """From the first bytes of an instruction."""
-    rep, at, narrow = 0, 0, False
+    rep, at, narrow, wide = 0, 0, False, 4
     while at < len(code) - 1 and code[at] in _PREFIXES:
         rep, narrow, at = code[at] if code[at] in (0xF2, 0xF3) else rep, narrow or code[at] == 0x67, at + 1
+        wide = 2 if code[at - 1] == 0x66 else wide
     if at < len(code) - 1 and code[at] >> 4 == 4:  # REX
+        wide = 8 if code[at] & 8 else wide
         at += 1
-    opcode = code[at] if code else 0
+    opcode, second = code[at] if code else 0, code[at + 1:at + 2]
     string = opcode in _STRINGS
-    return Kind(at + 1, opcode == 0xF4, string, rep if string else 0, opcode in _COMPARES, narrow,
-                _vector(opcode, code[at + 1:at + 2]))
+    selector = wide if opcode in _FAR else 0 if opcode == 0x0F and second in (b"\x07", b"\x35") else -1  # SYSRET, SYSEXIT
+    return Kind(at + 1, opcode == 0xF4, string, rep if string else 0, opcode in _COMPARES, narrow, _vector(opcode, second), selector)
 
 
 def _vector(opcode: int, second: bytes) -> int:
@@ -97,8 +101,15 @@ class Stepper:
         self.inside = False  # a REP instruction that has iterations left
 
     def debug(self, control: int, gvas: tuple[int, ...] = (), kinds: int = 0) -> None:
-        """KVM_SET_GUEST_DEBUG, when it is not so already; execution breakpoints in DR0 to DR3 (SDM vol. 3B 17.2), others as DR7 says."""
-        if self.control == (control, gvas):
+        """KVM_SET_GUEST_DEBUG, when it is not so already; execution breakpoints in DR0 to DR3 (SDM vol. 3B 17.2), others as DR7 says.
+
+        KVM notes the RIP that a step begins at and takes the trap flag away when registers are set to another later (kvm_set_rflags()).
+        """
+        run = self.vcpu.run_page
+        if control & STEP and run.kvm_dirty_regs:
+            call(self.vcpu.fd, "KVM_SET_REGS", run.s.regs)
+            run.kvm_dirty_regs = 0
+        elif self.control == (control, gvas):
             return
         wish = struct("kvm_guest_debug", control=control)
         for i, gva in enumerate(gvas):
@@ -132,9 +143,8 @@ class Stepper:
     def _step(self) -> Exit | None:
         vcpu = self.vcpu
         self.inside = False
-        vcpu.need_step(self.sregs.cs.selector & 3)
-        code = self._peek(vcpu.gprs[RIP])
-        kind = kind_of(code)
+        kind = kind_of(self._peek(vcpu.gprs[RIP]))
+        vcpu.need_step(self._ring_behind(kind))
         if kind.halts and not self.sregs.cs.selector & 3:
             self.debug(0)
             return vcpu.stay()
@@ -142,6 +152,15 @@ class Stepper:
         if kind.rep:
             return self._iterate(kind)
         return vcpu.stay()
+
+    def _ring_behind(self, kind: Kind) -> int:
+        """The privilege level to which an instruction leads: KVM_GUESTDBG_SINGLESTEP that is wrong there is wrong from here on."""
+        ring: int = self.sregs.cs.selector & 3
+        if kind.selector < 0 or ring:
+            return ring
+        if not kind.selector:
+            return 3
+        return int.from_bytes(self._peek(self.vcpu.gprs[RSP] + kind.selector)[:2], "little") & 3
 
     def _iterate(self, kind: Kind) -> Exit | None:
         """One iteration of a REP instruction, or the fault that the last one met."""
