@@ -20,7 +20,7 @@ from guests import (
     set_gate,
 )
 
-from labkit.engines.base import HaltExit, PioExit, ShutdownExit
+from labkit.engines.base import BudgetExit, HaltExit, PioExit, ShutdownExit
 
 DE, DB, BP, UD, DF, TS, NP, SS, GP, PF = 0, 1, 3, 6, 8, 10, 11, 12, 13, 14
 NOWHERE, BAD = 0x6000_0000, 1 << 63
@@ -250,3 +250,51 @@ def test_that_a_fault_on_the_way_to_a_handler_leads_where_the_manual_says(guest,
     else:
         assert came == HaltExit() and vcpu.pc == HANDLERS + 16 * chain[-1] + 1 and frame(vcpu, True)["error"] == error
         assert vm._events[-2].facts["chain"] == chain and vm._events[-2].facts["pc"] == frame(vcpu, True)["rip"]
+
+
+SKIP_TWO = "add qword ptr [rsp],2; iretq"
+
+
+@pytest.mark.parametrize("text", ["ud2; nop; nop; nop; hlt", "ud2; 1: jmp 1b", "ud2; mov rbx,[rsi]; nop; jmp 1f; 1: nop; hlt"])
+def test_that_the_resume_flag_lasts_for_the_one_instruction_behind_an_iret(guest, text):
+    def stopped(*budgets: int) -> tuple[int, bool]:
+        vm = guest(text)
+        vm.write(HANDLERS + 16 * UD, asm(SKIP_TWO))
+        assert [vm.vcpus[0].run(budget) for budget in budgets] == [BudgetExit(budget) for budget in budgets]
+        return vm.vcpus[0].pc, bool(vm.vcpus[0].regs.rflags & RF)
+
+    assert stopped(3) == stopped(1, 1, 1) == (CODE + 2, True)
+    for n in (4, 5, 6):
+        assert stopped(n) == stopped(*[1] * n) == stopped(3, n - 3) and not stopped(n)[1]
+
+
+@pytest.mark.parametrize("text, came", [("nop; mov rbx,[rsi]; jmp 1f; 1: hlt", HaltExit()), ("hlt", HaltExit()),
+                                        ("in al,dx; hlt", PioExit(0, 1, False, 0))])
+def test_that_no_resume_flag_is_left_where_a_run_ends(guest, text, came):
+    vm = guest(f"ud2; {text}")
+    vm.write(HANDLERS + 16 * UD, asm(SKIP_TWO))
+    assert vm.vcpus[0].run() == came and not vm.vcpus[0].regs.rflags & RF
+
+
+def test_that_a_resume_flag_that_was_set_by_hand_or_restored_lasts_for_one_instruction_too(guest):
+    (vcpu,) = (vm := guest("nop; nop; hlt")).vcpus
+    vcpu.regs.rflags = RF | 2
+    state = vm.snapshot()
+    for restore in (lambda: None, lambda: vm.restore(state)):
+        restore()
+        assert vcpu.regs.rflags & RF and vcpu.step() is None and not vcpu.regs.rflags & RF
+
+
+@only_unicorn
+@pytest.mark.parametrize("user", [True, False], ids=["ring 3", "ring 0"])
+def test_that_a_software_interrupt_after_a_resumed_instruction_pushes_no_resume_flag(guest, user):
+    vm = guest("ud2; nop; int3", user=user)
+    set_gate(vm, BP, kind=0xEE)
+    vm.write(HANDLERS + 16 * UD, asm(SKIP_TWO))
+    assert vm.vcpus[0].run() == HaltExit() and vm.vcpus[0].pc == HANDLERS + 16 * BP + 1 and not frame(vm.vcpus[0])["rflags"] & RF
+
+
+@pytest.mark.parametrize("text", ["mov rax,cr3", "mov cr3,rax", "mov rax,dr7"])
+def test_that_ring_3_is_refused_behind_an_instruction_that_is_looked_at(guest, text):
+    vm = guest(f"movq xmm0,r9; {text}", user=True)
+    assert vm.vcpus[0].run() == HaltExit() and vm.vcpus[0].pc == HANDLERS + 16 * GP + 1 and frame(vm.vcpus[0], True)["rip"] == CODE + 5

@@ -29,6 +29,7 @@ HANDLER = CODE + 0x800  # of every exception and of SYSCALL
 NOPS, LEAVE = b"\x90" * 4, b"\xec"  # in al, dx
 LOOPS = 3000
 LOOP = b"\xb9" + LOOPS.to_bytes(4, "little") + b"\xff\xc9\x75\xfc" + LEAVE  # mov ecx, LOOPS; 1: dec ecx; jnz 1b
+FENCE = b"\x90\x0f\xae\xf0\x90" + LEAVE  # nop; mfence; nop
 GIB = 1 << 30
 LOAD = b"\x8a\x04\x25" + (GIB + DATA).to_bytes(4, "little") + LEAVE  # mov al, [GIB + DATA]
 STORE = b"\x88\x04\x25" + DATA.to_bytes(4, "little") + b"\x90" + LEAVE  # mov [DATA], al
@@ -67,7 +68,7 @@ class _Guest:
 
 
 def _steps(guest: _Guest) -> bool:
-    return all(guest.vcpu.run(1) == BudgetExit(1) and guest.vcpu.read_reg("rip") == CODE + i for i in (1, 2, 3))
+    return all(guest.vcpu.run(1) == BudgetExit(1) and guest.vcpu.read_reg("rip") == CODE + i for i in (1, 4, 5))
 
 
 def _breaks(guest: _Guest) -> bool:
@@ -136,7 +137,7 @@ def _rings(question: Callable[[_Guest], T], code: bytes, otherwise: T) -> list[T
 @cache
 def probe() -> tuple[Capability, ...]:
     """The capabilities of this machine's KVM, with what was seen."""
-    step, step_user = _rings(_steps, NOPS + LEAVE, False)
+    step, step_user = _rings(_steps, FENCE, False)
     return (*_debugging(step, step_user), *_speed(step_user), *_cpu(),
             Capability("snapshot", True, "registers, XSAVE, MSRs and memory bit for bit; the TSC goes on from where it was"),
             Capability("dirty_log", _ask(_logs, STORE, False, False), "KVM_MEM_LOG_DIRTY_PAGES: a restore writes back what was written"),
@@ -155,8 +156,8 @@ def _debugging(step: bool, step_user: bool) -> tuple[Capability, ...]:
         Capability("step", step, "at CPL0: one instruction, one REP iteration, one exception delivery" if step else
                    "KVM_GUESTDBG_SINGLESTEP does not stop behind one instruction here"),
         Capability("step_user", step_user, "at CPL3 too" if step_user else
-                   "at CPL3 a step's trap goes to the guest's own #DB handler here, and a step that leads there (IRET, SYSRET) runs on: a VM "
-                   "that must step, count or break needs privilege=\"kernel\""),
+                   "at CPL3 a step's trap goes to the guest's own #DB handler here, and a step that leads there (IRET, SYSRET) runs on: "
+                   "a VM that must step, count or break needs privilege=\"kernel\""),
         Capability("breakpoints", breaks, "any number: 4 in debug registers, more by stepping"),
         Capability("watchpoints", watches, "debug registers on data" if watches else "a debug register on data does not stop a store here"),
     )
