@@ -47,7 +47,7 @@ STEPPED = {  # where a step is easily something else than an instruction
     "bases": "swapgs; nop; swapgs; swapgs; rdfsbase rax; wrgsbase rax; rdgsbase rbx; wrfsbase rbx; nop; hlt",
     "mov ss": "mov eax,0x10; mov ss,eax; nop; mov ss,eax; mov ss,eax; nop; nop; mov ss,[rsi+64]; mov rbx,[rsi]; nop; hlt",
     "mov ss and out": "mov eax,0x10; mov ss,eax; out dx,al; nop; mov ss,eax; ud2; hlt",
-    "system": "mov rax,cr3; mov cr3,rax; mov rax,cr0; mov cr0,rax; mov rax,cr4; mov cr4,rax; invlpg [rsi]; wbinvd; cli; sti; nop; clts; hlt",
+    "system": "mov rax,cr3; mov cr3,rax; mov rax,cr0; mov cr0,rax; mov rax,cr4; mov cr4,rax; invlpg [rsi]; wbinvd; cli; sti; clts; hlt",
     "tables": "sgdt [rsi]; lgdt [rsi]; sidt [rsi+16]; lidt [rsi+16]; str ax; sldt ax; smsw ax; lmsw ax; mov rax,dr7; mov dr7,rax; hlt",
     "flags": "pushfq; popfq; std; cld; stc; lahf; sahf; push 0x202; popfq; hlt",
     "rep": "mov ecx,3; rep stosb; nop; mov ecx,2; repe cmpsb; mov ecx,2; rep outsb; xor ecx,ecx; rep movsq; hlt",

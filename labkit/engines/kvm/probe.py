@@ -15,7 +15,7 @@ from labkit.arch.model import BootTables
 from labkit.arch.x86_boot import TSS_OFFSET, X86_64
 from labkit.arch.x86_cpu import CpuModel
 from labkit.engines.base import BudgetExit, Capability, DebugExit, Exit, PioExit
-from labkit.engines.kvm.step import ENABLE, HW_BP
+from labkit.engines.kvm.step import ENABLE, HW_BP, UD
 from labkit.errors import LabError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ NOPS, LEAVE = b"\x90" * 4, b"\xec"  # in al, dx
 LOOPS = 3000
 LOOP = b"\xb9" + LOOPS.to_bytes(4, "little") + b"\xff\xc9\x75\xfc" + LEAVE  # mov ecx, LOOPS; 1: dec ecx; jnz 1b
 FENCE = b"\x90\x0f\xae\xf0\x90" + LEAVE  # nop; mfence; nop
+SIMD = b"\x66\x48\x0f\x6e\xc0\xd9\xe8" + LEAVE  # movq xmm0, rax; fld1
 GIB = 1 << 30
 LOAD = b"\x8a\x04\x25" + (GIB + DATA).to_bytes(4, "little") + LEAVE  # mov al, [GIB + DATA]
 STORE = b"\x88\x04\x25" + DATA.to_bytes(4, "little") + b"\x90" + LEAVE  # mov [DATA], al
@@ -66,6 +67,11 @@ class _Guest:
         """Whether it ran to the IN at the end."""
         return isinstance(came, PioExit) and self.vcpu.read_reg("rip") == CODE + length
 
+    def pushed(self) -> int:
+        """What lies on top of a handler's stack; -1 when none was reached."""
+        came, rsp = self.vcpu.run(), self.vcpu.read_reg("rsp")
+        return int.from_bytes(self.memory[rsp:rsp + 8], "little") if isinstance(came, PioExit) and rsp <= SIZE - 8 else -1
+
 
 def _steps(guest: _Guest) -> bool:
     return all(guest.vcpu.run(1) == BudgetExit(1) and guest.vcpu.read_reg("rip") == CODE + i for i in (1, 4, 5))
@@ -81,15 +87,24 @@ def _watches(guest: _Guest) -> bool:
     return isinstance(guest.vcpu.stay_free(), DebugExit) and guest.vcpu.read_reg("rip") == CODE + 7
 
 
-def _loads(guest: _Guest) -> bool:
-    return guest.left(guest.vcpu.run(), len(LOAD))
+def _ends(guest: _Guest) -> bool:
+    return guest.left(guest.vcpu.run(), len(guest.code))
+
+
+def _reaches(guest: _Guest) -> bool:
+    guest.vcpu.set_regs({"rflags": 3 << 12 | 2, "tr_limit": 0x67})
+    return _ends(guest)
 
 
 def _traps(guest: _Guest) -> bool:
     """Whether its handler has the address behind the interrupt."""
-    came, rsp = guest.vcpu.run(), guest.vcpu.read_reg("rsp")
-    behind = int.from_bytes(guest.memory[rsp:rsp + 8], "little") if rsp <= SIZE - 8 else 0
-    return isinstance(came, PioExit) and behind == CODE + len(guest.code)
+    return guest.pushed() == CODE + len(guest.code)
+
+
+def _nests(guest: _Guest) -> bool:
+    """Whether a gate that is not present is #NP, with an error code that says which one."""
+    guest.put(IDT + 16 * UD + 5, b"\x0e")
+    return guest.pushed() == 8 * UD + 3
 
 
 def _calls(guest: _Guest) -> bool:
@@ -153,12 +168,14 @@ def probe() -> tuple[Capability, ...]:
 def _debugging(step: bool, step_user: bool) -> tuple[Capability, ...]:
     breaks, watches = step and _ask(_breaks, NOPS + LEAVE, False, False), _ask(_watches, STORE, False, False)
     return (
-        Capability("step", step, "at CPL0: one instruction, one REP iteration, one exception delivery" if step else
+        Capability("step", step, "at CPL0: one instruction, one REP iteration, one exception delivery; a guest that steps itself (TF) "
+                   "does so only while it is not stepped" if step else
                    "KVM_GUESTDBG_SINGLESTEP does not stop behind one instruction here"),
         Capability("step_user", step_user, "at CPL3 too" if step_user else
                    "at CPL3 a step's trap goes to the guest's own #DB handler here, and a step that leads there (IRET, SYSRET) runs on: "
                    "a VM that must step, count or break needs privilege=\"kernel\""),
-        Capability("breakpoints", breaks, "any number: 4 in debug registers, more by stepping"),
+        Capability("breakpoints", breaks, "any number: 4 in debug registers, more by stepping" if breaks else
+                   "a debug register on an instruction does not stop there here"),
         Capability("watchpoints", watches, "debug registers on data" if watches else "a debug register on data does not stop a store here"),
     )
 
@@ -178,14 +195,23 @@ def _speed(step_user: bool) -> tuple[Capability, ...]:
 
 
 def _cpu() -> tuple[Capability, ...]:
-    cpuid, gib, calls = _rings(_identifies, CPUID, False), _rings(_loads, LOAD, False), _ask(_calls, b"\x0f\x05", True, False)
-    lost = [f"{name} at CPL{3 * ring}" for name, code in (("INT3", b"\xcc"), ("INT n", b"\xcd\x77"))
+    cpuid, gib = _rings(_identifies, CPUID, False), _rings(_ends, LOAD, False)
+    calls, iopl, simd = _ask(_calls, b"\x0f\x05", True, False), _ask(_reaches, LEAVE, True, False), _ask(_ends, SIMD, False, False)
+    nests = _ask(_nests, b"\x0f\x0b", False, False)
+    lost = [f"{name} at CPL{3 * ring}" for name, code in (("INT1", b"\xf1"), ("INT3", b"\xcc"), ("INT n", b"\xcd\x77"))
             for ring, came in enumerate(_rings(_traps, code, False)) if not came]
     return (
-        Capability("software_interrupts", not lost, f"here these do not reach their handler: {', '.join(lost)}" if lost else
-                   "INT3 and INT n, from both rings"),
+        Capability("software_interrupts", not lost, f"here these do not reach their handler, or not with the address behind them: "
+                   f"{', '.join(lost)}" if lost else "INT1, INT3 and INT n, from both rings"),
+        Capability("nested_faults", nests, "a fault on the way to a handler is what the manual says" if nests else
+                   "here what is wrong with a gate, its segment or its stack on the way to a handler becomes #DF, or is not looked at"),
+        Capability("simd", simd, "x87 and SSE in both rings" if simd else
+                   "at CPL0 this KVM emulates neither x87 nor most of SSE (nor XGETBV, RDTSCP, POPCNT): such an instruction is an "
+                   "internal error that names it; CPL3 (privilege=\"user\") has them all"),
         Capability("syscall", calls, "SYSCALL leads from CPL3 to CPL0" if calls else
                    "here SYSCALL at CPL3 goes on at LSTAR, but at CPL3 and with the user's CS and SS"),
+        Capability("iopl", iopl, "IOPL 3 lets CPL3 at every port" if iopl else
+                   "here CPL3 reaches a port by the bitmap of its TSS alone, whatever IOPL says"),
         Capability("huge_pages", all(gib), "leaves of 2 MiB and 1 GiB" if all(gib) else
                    "2 MiB only: here a leaf of 1 GiB is a page fault for its reserved bits (KVM_GET_SUPPORTED_CPUID has no pdpe1gb): map "
                    "its memory with smaller pages"),
