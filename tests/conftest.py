@@ -137,26 +137,6 @@ def guest(backend: str) -> Iterator[Any]:
         vm.close()
 
 
-def need(vm: Any, name: str) -> None:
-    """Skip the test, with the engine's own reason, where a VM's engine declares that it cannot do this."""
-    for capability in vm.capabilities:
-        if capability.name == name and not capability.have:
-            pytest.skip(f"{vm.backend} has no {name}: {capability.why}")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
-    """What an engine refuses because of a capability that it does not declare is a skip, where a test is for every engine."""
-    from labkit.errors import NotAvailable
-
-    try:
-        return (yield)
-    except NotAvailable as err:
-        if "backend" not in pyfuncitem.fixturenames or not hasattr(err, "capability"):
-            raise
-        pytest.skip(str(err))
-
-
 @pytest.fixture(scope="module")  # not longer: while it lives, Playwright's event loop is in the way of others
 def browser() -> Iterator[Any]:
     """A headless Chromium (a Playwright Browser) that reaches 127.0.0.1 and nothing else."""

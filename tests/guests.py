@@ -79,3 +79,13 @@ def frame(vcpu: lk.Vcpu, error: bool = False) -> dict[str, int]:
     names = (("error",) if error else ()) + ("rip", "cs", "rflags", "rsp", "ss")
     raw = vcpu.read(vcpu.regs.rsp, 8 * len(names))
     return {name: int.from_bytes(raw[8 * i:8 * i + 8], "little") for i, name in enumerate(names)}
+
+
+def lacks(vm: lk.Vm, name: str) -> str:
+    """Why a VM's engine declares that it cannot do this, "" when it can."""
+    return next((capability.why for capability in vm.capabilities if capability.name == name and not capability.have), "")
+
+
+def go(vcpu: lk.Vcpu, most: int = 100) -> object:
+    """Run to the next exit, counted where the engine can count in the ring that the vCPU is in."""
+    return vcpu.run(None if vcpu.regs.cs & 3 and lacks(vcpu.vm, "step_user") else most)

@@ -38,6 +38,37 @@ def test_that_a_counted_run_has_equal_steps() -> None:
     assert not any("step" in cause for cause in found.causes) and found.df.equal.all()
 
 
+STEPPED = {  # where a step is easily something else than an instruction
+    "iretq": "push 0x10; push rsp; push 2; push 8; lea rax,[rip+5]; push rax; iretq; nop; nop; nop; hlt",
+    "iretq with RF": "push 0x10; push rsp; push 0x10002; push 8; lea rax,[rip+3]; push rax; iretq; nop; nop; hlt",
+    "far return": "push 8; lea rax,[rip+4]; push rax; .byte 0x48; retf; nop; nop; hlt",
+    "fences": "lfence; sfence; mfence; nop; clflush [rsi]; nop; prefetcht0 [rsi]; nop; pause; hlt",
+    "fxsave": "fxsave [rsi]; fxrstor [rsi]; nop; hlt", "endbr": "endbr64; nop; endbr64; endbr64; hlt",
+    "bases": "swapgs; nop; swapgs; swapgs; rdfsbase rax; wrgsbase rax; rdgsbase rbx; wrfsbase rbx; nop; hlt",
+    "mov ss": "mov eax,0x10; mov ss,eax; nop; mov ss,eax; mov ss,eax; nop; nop; mov ss,[rsi+64]; mov rbx,[rsi]; nop; hlt",
+    "mov ss and out": "mov eax,0x10; mov ss,eax; out dx,al; nop; mov ss,eax; ud2; hlt",
+    "system": "mov rax,cr3; mov cr3,rax; mov rax,cr0; mov cr0,rax; mov rax,cr4; mov cr4,rax; invlpg [rsi]; wbinvd; cli; sti; clts; hlt",
+    "tables": "sgdt [rsi]; lgdt [rsi]; sidt [rsi+16]; lidt [rsi+16]; str ax; sldt ax; smsw ax; lmsw ax; mov rax,dr7; mov dr7,rax; hlt",
+    "flags": "pushfq; popfq; std; cld; stc; lahf; sahf; push 0x202; popfq; hlt",
+    "rep": "mov ecx,3; rep stosb; nop; mov ecx,2; repe cmpsb; mov ecx,2; rep outsb; xor ecx,ecx; rep movsq; hlt",
+}
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_that_every_step_leads_to_the_same_place_on_both_engines(name: str) -> None:
+    traces = []
+    for backend in ("unicorn", "kvm"):
+        with guests.bare(STEPPED[name], backend=backend) as vm:
+            vm.write(guests.DATA, bytes(64) + b"\x10")
+            (vcpu,), trace = vm.vcpus, list[Any]()
+            vcpu._cpu.set_regs({"cr4": vcpu.regs.cr4 | 1 << 16, "rbx": 0x18})  # FSGSBASE
+            while len(trace) < 40 and vcpu.state != "halted":
+                came = vcpu.step()
+                trace.append((came, vcpu.step_count, *(vcpu.regs[name] for name in ("rip", "rflags", "rsp", "rcx", "ss"))))
+            traces.append(trace)
+    assert traces[0] == traces[1] and len(traces[0]) > 3
+
+
 # --- the kernel's
 
 TIME = "real time against a virtual clock is what it measures"

@@ -8,7 +8,7 @@ from labkit.arch.x86_cpu import CpuModel
 from labkit.engines.base import Capability, EngineVm
 from labkit.errors import NotAvailable
 
-__all__ = ["BACKENDS", "Capability", "open_engine"]
+__all__ = ["BACKENDS", "Capability", "need", "open_engine"]
 
 BACKENDS = ("unicorn", "kvm")
 
@@ -26,3 +26,10 @@ def open_engine(backend: str, arch: str, cpu: CpuModel) -> EngineVm:
     from labkit.engines.unicorn import UnicornVm
 
     return UnicornVm(arch, cpu)
+
+
+def need(engine: EngineVm, name: str) -> None:
+    """Raise NotAvailable, with the engine's own reason, for what it declares that it cannot do."""
+    for capability in engine.capabilities:
+        if capability.name == name and not capability.have:
+            raise NotAvailable(f"{engine.name}: no {name}: {capability.why}", capability=name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from labkit.arch.desc import PagingMode
@@ -36,6 +37,7 @@ class AddressSpace:
         self.memory, self.mode, self.user = memory, mode, user  # user: every page is one, for guests at CPL3
         self.protected = protected  # pfns that are encrypted, or will be at launch; None: nothing ever is
         self.sealed = ""  # why the host cannot follow these page tables any longer
+        self.check_size: Callable[[int], None] = lambda page_size: None  # refuses pages that the CPU does not have
         self.eye: Read = memory.read  # guest-physical memory as the guest's own walker sees it
         self.used = Sparsebit()  # pfns
         self.valid = Sparsebit()  # virtual page numbers that something lies at
@@ -112,8 +114,12 @@ class AddressSpace:
 
     def map(self, gva: int, gpa: int, nr_pages: int = 1, page_size: int = PAGE, writable: bool = True, nx: bool = False,
             **flags: bool) -> None:
-        """Map physical pages (virt_map), with the encryption bit where they are protected; raises InvalidState for a mapped range."""
+        """Map physical pages (virt_map), with the encryption bit where they are protected.
+
+        Raises InvalidState for a mapped range, NotAvailable for a page size that the engine's CPU does not have.
+        """
         self.check_open(f"map gva {gva:#x}")
+        self.check_size(page_size)
         if self.protected is not None:
             flags = {"c": self.protected.is_set(gpa // PAGE, nr_pages * page_size // PAGE)} | flags
         self.builder.map(gva, gpa, nr_pages, page_size, writable=writable, nx=nx, **{"user": self.user} | flags)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from labkit.arch.desc import PagingMode
 from labkit.arch.model import Arch, BootTables
 from labkit.bits import align_up
+from labkit.engines import need
 from labkit.engines.base import EngineVcpu, EngineVm, Exit, LoggingVm, Ownership, ParallelVm, ProtectingVm, Trace
 from labkit.errors import InvalidState, NotAvailable
 from labkit.machine.memory import PAGE, Memory
@@ -78,6 +79,7 @@ class Machine:
         self._protecting = engine if isinstance(engine, ProtectingVm) and protection is not None else None
         self._protection = protection
         self.space = AddressSpace(memory, arch.mode, self.is_user) if protection is None else self._protect(protection)
+        self.space.check_size = self._check_size
         self.vcpus: list[EngineVcpu] = []
         self.stacks: list[int] = []  # gva of each vCPU's stack, lowest byte
         self.tasks: list[int] = []  # gva of each vCPU's own descriptor page, where guests run as users
@@ -96,6 +98,10 @@ class Machine:
         self.memory.on_look += [protection.look, self._protecting.memory_needed]
         protection.on_encrypted.append(self.seal)
         return AddressSpace(self.memory, mode, self.is_user, protection.protected)
+
+    def _check_size(self, page_size: int) -> None:
+        if page_size > 2 << 20:
+            need(self.engine, "huge_pages")
 
     def seal(self, why: str) -> None:
         """The guest was launched: from here on the host can follow no page table, and only the guest's eye sees private pages.

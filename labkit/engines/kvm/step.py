@@ -2,7 +2,9 @@
 
 KVM_GUESTDBG_SINGLESTEP alone is not that. Its step over a faulting instruction ends behind the handler's first instruction, so
 debug registers hold the handlers that may be entered next. A REP instruction that KVM emulates runs many iterations, so it is
-given a count of one. A HLT would lose its exit, so it runs without being stepped.
+given a count of one. A HLT would lose its exit, so it runs without being stepped. Behind IRET, SWAPGS, ENDBR64, the groups of
+the fences and of RDRAND, kvm_pvm stops one instruction too late, so a debug register holds the place behind them too. MOV SS
+keeps the trap away from the next instruction (SDM vol. 3A 6.8.3); where KVM stops between the two, both are stepped.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from labkit.engines.base import Exit
+from labkit.engines.disasm import disassemble
 from labkit.engines.kvm.abi import CONSTANTS, EXITS, call, struct
 from labkit.engines.kvm.regs import GPR
 
@@ -26,12 +29,14 @@ DEBUG = EXITS["KVM_EXIT_DEBUG"]
 ENABLE, STEP, HW_BP = (CONSTANTS[f"KVM_GUESTDBG_{name}"] for name in ("ENABLE", "SINGLESTEP", "USE_HW_BP"))
 SYNC_REGS, SYNC_SREGS = CONSTANTS["KVM_SYNC_X86_REGS"], CONSTANTS["KVM_SYNC_X86_SREGS"]
 HW_BREAKPOINTS = 4
-RIP, RCX, FLAGS = GPR["rip"], GPR["rcx"], GPR["rflags"]
-ZF = 1 << 6
+RIP, RCX, RSP, FLAGS = (GPR[name] for name in ("rip", "rcx", "rsp", "rflags"))
+ZF, RF = 1 << 6, 1 << 16
 DE, DB, BP, UD, NP, SS, GP, PF, MF, XM = 0, 1, 3, 6, 11, 12, 13, 14, 16, 19
 _PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 _STRINGS = frozenset(b"\x6c\x6d\x6e\x6f\xa4\xa5\xa6\xa7\xaa\xab\xac\xad\xae\xaf")
 _COMPARES = frozenset(b"\xa6\xa7\xae\xaf")
+_LATE = (b"\x01", b"\x1e", b"\xae", b"\xc7")  # behind 0F
+_FAR = frozenset(b"\xca\xcb\xcf")  # RET to another segment, IRET: RIP lies on top of the stack, CS behind it
 
 
 class Kind(NamedTuple):
@@ -44,6 +49,9 @@ class Kind(NamedTuple):
     compares: bool
     narrow: bool  # counts in ECX
     vector: int  # of an exception that it may raise beside #UD #GP #PF
+    selector: int  # where on the stack it finds its next CS; 0 for what leads to CPL3 whatever lies there, -1 for what stays
+    behind: int  # bytes of all of it, where KVM may not stop behind it or must not; else 0
+    shadow: bool  # it loads SS
 
     @property
     def mask(self) -> int:
@@ -54,15 +62,20 @@ class Kind(NamedTuple):
 @lru_cache(4096)
 def kind_of(code: bytes) -> Kind:
     """From the first bytes of an instruction."""
-    rep, at, narrow = 0, 0, False
+    rep, at, narrow, wide = 0, 0, False, 4
     while at < len(code) - 1 and code[at] in _PREFIXES:
         rep, narrow, at = code[at] if code[at] in (0xF2, 0xF3) else rep, narrow or code[at] == 0x67, at + 1
+        wide = 2 if code[at - 1] == 0x66 else wide
     if at < len(code) - 1 and code[at] >> 4 == 4:  # REX
+        wide = 8 if code[at] & 8 else wide
         at += 1
-    opcode = code[at] if code else 0
+    opcode, second = code[at] if code else 0, code[at + 1:at + 2]
     string = opcode in _STRINGS
-    return Kind(at + 1, opcode == 0xF4, string, rep if string else 0, opcode in _COMPARES, narrow,
-                _vector(opcode, code[at + 1:at + 2]))
+    selector = wide if opcode in _FAR else 0 if opcode == 0x0F and second in (b"\x07", b"\x35") else -1  # SYSRET, SYSEXIT
+    shadow = opcode == 0x8E and bool(second) and second[0] & 0x38 == 0x10
+    insn = next(disassemble("x86_64", code, 0), None) if shadow or (opcode == 0x0F and second in _LATE) else None
+    return Kind(at + 1, opcode == 0xF4, string, rep if string else 0, opcode in _COMPARES, narrow, _vector(opcode, second), selector,
+                insn.size if insn else 0, shadow)
 
 
 def _vector(opcode: int, second: bytes) -> int:
@@ -97,8 +110,15 @@ class Stepper:
         self.inside = False  # a REP instruction that has iterations left
 
     def debug(self, control: int, gvas: tuple[int, ...] = (), kinds: int = 0) -> None:
-        """KVM_SET_GUEST_DEBUG, when it is not so already; execution breakpoints in DR0 to DR3 (SDM vol. 3B 17.2), others as DR7 says."""
-        if self.control == (control, gvas):
+        """KVM_SET_GUEST_DEBUG, when it is not so already; execution breakpoints in DR0 to DR3 (SDM vol. 3B 17.2), others as DR7 says.
+
+        KVM notes the RIP that a step begins at and takes the trap flag away when registers are set to another later (kvm_set_rflags()).
+        """
+        run = self.vcpu.run_page
+        if control & STEP and run.kvm_dirty_regs:
+            call(self.vcpu.fd, "KVM_SET_REGS", run.s.regs)
+            run.kvm_dirty_regs = 0
+        elif self.control == (control, gvas):
             return
         wish = struct("kvm_guest_debug", control=control)
         for i, gva in enumerate(gvas):
@@ -132,16 +152,42 @@ class Stepper:
     def _step(self) -> Exit | None:
         vcpu = self.vcpu
         self.inside = False
-        vcpu.need_step(self.sregs.cs.selector & 3)
-        code = self._peek(vcpu.gprs[RIP])
-        kind = kind_of(code)
+        kind = kind_of(self._peek(vcpu.gprs[RIP]))
+        vcpu.need_step(self._ring_behind(kind))
         if kind.halts and not self.sregs.cs.selector & 3:
             self.debug(0)
             return vcpu.stay()
-        self.debug(ENABLE | STEP | HW_BP, self._handlers((PF, GP, UD, kind.vector)))
+        self.debug(ENABLE | STEP | HW_BP, self._landings(kind))
         if kind.rep:
             return self._iterate(kind)
-        return vcpu.stay()
+        start, exit = vcpu.gprs[RIP], vcpu.stay()
+        if kind.shadow and exit is None and vcpu.gprs[RIP] == start + kind.behind:
+            done = vcpu.insns
+            exit, vcpu.insns = self._step(), done
+        return exit
+
+    def _landings(self, kind: Kind) -> tuple[int, ...]:
+        """Where to stop, whatever KVM takes for a step: the handlers that may come, and behind some instructions."""
+        rip, rsp = self.vcpu.gprs[RIP], self.vcpu.gprs[RSP]
+        if kind.behind and not kind.shadow:
+            return self._elsewhere(rip + kind.behind, *self._handlers(PF, GP, UD))
+        target = self._peek(rsp)[:kind.selector] if kind.selector > 0 else b""
+        if target:
+            return self._elsewhere(int.from_bytes(target, "little"), *self._handlers(PF, GP, NP))
+        return self._elsewhere(*self._handlers(PF, GP, UD, SS if kind.selector > 0 else kind.vector))
+
+    def _elsewhere(self, *gvas: int) -> tuple[int, ...]:
+        """Without repetition, and without where the guest is: KVM would stop there at once, whatever RF says."""
+        return tuple(dict.fromkeys(gva for gva in gvas if gva != self.vcpu.gprs[RIP]))
+
+    def _ring_behind(self, kind: Kind) -> int:
+        """The privilege level to which an instruction leads: KVM_GUESTDBG_SINGLESTEP that is wrong there is wrong from here on."""
+        ring: int = self.sregs.cs.selector & 3
+        if kind.selector < 0 or ring:
+            return ring
+        if not kind.selector:
+            return 3
+        return int.from_bytes(self._peek(self.vcpu.gprs[RSP] + kind.selector)[:2], "little") & 3
 
     def _iterate(self, kind: Kind) -> Exit | None:
         """One iteration of a REP instruction, or the fault that the last one met."""
@@ -167,6 +213,7 @@ class Stepper:
         if gprs[RCX] & mask == 0:
             over = left == 1 or (kind.compares and bool(gprs[FLAGS] & ZF) != (kind.rep == 0xF3))
             gprs[RCX], gprs[RIP] = left - 1, start + kind.length if over else start
+            gprs[FLAGS] = gprs[FLAGS] & ~RF if over else gprs[FLAGS] | RF  # SDM vol. 3B 17.3.1.1
             self.inside = not over
             vcpu.run_page.kvm_dirty_regs |= SYNC_REGS
         else:  # a fault, or a read from a hole: nothing was done; KVM_SET_REGS drops a fault that is not delivered yet
@@ -190,7 +237,7 @@ class Stepper:
             hva = self._pages[page] = self.vcpu.hva(page)
         return ctypes.string_at(hva + gva - page, min(15, page + 4096 - gva)) if hva else b""
 
-    def _handlers(self, vectors: tuple[int, ...]) -> tuple[int, ...]:
+    def _handlers(self, *vectors: int) -> list[int]:
         """Where these exceptions would lead, from the guest's IDT as it is now."""
         base, limit = self.sregs.idt.base, self.sregs.idt.limit
         found = []
@@ -199,5 +246,4 @@ class Stepper:
             gate = self._peek(at) if 16 * vector + 15 <= limit else b""
             if len(gate) >= 12:
                 found.append(int.from_bytes(gate[0:2] + gate[6:12], "little"))
-        here = self.vcpu.gprs[RIP]  # KVM would stop there at once, whatever RF says
-        return tuple(dict.fromkeys(gva for gva in found if gva != here))
+        return found

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from labkit.arch.desc import LAST
 from labkit.arch.x86 import X86_PXXV48_4K as MODE
+from labkit.engines import need
 from labkit.engines.base import BudgetExit, DeadlineExit, DebugExit, Exit, InterruptExit, Regs, Trace
 from labkit.engines.kvm.abi import CONSTANTS, EXITS, IOCTLS, STRUCTS, call, enter, struct
 from labkit.engines.kvm.exits import HANDLERS, on_io
@@ -175,7 +176,7 @@ class KvmVcpu:
     def set_breakpoints(self, gvas: frozenset[int]) -> None:
         """Stop with DebugExit before the instructions at these addresses."""
         if gvas:
-            self.vm.need("breakpoints")
+            need(self.vm, "breakpoints")
             self.need_step(self.read_reg("cs") & 3)
         self.breakpoints = gvas
 
@@ -308,7 +309,7 @@ class KvmVcpu:
 
     def need_step(self, ring: int) -> None:
         """Raise NotAvailable where KVM's single step is wrong."""
-        self.vm.need("step_user" if ring == 3 else "step")
+        need(self.vm, "step_user" if ring == 3 else "step")
 
     def settle(self) -> None:
         """Let KVM finish the instruction of the last exit, so that registers are those behind it; a read from a hole has to wait."""

@@ -126,12 +126,6 @@ class KvmVm:
             self._saved = {index: 0 for index in SAVED_MSRS if call(fd, "KVM_GET_MSRS", msrs({index: 0})) == 1}
         return self._saved
 
-    def need(self, capability: str) -> None:
-        """Raise NotAvailable, with the reason, for something this VM's KVM cannot do."""
-        for can in self.capabilities:
-            if can.name == capability and not can.have:
-                raise NotAvailable(f"kvm: no {capability}: {can.why}", capability=capability)
-
     def hva(self, gpa: int) -> int:
         """The host address of a gpa, 0 for a hole."""
         return next((hva + gpa - start for start, hva, length in self.slots if start <= gpa < start + length), 0)

@@ -226,6 +226,8 @@ class Guards:
             data = ctypes.addressof(self.locked)
         elif trap.kind == "rep" and (rep := stub("rep")) is not None:
             callback, data = rep, ctypes.addressof(self._rep)
+        elif trap.kind == "iret":
+            callback = CodeHook(lambda _h, at, _s, _d: self._at_iret(at))
         elif not trap.stops:
             callback = CodeHook(lambda _h, at, _s, _d: self._count_extra(at))
         self._hooks[gva] = _work(trap), self.handle.hook(uc.UC_HOOK_CODE, callback, gva, gva, data)
@@ -242,6 +244,10 @@ class Guards:
 
     def _at_locked(self) -> None:
         self.locked[0], self.locked[2] = self.vcpu.counter.value, 0
+
+    def _at_iret(self, gva: int) -> None:
+        target = self.vcpu.vmem_read(self.vcpu.read_reg("rsp"), 8) or b""
+        self.vcpu.resumed = self.vcpu.insns + self.vcpu.before(gva) + 1 - self.extra(), int.from_bytes(target, "little")
 
     def _count_extra(self, gva: int) -> None:
         """At a REP string instruction or a stack-segment load: Unicorn counts one more than the architecture steps."""

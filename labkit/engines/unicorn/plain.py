@@ -228,6 +228,9 @@ class PlainQuirks:
         """See `ring`."""
         return self.vcpu.refuse(f"a page at gpa {gpa:#x} that is not the guest's, which nobody expected")
 
+    def drop_resume_flag(self) -> None:
+        """There is none."""
+
     def restore_flags(self) -> None:
         """A hook changes no flags."""
 

@@ -53,6 +53,7 @@ class Quirks(Protocol):
     def ring(self) -> int: ...  # the privilege level that memory is accessed with
     def miss(self, error: int | None, gva: int) -> Exit | None: ...  # deliver a page fault at gva, None: it is no address
     def not_yours(self, fault: GuestFault, gva: int, gpa: int, private: bool) -> Exit | None: ...  # SNP: a page with another owner
+    def drop_resume_flag(self) -> None: ...  # if there is one, and the instruction that it is for has run
     def restore_flags(self) -> None: ...  # of an instruction that has a hook and faulted
     def strange_mode(self) -> str: ...  # why code cannot be run as the CPU stands, or ""
     def read_all(self) -> Regs: ...

@@ -19,7 +19,7 @@ __all__ = ["PREFIXES", "SIZES", "Trap", "pio_form", "scan"]
 class Trap:
     """A sensitive instruction: `kind` names its handler; only `stops` ones are taken out of Unicorn's hands before they run.
 
-    The others only correct the count.
+    The others only correct the count, or note what it is.
     """
 
     kind: str
@@ -34,7 +34,7 @@ _KINDS = {
     "pio": "in out", "string_pio": "insb insw insd outsb outsw outsd", "halt": "hlt", "cpuid": "cpuid", "rdtsc": "rdtsc rdtscp",
     "rdmsr": "rdmsr", "wrmsr": "wrmsr", "xgetbv": "xgetbv", "xsetbv": "xsetbv", "hypercall": "vmcall vmmcall",
     "random": "rdrand rdseed", "syscall": "syscall", "sysenter": "sysenter sysexit", "icebp": "int1",
-    "monitor": "monitor mwait", "rdpmc": "rdpmc", "pause": "pause", "flush": "wbinvd wbnoinvd invd",
+    "iret": "iret iretd iretq", "monitor": "monitor mwait", "rdpmc": "rdpmc", "pause": "pause", "flush": "wbinvd wbnoinvd invd",
     "undefined": "vmrun vmload vmsave stgi clgi skinit invlpga vmxon vmlaunch vmresume vmread vmwrite vmptrld vmptrst vmclear "
                  "monitorx mwaitx rsm getsec",
     "refused": "xsave xsave64 xsaveopt xsaveopt64 xsavec xsavec64 xsaves xsaves64 xrstor xrstor64 xrstors xrstors64",
@@ -42,12 +42,12 @@ _KINDS = {
 _BY_MNEMONIC = {mnemonic: kind for kind, names in _KINDS.items() for mnemonic in names.split()}
 PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 SIZES = {"b": 1, "w": 2, "d": 4}  # bytes, by the last letter of a string I/O instruction
-_COUNTED = frozenset({"rep", "shadow", "locked"})
+_COUNTED = frozenset({"rep", "shadow", "locked", "iret"})
 _SEALED = frozenset({"flush", "dr7"})  # intercepted where registers are encrypted, Unicorn's own business elsewhere
 _STRING = frozenset(b"\xa4\xa5\xa6\xa7\xaa\xab\xac\xad\xae\xaf")
 # Every byte sequence that can begin or be part of one of them; a block without a match needs no decoding
 _SUSPECT = re.compile(
-    rb"[\xf0\x86\x87\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xc4\xc5\x62\x8f\xf1]"
+    rb"[\xf0\x86\x87\xcf\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xc4\xc5\x62\x8f\xf1]"
     rb"|[\xf2\xf3][\x26\x2e\x36\x3e\x40-\x4f\x64-\x67\xf0\xf2\xf3]*[\x90\xa4-\xa7\xaa-\xaf]"
     rb"|\x0f[\x00\x01\x05\x08\x09\x20\x21\x22\x23\x30-\x37\x78\x79\xa2\xaa\xae\xc7]|\x8e[\x10-\x17\x50-\x57\x90-\x97\xd0-\xd7]", re.DOTALL)
 

@@ -33,6 +33,7 @@ SLICE = {"each": 1 << 20, "tally": 1 << 24}  # instructions after which a counte
 COUNT_FOR = 1 << 22  # an unbounded run is counted exactly that far, then runs uncounted
 PATIENCE = 8  # times that a run is asked to end (each 20 ms) before it is forced: a busy machine may not have let it look yet
 BY_EACH = 4096  # budgets up to this are counted by Unicorn, an instruction at a time: changing over costs a translation
+RF = 1 << 16
 _HEADER = struct.Struct("<4sI")
 
 
@@ -61,6 +62,7 @@ class UnicornVcpu:
         self.monitor_survives = True
         self.exception: int | None = None
         self._forced, self._asked, self.shortened = False, 0, (-1, -1)
+        self.resumed: tuple[int, int] | None = None  # (insns, pc) behind what may have set the flag RF
         self.quirks = vm.quirks(self)
         self.guards, self.mmio = Guards(self), Mmio(self)
         self.handle.hook(uc.UC_HOOK_INTR, IntrHook(lambda _h, vector, _d: self._intr(vector)))
@@ -80,6 +82,7 @@ class UnicornVcpu:
         if self.quirks.pc_name in regs:
             self.mmio.forget()
         self.quirks.write_many(regs)
+        self.resumed = self.insns, self.quirks.pc()
 
     def read_reg(self, name: str) -> int:
         """One register."""
@@ -102,6 +105,7 @@ class UnicornVcpu:
         self.insns, self.exact = facts["insns"], facts["exact"]
         self.mmio.set_state(facts["mmio"])
         self.quirks.set_extra_state(facts["extra"])
+        self.resumed = self.insns, self.quirks.pc()
         self.stale_tlb = self.stale_code = True
 
     def close(self) -> None:
@@ -176,7 +180,10 @@ class UnicornVcpu:
         shield = self.vm.shield
         shield.enter(self._stop)
         try:
-            return self._run(insns)
+            exit = self._run(insns)
+            if self.resumed is not None:
+                self.quirks.drop_resume_flag()
+            return exit
         finally:
             shield.running = False
 
@@ -314,11 +321,17 @@ class UnicornVcpu:
         shadow = self.guards.is_shadow(gva)
         if not shadow and not (self.quirks.pc() == gva and self.quirks.is_drained()):
             self.guards.last = (gva, 0)  # for the next native run, whose counter begins at 0
+            if self.quirks.pc() == gva:
+                self.resume_here()
             return None
         after = self.insns + shadow
         exit = self.run_one()
         self.insns = after
         return exit
+
+    def resume_here(self) -> None:
+        """The run ends between two iterations of a REP: RF is set (SDM vol. 3B 17.3.1.1)."""
+        self.set_regs({"rflags": self.read_reg("rflags") | RF})
 
     def run_one(self) -> Exit | None:
         """Run until one instruction more has retired, or the exit that comes first."""

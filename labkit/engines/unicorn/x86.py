@@ -205,6 +205,7 @@ class X86(X86Events):
         self.retire(trap, **{pointer: index + (-size if down else size) & mask}, **({"rcx": rcx - 1} if rep else {}))
         if rep and rcx > 1:
             self.set_pc(trap.gva)
+            self.vcpu.resume_here()
         if pointer == "rsi":
             return PioExit(port, size, True, int.from_bytes(self.vcpu.vmem_read(gva, size) or b"", "little"))
         self.awaits = [size, gva]

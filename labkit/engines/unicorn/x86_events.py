@@ -104,6 +104,15 @@ class X86Events:
 
         self.handle.patch_context(patch)
 
+    def drop_resume_flag(self) -> None:
+        """Only the instruction behind an IRET is resumed (SDM vol. 3B 17.3.1.1); in Unicorn RF lasts to the next jump (QEMU's gen_eob)."""
+        insns, pc = self.vcpu.resumed or (-1, -1)
+        if (self.regs.read("rip") == pc) if self.vcpu.mode == "free" else self.vcpu.insns == insns:
+            return
+        self.vcpu.resumed, flags = None, self.regs.read("rflags")
+        if flags & _RF:
+            self.regs.write("rflags", flags & ~_RF)
+
     def wants_short_block(self) -> bool:
         """The guest steps itself (TF), or the instruction stands behind STI or MOV SS."""
         return bool(self._hflags() & (1 << 8 | 1 << 3))
@@ -158,6 +167,7 @@ class X86Events:
 
     def deliver(self, vector: int, error: int | None = None, software: bool = False) -> Exit | None:
         """Enter the guest's handler, by way of #DF if need be; a fault then is a triple fault (SDM vol. 3A table 6-5)."""
+        self.drop_resume_flag()
         self.vcpu.insns += 1
         old = {name: self.regs.read(name) for name in _SAVED}
         chain, first_error = [vector], error
