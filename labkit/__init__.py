@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-def compare(program: Program | None, backends: Sequence[str | Callable[[], Vm]] = ("unicorn", "kvm"), entry: str = "guest_code",
+def compare(program: Program | None, backends: Sequence[str | Callable[[], Vm]] = ("unicorn", "kvm"), entry: str | int = "guest_code",
             nr_vcpus: int = 1, max_insns: int | None = None, host: Callable[[Vm], Any] | None = None, **create: Any) -> Comparison:
     """Run the same guest on several engines and compare everything that can be seen of it, with the reason for what is tolerated.
 

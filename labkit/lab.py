@@ -68,12 +68,12 @@ class Vm:
     # --- making VMs
 
     @classmethod
-    def create(cls, program: Program, entry: str = "guest_code", nr_vcpus: int = 1, backend: str = "unicorn",
+    def create(cls, program: Program, entry: str | int = "guest_code", nr_vcpus: int = 1, backend: str = "unicorn",
                protect: str | None = None, ucall: str | None = "pool", memory: int | None = None,
                schedule: str = "round_robin", name: str | None = None, cpu: CpuModel | None = None,
                privilege: str | None = None, policy: int | None = None, launch: bool = True, paging: str = "",
                c_bit: int | None = None) -> Vm:
-        """A VM that is ready to run `entry` on every vCPU (vm_create_with_vcpus); memory in bytes, paging by name ("riscv/SV39_4K").
+        """A VM that is ready to run `entry`, a function or a gva, on every vCPU (vm_create_with_vcpus); memory in bytes, paging by name.
 
         privilege: "kernel" (CPL0) or "user" (CPL3); without it, as the engine's capability "user_by_default" says.
         protect: "sev", "sev-es", "snp" or "tdx" encrypts the guest: every page but those of alloc_shared, launched at once under
@@ -85,7 +85,8 @@ class Vm:
             raise NotAvailable(f"ucall={ucall!r}: there are {', '.join(DESIGNS)}, or None for a VM without ucalls", ucall=ucall)
         if nr_vcpus < 1:
             raise InvalidState(f"a VM needs at least one vCPU, not {nr_vcpus}")
-        start, size = program.symbol(entry).gva, memory or memory_for(program, nr_vcpus, HEADER_SIZE)
+        start = entry if isinstance(entry, int) else program.symbol(entry).gva
+        size = memory_for(program, nr_vcpus, HEADER_SIZE) if memory is None else memory
         guest = protection(protect, policy, c_bit, launch)
         vm = cls._bare(program.arch, backend, [(0, size)], program, name or program.name, schedule, cpu, privilege, guest, paging)
         load_program(program, vm.machine.space)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from labkit.errors import ElfError, SymbolNotFound
+import labkit as lk
+from labkit.engines.base import HaltExit
+from labkit.errors import ElfError, InvalidState, SymbolNotFound
 from labkit.guest.program import Program
 
 GUESTS = Path(__file__).parent.parent / "data" / "guests"
@@ -118,7 +120,7 @@ def test_that_a_file_that_cannot_be_a_guest_is_refused_with_the_reason(image, wh
     assert str(caught.value).startswith("x.elf: ") and caught.value.path == "x.elf"
 
 
-def linked_at(gva, code=bytes.fromhex("488b05f9ffffff f4")):  # mov rax, [rip - 7]; hlt
+def linked_at(gva, code=b"\x48\x8b\x05\xf9\xff\xff\xff\xf4"):  # mov rax, [rip - 7]; hlt
     """An x86-64 ELF of one segment."""
     ident, machine = b"\x7fELF\x02\x01\x01".ljust(16, b"\0"), 62
     header = struct.pack("<HHIQQQIHHHHHH", 2, machine, 1, gva + 120, 64, 0, 0, 64, 56, 1, 64, 0, 0)

@@ -28,7 +28,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     about = "run a guest and print its ucalls"
     parser: argparse.ArgumentParser = commands.add_parser("run", help=about, description=__doc__)
     parser.add_argument("file", type=Path, help="a C file or an ELF file linked at fixed addresses")
-    parser.add_argument("--entry", default="guest_code", help="function that every vCPU begins with (default: guest_code)")
+    parser.add_argument("--entry", default="guest_code", type=_place, help="function or address to begin at (default: guest_code)")
     parser.add_argument("--arch", help="of a C file (default: x86_64); an ELF file says it itself")
     parser.add_argument("--backend", default="unicorn", help="engine: unicorn or kvm (default: unicorn); unicorn,kvm compares them")
     parser.add_argument("--vcpus", type=int, default=1, metavar="N", help="how many vCPUs (default: 1)")
@@ -40,6 +40,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--max-insns", type=int, metavar="N", help="stop after N instructions of all vCPUs together")
     parser.set_defaults(run=_run)
     return parser
+
+
+def _place(text: str) -> str | int:
+    return int(text, 0) if text[:1].isdigit() else text
 
 
 def load(path: Path, arch: str | None) -> Program:
