@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -24,6 +25,12 @@ def test_that_the_example_runs() -> None:
     names: dict[str, object] = {}
     exec(compile(block("python"), "README.md", "exec"), names)
     assert repr(names["uc"]) and "vCPU 1" in repr(names["vm"])
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_that_every_notebook_is_named_with_its_question(path: Path) -> None:
+    question = "".join(json.loads(path.read_text())["cells"][0]["source"]).partition("\n")[0].lstrip("# ")
+    assert f"| [{path.stem}](notebooks/{path.name}) | {question} |" in README
 
 
 def test_that_every_command_is_shown_and_exists() -> None:

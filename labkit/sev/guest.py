@@ -114,7 +114,7 @@ class ProtectedGuest:
     @property
     def why_sealed(self) -> str:
         """Why the host follows no page table of the guest any longer; "" before they are encrypted (is_pt_protected)."""
-        return f"this is a {self.kind} guest since its launch, and its page tables are ciphertext" if self.encrypted else ""
+        return f"its guest is encrypted ({self.kind}) since its launch, and its page tables are ciphertext" if self.encrypted else ""
 
     @property
     def state(self) -> GuestState | SnpState:
