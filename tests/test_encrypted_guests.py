@@ -59,7 +59,7 @@ def events(vm: lk.Vm) -> list[tuple[object, ...]]:
 
 
 def entries() -> list[tuple[str, str]]:
-    paths = [path for path in sorted(GUESTS.glob("*.elf")) if path.stem != "stack"]
+    paths = [path for path in sorted(GUESTS.glob("*.elf")) if path.stem not in ("stack", "who")]
     return [(path.stem, name) for path in paths for name, symbol in lk.Program.load(path).symbols.items()
             if name.startswith("guest_") and symbol.kind == "func" and "printf" not in name]
 

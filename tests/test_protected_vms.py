@@ -240,3 +240,17 @@ def test_that_a_live_view_follows_an_attack_and_a_click_on_a_block(make: Make) -
     assert 'class="cb"' in made.pane_dump
     made._receive(made, {"act": "select", "kind": "block", "value": 255, "arg": "1"}, [])
     assert f"gpa {(gpa & -4096) + 4080:#x}" in made.pane_rail and 'class="ad">ff0' in made.pane_dump
+
+
+def test_that_the_owner_brings_a_secret_into_the_launch_that_was_measured(make: Make) -> None:
+    vm = make(launch=False)
+    with pytest.raises(lk.InvalidState, match="UNINIT has no measurement"):
+        vm.guest.wrap_secret(bytes(16))
+    gpa = count_gpa(vm)
+    vm.guest.start()
+    vm.guest.update()
+    digest, beside = vm.launch_progress().digest, vm.machine.plain(gpa + 8, 8)
+    vm.guest.command("LAUNCH_MEASURE", size=48)
+    vm.guest.command("LAUNCH_SECRET", spa=gpa, **vm.guest.wrap_secret((41).to_bytes(8, "little") + beside))
+    vm.guest.finish()
+    assert vm.run().args[0] == 41 and vm.launch_progress().digest == digest  # type: ignore[union-attr]

@@ -29,6 +29,7 @@ from labkit.sev.policy import Policy, SnpPolicy, Status
 from labkit.sev.psp import MEASURE_SIZE, Measured, Psp, measurement
 from labkit.sev.rmp import RmpFault, guest_access, host_access
 from labkit.sev.snp import SnpMeasured, SnpState
+from labkit.sev.transport import LAUNCH_SECRET, wrap
 from labkit.sev.vmgexit import Awaited
 from labkit.sev.vmsa import vmsa_page
 
@@ -358,6 +359,17 @@ class ProtectedGuest:
             raise InvalidState(f"a {self.kind} guest in state {self.state.name} has no measurement to compare with")
         psp, nonce = self.host.psp, self.measurement[32:]
         return measurement(guest.keys.tik, psp.api, psp.build, self.policy if policy is None else policy, digest, nonce)
+
+    def wrap_secret(self, secret: bytes, iv: bytes = bytes(16)) -> dict[str, bytes]:
+        """The owner's packet for LAUNCH_SECRET, as its fields `header` and `data`: nobody without the owner's keys can read or make it.
+
+        Raises InvalidState before LAUNCH_MEASURE: the packet is for the launch that was measured, and for no other.
+        """
+        guest = self.host.psp.guests.get(self.vm.handle)
+        if guest is None or not guest.measure:
+            raise InvalidState(f"a {self.kind} guest in state {self.state.name} has no measurement that a secret could be for")
+        header, data = wrap(guest.keys, LAUNCH_SECRET, secret, iv, guest.measure)
+        return {"header": header, "data": data}
 
     def launch(self) -> bytes:
         """All of it (vm_sev_launch); returns the measurement."""
