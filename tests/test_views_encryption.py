@@ -203,6 +203,7 @@ def test_that_policies_are_spelled(policy: int, snp: bool, says: str) -> None:
 
 def test_that_sealed_registers_are_a_dark_pane_with_the_reason() -> None:
     view = stepper.render(replace(sample.vcpu(), registers=(), stack=(), touches=(), sealed="SEV-ES keeps them in the VMSA"))
+    assert "· ·" not in re.sub("<[^>]*>", "", stepper.render(replace(sample.vcpu(), sealed="x", where="", mode="")).panes["title"])
     assert "c-hatch" in view.panes["registers"] and "SEV-ES keeps them in the VMSA" in view.panes["registers"] + view.status
     assert "registers sealed: SEV-ES" in view.text and "sealed" in view.panes["stack"]
 

@@ -31,11 +31,13 @@ def render(vcpu: VcpuSnapshot, previous: VcpuSnapshot | None = None, *, width: f
             replace(row, changed=row.name not in PC and before.get(row.name, row.value) != row.value) for row in vcpu.registers))
     said, chosen = status(vcpu, since), None if selection is None else selection.gva
     panes = {
-        "title": header(f"vCPU {vcpu.index}", [el("span", vcpu.where, cls="mono"), vcpu.mode, vcpu.state], vcpu.step),
+        "title": header(f"vCPU {vcpu.index}", filter(plain, (el("span", vcpu.where, cls="mono") if vcpu.where else "", vcpu.mode, vcpu.state)),
+                        vcpu.step),
         "source": _source(vcpu), "disassembly": _disassembly(vcpu), "registers": _registers(vcpu, since, chosen),
         "stack": _stack(vcpu, chosen), "touches": _touches(vcpu, chosen), "status": status_line(said),
     }
-    return View(f"vCPU {vcpu.index}, step {num(vcpu.step)}, {plain(vcpu.where)}", said, panes, LAYOUT, lambda: _lines(vcpu))
+    place = plain(vcpu.where) or "its registers sealed"
+    return View(f"vCPU {vcpu.index}, step {num(vcpu.step)}, {place}", said, panes, LAYOUT, lambda: _lines(vcpu))
 
 
 def status(vcpu: VcpuSnapshot, since: str = "the last look") -> str:
