@@ -254,3 +254,15 @@ def test_that_the_owner_brings_a_secret_into_the_launch_that_was_measured(make: 
     vm.guest.command("LAUNCH_SECRET", spa=gpa, **vm.guest.wrap_secret((41).to_bytes(8, "little") + beside))
     vm.guest.finish()
     assert vm.run().args[0] == 41 and vm.launch_progress().digest == digest  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("attack", "kind", "says"), [
+    (lambda vm: attacks.flip_ciphertext_bit(vm, count_gpa(vm), 8), "sev", "bits 0 to 7, not 8"),
+    (lambda vm: attacks.flip_c_bit(vm, program().symbol("count").gva), None, "not protected"),
+    (lambda vm: attacks.flip_c_bit(vm, 0x1234_5000), "sev", "gva 0x12345000 is not mapped"),
+    (lambda vm: attacks.remap(vm, 0x2000, 0x3000), None, "not protected"),
+    (lambda vm: attacks.remap(vm, 0x2000, 1 << 39), "sev", "not both lie in memslots"),
+])
+def test_that_an_attack_on_nothing_says_so(make: Make, attack: Callable[[lk.Vm], None], kind: str | None, says: str) -> None:
+    with pytest.raises(lk.InvalidState, match=says):
+        attack(make(kind))

@@ -48,6 +48,17 @@ static void vc(struct ex_regs *regs) { seen = regs->error_code; regs->rip += ski
 void guest_code(int cpu) { GUEST_SYNC(cpu + 5); GUEST_PRINTF("vCPU %d", cpu); GUEST_DONE(); }
 void guest_msr(uint64_t value) { wrmsr(MSR_AMD64_SEV_ES_GHCB, value); VMGEXIT(); GUEST_SYNC1(rdmsr(MSR_AMD64_SEV_ES_GHCB)); GUEST_DONE(); }
 void guest_ghcb(uint64_t gpa) { for (;;) { wrmsr(MSR_AMD64_SEV_ES_GHCB, gpa); VMGEXIT(); } }
+void guest_device(volatile uint32_t *where, uint64_t write)
+{
+	set_exception_handler(VC_VECTOR, vc);
+	skip = 2; /* mov %eax, (%rdi) and back */
+	if (write)
+		__asm__ volatile("mov %%eax, (%0)" : : "D"(where), "a"(7) : "memory");
+	else
+		__asm__ volatile("mov (%0), %%eax" : : "D"(where) : "rax", "memory");
+	GUEST_SYNC1(seen);
+	GUEST_DONE();
+}
 void guest_halt(void) { __asm__ volatile("hlt"); GUEST_DONE(); }
 void guest_vmcall(void) { __asm__ volatile("vmcall"); }
 void guest_unhandled(void) { uint32_t a, b, c, d; cpuid(0, &a, &b, &c, &d); }
@@ -230,6 +241,19 @@ def test_that_the_c_bit_is_where_cpuid_says(make: Make, protect: str, c_bit: int
 def test_that_what_is_intercepted_is_vc(make: Make, n: int, code: int) -> None:
     vm = make(f"insn_{n}")
     assert vm.run_until_done(BUDGET)[0].args[0] == code
+
+
+@pytest.mark.parametrize("write", [0, 1])
+@pytest.mark.parametrize(("protect", "seen"), [("sev", None), ("tdx", None), ("sev-es", 0x400), ("snp", 0x400)])
+def test_that_a_device_in_memory_is_vc_where_registers_are_encrypted(make: Make, protect: str, seen: int | None, write: int) -> None:
+    vm = make("guest_device", 0xFEC0_0000, write, protect=protect, launch=False)
+    vm.machine.space.map(0xFEC0_0000, 0xFEC0_0000)
+    vm.launch()
+    came = vm.vcpus[0].run(BUDGET)
+    if seen is None:
+        assert came == MmioExit(0xFEC0_0000, 4, bool(write), 7 if write else 0)
+    else:
+        assert came.args[0] == seen, "the host cannot emulate an instruction that it cannot read: the guest asks through its GHCB"
 
 
 def test_that_a_halt_leaves_by_itself_and_vmcall_does_not_exist(make: Make) -> None:

@@ -14,7 +14,7 @@ import pytest
 from conftest import lacking
 from sev_sample import PLAIN, SPA, good_fields, make_psp
 
-from labkit.errors import KvmError
+from labkit.errors import InvalidState, KvmError
 from labkit.sev import ghcb
 from labkit.sev.commands import GuestState
 from labkit.sev.kvm import KVM_COMMANDS, KvmHost, KvmVcpu, KvmVm, VmType, check_register_access, copy_context, kvm_command, move_context
@@ -276,3 +276,14 @@ def _headers() -> str:
     done = subprocess.run(["gcc", "-E", "-dD", "-include", "linux/kvm.h", "-include", "linux/psp-sev.h", "-include", "asm/svm.h", "-xc",
                            "/dev/null"], capture_output=True, text=True, check=True)
     return done.stdout
+
+
+@pytest.mark.parametrize(("name", "fields", "says"), [
+    ("SNP_LAUNCH_UPDATE", {"spa": 0x4000}, "no field spa, only gpa size type flags"), ("LAUNCH_UPDATE_VMSA", {"spa": 0}, "none at all"),
+    ("SNP_LAUNCH_UPDATE", {"size": -4096}, "size takes 64 bits, not '-4096'"), ("LAUNCH_UPDATE_DATA", {"spa": None}, "spa takes 64 bits"),
+    ("LAUNCH_SECRET", {"data": "x"}, "data takes bytes, not 'x'"), ("DBG_DECRYPT", {"size": "16"}, "size takes 64 bits"),
+    ("LAUNCH_START", {"colour": 3}, "no such field"), ("LAUNCH_START", {"policy": 1 << 32}, "policy has 32 bits"),
+])
+def test_that_what_fits_into_no_struct_is_refused_before_anybody_is_asked(name: str, fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidState, match=says):
+        kvm_command(make_vm(VmType.SNP if name[:3] == "SNP" else VmType.SEV_ES), name, **fields)

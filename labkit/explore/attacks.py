@@ -34,7 +34,9 @@ def replay(vm: Any, gpa: int, old: bytes) -> None:
 
 
 def flip_ciphertext_bit(vm: Any, gpa: int, bit: int = 0) -> None:
-    """Change one bit of DRAM: exactly the 16-byte block around it becomes garbage to the guest."""
+    """Change one bit (0 to 7) of a byte of DRAM: exactly the 16-byte block around it becomes garbage to the guest."""
+    if not 0 <= bit < 8:
+        raise InvalidState(f"gpa {gpa:#x}: a byte has the bits 0 to 7, not {bit}", bit=bit)
     byte = vm.memory.read(gpa, 1)[0] ^ 1 << bit
     vm.memory.write(gpa, bytes([byte]))
     vm.changed()
@@ -45,8 +47,7 @@ def remap(vm: Any, gpa: int, other: int) -> None:
 
     Raises InvalidState under SNP, whose RMP knows which gpa each page belongs to.
     """
-    if vm.guest is None:
-        raise InvalidState(f"{vm.name} is not protected: there is nothing to break")
+    _need_guest(vm)
     vm.guest.look(gpa & -PAGE, PAGE, True)
     vm.machine.swap_pages(gpa, other)
     vm.changed()
@@ -57,7 +58,7 @@ def flip_c_bit(vm: Any, gva: int) -> None:
 
     What was private is then read as the ciphertext it is; what was shared is decrypted without ever having been encrypted.
     """
-    space = vm.machine.space
+    space = _need_guest(vm).machine.space
     last = space.walk(gva).steps[-1]
     if last.kind != "leaf":
         raise InvalidState(f"gva {gva:#x} is not mapped: there is no leaf to change", gva=gva)
@@ -78,3 +79,9 @@ def walk_through_dram(vm: Any, gva: int) -> Walk:
     """Walk as a host that does not know better: through DRAM as it is, where the tables of an encrypted guest are ciphertext."""
     found: Walk = vm.machine.space.host_walk(gva)
     return found
+
+
+def _need_guest(vm: Any) -> Any:
+    if vm.guest is None:
+        raise InvalidState(f"{vm.name} is not protected: there is nothing to break")
+    return vm

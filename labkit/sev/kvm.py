@@ -12,7 +12,7 @@ from enum import IntEnum
 from errno import EBUSY, EINVAL, EIO, ENOTTY, EPERM
 from typing import Any, NamedTuple
 
-from labkit.errors import KvmError, PspError
+from labkit.errors import InvalidState, KvmError, PspError
 from labkit.sev.cipher import PAGE, MemoryCipher
 from labkit.sev.policy import SnpPolicy
 from labkit.sev.psp import Psp
@@ -114,8 +114,20 @@ KVM_COMMANDS = {
 }
 
 
+_BYTES = ("header", "data", "pdh", "session", "host_data")
+_FIELDS = {  # of the commands that KVM itself carries out; the secure processor knows its own
+    **dict.fromkeys(("INIT", "ES_INIT", "INIT2"), ("flags", "vmsa_features", "ghcb_version")), "LAUNCH_UPDATE_VMSA": (),
+    "SNP_LAUNCH_START": ("policy", "flags"), "SNP_LAUNCH_UPDATE": ("gpa", "size", "type", "flags"),
+    "SNP_LAUNCH_FINISH": ("flags", "host_data"),
+}
+
+
 def kvm_command(vm: KvmVm, name: str, **fields: Any) -> Any:
-    """KVM_MEMORY_ENCRYPT_OP: run a command and give what the firmware gives; raises KvmError with errno (and status)."""
+    """KVM_MEMORY_ENCRYPT_OP: run a command and give what the firmware gives; raises KvmError with errno (and status).
+
+    Raises InvalidState for fields that no program could put into the command's struct.
+    """
+    _check_fields(name, fields)
     rule = KVM_COMMANDS.get(name, KvmRule(-1, "absent", EINVAL))
     have = {"": True, "sev": vm.active, "es": vm.es, "snp": bool(vm.features & SNP_ACTIVE), "absent": False}
     for wrong, errno, why in (
@@ -131,6 +143,16 @@ def kvm_command(vm: KvmVm, name: str, **fields: Any) -> Any:
         return _BODIES.get(name, _forward)(vm, name, fields)
     except PspError as err:
         raise KvmError(f"{name}: EIO, the firmware says {err}", errno=EIO, command=name, status=err.status) from err
+
+
+def _check_fields(name: str, fields: dict[str, Any]) -> None:
+    for key, value in fields.items():
+        if key not in _FIELDS.get(name, fields):
+            raise InvalidState(f"{name} has no field {key}, only {' '.join(_FIELDS[name]) or 'none at all'}", command=name, field=key)
+        fits = isinstance(value, bytes) if key in _BYTES else isinstance(value, int) and 0 <= value < 1 << 64
+        if not fits:
+            wants = "bytes" if key in _BYTES else "64 bits"
+            raise InvalidState(f"{name}: {key} takes {wants}, not {str(value)[:40]!r}", command=name, field=key)
 
 
 def check_register_access(vm: KvmVm, index: int) -> None:

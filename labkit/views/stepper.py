@@ -30,9 +30,9 @@ def render(vcpu: VcpuSnapshot, previous: VcpuSnapshot | None = None, *, width: f
         vcpu = replace(vcpu, registers=tuple(
             replace(row, changed=row.name not in PC and before.get(row.name, row.value) != row.value) for row in vcpu.registers))
     said, chosen = status(vcpu, since), None if selection is None else selection.gva
+    where = el("span", vcpu.where, cls="mono") if vcpu.where else ""
     panes = {
-        "title": header(f"vCPU {vcpu.index}", filter(plain, (el("span", vcpu.where, cls="mono") if vcpu.where else "", vcpu.mode, vcpu.state)),
-                        vcpu.step),
+        "title": header(f"vCPU {vcpu.index}", filter(plain, (where, vcpu.mode, vcpu.state)), vcpu.step),
         "source": _source(vcpu), "disassembly": _disassembly(vcpu), "registers": _registers(vcpu, since, chosen),
         "stack": _stack(vcpu, chosen), "touches": _touches(vcpu, chosen), "status": status_line(said),
     }

@@ -15,7 +15,7 @@ from labkit.engines.unicorn.lib import RegBatch
 from labkit.engines.unicorn.sealed import HANDLERS
 from labkit.engines.unicorn.traps import SIZES, Trap, pio_form, scan
 from labkit.engines.unicorn.x86_control import do_control
-from labkit.engines.unicorn.x86_events import DB, GP, UD, X86Events, canonical
+from labkit.engines.unicorn.x86_events import DB, GP, UD, VC, X86Events, canonical
 from labkit.engines.unicorn.x86_regs import CODE64, DATA, NATIVE_MSRS, PLAIN, X86Registers
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ class X86(X86Events):
         return 0
 
     def hole(self, pc: int) -> Exit | None:
-        """Memory that is not there is a device's."""
-        return self.vcpu.mmio.meet()
+        """Memory that is not there is a device's; with encrypted registers the guest must ask for it (APM vol. 2 15.35: #NPF as #VC)."""
+        return self.vcpu.mmio.meet() if self.vcpu.vm.level < 2 else self.deliver(VC, 0x400)
 
     def is_drained(self) -> bool:
         """RCX is zero: a REP instruction has no iteration left."""
