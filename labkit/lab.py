@@ -31,7 +31,8 @@ from labkit.machine.memory import PAGE, Memory
 from labkit.machine.schedule import Schedule
 from labkit.machine.vm import Machine
 from labkit.paging.scan import PageTable, scan
-from labkit.sev.guest import MakeGuest, ProtectedGuest, protection
+from labkit.sev import protection
+from labkit.sev.guest import ProtectedGuest
 from labkit.shown import draw_with
 from labkit.ucall.abi import HEADER_SIZE
 from labkit.ucall.designs import DESIGNS, make_ucalls
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from labkit.guest.program import Program
+    from labkit.sev import MakeGuest
     from labkit.views.live import Hub
 
 __all__ = ["Vcpu", "Vm", "VmState"]

@@ -172,7 +172,7 @@ def test_that_attacks_do_what_the_protection_allows(kind: str) -> None:
                  "replay": lambda: attacks.replay(vm, gpa, old), "remap": lambda: attacks.remap(vm, gpa, gpa + 4096)}
         wanted = {"flip": [6], "move": list(range(256)), "replay": [], "remap": garbled(vm, gpa + 4096, plain)}
         for name, attack in tries.items():
-            if kind == "snp":
+            if kind == "snp" and name != "remap":
                 with pytest.raises(lk.InvalidState, match="GUEST_VALID"):
                     attack()
                 assert not garbled(vm, gpa, plain)

@@ -10,6 +10,7 @@ import pytest
 
 import labkit as lk
 from labkit.arch.x86_cpu import CpuModel
+from labkit.engines.base import MemoryFaultExit
 from labkit.explore import attacks
 from labkit.explore.controller import VmController
 from labkit.sev.cpu import LEAF, encryption_leaf
@@ -25,7 +26,8 @@ def program() -> lk.Program:
     return lk.Program.compile("""#include "labkit.h"
 static volatile uint64_t count = 7;
 void guest_code(void) { for (;;) GUEST_SYNC1(count++); }
-void guest_once(void) { GUEST_DONE(); }
+static volatile uint64_t left[512] __aligned(4096) = {1}, right[512] __aligned(4096) = {2};
+void guest_pages(void) { for (;;) GUEST_SYNC2(left[0], right[0]); }
 """)
 
 
@@ -266,3 +268,41 @@ def test_that_the_owner_brings_a_secret_into_the_launch_that_was_measured(make: 
 def test_that_an_attack_on_nothing_says_so(make: Make, attack: Callable[[lk.Vm], None], kind: str | None, says: str) -> None:
     with pytest.raises(lk.InvalidState, match=says):
         attack(make(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_that_a_remapped_page_is_read_well_at_the_wrong_place_and_only_snp_stops_it(make: Make, kind: str) -> None:
+    vm = make(kind, entry="guest_pages")
+    assert vm.run().args[:2] == (1, 2)  # type: ignore[union-attr]
+    state, (left, right) = vm.snapshot(), (int(vm.machine.space.walk(program().symbol(name).gva).require()) for name in ("left", "right"))
+    attacks.remap(vm, left, right)
+    came = vm.vcpus[0].run(100_000)
+    if kind == "snp":
+        assert isinstance(came, MemoryFaultExit) and f"belongs at gpa {right:#x}, the nested table has it at {left:#x}" in came.why
+        assert "another's page" in vm.encryption_map().at(left).problem
+    else:
+        assert came.args[:2] == (2, 1)  # type: ignore[union-attr]
+    twin = vm.fork()
+    assert twin.guest.nested.spa(left + 5) == right + 5 and twin.guest.nested.gpa(right) == left
+    twin.close()
+    vm.restore(state)
+    assert vm.run().args[:2] == (1, 2) and vm.guest.nested.spa(left) == left  # type: ignore[union-attr]
+
+
+def test_that_two_exchanges_are_none(make: Make) -> None:
+    vm = make("snp")
+    for _ in range(2):
+        attacks.remap(vm, count_gpa(vm), 0x2000)
+    assert vm.run().args[0] == 7  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_that_a_pool_in_private_memory_is_noticed_at_the_first_ucall(make: Make, kind: str) -> None:
+    vm = make(kind, launch=False)
+    attacks.pool_in_private_memory(vm)
+    vm.launch()
+    assert "ciphertext" in vm.encryption_map().at(vm.pool.gpa).problem
+    came = vm.vcpus[0].run(100_000)
+    assert isinstance(came, MemoryFaultExit) if kind == "snp" else came.kind == "foreign"
+    with pytest.raises(lk.InvalidState, match="after the launch"):
+        attacks.pool_in_private_memory(vm)

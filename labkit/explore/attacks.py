@@ -1,7 +1,8 @@
 """What a hostile or careless host can do to an encrypted guest, one function each; what comes of it depends on the protection.
 
 Under SEV and SEV-ES memory has no integrity: ciphertext can be moved, replayed and remapped, and the guest finds out by what it
-reads. SNP's RMP refuses the host's writes and its remapping (Morbitzer et al., "SEVered", 2018; Wilke et al., "SEVurity", 2020).
+reads. SNP's RMP refuses the host's writes, and the guest's use of a remapped page (Morbitzer et al., "SEVered", 2018; Wilke et al.,
+"SEVurity", 2020).
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from labkit.arch.desc import Field
 from labkit.errors import InvalidState
 from labkit.paging.walk import Walk, walk
 
-__all__ = ["flip_c_bit", "flip_ciphertext_bit", "move_ciphertext", "remap", "replay", "walk_through_dram", "walk_without_mask"]
+__all__ = [
+    "flip_c_bit", "flip_ciphertext_bit", "move_ciphertext", "pool_in_private_memory", "remap", "replay", "walk_through_dram",
+    "walk_without_mask",
+]
 
 PAGE = 4096
 
@@ -45,12 +49,21 @@ def flip_ciphertext_bit(vm: Any, gpa: int, bit: int = 0) -> None:
 def remap(vm: Any, gpa: int, other: int) -> None:
     """Exchange two pages in the nested page table: the tweak goes with the DRAM page, so each decrypts well at the wrong place.
 
-    Raises InvalidState under SNP, whose RMP knows which gpa each page belongs to.
+    SNP's RMP knows which gpa each page belongs to: the guest's next access to either exits to the host (#NPF, MemoryFaultExit).
     """
-    _need_guest(vm)
-    vm.guest.look(gpa & -PAGE, PAGE, True)
-    vm.machine.swap_pages(gpa, other)
+    _need_guest(vm).machine.swap_pages(gpa, other)
+    vm.guest.remap(gpa, other)
     vm.changed()
+
+
+def pool_in_private_memory(vm: Any) -> None:
+    """Have the launch encrypt the ucall pool, as a host that gets its list wrong does; the guest's leaves still say that it is shared.
+
+    Guest and host then agree on what they see, ciphertext of what was there before: a slot's address is none any longer, and under
+    SNP the guest's first write exits to the host (#NPF). Raises InvalidState after the launch.
+    """
+    pool = _need_guest(vm).pool
+    vm.mem_set_private(pool.gpa, pool.nr_pages * PAGE)
 
 
 def flip_c_bit(vm: Any, gva: int) -> None:

@@ -23,6 +23,7 @@ from labkit.ucall.pool import Ucall
 
 __all__ = ["gpa_of", "look_at_encryption", "look_at_launch", "look_at_vm", "look_through_both", "page_states"]
 
+NOT_HERE = 0xFFFF_FFFF  # no ASID
 LETTERS = {"SYNC": "S", "PRINTF": "P", "DONE": "D", "ABORT": "A", "UNHANDLED": "A"}
 
 
@@ -71,8 +72,9 @@ def page_states(vm: Any) -> list[PageStates]:
         if guest.kind == "snp":
             owner, valid = np.zeros(nr, np.uint32), np.zeros(nr, np.bool_)
             for spa, entry in guest.host.rmp.entries.items():
-                if 0 <= spa - gpa < 4096 * nr:
-                    owner[(spa - gpa) // 4096], valid[(spa - gpa) // 4096] = entry.asid, entry.validated
+                at = (guest.nested.gpa(spa) - gpa) // 4096
+                if 0 <= at < nr:  # a page that belongs at another gpa is as good as somebody else's
+                    owner[at], valid[at] = entry.asid if entry.gpa == gpa + 4096 * at else NOT_HERE, entry.validated
             facts = {"owner": owner, "asid": guest.vm.asid, "validated": valid}
         out.append(PageStates.of(gpa, (launched | through) & ~without, meant, **facts))
     return out

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["PROTECTIONS", "SIMPLIFIED"]
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from labkit.errors import InvalidState
+
+if TYPE_CHECKING:
+    from labkit.arch.x86_cpu import CpuModel
+    from labkit.machine.memory import Memory
+    from labkit.sev.guest import ProtectedGuest
+
+    MakeGuest = Callable[[Memory, CpuModel], ProtectedGuest]
+
+__all__ = ["PROTECTIONS", "SIMPLIFIED", "protection"]
 
 PROTECTIONS = (  # what `protect=` takes, and what the host loses by it
     ("sev", "memory: the host reads ciphertext of every private page, and its page tables are such pages"),
@@ -23,3 +36,16 @@ SIMPLIFIED = (
     ("TDX's module", "its pages are encrypted and measured by the secure processor's launch; registers stay open, there is no #VE"),
     ("the CPUID page", "SNP's firmware compares it with the CPU; the model checks its count only"),
 )
+
+
+def protection(kind: str | None, policy: int | None = None, c_bit: int | None = None, launch: bool = True) -> MakeGuest | None:
+    """What makes a VM's encryption, None for a plain VM; raises InvalidState for one that has settings without being encrypted."""
+    from labkit.sev.guest import ProtectedGuest
+
+    if kind is not None:
+        return partial(ProtectedGuest, kind, policy=policy, c_bit=c_bit)
+    stray = {"policy": policy, "c_bit": c_bit, "launch": None if launch else False}
+    if given := [f"{name}={value}" for name, value in stray.items() if value is not None]:
+        kinds = ", ".join(repr(name) for name, _ in PROTECTIONS)
+        raise InvalidState(f"{' and '.join(given)}: only an encrypted guest has that, with protect={kinds}")
+    return None

@@ -7,9 +7,8 @@ opposite of the C-bit. Its module's own launch (TDH.MEM.PAGE.ADD) is not modelle
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from labkit.sev.ghcb import msr_response
 from labkit.sev.kvm import KvmHost, KvmVcpu, KvmVm, VmType, check_register_access, kvm_command
 from labkit.sev.policy import Policy, SnpPolicy, Status
 from labkit.sev.psp import MEASURE_SIZE, Measured, Psp, measurement
-from labkit.sev.rmp import RmpFault, guest_access, host_access
+from labkit.sev.rmp import NestedTable, RmpEntry, RmpFault, guest_access, host_access
 from labkit.sev.snp import SnpMeasured, SnpState
 from labkit.sev.transport import LAUNCH_SECRET, wrap
 from labkit.sev.vmgexit import Awaited
@@ -37,9 +36,8 @@ if TYPE_CHECKING:
     from labkit.engines.base import ProtectingVm
     from labkit.guest.program import Program
 
-__all__ = ["KINDS", "Done", "MakeGuest", "ProtectedGuest", "protection"]
+__all__ = ["Done", "ProtectedGuest"]
 
-KINDS = ("sev", "sev-es", "snp", "tdx")
 C_BIT, TDX_SHARED_BIT = 51, 47  # Milan and later; a TD with 48 guest-physical address bits
 _TYPES = {"sev": VmType.SEV, "sev-es": VmType.SEV_ES, "snp": VmType.SNP, "tdx": VmType.SEV}
 _FACTS = ("policy", "measurement", "encrypted", "launched", "ghcbs", "jump_table")
@@ -66,8 +64,8 @@ class ProtectedGuest:
     """
 
     def __init__(self, kind: str, memory: Memory, cpu: CpuModel, policy: int | None = None, c_bit: int | None = None) -> None:
-        if kind not in KINDS:
-            raise NotAvailable(f"protect={kind!r}: there are {', '.join(KINDS)}", protect=kind)
+        if kind not in _TYPES:
+            raise NotAvailable(f"protect={kind!r}: there are {', '.join(_TYPES)}", protect=kind)
         self.kind, self.memory, self.cpu, self.policy = kind, memory, cpu, _POLICIES[kind] if policy is None else policy
         self.inverted = kind == "tdx"
         self.dram = Dram(memory, self._sealed_vmsa)
@@ -85,6 +83,7 @@ class ProtectedGuest:
         self.registered: dict[int, int] = {}  # vCPU -> gpa of the GHCB that it registered (SNP)
         self.awaited: dict[int, Awaited] = {}  # vCPU -> where its answer from user space goes
         self.jump_table = 0
+        self.nested = NestedTable()
         self.c_bit = self._announce(cpu, c_bit)
         self.host.psp.command("INIT", **({"es": True} if kind == "sev-es" else {}))
         self.command("INIT2")
@@ -180,7 +179,7 @@ class ProtectedGuest:
     def save(self) -> dict[str, Any]:
         """All of it, for a snapshot."""
         facts = {name: getattr(self, name) for name in _FACTS}
-        return {**facts, "vm": deepcopy(self.vm), "protected": self.protected.copy(), "done": list(self.done),
+        return {**facts, "vm": deepcopy(self.vm), "protected": self.protected.copy(), "done": list(self.done), "nested": copy(self.nested),
                 "vmsas": list(self.dram.pages), "registered": dict(self.registered), "awaited": dict(self.awaited)}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -189,7 +188,7 @@ class ProtectedGuest:
             setattr(self, name, state[name])
         self.vm, self.done = deepcopy(state["vm"]), list(state["done"])
         self.host = self.vm.host
-        self.host.psp.memory = self.dram
+        self.host.psp.memory, self.nested = self.dram, copy(state["nested"])
         self.protected.assign(state["protected"])
         self.dram.pages, self.registered, self.awaited = list(state["vmsas"]), dict(state["registered"]), dict(state["awaited"])
         self.publish_owners()
@@ -262,28 +261,37 @@ class ProtectedGuest:
     def publish_owners(self) -> None:
         """Tell the engine of every page: after the launch, and when the RMP was put back."""
         if self.kind == "snp" and self.launched:
-            self.host.rmp.on_change = self._tell_owners
+            self.host.rmp.on_change = lambda spa: self._tell_owners(self.nested.gpa(spa))
             for slot in self.memory.slots:
                 self._tell_owners(slot.gpa, slot.size)
 
     def _tell_owners(self, gpa: int, size: int = PAGE) -> None:
         if self._engine is not None:
-            entries = [self.host.rmp.entry(page) for page in range(gpa, gpa + size, PAGE)]
+            entries = [self._entry(page) for page in range(gpa, gpa + size, PAGE)]
             usable = [guest_access(entry, self.vm.asid, page, True, False) is None
                       for entry, page in zip(entries, range(gpa, gpa + size, PAGE), strict=True)]
             self._engine.own_pages(gpa, np.array([entry.assigned for entry in entries]), np.array(usable))
 
+    def _entry(self, gpa: int) -> RmpEntry:
+        return self.host.rmp.entry(self.nested.spa(gpa))
+
+    def remap(self, gpa: int, other: int) -> None:
+        """The host has exchanged two pages in the nested page table."""
+        self.nested.exchange(gpa, other)
+        self.publish_owners()
+
     def guest_fault(self, gpa: int, private: bool, is_write: bool) -> RmpFault | None:
         """What an access of the guest to its page meets."""
-        return guest_access(self.host.rmp.entry(gpa), self.vm.asid, gpa, private, is_write)
+        return guest_access(self._entry(gpa), self.vm.asid, gpa, private, is_write)
 
     def pvalidate(self, gpa: int, size: int, validate: bool) -> tuple[int, bool] | RmpFault:
         """The guest's PVALIDATE on a page of its own: (EAX, CF), or what it meets."""
-        return self.host.rmp.pvalidate(gpa, self.vm.asid, gpa, validate, size)
+        return self.host.rmp.pvalidate(self.nested.spa(gpa), self.vm.asid, gpa, validate, size)
 
     def page_state_change(self, gfn: int, op: int) -> int:
         """The guest wants a page private (1) or shared (2): 0, or the error that it is told."""
-        if self.memory.slot(gfn * PAGE) is None or self.host.rmp.page_state_change(gfn * PAGE, self.vm.asid, gfn * PAGE, op):
+        gpa = gfn * PAGE
+        if self.memory.slot(gpa) is None or self.host.rmp.page_state_change(self.nested.spa(gpa), self.vm.asid, gpa, op):
             return 1
         (self.protected.set if op == 1 else self.protected.clear)(gfn)
         return 0
@@ -309,7 +317,7 @@ class ProtectedGuest:
         if not is_write or self.kind != "snp" or not self.launched:
             return
         for page in range(gpa & -PAGE, gpa + size, PAGE):
-            if (fault := host_access(self.host.rmp.entry(page), True)) is not None:
+            if (fault := host_access(self._entry(page), True)) is not None:
                 raise InvalidState(f"host write to gpa {max(page, gpa):#x}: {fault.why}", gpa=max(page, gpa), fault=fault)
 
     # --- launch
@@ -382,16 +390,3 @@ class ProtectedGuest:
         """Every update so far with the digest after it."""
         guest = self.vm.snp or self.host.psp.guests.get(self.vm.handle)
         return [*guest.measured] if guest else []
-
-
-MakeGuest = Callable[[Memory, CpuModel], ProtectedGuest]
-
-
-def protection(kind: str | None, policy: int | None = None, c_bit: int | None = None, launch: bool = True) -> MakeGuest | None:
-    """What makes a VM's encryption, None for a plain VM; raises InvalidState for one that has settings without being encrypted."""
-    if kind is not None:
-        return partial(ProtectedGuest, kind, policy=policy, c_bit=c_bit)
-    stray = {"policy": policy, "c_bit": c_bit, "launch": None if launch else False}
-    if given := [f"{name}={value}" for name, value in stray.items() if value is not None]:
-        raise InvalidState(f"{' and '.join(given)}: only an encrypted guest has that, with protect={', '.join(map(repr, KINDS))}")
-    return None

@@ -6,7 +6,7 @@ simplifies: all pages are 4 KiB (no PSMASH), and there is one privilege level (V
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
@@ -15,7 +15,7 @@ from labkit.bits import bit
 from labkit.sev.cipher import PAGE
 from labkit.sev.vmsa import VMSA_GPA
 
-__all__ = ["PAGE_NOT_VALIDATED", "Rmp", "RmpEntry", "RmpFault", "RmpStatus", "guest_access", "host_access"]
+__all__ = ["PAGE_NOT_VALIDATED", "NestedTable", "Rmp", "RmpEntry", "RmpFault", "RmpStatus", "guest_access", "host_access"]
 
 PAGE_NOT_VALIDATED = 0x404  # #VC error code
 _PRESENT, _WRITE, _RMP, _FINAL, _ENCRYPTED = bit(0), bit(1), bit(31), bit(32), bit(34)
@@ -140,3 +140,26 @@ class Rmp:
         if op == 1 and entry.assigned:
             return 0  # private already: leaving it alone keeps what the guest validated
         return int(self.update(spa, RmpEntry(True, asid, gpa) if op == 1 else None))
+
+
+class NestedTable:
+    """Which page of DRAM stands behind a gpa: its own, but for pairs that a host has exchanged."""
+
+    def __init__(self, pages: Mapping[int, int] | None = None) -> None:
+        self.pages = dict(pages or {})
+
+    def __copy__(self) -> NestedTable:
+        return NestedTable(self.pages)
+
+    def spa(self, gpa: int) -> int:
+        """Where a gpa is in DRAM."""
+        return self.pages.get(gpa & -PAGE, gpa & -PAGE) + gpa % PAGE
+
+    def gpa(self, spa: int) -> int:
+        """The gpa that a page of DRAM stands behind."""
+        return next((gpa for gpa, page in self.pages.items() if page == spa), spa)
+
+    def exchange(self, gpa: int, other: int) -> None:
+        """Exchange the pages behind two gpas."""
+        pages = {gpa & -PAGE: self.spa(other & -PAGE), other & -PAGE: self.spa(gpa & -PAGE)}
+        self.pages |= pages
