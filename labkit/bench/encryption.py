@@ -50,7 +50,7 @@ def results() -> Iterator[Result]:
 def _guest(protect: str | None, nr_pages: int, rounds: int) -> float:
     """CPU seconds of the guest; its pages were decrypted once before."""
     program = Program.compile(GUEST, name="encryption.c")
-    with Vm.create(program, protect=protect, memory=16 << 20, launch=False) as vm:
+    with Vm.create(program, protect=protect, memory=16 << 20, launch=protect is None) as vm:
         gva = vm.alloc(nr_pages * PAGE)
         vm.vcpus[0].args_set(gva, nr_pages, rounds)
         if protect:
