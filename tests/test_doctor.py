@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from labkit.cli import doctor, main
-from labkit.sev import PROTECTIONS, SIMPLIFIED
+from labkit.sev import SIMPLIFIED
 
 RUN = "import sys; {0}; from labkit.cli import main; sys.exit(main(sys.argv[1:]))"
 
