@@ -117,3 +117,10 @@ def test_that_two_engines_that_agree_on_a_failure_are_no_success(source: Path) -
 def test_that_unicorn_and_kvm_agree(source: Path) -> None:
     status, lines, _ = run(source, "--backend", "unicorn,kvm", "--json")
     assert status == 0 and lines[-1]["end"] == "equal" and {line.get("backend") for line in lines} == {"unicorn", "kvm", None}
+
+
+def test_that_an_encrypted_guest_takes_a_policy_and_a_place_for_its_bit_and_a_plain_one_does_not(source: Path) -> None:
+    status, lines, _ = run(source, "--protect", "sev-es", "--policy", "0x5", "--c-bit", 47, "--json")
+    assert status == 0 and lines[-1]["end"] == "done"
+    status, lines, said = run(source, "--c-bit", 47, "--json")
+    assert status != 0 and not [line for line in lines if "cmd" in line] and "c_bit=47: only an encrypted guest has that" in said + str(lines)
