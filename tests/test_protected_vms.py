@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,6 +216,16 @@ def test_that_a_plain_vm_has_no_such_widget(make: Make, kind: str) -> None:
         make(None).show(kind)
 
 
+def test_that_a_view_that_does_not_exist_leaves_nothing_to_clean_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("anywidget", reason="anywidget is not installed")
+    lost = list[Any]()
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+    with pytest.raises(lk.InvalidState, match="no view 'nope'"):
+        make().show("nope")
+    gc.collect()
+    assert not lost
+
+
 @pytest.mark.parametrize("kind", [*dashboard.SECRETS, "vm"])
 def test_that_every_live_view_of_a_protected_vm_has_its_panes(make: Make, kind: str) -> None:
     pytest.importorskip("anywidget", reason="anywidget is not installed")
@@ -306,3 +319,9 @@ def test_that_a_pool_in_private_memory_is_noticed_at_the_first_ucall(make: Make,
     assert isinstance(came, MemoryFaultExit) if kind == "snp" else came.kind == "foreign"
     with pytest.raises(lk.InvalidState, match="after the launch"):
         attacks.pool_in_private_memory(vm)
+
+
+def test_that_other_architectures_have_no_such_encryption() -> None:
+    hello = lk.Program.load(Path(__file__).parents[1] / "data" / "guests" / "arm64" / "hello.elf")
+    with pytest.raises(lk.NotAvailable, match="only x86-64 has it"):
+        lk.Vm.create(hello, protect="sev")

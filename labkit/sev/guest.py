@@ -109,7 +109,10 @@ class ProtectedGuest:
 
     def mode(self, mode: PagingMode) -> PagingMode:
         """The VM's page-table format: with its encryption bit, or TDX's shared bit, which means private when it is clear."""
-        return mode.with_c_bit(self.c_bit, inverted=self.inverted)
+        try:
+            return mode.with_c_bit(self.c_bit, inverted=self.inverted)
+        except InvalidState as err:
+            raise NotAvailable(f"protect={self.kind!r}: only x86-64 has it; {err}", protect=self.kind) from err
 
     @property
     def why_sealed(self) -> str:

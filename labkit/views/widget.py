@@ -61,8 +61,9 @@ class LabWidget(_Panes):
 
     def close(self) -> None:
         """Stop following the VM."""
-        self._hub.watch(self.paint, False)
-        super().close()
+        if "_hub" in vars(self):  # else there is no such view, and nothing was made
+            self._hub.watch(self.paint, False)
+            super().close()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.view().title}>"
