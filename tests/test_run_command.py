@@ -123,4 +123,4 @@ def test_that_an_encrypted_guest_takes_a_policy_and_a_place_for_its_bit_and_a_pl
     status, lines, _ = run(source, "--protect", "sev-es", "--policy", "0x5", "--c-bit", 47, "--json")
     assert status == 0 and lines[-1]["end"] == "done"
     status, lines, said = run(source, "--c-bit", 47, "--json")
-    assert status != 0 and not [line for line in lines if "cmd" in line] and "c_bit=47: only an encrypted guest has that" in said + str(lines)
+    assert status != 0 and not any("cmd" in line for line in lines) and "c_bit=47: only an encrypted guest has that" in said + str(lines)

@@ -34,6 +34,7 @@ def views(width: int) -> dict[str, View]:
         "stepper": stepper.render(sample.vcpu(), width=width),
         "memory": memory.render(sample.memory(), width=width),
         "encryption": encryption.render(secrets.encryption(), width=width), "snp": encryption.render(secrets.snp(), width=width),
+        "protected": dashboard.render(sample.vm(**secrets.vm_facts()), width=width, actions=ACTIONS),
         "eyes": eyes.render(secrets.eyes(), width=width), "launch": launch.render(secrets.launch(), width=width),
     }
 
