@@ -210,7 +210,8 @@ def _cpu() -> tuple[Capability, ...]:
     tsc = _ask(_keeps_time, b"\x0f\x31" + LEAVE, False, False)
     return (
         Capability("tsc", tsc, "a guest's TSC can be set and moved" if tsc else
-                   "here a guest's TSC is the host's: KVM takes IA32_TSC and KVM_VCPU_TSC_OFFSET without an error, and nothing changes"),
+                   "here a guest's TSC is the host's: KVM takes IA32_TSC and KVM_VCPU_TSC_OFFSET without an error, and nothing "
+                   "changes; nor does CR4.TSD"),
         Capability("software_interrupts", not lost, f"here these do not reach their handler, or not with the address behind them: "
                    f"{', '.join(lost)}" if lost else "INT1, INT3 and INT n, from both rings"),
         Capability("nested_faults", nests, "a fault on the way to a handler is what the manual says" if nests else
