@@ -164,6 +164,8 @@ def probe() -> tuple[Capability, ...]:
             Capability("snapshot", True, "registers, XSAVE, MSRs, memory bit for bit; the TSC goes on, from where it was if it can be set"),
             Capability("dirty_log", _ask(_logs, STORE, False, False), "KVM_MEM_LOG_DIRTY_PAGES: a restore writes back what was written"),
             Capability("count", False, "nobody counts a run without max_insns: the clock moves by one with each exit, `exact` is False"),
+            Capability("pool_history", False, "in a run without max_insns nobody tells of locked instructions: a slot of the pool is taken "
+                       "`since` its ucall, and `uses` counts what the host saw"),
             Capability("deterministic", False, "real time; but runs with max_insns or a schedule with a quantum are stepped, and repeat"),
             Capability("parallel_vcpus", True, "schedule=\"parallel\": a thread and a real CPU each"),
             Capability("exceptions", False, "KVM brings an exception to its handler inside the guest and tells nobody"),
