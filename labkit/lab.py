@@ -53,10 +53,10 @@ __all__ = ["Vcpu", "Vm", "VmState"]
 class Vm:
     """One virtual machine; `Vm.create` makes one with a program, page tables, a ucall pool and vCPUs."""
 
-    def __init__(self, machine: Machine, program: Program | None, backend: str, name: str, schedule: str, cpu: CpuModel) -> None:
+    def __init__(self, machine: Machine, program: Program | None, backend: str, name: str, schedule: str | None, cpu: CpuModel) -> None:
         self.machine, self.program, self.backend, self.name = machine, program, backend, name
         self.arch, self.memory, self.cpu, self.door = machine.arch, machine.memory, cpu, UcallDoor(machine.arch.ucall)
-        self.schedule = Schedule.named(schedule)
+        self.schedule = Schedule.named(schedule or machine.usual_schedule)
         self.vcpus: list[Vcpu] = []
         self.protect: str | None = None
         self.guest: ProtectedGuest | None = None  # its encryption
@@ -72,12 +72,13 @@ class Vm:
     @classmethod
     def create(cls, program: Program, entry: str | int = "guest_code", nr_vcpus: int = 1, backend: str = "unicorn",
                protect: str | None = None, ucall: str | None = "pool", memory: int | None = None,
-               schedule: str = "round_robin", name: str | None = None, cpu: CpuModel | None = None,
+               schedule: str | None = None, name: str | None = None, cpu: CpuModel | None = None,
                privilege: str | None = None, policy: int | None = None, launch: bool = True, paging: str = "",
                c_bit: int | None = None) -> Vm:
         """A VM that is ready to run `entry`, a function or a gva, on every vCPU (vm_create_with_vcpus); memory in bytes, paging by name.
 
         privilege: "kernel" (CPL0) or "user" (CPL3); without it, as the engine's capability "user_by_default" says.
+        schedule: see Schedule; without it "round_robin", and "parallel" for guests that run in a ring in which nobody can count.
         protect: "sev", "sev-es", "snp" or "tdx" encrypts the guest: every page but those of alloc_shared, launched at once under
         `policy` (or with launch=False later, step by step, by `vm.guest`), with the encryption bit at c_bit (else CPUID says where).
 
@@ -105,10 +106,10 @@ class Vm:
     @classmethod
     def create_barebones(cls, arch: str = "x86_64", backend: str = "unicorn", memory: int = DEFAULT_MEMORY) -> Vm:
         """A VM with memory and nothing else (vm_create_barebones): no program, no tables, no pool."""
-        return cls._bare(arch, backend, [(0, memory)], None, "barebones", "round_robin", None, "kernel")
+        return cls._bare(arch, backend, [(0, memory)], None, "barebones", None, None, "kernel")
 
     @classmethod
-    def _bare(cls, arch: str, backend: str, slots: list[tuple[int, int]], program: Program | None, name: str, schedule: str,
+    def _bare(cls, arch: str, backend: str, slots: list[tuple[int, int]], program: Program | None, name: str, schedule: str | None,
               cpu: CpuModel | None, privilege: str | None, protect: MakeGuest | None = None, paging: str = "") -> Vm:
         cpu, memory = cpu.copy() if cpu else CpuModel(), Memory()
         for gpa, size in slots:

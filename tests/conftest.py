@@ -121,6 +121,15 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=["unicorn", *(pytest.param(f"kvm {ring}", marks=pytest.mark.kvm) for ring in ("kernel", "user"))])
+def engine(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Every engine in every ring in turn, as options of Vm.create."""
+    backend, _, privilege = request.param.partition(" ")
+    if backend == "kvm":
+        request.getfixturevalue("kvm")
+    return {"backend": backend, "privilege": privilege or "kernel"}
+
+
 @pytest.fixture
 def guest(backend: str) -> Iterator[Any]:
     """guests.bare on every engine in turn; its VMs are closed."""

@@ -335,7 +335,8 @@ def test_that_a_software_interrupt_after_a_resumed_instruction_pushes_no_resume_
     assert vm.vcpus[0].run() == HaltExit() and vm.vcpus[0].pc == HANDLERS + 16 * BP + 1 and not frame(vm.vcpus[0])["rflags"] & RF
 
 
-@pytest.mark.parametrize("text", ["mov rax,cr3", "mov cr3,rax", "mov rax,dr7"])
+@pytest.mark.parametrize("text", ["mov rax,cr3", "mov cr3,rax", "mov rax,dr7", "lidt [rsi+8]", "lgdt [rip+0x100]", "invlpg [rsi+4096]",
+                                  "lmsw [rsi+8]", "lldt [rsi+8]", "ltr [rsi+rax*2]", "lidt fs:[rsi+8]"])
 def test_that_ring_3_is_refused_behind_an_instruction_that_is_looked_at(guest, text):
     vm = guest(f"movq xmm0,r9; {text}", user=True)
     assert vm.vcpus[0].run() == HaltExit() and vm.vcpus[0].pc == HANDLERS + 16 * GP + 1 and frame(vm.vcpus[0], True)["rip"] == CODE + 5

@@ -28,22 +28,28 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def on(engine: dict[str, str]) -> list[str]:
+    """Options that choose each engine and ring in turn."""
+    return ["--backend", engine["backend"], "--privilege", engine["privilege"]]
+
+
 def run(*args: object) -> tuple[int, list[dict[str, Any]], str]:
     command = [sys.executable, "-m", "labkit.cli", "run", *map(str, args)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines() if "--json" in args], done.stderr
 
 
-def test_that_each_ucall_is_one_line_and_the_end_is_another(source: Path) -> None:
-    status, lines, _ = run(source, "--json")
+def test_that_each_ucall_is_one_line_and_the_end_is_another(source: Path, on: list[str]) -> None:
+    status, lines, _ = run(source, "--json", *on)
     assert status == 0
     assert lines[0]["cmd"] == "SYNC" and lines[0]["vcpu"] == 0 and lines[0]["args"][1] == 7 and lines[0]["text"] is None
     assert lines[1] == {"vcpu": 0, "cmd": "PRINTF", "args": [0] * 7, "text": "I am 0\n"}
     assert [line.get("cmd") for line in lines] == ["SYNC", "PRINTF", "DONE", None] and lines[-1]["end"] == "done"
 
 
-def test_that_every_vcpu_gets_its_index(source: Path) -> None:
-    status, lines, _ = run(source, "--vcpus", 3, "--json")
+def test_that_every_vcpu_gets_its_index(source: Path, on: list[str]) -> None:
+    status, lines, _ = run(source, "--vcpus", 3, "--json", *on)
     assert status == 0 and sorted(line["text"] for line in lines if line.get("text")) == ["I am 0\n", "I am 1\n", "I am 2\n"]
 
 
@@ -56,13 +62,13 @@ def test_that_a_guest_that_is_not_done_says_why_and_where(source: Path, entry: s
     assert status == 1 and lines[-1]["end"] == end and why in lines[-1]["why"]
 
 
-def test_that_an_abort_has_file_line_and_expression(source: Path) -> None:
-    abort = run(source, "--entry", "guest_fails", "--json")[1][0]
+def test_that_an_abort_has_file_line_and_expression(source: Path, on: list[str]) -> None:
+    abort = run(source, "--entry", "guest_fails", "--json", *on)[1][0]
     assert (abort["file"].endswith("guest.c"), abort["line"], abort["expr"]) == (True, 4, "1 + 1 == 3")
 
 
-def test_that_a_number_that_is_no_command_is_none_with_its_number(source: Path) -> None:
-    first = run(source, "--entry", "guest_mmio", "--json")[1][0]
+def test_that_a_number_that_is_no_command_is_none_with_its_number(source: Path, on: list[str]) -> None:
+    first = run(source, "--entry", "guest_mmio", "--json", *on)[1][0]
     assert (first["cmd"], first["number"], first["args"][0]) == ("NONE", 0x17, 5)
 
 

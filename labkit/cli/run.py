@@ -35,7 +35,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--protect", choices=("sev", "sev-es", "snp", "tdx"), help="memory encryption")
     parser.add_argument("--policy", type=partial(int, base=0), metavar="N", help="of an encrypted guest's launch")
     parser.add_argument("--c-bit", type=partial(int, base=0), metavar="N", help="where an encrypted guest's page tables have the C-bit")
-    parser.add_argument("--schedule", default="round_robin", help="round_robin:QUANTUM, random:SEED:QUANTUM, sequential or parallel")
+    parser.add_argument("--schedule", help="round_robin:QUANTUM, random:SEED:QUANTUM, sequential or parallel")
     parser.add_argument("--privilege", choices=("kernel", "user"), help="ring of the guests (default: the engine's, see labkit doctor)")
     parser.add_argument("--max-insns", type=int, metavar="N", help="stop after N instructions of all vCPUs together")
     parser.set_defaults(run=_run)

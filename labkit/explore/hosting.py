@@ -13,7 +13,7 @@ from labkit.engines.base import Exit, HypercallExit, InternalErrorExit, MmioExit
 from labkit.errors import LabError, NotAvailable
 from labkit.ucall.pool import Ucall
 
-__all__ = ["Hosted", "Verdict", "can", "clear_cpuid", "drive", "hole", "host", "play", "survey", "value_at"]
+__all__ = ["Hosted", "Verdict", "can", "clear_cpuid", "drive", "hole", "host", "play", "require", "survey", "value_at"]
 
 BUDGET, EXITS = 3_000_000, 20_000  # of a hosted guest between two ucalls: instructions (where counting costs nothing), and exits
 LONG = 20_000_000  # instructions of a guest that nobody hosts
@@ -115,15 +115,21 @@ def host(hosted: Hosted, program: Any, backend: str, create: Callable[..., Any])
     verdict = ("passes", "")
     try:
         with create(program, hosted.entry, backend=backend, privilege="kernel", **hosted.create) as vm:
-            lacks = [need + _reason(vm, need) for need in hosted.needs if not can(vm, need)]
-            why = "" if lacks else play(hosted, vm)
-            if lacks or why:
-                verdict = ("cannot", f"the engine lacks {'; '.join(lacks)}") if lacks else ("fails", why)
+            require(hosted, vm)
+            if why := play(hosted, vm):
+                verdict = "fails", why
     except NotAvailable as err:
         verdict = "cannot", str(err)
     except LabError as err:
         verdict = "fails", str(err)
     return Verdict(hosted.binary, hosted.entry, backend, *verdict)
+
+
+def require(hosted: Hosted, vm: Any) -> None:
+    """Raise NotAvailable, with the engine's reasons, where it lacks what a guest function needs."""
+    lacks = [need + _reason(vm, need) for need in hosted.needs if not can(vm, need)]
+    if lacks:
+        raise NotAvailable(f"the engine lacks {'; '.join(lacks)}")
 
 
 def _reason(vm: Any, name: str) -> str:

@@ -183,7 +183,7 @@ HOSTED = (
     Hosted("tsc_msrs_test", says=(2, 3, 4, 5, "DONE"),
            then={1: _set(msr_0x10=72 * UNITY), 2: _set(msr_0x3b=8 * UNITY)}, needs=("deterministic",)),
     Hosted("system_counter_offset_test", "guest_main", says=(0, 1, 2),
-           then={0: _set(tsc_offset=180 * 10**9), 1: _set(tsc_offset=-180 * 10**9)}),
+           then={0: _set(tsc_offset=180 * 10**9), 1: _set(tsc_offset=-180 * 10**9)}, needs=("tsc",)),
     Hosted("kvm_clock_test", "guest_main", before=_kvm_clock, says=(0, 1, 2, 3), then={i: _clock(10**9 * i) for i in range(3)}),
     Hosted("userspace_io_test", answer=_stuff),
     Hosted("coalesced_io_test", before=_ring, says=(0, 0, 0)),

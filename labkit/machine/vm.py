@@ -99,6 +99,12 @@ class Machine:
         protection.on_encrypted.append(self.seal)
         return AddressSpace(self.memory, mode, self.is_user, protection.protected)
 
+    @property
+    def usual_schedule(self) -> str:
+        """The deterministic one, unless it would have to count instructions in a ring where the engine cannot."""
+        uncounted = self.is_user and any(can.name == "step_user" and not can.have for can in self.engine.capabilities)
+        return "parallel" if uncounted else "round_robin"
+
     def _check_size(self, page_size: int) -> None:
         if page_size > 2 << 20:
             need(self.engine, "huge_pages")

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from labkit.arch.model import BootTables
 from labkit.arch.x86_boot import TSS_OFFSET, X86_64
-from labkit.arch.x86_cpu import CpuModel
+from labkit.arch.x86_cpu import IA32_TSC, CpuModel
 from labkit.engines.base import BudgetExit, Capability, DebugExit, Exit, PioExit
+from labkit.engines.kvm.abi import call, msrs
 from labkit.engines.kvm.step import ENABLE, HW_BP, UD
 from labkit.errors import LabError
 
@@ -101,6 +102,12 @@ def _traps(guest: _Guest) -> bool:
     return guest.pushed() == CODE + len(guest.code)
 
 
+def _keeps_time(guest: _Guest) -> bool:
+    """Whether a TSC that was set is the one that the guest then reads."""
+    call(guest.vcpu.fd, "KVM_SET_MSRS", msrs({IA32_TSC: 1 << 60}))
+    return _ends(guest) and guest.vcpu.read_reg("rdx") >> 28 == 1
+
+
 def _nests(guest: _Guest) -> bool:
     """Whether a gate that is not present is #NP, with an error code that says which one."""
     guest.put(IDT + 16 * UD + 5, b"\x0e")
@@ -154,9 +161,11 @@ def probe() -> tuple[Capability, ...]:
     """The capabilities of this machine's KVM, with what was seen."""
     step, step_user = _rings(_steps, FENCE, False)
     return (*_debugging(step, step_user), *_speed(step_user), *_cpu(),
-            Capability("snapshot", True, "registers, XSAVE, MSRs and memory bit for bit; the TSC goes on from where it was"),
+            Capability("snapshot", True, "registers, XSAVE, MSRs, memory bit for bit; the TSC goes on, from where it was if it can be set"),
             Capability("dirty_log", _ask(_logs, STORE, False, False), "KVM_MEM_LOG_DIRTY_PAGES: a restore writes back what was written"),
             Capability("count", False, "nobody counts a run without max_insns: the clock moves by one with each exit, `exact` is False"),
+            Capability("pool_history", False, "in a run without max_insns nobody tells of locked instructions: a slot of the pool is taken "
+                       "`since` its ucall, and `uses` counts what the host saw"),
             Capability("deterministic", False, "real time; but runs with max_insns or a schedule with a quantum are stepped, and repeat"),
             Capability("parallel_vcpus", True, "schedule=\"parallel\": a thread and a real CPU each"),
             Capability("exceptions", False, "KVM brings an exception to its handler inside the guest and tells nobody"),
@@ -200,14 +209,18 @@ def _cpu() -> tuple[Capability, ...]:
     nests = _ask(_nests, b"\x0f\x0b", False, False)
     lost = [f"{name} at CPL{3 * ring}" for name, code in (("INT1", b"\xf1"), ("INT3", b"\xcc"), ("INT n", b"\xcd\x77"))
             for ring, came in enumerate(_rings(_traps, code, False)) if not came]
+    tsc = _ask(_keeps_time, b"\x0f\x31" + LEAVE, False, False)
     return (
+        Capability("tsc", tsc, "a guest's TSC can be set and moved" if tsc else
+                   "here a guest's TSC is the host's: KVM takes IA32_TSC and KVM_VCPU_TSC_OFFSET without an error, and nothing "
+                   "changes; nor does CR4.TSD"),
         Capability("software_interrupts", not lost, f"here these do not reach their handler, or not with the address behind them: "
                    f"{', '.join(lost)}" if lost else "INT1, INT3 and INT n, from both rings"),
         Capability("nested_faults", nests, "a fault on the way to a handler is what the manual says" if nests else
                    "here what is wrong with a gate, its segment or its stack on the way to a handler becomes #DF, or is not looked at"),
         Capability("simd", simd, "x87 and SSE in both rings" if simd else
-                   "at CPL0 this KVM emulates neither x87 nor most of SSE (nor XGETBV, RDTSCP, POPCNT): such an instruction is an "
-                   "internal error that names it; CPL3 (privilege=\"user\") has them all"),
+                   "at CPL0 this KVM emulates neither x87 nor most of SSE (nor XGETBV, RDTSCP, POPCNT, MONITOR): such an instruction "
+                   "is an internal error that names it; CPL3 (privilege=\"user\") runs natively"),
         Capability("syscall", calls, "SYSCALL leads from CPL3 to CPL0" if calls else
                    "here SYSCALL at CPL3 goes on at LSTAR, but at CPL3 and with the user's CS and SS"),
         Capability("iopl", iopl, "IOPL 3 lets CPL3 at every port" if iopl else

@@ -6,6 +6,8 @@ import ctypes
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from labkit.arch.x86_cpu import IA32_TSC
+from labkit.engines import need
 from labkit.engines.kvm.abi import CONSTANTS, STRUCTS, call, msrs, struct
 from labkit.errors import InvalidState
 
@@ -124,7 +126,9 @@ class Registers:
         return value
 
     def set_msr(self, index: int, value: int) -> None:
-        """Set an MSR by number; raises InvalidState when this CPU has none or does not take the value."""
+        """Set an MSR by number; raises InvalidState when this CPU has none or does not take the value, NotAvailable for a fixed TSC."""
+        if index == IA32_TSC:
+            need(self.vcpu.vm, "tsc")
         if call(self.fd, "KVM_SET_MSRS", msrs({index: value})) != 1 and not self.vcpu.set_host_msr(index, value):
             raise InvalidState(f"this CPU has no MSR '{index:#x}', or it does not take {value:#x}", name=f"msr_{index:#x}")
 
@@ -151,6 +155,7 @@ class Registers:
         elif group == "other":
             for name, value in regs.items():
                 if name == "tsc_offset":
+                    need(self.vcpu.vm, "tsc")
                     self.tsc_offset(value)
                 else:
                     self.set_msr(NAMED_MSRS.get(name) or self._numbered(name), value)

@@ -52,6 +52,7 @@ class Kind(NamedTuple):
     selector: int  # where on the stack it finds its next CS; 0 for what leads to CPL3 whatever lies there, -1 for what stays
     behind: int  # bytes of all of it, where KVM may not stop behind it or must not; else 0
     shadow: bool  # it loads SS
+    locked: bool
 
     @property
     def mask(self) -> int:
@@ -74,8 +75,9 @@ def kind_of(code: bytes) -> Kind:
     selector = wide if opcode in _FAR else 0 if opcode == 0x0F and second in (b"\x07", b"\x35") else -1  # SYSRET, SYSEXIT
     shadow = opcode == 0x8E and bool(second) and second[0] & 0x38 == 0x10
     insn = next(disassemble("x86_64", code, 0), None) if shadow or (opcode == 0x0F and second in _LATE) else None
+    locked = 0xF0 in code[:at] or (opcode in (0x86, 0x87) and bool(second) and second[0] < 0xC0)  # XCHG with memory
     return Kind(at + 1, opcode == 0xF4, string, rep if string else 0, opcode in _COMPARES, narrow, _vector(opcode, second), selector,
-                insn.size if insn else 0, shadow)
+                insn.size if insn else 0, shadow, locked)
 
 
 def _vector(opcode: int, second: bytes) -> int:
@@ -161,6 +163,8 @@ class Stepper:
         if kind.rep:
             return self._iterate(kind)
         start, exit = vcpu.gprs[RIP], vcpu.stay()
+        if kind.locked:
+            vcpu.locked_at = vcpu.vm.retired()
         if kind.shadow and exit is None and vcpu.gprs[RIP] == start + kind.behind:
             done = vcpu.insns
             exit, vcpu.insns = self._step(), done

@@ -219,7 +219,7 @@ class KvmVcpu:
             return BudgetExit(insns)
         if not self.started:
             self._first_run()
-        self._until = time.monotonic() + self.vm.deadline
+        self._until, self.locked_at = time.monotonic() + self.vm.deadline, -1
         if self.queue:
             return self.queue.pop(0)
         if insns is None and len(self.breakpoints) <= HW_BREAKPOINTS:

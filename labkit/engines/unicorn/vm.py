@@ -35,6 +35,7 @@ CAPABILITIES = (
     Capability("cpuid", True, "a guest sees the VM's own table"),
     Capability("msr_table", True, "a guest has the MSRs of the VM's own table and no others"),
     Capability("breakpoints", True, "any number, exact"),
+    Capability("tsc", True, "a guest's TSC can be set and moved"),
     Capability("huge_pages", True, "leaves of every size that a page-table format has"),
     Capability("parallel_vcpus", False, "locked instructions are not atomic between two Unicorn engines on two threads"),
     Capability("native_speed", False, "an emulator"),
