@@ -30,6 +30,11 @@ def test_that_vector_instructions_are_refused_and_named(name, budget):
     assert refused(vm.vcpus[0], CODE + 1), "and again when it is asked to go on"
 
 
+@pytest.mark.parametrize("text", ["lock neg qword ptr [rsi]", "lock neg byte ptr [rsi+9]", "lock neg dword ptr fs:[rsi]"])
+def test_that_lock_neg_is_refused_because_its_flags_would_be_wrong(text):
+    assert refused(bare(text).vcpus[0], CODE) and bare("neg qword ptr [rsi]; hlt").vcpus[0].run() == HaltExit()
+
+
 @pytest.mark.parametrize("text", XSAVE)
 def test_that_xsave_is_undefined_without_osxsave_and_refused_with_it(text):
     vm = bare(text)

@@ -62,6 +62,8 @@ def _kind(data: bytes, mnemonic: str, op_str: str) -> str | None:
     opcode = _opcode(data)
     if opcode in _STRING and (0xF2 in data or 0xF3 in data):  # capstone does not show every one of them
         return "rep"
+    if words[-1] == "neg" and 0xF0 in data[:-1]:
+        return "lock_neg"
     if words[0] in ("lock", "xacquire", "xrelease") or (words[-1] == "xchg" and "[" in op_str):
         return "locked"
     if words[-1] == "mov" and op_str.startswith("ss,"):

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from unicorn import unicorn_const as uc
 
-from labkit.arch.x86_cpu import APIC_BASE, IA32_TSC, IA32_TSC_ADJUST, XCR0_SUPPORTED
+from labkit.arch.x86_cpu import APIC_BASE, IA32_TSC, IA32_TSC_ADJUST
 from labkit.engines.base import Exit, HaltExit, HypercallExit, PioExit
 from labkit.engines.unicorn.lib import RegBatch
 from labkit.engines.unicorn.sealed import HANDLERS
 from labkit.engines.unicorn.traps import SIZES, Trap, pio_form, scan
-from labkit.engines.unicorn.x86_control import do_control
+from labkit.engines.unicorn.x86_control import CONTROL
 from labkit.engines.unicorn.x86_events import DB, GP, UD, VC, X86Events, canonical
 from labkit.engines.unicorn.x86_regs import CODE64, DATA, NATIVE_MSRS, PLAIN, X86Registers
 
@@ -303,24 +303,6 @@ class X86(X86Events):
             return self.deliver(GP, 0)
         return self.retire(trap)
 
-    def _do_xgetbv(self, trap: Trap) -> Exit | None:
-        if not self.regs.read("cr4") & _OSXSAVE:
-            return self.deliver(UD)
-        if self.regs.read("rcx") & 0xFFFFFFFF:
-            return self.deliver(GP, 0)
-        return self.retire(trap, rax=self.extra["xcr0"] & 0xFFFFFFFF, rdx=self.extra["xcr0"] >> 32)
-
-    def _do_xsetbv(self, trap: Trap) -> Exit | None:
-        """SDM vol. 2C XSETBV: x87 always, only what CPUID leaf 0xD offers."""
-        if not self.regs.read("cr4") & _OSXSAVE:
-            return self.deliver(UD)
-        value = (self.regs.read("rdx") & 0xFFFFFFFF) << 32 | self.regs.read("rax") & 0xFFFFFFFF
-        wrong = self.regs.read("rcx") & 0xFFFFFFFF or not value & 1 or value & ~XCR0_SUPPORTED
-        if wrong or not self.privileged():
-            return self.deliver(GP, 0)
-        self.extra["xcr0"] = value
-        return self.retire(trap)
-
     def _do_hypercall(self, trap: Trap) -> Exit | None:
         """VMCALL and VMMCALL both reach the host, as under KVM, which patches one into the other."""
         if not self.privileged():
@@ -384,6 +366,9 @@ class X86(X86Events):
         return self.vcpu.refuse("a VEX, EVEX or XOP instruction, which Unicorn executes wrongly without a word; "
                                 "CPUID announces no AVX: compile the guest without it")
 
+    def _do_lock_neg(self, trap: Trap) -> Exit | None:
+        return self.vcpu.refuse("LOCK NEG, whose SF and PF Unicorn takes from the old value")
+
     def _do_refused(self, trap: Trap) -> Exit | None:
         if not self.regs.read("cr4") & _OSXSAVE:
             return self.deliver(UD)
@@ -391,7 +376,7 @@ class X86(X86Events):
 
 
 _HANDLERS: dict[str, Callable[[X86, Trap], Exit | None]] = {
-    name.removeprefix("_do_"): handler for name, handler in vars(X86).items() if name.startswith("_do_")} | {"control": do_control}
+    name.removeprefix("_do_"): handler for name, handler in vars(X86).items() if name.startswith("_do_")} | CONTROL
 
 
 @cache
