@@ -23,11 +23,12 @@ from labkit.guest.compile import compile_guest
 
 REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
-TOUR, BITS, LAUNCH, REAL_KVM = (REPO / "notebooks" / f"{name}.ipynb"
-                                for name in ("00_tour", "05_encryption_bits", "06_sev_launch", "10_real_kvm"))
+TOUR, BITS, LAUNCH, FOUR, REAL_KVM = (
+    REPO / "notebooks" / f"{name}.ipynb"
+    for name in ("00_tour", "05_encryption_bits", "06_sev_launch", "07_four_architectures", "10_real_kvm"))
 GUESTS = REPO / "data" / "guests"
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-without_compiler = pytest.mark.parametrize("path", (TOUR, BITS, LAUNCH), ids=lambda path: path.stem)  # all their guests come prebuilt
+without_compiler = pytest.mark.parametrize("path", (TOUR, BITS, LAUNCH, FOUR), ids=lambda path: path.stem)  # all their guests come prebuilt
 
 HOST = re.compile(r"\b0x7[0-9a-f]{11}\b")  # an address of host memory differs from run to run
 ENTROPY = re.compile(r"\d\.\d\d bits a byte")  # of a page with such an address in it
@@ -65,7 +66,7 @@ def said(notebook: Any) -> list[list[str]]:
 # --- style ---
 
 def test_that_the_notebooks_are_there() -> None:
-    assert {TOUR, BITS, LAUNCH, REAL_KVM} <= set(NOTEBOOKS)
+    assert {TOUR, BITS, LAUNCH, FOUR, REAL_KVM} <= set(NOTEBOOKS)
 
 
 @each
@@ -216,6 +217,11 @@ def test_that_answer_c_about_schedules_is_right(seed: int) -> None:
     (LAUNCH, "B", 2, "for seed 2 <code>GUEST_STATUS", "GUEST_STATUS (0, 8, "),
     (LAUNCH, "B", 5, "for seed 5 <code>LAUNCH_FINISH", "LAUNCH_FINISH: EIO, the firmware says INVALID_GUEST_STATE (0x02)"),
     (LAUNCH, "C", 1, "the digest is another", "(False, 'my secret is 2"),
+    (FOUR, "A", 1, "For seed 1 (arm64, slot 137) it is L3[0x28]", "('arm64', 137, 'L3[0x28]')"),
+    (FOUR, "A", 2, "for seed 2 (x86_64, slot 57) PT[0x14]", "('x86_64', 57, 'PT[0x14]')"),
+    (FOUR, "B", 1, "For seed 1 that is 12 MiB, 0xc00000", "(12, '0xc00000', 'SYNC')"),
+    (FOUR, "B", 2, "for seed 2 59 MiB, 0x3b00000", "(59, '0x3b00000', 'SYNC')"),
+    (FOUR, "C", 1, "Seed 1 picks arm64", "('arm64', ['vCPU 0 is number 1 to"), (FOUR, "C", 2, "Never, whatever the seed", "is number 2 to"),
     (LAUNCH, "C", 5, "Seed 5 gives the old order", "(True, 'my secret is 2"),
 ])
 def test_that_an_answer_is_what_its_cell_shows(path: Path, letter: str, seed: int, told: str, comes: str) -> None:

@@ -78,7 +78,8 @@ def draw(walk: Walk, found: PageTable | None, width: float, *, before: PageTable
     plan, mode = _plan(width, len(walk.mode.levels)), walk.mode
     out = text(0, 11, "gva", "d") + text(26, 11, hx(walk.gva, 16), "m b")
     if not plan.narrow:
-        upper = f"bits 63:{mode.va_bits} repeat bit {mode.va_bits - 1}: canonical"
+        rest = f"bits 63:{mode.va_bits} {f'repeat bit {mode.va_bits - 1}' if mode.signed else 'are 0'}"
+        upper = f"{rest}: canonical" if mode.va_bits < 64 else "all bits translated"
         out += text(176, 11, plain(name, 60), "m d")
         out += text(width, 11, upper if mode.canonical(walk.gva) else "not canonical", "s d", "end")
     for column, level in enumerate(mode.levels):
@@ -100,7 +101,8 @@ def _bits(plan: _Plan, column: int, level: Level, gva: int, unread: bool) -> Htm
     if not plan.narrow:
         digits = " ".join(digits[max(at - 4, 0):at] for at in range(len(digits) % 4 or 4, len(digits) + 1, 4))
     out = rect(x, 20, plan.table, 4, f"l{min(level.shift // 9, 5)}") + text(x, 37, digits, "m d" if unread else "m")
-    out += text(x + plan.table, 37, "" if plan.narrow else f"{level.shift + level.bits - 1}:{level.shift}", "s d", "end")
+    place = "" if plan.narrow or 7 * len(digits) + 30 > plan.table else f"{level.shift + level.bits - 1}:{level.shift}"
+    out += text(x + plan.table, 37, place, "s d", "end")
     return out + text(x, 64, level.name if unread else "", "d")
 
 

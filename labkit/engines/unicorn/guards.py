@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from unicorn import unicorn_const as uc
 
-from labkit.engines.unicorn.blocks import loop_head
+from labkit.engines.unicorn.blocks import can_begin_anew, hops, jump
 from labkit.engines.unicorn.lib import LIB, STOP, CodeHook, EdgeHook, Page
 from labkit.engines.unicorn.stubs import stub
 
@@ -126,13 +126,11 @@ class Guards:
 
     def _edge(self, tb: Any, before: Any) -> None:
         """A block was translated and has not run: stop when something must be done about it, or when somebody asked."""
-        if self.vcpu.mode == "free" and tb.pc <= before.pc:  # it was reached backwards, by a return or an indirect jump
-            self._want_flag(tb.pc)
         if tb.icount == 1 and self.vcpu.count() and self._is_restart(tb.pc):
             self._restarted = tb.pc
             self._rep[3] += self.vcpu.count() - self.vcpu.before(tb.pc)
             self.vcpu.tally.doubt(tb.pc)
-        if self._look(tb.pc, tb.size, tb.icount) or self.halt.value:
+        if self._look(tb.pc, tb.size, tb.icount, tb.pc <= before.pc) or self.halt.value:
             self.stopped = "edge"
             LIB.uc_emu_stop(self.handle.h)
 
@@ -144,7 +142,7 @@ class Guards:
         around = (tally.offsets(start) for start, (_, data) in tally.blocks.items() if start <= gva < start + len(data))
         return any(gva in block and block[gva] + 1 < len(block) for block in around)
 
-    def _look(self, gva: int, size: int, count: int) -> bool:
+    def _look(self, gva: int, size: int, count: int, backwards: bool) -> bool:
         self._strange = self.vcpu.quirks.strange_mode()
         data = self.read(gva, size)
         for page in range(gva & -4096, gva + size, 4096):
@@ -153,7 +151,7 @@ class Guards:
         self._found = self.vcpu.quirks.scan(data, gva)
         if self.vcpu.mode == "free":
             self._found = {at: trap for at, trap in self._found.items() if trap.kind != "rep"}
-            self._want_flag(loop_head(self.vcpu.vm.arch, gva, data))
+            self._look_at_loop(gva, data, backwards)
         here = [(at, work) for at, (work, _) in self._hooks.items() if gva <= at < gva + size]
         self._stale = [at for at, work in here if work != _work(self._found.get(at))]
         if self._strange or self._stale or self._remapped or self._restarted >= 0 or self._new_loops:
@@ -163,9 +161,17 @@ class Guards:
         self.traps.update(self._found)
         return False
 
-    def _want_flag(self, head: int | None) -> None:
-        if head is not None and head not in self._loops:
-            self._new_loops.add(head)
+    def _look_at_loop(self, gva: int, data: bytes, backwards: bool) -> None:
+        """Hook the blocks that must look at `halt`; one that was reached backwards too, by a return, if it is no loop itself."""
+        arch, blocks = self.vcpu.vm.arch, self.vcpu.tally.blocks
+        target = jump(arch, gva, data)
+        whole = data if target is None or target > gva else blocks.get(target, (0, b""))[1]
+        if target is not None and target + len(whole) == gva + len(data):  # its end may be all that is left to run of a round
+            heads = set() if can_begin_anew(arch, target, whole) else {target}
+        else:
+            heads = {gva} if backwards or hops(arch, gva, data) else set()
+            heads |= {target} if target is not None and target < gva else set()
+        self._new_loops |= heads - self._loops
 
     def _note(self, page: int) -> bool:
         """Remember what a page of gvas is mapped to, and its contents; True when it was mapped to something else."""

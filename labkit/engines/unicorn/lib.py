@@ -233,8 +233,10 @@ class Handle:
         check(LIB.uc_mem_map_ptr(self.h, gpa, size, prot, hva), f"map of {size:#x} bytes at gpa {gpa:#x}")
 
     def unmap(self, gpa: int, size: int) -> None:
-        """Remove a mapping."""
+        """Remove a mapping. A page fault that Unicorn makes of it is undone; an x86 guest's next one would be a double fault."""
+        before = self.context()
         check(LIB.uc_mem_unmap(self.h, gpa, size), f"unmap at gpa {gpa:#x}")
+        self.set_context(before)
 
     def close(self) -> None:
         """Free the engine; a second call does nothing."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import json
 import struct
+import threading
+import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING
@@ -13,7 +15,7 @@ from unicorn import unicorn_const as uc
 
 from labkit.engines.base import BudgetExit, DebugExit, Exit, InternalErrorExit, InterruptExit, Regs, Trace
 from labkit.engines.disasm import disassemble
-from labkit.engines.unicorn.blocks import settle
+from labkit.engines.unicorn.blocks import is_over
 from labkit.engines.unicorn.calibrate import calibrate
 from labkit.engines.unicorn.guards import Guards
 from labkit.engines.unicorn.lib import LIB, Handle, IntrHook
@@ -31,7 +33,7 @@ __all__ = ["COUNT_FOR", "UnicornVcpu", "budget_exit"]
 
 SLICE = {"each": 1 << 20, "tally": 1 << 24}  # instructions after which a counted run looks up, some 15 ms: Ctrl-C, budget
 COUNT_FOR = 1 << 22  # an unbounded run is counted exactly that far, then runs uncounted
-PATIENCE = 8  # times that a run is asked to end (each 20 ms) before it is forced: a busy machine may not have let it look yet
+PATIENCE = 0.01  # seconds of CPU time that a run which was asked to end may go on before it is forced: it is where nothing looks
 BY_EACH = 4096  # budgets up to this are counted by Unicorn, an instruction at a time: changing over costs a translation
 RF = 1 << 16
 _HEADER = struct.Struct("<4sI")
@@ -61,7 +63,7 @@ class UnicornVcpu:
         self.locked_at, self._stop = -1, self.stop
         self.monitor_survives = True
         self.exception: int | None = None
-        self._forced, self._asked, self.shortened = False, 0, (-1, -1)
+        self._clock, self._asked, self._forced, self.shortened = 0, 0.0, False, (-1, -1)
         self.resumed: tuple[int, int] | None = None  # (insns, pc) behind what may have set the flag RF
         self.quirks = vm.quirks(self)
         self.guards, self.mmio = Guards(self), Mmio(self)
@@ -190,8 +192,9 @@ class UnicornVcpu:
     def stop(self) -> None:
         """Make an uncounted run return, from another thread; the caller repeats it until the run is over (see blocks.py)."""
         self.guards.halt.value = 1
-        self._asked += 1
-        if self._asked > PATIENCE:  # what does not look at the flag is stopped from outside
+        now = time.clock_gettime(self._clock)
+        self._asked = self._asked or now
+        if now - self._asked > PATIENCE:
             self._forced = True
             LIB.uc_emu_stop(self.handle.h)
 
@@ -302,15 +305,21 @@ class UnicornVcpu:
         self.guards.halt.value = 0
 
     def _run_uncounted(self) -> int:
-        self.guards.halt.value, self._forced, self._asked = 0, False, 0
+        self.guards.halt.value, self._asked, self._forced = 0, 0.0, False
+        self._clock = time.pthread_getcpuclockid(threading.get_ident())
         with self.vm.shield.native():
             status = self.handle.run(self.quirks.leave())
-        stopped = self._forced and not self.guards.stopped and not status and self.exception is None
-        if stopped and self.quirks.pc() not in self.guards.traps:
-            blocks = {gva: data for gva, (_count, data) in self.tally.blocks.items()}
-            self.quirks.set_pc(settle(self.vm.arch, self.quirks.pc(), blocks))
         self.guards.halt.value = 0
+        if self._forced and not self.guards.stopped and not status and self.exception is None:
+            self._settle()
         return status
+
+    def _settle(self) -> None:
+        """The run was forced to end: go past an instruction that must not begin anew."""
+        pc = self.quirks.pc()
+        insn = next(disassemble(self.vm.arch, self.guards.read(pc, self.quirks.longest), pc), None)
+        if insn is not None and is_over(self.vm.arch, insn):
+            self.quirks.set_pc(pc + insn.size)
 
     def _budget(self, ran: int) -> Exit | None:
         """Between two instructions; one that takes one count more than steps is brought to its end."""
