@@ -38,8 +38,9 @@ def test_that_a_counted_run_has_equal_steps() -> None:
 
 
 @pytest.mark.parametrize("insns", [17, 333, 4999])
-@pytest.mark.parametrize(("name", "entry", "nr_vcpus"), [("fault", "guest_handles", 1), ("fault", "guest_expects", 2), ("leak", "guest_code", 3),
-                                                         ("hello", "guest_code", 2), ("bad", "guest_loses_idt", 1)])
+@pytest.mark.parametrize(("name", "entry", "nr_vcpus"), [("fault", "guest_handles", 1), ("fault", "guest_expects", 2),
+                                                         ("leak", "guest_code", 3), ("hello", "guest_code", 2),
+                                                         ("bad", "guest_loses_idt", 1)])
 def test_that_a_run_that_is_cut_is_equal_on_both_engines(name: str, entry: str, nr_vcpus: int, insns: int) -> None:
     found = lk.compare(lk.Program.load(OURS / f"{name}.elf"), ("unicorn", "kvm"), entry, nr_vcpus, insns, schedule="round_robin:7")
     assert found.equal, found.text
