@@ -68,6 +68,7 @@ def _on_mmio(vcpu: KvmVcpu) -> Exit | None:
 
 
 def _on_shutdown(vcpu: KvmVcpu) -> Exit:
+    vcpu.insns += 1
     pc, cr2 = int(vcpu.gprs[RIP]), vcpu.regs.read("cr2")
     return ShutdownExit((), pc, cr2, "a fault met a fault while it was delivered; which ones, KVM does not say")
 

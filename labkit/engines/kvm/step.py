@@ -160,15 +160,26 @@ class Stepper:
             self.debug(0)
             return vcpu.stay()
         self.debug(ENABLE | STEP | HW_BP, self._landings(kind))
-        if kind.rep:
-            return self._iterate(kind)
-        start, exit = vcpu.gprs[RIP], vcpu.stay()
+        start, cs = vcpu.gprs[RIP], self.sregs.cs.selector
+        exit = self._iterate(kind) if kind.rep else vcpu.stay()
+        if exit is None and vcpu.gprs[RIP] in self.control[1]:
+            self._hide_trap(start, cs)
         if kind.locked:
             vcpu.locked_at = vcpu.vm.retired()
         if kind.shadow and exit is None and vcpu.gprs[RIP] == start + kind.behind:
             done = vcpu.insns
             exit, vcpu.insns = self._step(), done
         return exit
+
+    def _hide_trap(self, start: int, cs: int) -> None:
+        """In a handler: the flags that were pushed have TF, which the step needed and the guest never set."""
+        rsp = self.vcpu.gprs[RSP]
+        for gva in (rsp, rsp + 8):  # RIP, CS and RFLAGS lie above an error code, or alone
+            pushed = self.vcpu.fetch(gva, 24)
+            rip = int.from_bytes(pushed[:8], "little")
+            if len(pushed) == 24 and start <= rip < start + 16 and pushed[8:16] == cs.to_bytes(8, "little"):
+                ctypes.memset(self.vcpu.hva(gva + 17), pushed[17] & ~1, 1)
+                return
 
     def _landings(self, kind: Kind) -> tuple[int, ...]:
         """Where to stop, whatever KVM takes for a step: the handlers that may come, and behind some instructions."""
