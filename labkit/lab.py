@@ -318,8 +318,10 @@ class Vm:
         return look_at_vm(self, vcpu)
 
     def show(self, kind: str = "vm") -> Any:
-        """A live view that follows the VM: all of it, or "stepper", "pool", "pages", "memory" alone; for a protected VM also
-        "encryption", "eyes" (the selected page) and "launch". A saved notebook keeps its picture, a terminal its text.
+        """A live view that follows the VM: all of it, or one part alone; a saved notebook keeps its picture, a terminal its text.
+
+        kind: "stepper", "pool", "pages", "memory", for a protected VM also "encryption", "eyes" (the selected page) and "launch";
+        raises InvalidState for any other.
         """
         from labkit.views.dashboard import SECRETS
         from labkit.views.live import Hub
