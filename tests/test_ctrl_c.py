@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -103,6 +104,7 @@ void guest_pauses(void) { for (;;) cpu_relax(); }
 def disturbed(every):
     end = threading.Event()
     def shoot():
+        end.wait(0.5)  # on a busy machine the thread that starts this one is not yet in its `try`
         while not end.wait(every):
             os.kill(os.getpid(), signal.SIGINT)
     thread = threading.Thread(target=shoot, daemon=True)
@@ -174,3 +176,28 @@ def test_that_a_guest_disturbed_many_times_computes_the_same(arch: str, entry: s
 def test_that_a_guest_that_never_ends_stops_at_once_and_can_be_looked_at(entry: str, budget: int | None) -> None:
     seconds, where, steps, leaves = result(ONCE, entry, budget)
     assert isinstance(seconds, float) and seconds < 2 and str(where).startswith(entry) and steps and leaves
+
+
+FINALIZER = """
+import faulthandler, os, signal, time
+faulthandler.dump_traceback_later(50, exit=True)
+import labkit as lk
+vm = lk.Vm.create(lk.Program.load("data/guests/hello.elf"))
+vm.run()
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(100):
+            pass
+try:
+    Late()
+    time.sleep(30)
+except KeyboardInterrupt:
+    print("raised", vm.run().cmd)
+"""
+
+
+def test_that_ctrl_c_in_a_finalizer_is_raised_behind_it() -> None:
+    done = subprocess.run([sys.executable, "-c", FINALIZER], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
+                          cwd=Path(__file__).resolve().parents[1])
+    assert done.stdout.startswith("raised ") and not done.stderr

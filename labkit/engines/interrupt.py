@@ -56,6 +56,18 @@ class Shield:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Around what must not be left half done: Ctrl-C is raised behind it."""
+        was = self.running
+        self.enter(lambda: None)
+        try:
+            yield
+        finally:
+            self.running = was
+        if not was:
+            self.check()
+
+    @contextlib.contextmanager
     def native(self) -> Iterator[None]:
         """Around a native call that may never return by itself."""
         if threading.current_thread() is not threading.main_thread():
@@ -93,11 +105,24 @@ class Shield:
             self._stop()
             return True
 
+    def later(self) -> None:
+        """Let Ctrl-C come again soon: where it came, Python would swallow it."""
+        threading.Timer(AGAIN, signal.raise_signal, (signal.SIGINT,)).start()
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.running:
             self.interrupted = True
+        elif _in_finalizer(frame):
+            self.later()
         elif callable(self._before):
             self._before(signum, frame)
+
+
+def _in_finalizer(frame: FrameType | None) -> bool:
+    """Whether this is inside a __del__, where Python swallows every exception."""
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
 
 
 @cache

@@ -86,14 +86,13 @@ class Lanes:
 
     def run(self, indices: Sequence[int]) -> tuple[int, Exit]:
         """Let these vCPUs run until any of them exits; the others go on meanwhile, until `end` or somebody touches them."""
-        for index in indices:
-            if index in self.posted:
-                continue
-            if index not in self.lanes:
-                self.vm.vcpus[index].mine()
-                self.lanes[index] = _Lane(self.vm.vcpus[index], self._post)
-            if not self.lanes[index].running:
-                self.lanes[index].go()
+        with self.vm.shield.held():
+            for index in set(indices) - self.posted:
+                if index not in self.lanes:
+                    self.vm.vcpus[index].mine()
+                    self.lanes[index] = _Lane(self.vm.vcpus[index], self._post)
+                if not self.lanes[index].running:
+                    self.lanes[index].go()
         index, came = self._next()
         if isinstance(came, BaseException):
             raise came
@@ -121,15 +120,17 @@ class Lanes:
         if lane is None or threading.get_ident() != lane.home[0]:
             raise InvalidState(f"vCPU {vcpu.index} belongs to thread {vcpu.owner:#x}, which alone may touch it; this is thread "
                                f"{threading.get_ident():#x}: make the VM where it is used, or hand over what you need as data")
-        lane.pause()
+        with self.vm.shield.held():
+            lane.pause()
 
     def end(self) -> None:
         """Stop all; what came in and was not taken is taken by the next run."""
-        lanes = list(self.lanes.values())
-        for lane in lanes:
-            lane.vcpu.pausing = lane.running
-            if lane.running:
-                lane.vcpu.kick()
-        for lane in lanes:
-            lane.end()
-        self.lanes.clear()
+        with self.vm.shield.held():
+            lanes = list(self.lanes.values())
+            for lane in lanes:
+                lane.vcpu.pausing = lane.running
+                if lane.running:
+                    lane.vcpu.kick()
+            for lane in lanes:
+                lane.end()
+            self.lanes.clear()

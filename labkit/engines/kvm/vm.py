@@ -144,16 +144,20 @@ class KvmVm:
 
     def close(self) -> None:
         """Release every vCPU and the VM; a second call does nothing."""
-        self.pause()
-        for vcpu in self.vcpus:
-            vcpu.close()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        with self.shield.held():
+            self.pause()
+            for vcpu in self.vcpus:
+                vcpu.close()
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
 
     def __del__(self) -> None:
         if getattr(self, "fd", -1) >= 0:  # nobody closed it: descriptors are scarcer than memory
-            self.close()
+            try:
+                self.close()
+            except KeyboardInterrupt:
+                self.shield.later()
 
 
 def _open() -> int:
