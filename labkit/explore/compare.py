@@ -87,7 +87,7 @@ TOLERATED = (
               lambda one, other, a, b: _cut(one, other) and isinstance(a, int) and isinstance(b, int) and a ^ b == AF),
     Tolerance("event|register", ".*", HOST, _same_gpa),
 )
-"""All that `compare` lets pass. HOST holds for words of memory too, AHEAD for page tables, TIME for what a run with another clock proves."""
+"""All that `compare` lets pass. HOST holds for words of memory too, AHEAD for page tables, TIME for what another clock proves."""
 OTHER_TIME = {"msr_0x10": 1 << 40}
 
 
