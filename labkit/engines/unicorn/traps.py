@@ -51,8 +51,8 @@ _SUSPECT = re.compile(
     rb"|[\xf2\xf3][\x26\x2e\x36\x3e\x40-\x4f\x64-\x67\xf0\xf2\xf3]*[\x90\xa4-\xa7\xaa-\xaf]"
     rb"|\x0f[\x00\x01\x05\x08\x09\x20\x21\x22\x23\x30-\x37\x78\x79\xa2\xaa\xae\xc7]|\x8e[\x10-\x17\x50-\x57\x90-\x97\xd0-\xd7]", re.DOTALL)
 
-# Control and debug registers, LGDT and the like at CPL3: Unicorn raises #GP and reads no further
-_CUT = re.compile(rb"[\x26\x2e\x36\x3e\x64-\x67\xf2\xf3]*[\x40-\x4f]?\x0f([\x20-\x23]|[\x00\x01].)", re.DOTALL)
+# Control and debug registers, LGDT and the like in memory at CPL3: Unicorn raises #GP and reads no further
+_CUT = re.compile(rb"[\x26\x2e\x36\x3e\x64-\x67\xf2\xf3]*[\x40-\x4f]?\x0f([\x20-\x23]|[\x00\x01][\x00-\xbf])")
 
 
 def _kind(data: bytes, mnemonic: str, op_str: str) -> str | None:
