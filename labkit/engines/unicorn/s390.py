@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from unicorn import s390x_const as s390
 from unicorn import unicorn_const as uc
 
-from labkit.engines.base import DiagExit, Exit, HaltExit
+from labkit.engines.base import Capability, DiagExit, Exit, HaltExit
 from labkit.engines.disasm import disassemble
 from labkit.engines.unicorn.plain import PlainQuirks, probe
 from labkit.engines.unicorn.traps import Trap
@@ -59,6 +59,7 @@ class S390x(PlainQuirks):
     settings: ClassVar[tuple[tuple[int, int], ...]] = ((uc.UC_CTL_CPU_MODEL, s390.UC_CPU_S390X_MAX),)
     two_blocks, two_blocks_count = struct.pack(">2I", 0xA7F40002, 0xA7F40000), 3  # J +4; J +0
     plain, special, longest = _PLAIN, ("prefix",), 6
+    capabilities = (Capability("edat", False, "Unicorn walks pages of 4 KiB only, whatever CR0 says, so there are no larger ones to map"),)
     hot = ("pswm", *(f"r{i}" for i in range(16)))
     first = ("prefix", "cr0", "cr1", "pswm")
 
