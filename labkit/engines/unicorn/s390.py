@@ -59,7 +59,8 @@ class S390x(PlainQuirks):
     settings: ClassVar[tuple[tuple[int, int], ...]] = ((uc.UC_CTL_CPU_MODEL, s390.UC_CPU_S390X_MAX),)
     two_blocks, two_blocks_count = struct.pack(">2I", 0xA7F40002, 0xA7F40000), 3  # J +4; J +0
     plain, special, longest = _PLAIN, ("prefix",), 6
-    capabilities = (Capability("edat", False, "Unicorn walks pages of 4 KiB only, whatever CR0 says, so there are no larger ones to map"),)
+    capabilities: ClassVar[tuple[Capability, ...]] = (
+        Capability("edat", False, "Unicorn walks pages of 4 KiB only, whatever CR0 says, so there are no larger ones to map"),)
     hot = ("pswm", *(f"r{i}" for i in range(16)))
     first = ("prefix", "cr0", "cr1", "pswm")
 
