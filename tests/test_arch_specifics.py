@@ -172,6 +172,20 @@ def test_that_execute_and_its_target_are_one_instruction(insn, counted):
     assert uc.args[0] == 0x10 and uc.args[3] == GVA and "ex" in vm.vcpus[0].disassemble(uc.args[2], 1).insns[0].mnemonic
 
 
+@pytest.mark.parametrize(("insn", "found"), [
+    ("risbhg %0, %1, 0, 159, 32", 0x9ABCDEF0_FFFFFFFF), ("risbhg %0, %1, 0, 31, 0", 0x12345678_FFFFFFFF),
+    ("risbhg %0, %1, 8, 151, 0", 0x00345600_FFFFFFFF), ("risbhg %0, %1, 8, 23, 0", 0xFF3456FF_FFFFFFFF),
+    ("risbhg %0, %1, 24, 7, 4", 0x23FFFF89_FFFFFFFF), ("risbhg %0, %1, 4, 4, 36", 0xFFFFFFFF_FFFFFFFF),
+    ("risblg %0, %1, 0, 159, 32", 0xFFFFFFFF_12345678), ("risblg %0, %1, 0, 31, 0", 0xFFFFFFFF_9ABCDEF0),
+    ("risblg %0, %1, 8, 151, 0", 0xFFFFFFFF_00BCDE00), ("risblg %0, %1, 28, 3, 4", 0xFFFFFFFF_AFFFFFF1)])
+def test_that_s390x_inserts_bits_into_halves_of_registers(insn, found):
+    """As the Principles of Operation have it, chapter 7; Unicorn leaves the register as it was, and %p lost its zeros by it."""
+    body = (f"\tuint64_t to = -1UL;\n\t__asm__ volatile(\"{insn}\" : \"+d\"(to) : \"d\"(0x123456789abcdef0UL));\n"
+            "\tGUEST_SYNC1(to);\n\tGUEST_PRINTF(\"%p\", (void *)0x1234);")
+    sync, printed, _ = vm_of("s390x", body).run_until_done()
+    assert hex(sync.args[0]) == hex(found) and printed.text == "0x00000000001234"
+
+
 @pytest.mark.parametrize("mode", [RISCV_SV39, RISCV_SV48])
 def test_that_riscv_has_two_modes_and_sets_accessed_and_dirty(mode):
     vm = vm_of("riscv64", WRITE, GVA, 1, paging=mode.name)
