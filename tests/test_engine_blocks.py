@@ -17,7 +17,8 @@ NOP = {"x86_64": "90", "arm64": "1f2003d5", "riscv64": "13000000", "s390x": "070
     ("arm64", "210040f9", "ldr x1, [x1]", True), ("arm64", "410440f8", "ldr x1, [x2], #0", True),
     ("arm64", "410000f9", "str x1, [x2]", True), ("arm64", "fd7bbfa9", "stp x29, x30, [sp, #-16]!", True),
     ("arm64", "417c5fc8", "ldxr x1, [x2]", False), ("arm64", "410023f8", "ldadd x3, x1, [x2]", False),
-    ("riscv64", "03350500", "ld a0, 0(a0)", True), ("riscv64", "23b0a500", "sd a0, 0(a1)", True), ("riscv64", "2fb5b500", "amoadd.d", False),
+    ("riscv64", "03350500", "ld a0, 0(a0)", True), ("riscv64", "23b0a500", "sd a0, 0(a1)", True),
+    ("riscv64", "2fb5b500", "amoadd.d", False),
     ("s390x", "e31020000004", "lg %r1, 0(%r2)", False), ("s390x", "41101001", "la %r1, 1(%r1)", True)])
 def test_that_what_begins_anew_is_told_from_what_does_not(arch: str, code: str, what: str, anew: bool) -> None:
     assert can_begin_anew(arch, 0x1000, bytes.fromhex(NOP[arch] + code)) == anew, what
