@@ -139,6 +139,53 @@ def test_that_large_pages_are_built_walked_and_used(arch):
     assert int.from_bytes(vm.memory.read(gpa + 0x1238, 8), mode.byteorder) == 77
 
 
+def test_that_s390x_has_no_large_pages_and_says_so():
+    vm = vm_of("s390x", READ)
+    assert not next(c.have for c in vm.capabilities if c.name == "edat") and vm.arch.mode.page_sizes == (4096,)
+    with pytest.raises(InvalidState, match="no pages of 0x100000 bytes, only 0x1000"):
+        vm.machine.space.map(1 << 30, 0, 1, 1 << 20)
+
+
+EXECUTE = """
+	static char from[16] = "abcdefgh", to[16];
+	register uint64_t length __asm__("r4") = 3, where __asm__("r2") = a ? a : (uint64_t)to, at __asm__("r3") = (uint64_t)from;
+	for (int i = 0; i < 3; i++)
+		__asm__ volatile("larl %%r5, 1f; INSN; j 2f; 1: mvc 0(1,%%r2), 0(%%r3); 2:"
+			: : "d"(length), "a"(where), "a"(at) : "r5", "memory");
+	out = *(uint64_t *)to;"""
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("insn", ["ex %%r4, 0(%%r5)", "exrl %%r4, 1f"])
+def test_that_execute_and_its_target_are_one_instruction(insn, counted):
+    """EXECUTE ors a length into a target that it fetches itself (Principles of Operation, 7-121); a fault names EXECUTE."""
+    vm, stepped = (vm_of("s390x", EXECUTE.replace("INSN", insn), 0) for _ in range(2))
+    vm.machine.engine.count_for = 1 << 22 if counted else 30
+    assert vm.vcpus[0].run().cmd == "DONE" and vm.sync_global_from_guest("out") == int.from_bytes(b"abcd\0\0\0\0", "big")
+    names = []
+    while stepped.vcpus[0].state != "done":
+        names.append(stepped.vcpus[0].insn.mnemonic)
+        stepped.vcpus[0].step()
+    assert names.count(insn.split()[0]) == 3 and "mvc" not in names[:100] and (stepped.step == vm.step or not counted)
+    vm = vm_of("s390x", EXECUTE.replace("INSN", insn), GVA)
+    uc = vm.vcpus[0].run(5000)
+    assert uc.args[0] == 0x10 and uc.args[3] == GVA and "ex" in vm.vcpus[0].disassemble(uc.args[2], 1).insns[0].mnemonic
+
+
+@pytest.mark.parametrize(("insn", "found"), [
+    ("risbhg %0, %1, 0, 159, 32", 0x9ABCDEF0_FFFFFFFF), ("risbhg %0, %1, 0, 31, 0", 0x12345678_FFFFFFFF),
+    ("risbhg %0, %1, 8, 151, 0", 0x00345600_FFFFFFFF), ("risbhg %0, %1, 8, 23, 0", 0xFF3456FF_FFFFFFFF),
+    ("risbhg %0, %1, 24, 7, 4", 0x23FFFF89_FFFFFFFF), ("risbhg %0, %1, 4, 4, 36", 0xFFFFFFFF_FFFFFFFF),
+    ("risblg %0, %1, 0, 159, 32", 0xFFFFFFFF_12345678), ("risblg %0, %1, 0, 31, 0", 0xFFFFFFFF_9ABCDEF0),
+    ("risblg %0, %1, 8, 151, 0", 0xFFFFFFFF_00BCDE00), ("risblg %0, %1, 28, 3, 4", 0xFFFFFFFF_AFFFFFF1)])
+def test_that_s390x_inserts_bits_into_halves_of_registers(insn, found):
+    """As the Principles of Operation have it, chapter 7; Unicorn leaves the register as it was, and %p lost its zeros by it."""
+    body = (f"\tuint64_t to = -1UL;\n\t__asm__ volatile(\"{insn}\" : \"+d\"(to) : \"d\"(0x123456789abcdef0UL));\n"
+            "\tGUEST_SYNC1(to);\n\tGUEST_PRINTF(\"%p\", (void *)0x1234);")
+    sync, printed, _ = vm_of("s390x", body).run_until_done()
+    assert hex(sync.args[0]) == hex(found) and printed.text == "0x00000000001234"
+
+
 @pytest.mark.parametrize("mode", [RISCV_SV39, RISCV_SV48])
 def test_that_riscv_has_two_modes_and_sets_accessed_and_dirty(mode):
     vm = vm_of("riscv64", WRITE, GVA, 1, paging=mode.name)

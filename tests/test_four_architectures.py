@@ -17,6 +17,7 @@ from labkit.cli import main
 from labkit.engines.base import BudgetExit, DebugExit
 from labkit.engines.disasm import disassemble
 from labkit.errors import ElfError, GuestAssertFailed, InvalidState
+from labkit.explore.touch import operands
 from labkit.ucall.pool import Ucall
 
 GUESTS = Path(__file__).parent.parent / "data" / "guests"
@@ -168,6 +169,38 @@ def test_that_budgets_do_not_change_what_happens(arch, size):
         came = vcpu.run(size)
         said += [came.args[0]] if isinstance(came, Ucall) and came.cmd == "SYNC" else []
     assert said == sums and vm.step == once.step and vcpu.exact
+
+
+def test_that_what_an_instruction_is_about_to_do_comes_true(arch):
+    """Of each branch whether it is taken, of each store where it goes and what it leaves there."""
+    vm = vm_of(arch)
+    vcpu, told = vm.vcpus[0], {"jumps": 0, "falls": 0, "stores": 0, "loads": 0}
+    while vcpu.state != "done":
+        regs, insn = vcpu.regs.all(), vcpu.insn
+        ops = operands(arch, vcpu.peek(insn.gva, insn.size), regs, insn.gva, vcpu.peek)
+        vcpu.step()
+        if ops.taken is not None:
+            told["jumps" if ops.taken else "falls"] += 1
+            assert vcpu.pc == (ops.target if ops.taken else insn.gva + insn.size), f"{insn} with {regs}"
+        for access in ops.accesses:
+            assert access.before is not None or insn.gva == vm.gva_of("ucall_arch_do_ucall") + 8, f"{insn} with {regs}"
+            told["loads"] += access.reads
+            if access.after is not None:
+                told["stores"] += 1
+                found = int.from_bytes(vcpu.peek(access.gva, access.size), vm.arch.mode.byteorder)
+                assert found == access.after, f"{insn} with {regs}"
+    assert min(told.values()) > 20, told
+
+
+def test_that_the_stepper_says_what_comes(arch):
+    vcpu = vm_of(arch, "guest_read", 0x12345678).vcpus[0]
+    while not (before := vcpu.look().outlook).startswith("gva 0x12345678 is not mapped"):
+        assert vcpu.step() is None
+    vcpu = vm_of(arch, "guest_loop", 3).vcpus[0]
+    said = set()
+    while vcpu.step() is None:
+        said.add(vcpu.look().outlook)
+    assert {"The jump will be taken.", "The jump will not be taken."} <= said and before
 
 
 def test_that_lines_are_stepped_and_code_is_shown(arch):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from labkit.arch.desc import HUGE, LAST, Field, Level, Match, PagingMode
-from labkit.arch.model import Arch, BootTables, UcallExit
+from labkit.arch.model import Arch, BootTables, Reading, UcallExit
 from labkit.bits import bit, genmask
 
 __all__ = ["ARM64", "ARM64_PXXV48_4K"]
@@ -48,11 +48,36 @@ def _level(regs: Mapping[str, int]) -> str:
     return f"EL{regs['pstate'] >> 2 & 3}, AArch64, MMU {'on' if regs['sctlr_el1'] & 1 else 'off'}"
 
 
+_CONDITIONS: dict[str, Callable[[bool, bool, bool, bool], bool]] = {  # Arm ARM C1.2.4
+    "eq": lambda n, z, c, v: z, "hs": lambda n, z, c, v: c, "mi": lambda n, z, c, v: n, "vs": lambda n, z, c, v: v,
+    "hi": lambda n, z, c, v: c and not z, "ge": lambda n, z, c, v: n == v, "gt": lambda n, z, c, v: n == v and not z,
+}
+_OPPOSITE = {"ne": "eq", "lo": "hs", "pl": "mi", "vc": "vs", "ls": "hi", "lt": "ge", "le": "gt"}
+
+
+def _condition(mnemonic: str, operands: Sequence[str], read: Callable[[str], int]) -> bool | None:
+    if mnemonic in ("cbz", "cbnz"):
+        return (read(operands[0]) == 0) == (mnemonic == "cbz")
+    if mnemonic in ("tbz", "tbnz"):
+        return (read(operands[0]) >> int(operands[1].lstrip("#"), 0) & 1) == (mnemonic == "tbnz")
+    name = mnemonic.removeprefix("b.")
+    if name == mnemonic or (known := _OPPOSITE.get(name, name)) not in _CONDITIONS:
+        return None
+    n, z, c, v = (bool(read("pstate") >> FLAGS[flag] & 1) for flag in "NZCV")
+    return _CONDITIONS[known](n, z, c, v) == (name == known)
+
+
+READING = Reading(
+    r"\[(?P<base>\w+)(, (#(?P<disp>-?\w+)|(?P<index>x\w+)(, lsl #(?P<shift>\d+))?))?\]",
+    {"ldr": 8, "ldur": 8, "ldrb": 1, "ldurb": 1, "ldrsb": 1, "ldrh": 2, "ldurh": 2, "ldrsh": 2, "ldrsw": 4, "ldp": 16, "ldxr": 8,
+     "ldaxr": 8, "ldar": 8},
+    {"str": 8, "stur": 8, "strb": 1, "sturb": 1, "strh": 2, "sturh": 2, "stp": 16, "stxr": 8, "stlxr": 8, "stlr": 8}, _condition)
+
 ARM64 = Arch(
     name="arm64", modes=(ARM64_PXXV48_4K,), pc="pc", sp="sp", flags="pstate",
     shown=("pc", *(f"x{i}" for i in range(31)), "sp", "pstate", "ttbr0_el1"),
     arguments=tuple(f"x{i}" for i in range(8)), root="ttbr0_el1", root_field=Field(genmask(47, 12)),
     ucall=UcallExit("mmio", 0, symbol="ucall_exit_mmio_addr"), flag_names=FLAGS, vectors=VECTORS,
     page_faults=frozenset(i for i in VECTORS if i % 64 in (0x20, 0x21, 0x24, 0x25)), stubs="vectors", nr_vectors=16 * 64,
-    stack_bias=0, level=_level, reset=_reset, cpu_id="tpidr_el1",
+    stack_bias=0, level=_level, reset=_reset, cpu_id="tpidr_el1", reading=READING,
 )

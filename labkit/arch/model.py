@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from labkit.arch.desc import Field, PagingMode
 from labkit.errors import InvalidState
 
-__all__ = ["Arch", "BootTables", "UcallExit"]
+__all__ = ["Arch", "BootTables", "Reading", "UcallExit"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,20 @@ class BootTables:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How the text of an instruction says what it is about to do; x86-64 has a decoder that says more.
+
+    `address` matches a memory operand, with groups disp, base, index and shift as far as there are; `loads` and `stores` give bytes
+    by mnemonic, and `condition` whether a branch will be taken, given mnemonic, operands and a function that reads a register.
+    """
+
+    address: str
+    loads: Mapping[str, int]
+    stores: Mapping[str, int]
+    condition: Callable[[str, Sequence[str], Callable[[str], int]], bool | None]  # None: the instruction does not ask
+
+
+@dataclass(frozen=True)
 class Arch:
     """One architecture as data; every room above reads it and none asks for its name."""
 
@@ -62,6 +76,7 @@ class Arch:
     reset: Callable[[BootTables], dict[str, int]]  # registers before the first instruction
     tables: Callable[[int, int], bytes] | None = None  # the descriptor page, given its own gva; with a stack, for user guests
     idt: Callable[[Sequence[int]], bytes] | None = None  # the exception table for these handlers
+    reading: Reading | None = None
     tss_offset: int = 0  # of the task state inside the descriptor page
     cpu_id: str = ""  # register in which the selftests' guests look for the vCPU's index
     globals: Mapping[str, str] = field(default_factory=dict)  # register -> symbol whose address it holds

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from labkit.arch.desc import HUGE, LAST, Field, Level, Match, PagingMode
-from labkit.arch.model import Arch, BootTables, UcallExit
+from labkit.arch.model import Arch, BootTables, Reading, UcallExit
 from labkit.bits import bit, genmask
 
 __all__ = ["RISCV64", "RISCV_SV39", "RISCV_SV48"]
@@ -41,10 +41,28 @@ def _level(regs: Mapping[str, int]) -> str:
     return f"{'USHM'[regs['priv']]}-mode, {paging}"
 
 
+def _condition(mnemonic: str, operands: Sequence[str], read: Callable[[str], int]) -> bool | None:
+    """BEQ to BGEU, also with a zero in the name; unsigned where it ends in u."""
+    name = mnemonic.removeprefix("c.")
+    how = next((how for how in ("beq", "bne", "blt", "bge", "bgt", "ble") if name.startswith(how)), None)
+    if how is None:
+        return None
+    a, b = read(operands[0]), 0 if name.endswith("z") else read(operands[1])
+    if not name.endswith("u"):
+        a, b = ((value ^ 1 << 63) - (1 << 63) for value in (a, b))
+    return {"beq": a == b, "bne": a != b, "blt": a < b, "bge": a >= b, "bgt": a > b, "ble": a <= b}[how]
+
+
+_WIDTHS = {"b": 1, "h": 2, "w": 4, "d": 8}
+READING = Reading(
+    r"(?P<disp>-?\w+)\((?P<base>\w+)\)",
+    {f"{c}l{at}{more}": size for at, size in _WIDTHS.items() for c in ("", "c.") for more in ("", "u", "sp")},
+    {f"{c}s{at}{more}": size for at, size in _WIDTHS.items() for c in ("", "c.") for more in ("", "sp")}, _condition)
+
 RISCV64 = Arch(
     name="riscv64", modes=(RISCV_SV48, RISCV_SV39), pc="pc", sp="sp", flags="sstatus", shown=("pc", *GPRS[1:], "sstatus", "satp"),
     arguments=tuple(f"a{i}" for i in range(8)), root="satp", root_field=Field(genmask(43, 0), -12),
     ucall=UcallExit("sbi", 0x08FFFFFF),  # KVM_RISCV_SELFTESTS_SBI_EXT, function 0
     flag_names=FLAGS, vectors=CAUSES, page_faults=frozenset({1, 5, 7, 12, 13, 15}), stubs="exception_vectors", nr_vectors=2 * 32,
-    stack_bias=0, level=_level, reset=_reset, cpu_id="sscratch", globals={"gp": "__global_pointer$"},
+    stack_bias=0, level=_level, reset=_reset, cpu_id="sscratch", reading=READING, globals={"gp": "__global_pointer$"},
 )

@@ -17,6 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from labkit.arch import ARCHES
 from labkit.errors import LabError
 from labkit.sev import PROTECTIONS, SIMPLIFIED
 
@@ -130,7 +131,7 @@ def _engine(name: str) -> Iterator[Finding]:
 
 def _compilers() -> Iterator[Finding]:
     zig = _first_line(sys.executable, "-m", "ziglang", "version")
-    note = "default; guests of x86_64, arm64, riscv64, s390x" if zig else "pip install ziglang"
+    note = f"default; guests of {', '.join(ARCHES)}" if zig else "pip install ziglang"
     yield Finding("compiler", "ziglang", bool(zig), _number(zig), note)
     for name in ("gcc", "clang"):
         yield _program("compiler", name, missing="not needed")

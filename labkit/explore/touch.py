@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from labkit.engines.disasm import branch_target, decoder, disassemble
+from labkit.arch import find_arch
+from labkit.arch.model import Reading
+from labkit.engines.disasm import Decoded, branch_target, decoder, disassemble
 from labkit.errors import LabError
 
 __all__ = ["Access", "Operands", "operands"]
@@ -52,20 +55,40 @@ class Operands:
 
 
 def operands(arch: str, data: bytes, regs: Regs, pc: int, read: Read) -> Operands:
-    """Decode one instruction and work out its operands; an empty answer for bytes that are no instruction.
-
-    Of architectures other than x86-64 only the target of a branch is known.
-    """
-    if "rflags" not in regs:
+    """Decode one instruction and work out its operands; an empty answer for bytes that are no instruction."""
+    if (reading := find_arch(arch).reading) is not None:
         plain = next(iter(disassemble(arch, data, pc)), None)
-        return Operands(target=branch_target(arch, plain)) if plain else Operands()
+        return _read(reading, plain, branch_target(arch, plain), regs, read, find_arch(arch).mode.byteorder) if plain else Operands()
     insn = next(iter(decoder(arch, detail=True).disasm(data, pc)), None)
-    if insn is None or insn.mnemonic == "nop":  # the long NOPs have a memory operand that nobody touches
+    if insn is None or insn.mnemonic in ("nop", "lea"):  # they have a memory operand that nobody touches
         return Operands()
     taken = _condition(insn.mnemonic, regs["rflags"])
     target = insn.operands[0].imm if len(insn.operands) == 1 and insn.operands[0].type == 2 and insn.mnemonic[0] in "jc" else None
     found = [_access(insn, op, regs, read) for op in insn.operands if op.type == 3 and op.access]
     return Operands((*found, *_stack(insn, regs, read)), target, taken, _bit(insn, regs, read))
+
+
+def _read(how: Reading, insn: Decoded, target: int | None, regs: Regs, read: Read, order: Literal["little", "big"]) -> Operands:
+    """What the text of an instruction says; a value that is stored is known of a store from one register."""
+    parts = [part.strip() for part in insn.op_str.split(",")]
+    asked = how.condition(insn.mnemonic, parts, lambda name: _plain_register(name, regs))
+    where, size = re.search(how.address, insn.op_str), how.loads.get(insn.mnemonic, 0) or how.stores.get(insn.mnemonic, 0)
+    if where is None or not size:
+        return Operands(target=target, taken=asked)
+    words = where.groupdict()
+    gva = _plain_register(words["base"], regs) + int(words.get("disp") or "0", 0)
+    gva += _plain_register(words.get("index") or "zero", regs) << int(words.get("shift") or 0) & MASK64
+    size //= 2 if parts[0][0] == "w" and size in (8, 16) else 1
+    writes, before = insn.mnemonic in how.stores, _load(read, gva & MASK64, size, order)
+    known = writes and before is not None and size <= 8 and insn.mnemonic not in how.loads and "x" not in insn.mnemonic
+    after = _plain_register(parts[0], regs) & (1 << 8 * size) - 1 if known and parts[0].lstrip("%")[:1].isalpha() else None
+    return Operands((Access(gva & MASK64, size, insn.mnemonic in how.loads, writes, before, after),), target, asked)
+
+
+def _plain_register(name: str, regs: Regs) -> int:
+    """A register as the disassembler names it: %r1, w3; one that reads as zero has no value of its own."""
+    name = name.lstrip("%")
+    return regs.get("x" + name[1:], 0) & 0xFFFFFFFF if name[0] == "w" else regs.get(name, 0)
 
 
 def _condition(mnemonic: str, flags: int) -> bool | None:
@@ -96,9 +119,9 @@ def _register(name: str, regs: Regs) -> int | None:
         return int(regs["r" + name[1:]] & 0xFFFFFFFF)
     if "r" + name in regs:
         return int(regs["r" + name] & 0xFFFF)
-    for wide in (f"r{name[0]}x", f"r{name[:-1]}"):
-        if name[-1] in "lh" and wide in regs:
-            return int(regs[wide] >> (8 if name[-1] == "h" else 0) & 0xFF)
+    wide = f"r{name[0]}x" if len(name) == 2 else f"r{name[:-1]}"  # al, ah; dil
+    if name[-1] in "lh" and wide in regs:
+        return int(regs[wide] >> (8 if name[-1] == "h" else 0) & 0xFF)
     return None
 
 
@@ -111,9 +134,9 @@ def _address(insn: Any, op: Any, regs: Regs) -> int:
     return int(at + regs.get(f"{segment}_base", 0)) & MASK64
 
 
-def _load(read: Read, gva: int, size: int) -> int | None:
+def _load(read: Read, gva: int, size: int, order: Literal["little", "big"] = "little") -> int | None:
     try:
-        return int.from_bytes(read(gva, size), "little")
+        return int.from_bytes(read(gva, size), order)
     except LabError:
         return None
 

@@ -40,7 +40,7 @@ def jump(arch: str, gva: int, data: bytes) -> int | None:
 
 def hops(arch: str, gva: int, data: bytes) -> bool:
     """Whether this block ends in a jump to where a register or memory says."""
-    return any(_HOPS[arch].match(insn.text) for insn in disassemble(arch, data, gva))
+    return any(_HOPS[arch].match(insn.text) and branch_target(arch, insn) is None for insn in disassemble(arch, data, gva))
 
 
 def can_begin_anew(arch: str, gva: int, data: bytes) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from unicorn import unicorn_const as uc
 
-from labkit.engines.base import Exit, GuestFault, InternalErrorExit
+from labkit.engines.base import Capability, Exit, GuestFault, InternalErrorExit
 from labkit.engines.unicorn.lib import LIB, Handle, IntrHook, RegBatch, check
 from labkit.errors import InvalidState
 
@@ -66,6 +66,7 @@ class PlainQuirks:
     special: tuple[str, ...] = ()
     hot: tuple[str, ...] = ()  # of `plain`, what traps ask for
     first: tuple[str, ...] = ()  # registers to set before all others, in this order
+    capabilities: ClassVar[tuple[Capability, ...]] = ()
     fault_register = two_blocks_count = 0
     longest = 4  # bytes of an instruction
 

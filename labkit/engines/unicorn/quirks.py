@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from labkit.engines.base import Exit, GuestFault, Regs
+from labkit.engines.base import Capability, Exit, GuestFault, Regs
 
 if TYPE_CHECKING:
     from labkit.engines.unicorn.traps import Trap
@@ -20,6 +20,7 @@ class QuirksOf(Protocol):
     uc_arch: int
     uc_mode: int
     settings: tuple[tuple[int, int], ...]  # of libunicorn, before anything else
+    capabilities: tuple[Capability, ...]  # beside those that all architectures share
 
     def __call__(self, vcpu: UnicornVcpu) -> Quirks: ...
 

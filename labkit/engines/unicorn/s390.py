@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from unicorn import s390x_const as s390
 from unicorn import unicorn_const as uc
 
-from labkit.engines.base import DiagExit, Exit, HaltExit
+from labkit.engines.base import Capability, DiagExit, Exit, HaltExit
 from labkit.engines.disasm import disassemble
 from labkit.engines.unicorn.plain import PlainQuirks, probe
 from labkit.engines.unicorn.traps import Trap
@@ -59,6 +59,8 @@ class S390x(PlainQuirks):
     settings: ClassVar[tuple[tuple[int, int], ...]] = ((uc.UC_CTL_CPU_MODEL, s390.UC_CPU_S390X_MAX),)
     two_blocks, two_blocks_count = struct.pack(">2I", 0xA7F40002, 0xA7F40000), 3  # J +4; J +0
     plain, special, longest = _PLAIN, ("prefix",), 6
+    capabilities: ClassVar[tuple[Capability, ...]] = (
+        Capability("edat", False, "Unicorn walks pages of 4 KiB only, whatever CR0 says, so there are no larger ones to map"),)
     hot = ("pswm", *(f"r{i}" for i in range(16)))
     first = ("prefix", "cr0", "cr1", "pswm")
 
@@ -158,6 +160,8 @@ class S390x(PlainQuirks):
             return "locked"
         if first == 0xC6 and not insn[1] & 15:  # EXRL
             return "execute"
+        if first == 0xEC and insn[-1] in (0x51, 0x5D):
+            return "insert"
         return _KINDS.get(first) or _KINDS2.get(first << 8 | insn[1])
 
     def _operand(self, data: bytes) -> int:
@@ -196,6 +200,16 @@ class S390x(PlainQuirks):
         self.handle.flush_tlb()
         self.set_pc(pc)
         return HaltExit() if mask & WAIT else None
+
+    def _do_insert(self, trap: Trap) -> None:
+        """ROTATE THEN INSERT SELECTED BITS HIGH and LOW (chapter 7), of which Unicorn makes something else; LLVM likes them."""
+        registers, first, last, turns, opcode = trap.data[1:]
+        target, source, half = registers >> 4, self.was[2 + (registers & 15)], 0xFFFFFFFF << 32 * (opcode == 0x5D)
+        chosen = {i & 31 for i in range(first & 31, (last & 31) + (1 if first & 31 <= last & 31 else 33))}
+        mask = sum((1 << 31 - i) * (half & -half) for i in chosen)
+        turned = source << (turns & 63) | source >> 64 - (turns & 63)
+        kept = half ^ MASK64 if last & 0x80 else ~mask
+        self.retire(trap, **{f"r{target}": self.was[2 + target] & kept | turned & mask})
 
     def _do_execute(self, trap: Trap) -> Exit | None:
         """EXECUTE and its target are one instruction, for which Unicorn may count two."""

@@ -34,6 +34,7 @@ __all__ = ["COUNT_FOR", "UnicornVcpu", "budget_exit"]
 SLICE = {"each": 1 << 20, "tally": 1 << 24}  # instructions after which a counted run looks up, some 15 ms: Ctrl-C, budget
 COUNT_FOR = 1 << 22  # an unbounded run is counted exactly that far, then runs uncounted
 PATIENCE = 0.01  # seconds of CPU time that a run which was asked to end may go on before it is forced: it is where nothing looks
+CLOCK_OF = getattr(time, "pthread_getcpuclockid", lambda thread: time.CLOCK_PROCESS_CPUTIME_ID)  # macOS has no clock of one thread
 BY_EACH = 4096  # budgets up to this are counted by Unicorn, an instruction at a time: changing over costs a translation
 RF = 1 << 16
 _HEADER = struct.Struct("<4sI")
@@ -306,7 +307,7 @@ class UnicornVcpu:
 
     def _run_uncounted(self) -> int:
         self.guards.halt.value, self._asked, self._forced = 0, 0.0, False
-        self._clock = time.pthread_getcpuclockid(threading.get_ident())
+        self._clock = CLOCK_OF(threading.get_ident())
         with self.vm.shield.native():
             status = self.handle.run(self.quirks.leave())
         self.guards.halt.value = 0

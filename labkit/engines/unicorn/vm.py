@@ -48,13 +48,12 @@ class UnicornVm:
     """The engine's side of one VM."""
 
     name = "unicorn"
-    capabilities: tuple[Capability, ...] = CAPABILITIES
-
     def __init__(self, arch: str, cpu: CpuModel) -> None:
         if arch not in _QUIRKS:
             raise NotAvailable(f"the unicorn engine has no {arch} yet, only {', '.join(_QUIRKS)}", arch=arch)
         self.arch, self.cpu, self.shield = arch, cpu, shield()
         self.quirks = _QUIRKS[arch]
+        self.capabilities = CAPABILITIES + self.quirks.capabilities
         self.slots: list[tuple[int, int, int]] = []
         self.vcpus: list[UnicornVcpu] = []
         self.closed = False

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from unicorn import unicorn_const as uc
 
 from labkit.arch.x86_cpu import APIC_BASE, IA32_TSC, IA32_TSC_ADJUST
-from labkit.engines.base import Exit, HaltExit, HypercallExit, PioExit
+from labkit.engines.base import Capability, Exit, HaltExit, HypercallExit, PioExit
 from labkit.engines.unicorn.lib import RegBatch
 from labkit.engines.unicorn.sealed import HANDLERS
 from labkit.engines.unicorn.traps import SIZES, Trap, pio_form, scan
@@ -39,6 +39,7 @@ class X86(X86Events):
 
     uc_arch, uc_mode = uc.UC_ARCH_X86, uc.UC_MODE_64
     settings: ClassVar[tuple[tuple[int, int], ...]] = ()
+    capabilities: ClassVar[tuple[Capability, ...]] = ()
     two_blocks, fault_register = b"\xeb\x00\xf4", PLAIN["cr2"]
     pc_name, longest, two_blocks_count = "rip", 15, 0
 
