@@ -106,8 +106,8 @@ class Shield:
             return True
 
     def later(self) -> None:
-        """Let Ctrl-C come again soon: where it came, Python would swallow it."""
-        threading.Timer(AGAIN, signal.raise_signal, (signal.SIGINT,)).start()
+        """Let Ctrl-C come again soon: where it came, Python would swallow it. To the main thread, which may be asleep by then."""
+        threading.Timer(AGAIN, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.running:
