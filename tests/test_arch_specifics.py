@@ -186,6 +186,62 @@ def test_that_s390x_inserts_bits_into_halves_of_registers(insn, found):
     assert hex(sync.args[0]) == hex(found) and printed.text == "0x00000000001234"
 
 
+SMALLEST, SMALLEST32 = 1 << 63, 1 << 31
+NEXT = "ipm %%r0; srl %%r0, 28"
+
+
+@pytest.mark.parametrize(("insn", "a", "b", "found", "cc"), [
+    ("agr %%r2, %%r3", SMALLEST, SMALLEST, 0, 3), ("sgr %%r2, %%r3", 0, SMALLEST, SMALLEST, 3), ("sgr %%r2, %%r3", 5, 7, -2, 1),
+    ("ar %%r2, %%r3", 7 << 32 | SMALLEST32, SMALLEST32, 7 << 32, 3), ("sr %%r2, %%r3", 0, SMALLEST32, SMALLEST32, 3),
+    ("agrk %%r2, %%r3, %%r2", SMALLEST, SMALLEST, 0, 3), ("srk %%r2, %%r2, %%r3", 0, SMALLEST32, SMALLEST32, 3),
+    ("ag %%r2, 0(%%r4)", SMALLEST, SMALLEST, 0, 3), ("sg %%r2, 0(%%r4)", 0, SMALLEST, SMALLEST, 3), ("ag %%r2, 0(%%r4)", 1, 2, 3, 2),
+    ("a %%r2, 4(%%r4)", SMALLEST32, SMALLEST32, 0, 3), ("sy %%r2, 4(%%r4)", 0, SMALLEST32, SMALLEST32, 3),
+    ("afi %%r2, -2147483648", SMALLEST32, 0, 0, 3), ("aih %%r2, -2147483648", SMALLEST, 0, 0, 3),
+    ("shhhr %%r2, %%r2, %%r3", 9, SMALLEST, SMALLEST | 9, 3), ("ahhlr %%r2, %%r2, %%r3", SMALLEST, SMALLEST32, 0, 3),
+    ("cgr %%r2, %%r3; locfhr %%r2, %%r3, 4", 1, 0x7_0000_0002, 0x7_0000_0001, 1),
+    ("cgr %%r2, %%r3; locfhr %%r2, %%r3, 3", 1, 9 << 32, 1, 1),
+    ("cghrl %%r2, halves", -7, 0, -7, 0), ("chrl %%r2, halves", 0xFFFF_FFF8, 0, 0xFFFF_FFF8, 1),
+    ("cghrl %%r2, halves", 0xFFF9, 0, 0xFFF9, 2),
+    ("icm %%r2, 11, 0(%%r4)", 0xFFFF, 0x8001027F << 32, 0x80000102, 1), ("icm %%r2, 14, 4(%%r4)", 9, 0x10000, 0x00010009, 2),
+    ("icmh %%r2, 7, 0(%%r4)", 1 << 63, 0x8001027F << 32, 0x8080_0102_0000_0000, 1), ("icmy %%r2, 13, 0(%%r4)", 1 << 16, 0, 0, 0),
+    ("rosbg %%r2, %%r3, 155, 47, 5", 0x80000001, 0x100000001, 0x80000001, 1), ("rnsbg %%r2, %%r3, 131, 3, 0", -1, 1 << 59, -1, 0),
+    ("rxsbg %%r2, %%r3, 190, 1, 1", 1, 1 << 63, 1, 0), ("rxsbg %%r2, %%r3, 190, 1, 1", 1, 0, 1, 1),
+])
+def test_that_s390x_condition_codes_are_the_manuals(insn, a, b, found, cc):
+    """Each of these Unicorn carries out wrongly, without a word; a later QEMU agrees with the Principles of Operation, chapter 7."""
+    body = ("\tstatic const short halves[4] __attribute__((used, aligned(8))) = { -7 };\n"
+            "\tregister uint64_t cc __asm__(\"r0\"), to __asm__(\"r2\") = a, with __asm__(\"r3\") = b;\n"
+            f"\tregister uint64_t *at __asm__(\"r4\") = &b;\n\t__asm__ volatile(\"{insn.replace('halves', '%4')}; {NEXT}\""
+            " : \"=d\"(cc), \"+d\"(to) : \"d\"(with), \"a\"(at), \"i\"(halves) : \"cc\", \"memory\");\n\tGUEST_SYNC2(to, (uint32_t)cc);")
+    came = vm_of("s390x", body, a & (1 << 64) - 1, b).vcpus[0].run(10_000)
+    assert [hex(n) for n in came.args[:2]] == [hex(found & (1 << 64) - 1), hex(cc)]
+
+
+def test_that_a_compilers_overflow_checks_know_the_smallest_number():
+    body = ("\tlong sum, less; int small;\n\tint minus = __builtin_sub_overflow(0L + (long)out, (long)b, &less);\n"
+            "\tint plus = __builtin_add_overflow((long)a, (long)b, &sum);\n"
+            "\tint half = __builtin_sub_overflow((int)out, (int)(b >> 32), &small);\n"
+            "\tGUEST_SYNC3(plus, minus, half);")
+    assert vm_of("s390x", body, SMALLEST, SMALLEST).vcpus[0].run(10_000).args[:3] == (1, 1, 1)
+
+
+@pytest.mark.parametrize(("insn", "slow"), [("agr %%r2, %%r3; jo 1f; 1:", True), ("agr %%r2, %%r3; jne 1f; 1:", True),
+                                            ("sgr %%r2, %%r3; jne 1f; 1:", False), ("agr %%r2, %%r3; cgr %%r2, %%r3; jo 1f; 1:", False),
+                                            ("sgr %%r2, %%r3; lgr %%r3, %%r2; jl 1f; 1:", True), ("ark %%r2, %%r3, %%r2; j 1f; 1:", False)])
+def test_that_only_sums_whose_condition_code_may_tell_are_the_hosts(insn, slow):
+    vm = vm_of("s390x", f"\t__asm__ volatile(\"{insn}\" : : : \"r2\", \"r3\", \"cc\");")
+    assert vm.vcpus[0].run(10_000).cmd == "DONE"
+    start, traps = vm.gva_of("guest_code"), vm.machine.vcpus[0].guards.traps.values()
+    assert slow == any(trap.kind == "sum" and start <= trap.gva < start + 40 for trap in traps)
+
+
+@pytest.mark.parametrize("target", ["lr %%r5, %%r6", "cli 0(%%r3), 0", "svc 0"])
+@pytest.mark.parametrize("insn", ["ex %%r4, 0(%%r5)", "exrl %%r4, 1f"])
+def test_that_execute_of_what_unicorn_cannot_is_refused(insn, target):
+    came = vm_of("s390x", EXECUTE.replace("INSN", insn).replace("mvc 0(1,%%r2), 0(%%r3)", target), 0).vcpus[0].run(10_000)
+    assert isinstance(came, InternalErrorExit) and "EXECUTE" in came.why and came.disassembly.startswith("ex")
+
+
 @pytest.mark.parametrize("mode", [RISCV_SV39, RISCV_SV48])
 def test_that_riscv_has_two_modes_and_sets_accessed_and_dirty(mode):
     vm = vm_of("riscv64", WRITE, GVA, 1, paging=mode.name)

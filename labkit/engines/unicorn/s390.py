@@ -12,7 +12,8 @@ from unicorn import unicorn_const as uc
 
 from labkit.engines.base import Capability, DiagExit, Exit, HaltExit
 from labkit.engines.disasm import disassemble
-from labkit.engines.unicorn.plain import PlainQuirks, probe
+from labkit.engines.unicorn.plain import probe
+from labkit.engines.unicorn.s390_host import CC, HostInsns, host_kind, size_of
 from labkit.engines.unicorn.traps import Trap
 from labkit.errors import InvalidState, NotAvailable
 
@@ -26,13 +27,14 @@ SVC = 2  # QEMU's EXCP_SVC
 OPERATION, PRIVILEGED, ADDRESSING, SPECIFICATION = 1, 2, 5, 6
 TRANSLATIONS = frozenset({0x10, 0x11, 0x38, 0x39, 0x3A, 0x3B})
 NULLIFYING = TRANSLATIONS | {0x14, 0x1C, 0x80}  # the old PSW names the instruction itself (figure 6-1)
-PROBLEM, WAIT, CC = 1 << 48, 1 << 49, 3 << 44
+PROBLEM, WAIT = 1 << 48, 1 << 49
 _PLAIN = {**{f"r{i}": getattr(s390, f"UC_S390X_REG_R{i}") for i in range(16)}, "pc": s390.UC_S390X_REG_PC,
           "pswm": s390.UC_S390X_REG_PSWM, **{f"cr{i}": getattr(s390, f"UC_S390X_REG_CR{i}") for i in range(16)},
           **{f"a{i}": getattr(s390, f"UC_S390X_REG_A{i}") for i in range(16)}, "fpc": s390.UC_S390X_REG_FPC}
 _KINDS = {0x83: "diag", 0x44: "execute"}
 _KINDS2 = {0xB205: "clock", 0xB27C: "clock", 0xB2B2: "lpswe"}
 _LOCKED = frozenset({0xE4, 0xE6, 0xE7, 0xE8, 0xEA, 0xF4, 0xF6, 0xF7, 0xF8, 0xFA, 0x14, 0x30, 0x31, 0x3E})  # LAN to LAA, CSY to CDSG
+_EXECUTED = frozenset({0xD1, 0xD2, 0xD3, 0xD4, 0xD5, 0xD6, 0xD7, 0xDC, 0xDD})  # MVN to XC, TR, TRT
 
 
 @cache
@@ -52,7 +54,7 @@ def _offsets() -> tuple[int, int, int]:
     return program[0], service[0], prefix[0]
 
 
-class S390x(PlainQuirks):
+class S390x(HostInsns):
     """The quirks of s390x, one per vCPU."""
 
     uc_arch, uc_mode = uc.UC_ARCH_S390X, uc.UC_MODE_BIG_ENDIAN
@@ -66,7 +68,6 @@ class S390x(PlainQuirks):
 
     def __init__(self, vcpu: UnicornVcpu) -> None:
         super().__init__(vcpu)
-        self._executing = -1  # an EXECUTE that Unicorn is let carry out
         self.handle.write(_PLAIN["pswm"], 0x180000000)
 
     # --- registers
@@ -123,7 +124,7 @@ class S390x(PlainQuirks):
         data = self.vcpu.guards.read(pc, 6)
         if code == OPERATION and next(disassemble("s390x", data, pc), None) is not None:
             return self.vcpu.refuse("Unicorn does not have this instruction")
-        length = (2, 4, 4, 6)[data[0] >> 6] if data else 2
+        length = size_of(data[0]) if data else 2
         at = pc if code in NULLIFYING else pc + length
         teid = int.from_bytes(self.vcpu.vm.read(self.read("prefix") + 0xA8, 8), "big")
         error = teid if code in TRANSLATIONS or code == 4 else 0
@@ -145,9 +146,9 @@ class S390x(PlainQuirks):
         """The sensitive instructions of a block."""
         found, at = {}, 0
         while at < len(data):
-            size = (2, 4, 4, 6)[data[at] >> 6]
+            size = size_of(data[at])
             insn = data[at:at + size]
-            kind = self._kind(insn)
+            kind = self._kind(insn) or host_kind(data, at)
             if kind and gva + at != self._executing:
                 found[gva + at] = Trap(kind, gva + at, insn, "", "", kind != "locked")
             at += size
@@ -160,14 +161,7 @@ class S390x(PlainQuirks):
             return "locked"
         if first == 0xC6 and not insn[1] & 15:  # EXRL
             return "execute"
-        if first == 0xEC and insn[-1] in (0x51, 0x5D):
-            return "insert"
         return _KINDS.get(first) or _KINDS2.get(first << 8 | insn[1])
-
-    def _operand(self, data: bytes) -> int:
-        """A base register and twelve bits of displacement."""
-        base = data[2] >> 4
-        return (self.was[2 + base] if base else 0) + ((data[2] & 15) << 8 | data[3]) & MASK64
 
     def _is_problem_state(self) -> bool:
         return bool(self.was[1] & PROBLEM)
@@ -175,13 +169,13 @@ class S390x(PlainQuirks):
     def _do_diag(self, trap: Trap) -> Exit | None:
         if self._is_problem_state():
             return self._deliver(PRIVILEGED, trap.gva)
-        code, value = self._operand(trap.data) & 0xFFFF, self.was[2 + (trap.data[1] & 15)]
+        code, value = self._address(trap.data) & 0xFFFF, self.was[2 + (trap.data[1] & 15)]
         self.retire(trap)
         return DiagExit(code, value)
 
     def _do_clock(self, trap: Trap) -> Exit | None:
         """STORE CLOCK: one tick an instruction, at 1 GHz; bit 51 of the TOD clock is a microsecond."""
-        gva, tod = self._operand(trap.data), self.clock() * 4096 // 1000
+        gva, tod = self._address(trap.data), self.clock() * 4096 // 1000
         if not self.vcpu.vmem_write(gva, struct.pack(">Q", tod & MASK64)):
             return self.vcpu.refuse(f"STORE CLOCK to gva {gva:#x}, which cannot be written")
         self.retire(trap, pswm=self.read("pswm") & ~CC)
@@ -189,7 +183,7 @@ class S390x(PlainQuirks):
 
     def _do_lpswe(self, trap: Trap) -> Exit | None:
         """LOAD PSW EXTENDED; one that waits is a halt, for no interruption ever comes."""
-        gva = self._operand(trap.data)
+        gva = self._address(trap.data)
         data = self.vcpu.vmem_read(gva, 16)
         if self._is_problem_state() or gva & 7:
             return self._deliver(PRIVILEGED if self._is_problem_state() else SPECIFICATION, trap.gva)
@@ -201,25 +195,11 @@ class S390x(PlainQuirks):
         self.set_pc(pc)
         return HaltExit() if mask & WAIT else None
 
-    def _do_insert(self, trap: Trap) -> None:
-        """ROTATE THEN INSERT SELECTED BITS HIGH and LOW (chapter 7), of which Unicorn makes something else; LLVM likes them."""
-        registers, first, last, turns, opcode = trap.data[1:]
-        target, source, half = registers >> 4, self.was[2 + (registers & 15)], 0xFFFFFFFF << 32 * (opcode == 0x5D)
-        chosen = {i & 31 for i in range(first & 31, (last & 31) + (1 if first & 31 <= last & 31 else 33))}
-        mask = sum((1 << 31 - i) * (half & -half) for i in chosen)
-        turned = source << (turns & 63) | source >> 64 - (turns & 63)
-        kept = half ^ MASK64 if last & 0x80 else ~mask
-        self.retire(trap, **{f"r{target}": self.was[2 + target] & kept | turned & mask})
-
     def _do_execute(self, trap: Trap) -> Exit | None:
-        """EXECUTE and its target are one instruction, for which Unicorn may count two."""
-        vcpu, self._executing = self.vcpu, trap.gva
-        vcpu.guards.remove(trap.gva)
-        exit = vcpu.run_one()
-        if exit is None and self.pc() == trap.gva:
-            after = vcpu.insns
-            exit = vcpu.run_one()
-            vcpu.insns = after
-        self._executing = -1
-        vcpu.guards.add(trap)
-        return exit
+        """EXECUTE and its target are one instruction, for which Unicorn may count two; it knows few targets."""
+        offset = 2 * int.from_bytes(trap.data[2:], "big", signed=True)
+        gva = trap.gva + offset & MASK64 if len(trap.data) == 6 else self._address(trap.data, trap.data[1] & 15)
+        target = self.vcpu.guards.read(gva, 1)
+        if target and target[0] not in _EXECUTED:
+            return self.vcpu.refuse(f"Unicorn runs for ever at EXECUTE of the operation code {target[0]:#04x} at gva {gva:#x}")
+        return self._do_unicorns(trap)
