@@ -226,6 +226,7 @@ def test_that_a_compilers_overflow_checks_know_the_smallest_number():
 
 
 @pytest.mark.parametrize(("insn", "slow"), [("agr %%r2, %%r3; jo 1f; 1:", True), ("agr %%r2, %%r3; jne 1f; 1:", True),
+                                            ("agr %%r2, %%r3; alcgr %%r2, %%r3", True),
                                             ("sgr %%r2, %%r3; jne 1f; 1:", False), ("agr %%r2, %%r3; cgr %%r2, %%r3; jo 1f; 1:", False),
                                             ("sgr %%r2, %%r3; lgr %%r3, %%r2; jl 1f; 1:", True), ("ark %%r2, %%r3, %%r2; j 1f; 1:", False)])
 def test_that_only_sums_whose_condition_code_may_tell_are_the_hosts(insn, slow):
