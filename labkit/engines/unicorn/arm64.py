@@ -43,6 +43,7 @@ _KINDS = (  # mask, value, kind
     (0xFFE0001F, 0xD4000002, "call"), (0xFFE0001F, 0xD4000003, "call"),  # HVC, SMC
     (0xFFFFFF80, 0xD53BE000, "counter"),  # MRS of CNTFRQ_EL0 to CNTVCTSS_EL0
     (0x3FA00000, 0x08000000, "exclusive"), (0x3FA07C00, 0x08A07C00, "locked"), (0xBFA07C00, 0x08207C00, "locked"),  # LDXR, STXR; CAS; CASP
+    (0xFF20EC00, 0xF8204000, "locked"), (0x3F20EC00, 0x38204000, "refused"),  # LDSMAX, LDSMIN of 64 bits; of fewer
     (0x3B200C00, 0x38200000, "locked"),  # LDADD to SWP
 )
 _STORE = (0x3FC00000, 0x39000000)  # STR, STRH, STRB with an unsigned offset
@@ -228,6 +229,9 @@ class Arm64(PlainQuirks):
     def _do_halt(self, trap: Trap) -> Exit:
         self.retire(trap)
         return HaltExit()
+
+    def _do_refused(self, trap: Trap) -> Exit:
+        return self.vcpu.refuse("Unicorn compares these as numbers without a sign")
 
     def _do_call(self, trap: Trap) -> Exit:
         """HVC and SMC, which KVM takes for SMCCC calls: nothing is supported until the host says so."""

@@ -146,12 +146,11 @@ class S390x(HostInsns):
         """The sensitive instructions of a block."""
         found, at = {}, 0
         while at < len(data):
-            size = size_of(data[at])
-            insn = data[at:at + size]
+            insn = data[at:at + size_of(data[at])]
             kind = self._kind(insn) or host_kind(data, at)
             if kind and gva + at != self._executing:
                 found[gva + at] = Trap(kind, gva + at, insn, "", "", kind != "locked")
-            at += size
+            at += len(insn)
         return found
 
     @staticmethod

@@ -144,8 +144,7 @@ class HostInsns(PlainQuirks):
         half = self._number(trap.gva + 2 * struct.unpack(">i", trap.data[2:])[0] & MASK64, 2)
         if half is None:
             return self._do_unicorns(trap)
-        bits = 32 if trap.data[1] & 15 == 5 else 64
-        value = _signed(self.was[2 + (trap.data[1] >> 4)], bits)
+        value = _signed(self.was[2 + (trap.data[1] >> 4)], 32 if trap.data[1] & 15 == 5 else 64)
         self._set(trap, (value < half) + 2 * (value > half))
         return None
 
@@ -165,15 +164,14 @@ class HostInsns(PlainQuirks):
     def _do_sum(self, trap: Trap) -> Exit | None:
         """Signed ADD and SUBTRACT, of registers, memory, or a number."""
         minus, bits, form = _SUMS[key(trap.data)]
-        low, width = (32 if bits == 0 else 0), bits or 32
+        low, width = 32 * (not bits), bits or 32
         target, first, second = self._operands(trap.data, form, low, width)
         if second is None:
             return self._do_unicorns(trap)
-        left = _signed(self.was[2 + first] >> low, width)
-        exact = left - second if minus else left + second
+        exact = _signed(self.was[2 + first] >> low, width) + (-second if minus else second)
         result, mask = _signed(exact, width), (1 << width) - 1 << low
-        cc = 3 if result != exact else (result < 0) + 2 * (result > 0)
-        self._set(trap, cc, **{f"r{target}": self.was[2 + target] & ~mask | result << low & mask})
+        value = self.was[2 + target] & ~mask | result << low & mask
+        self._set(trap, 3 if result != exact else (result < 0) + 2 * (result > 0), **{f"r{target}": value})
         return None
 
     def _operands(self, data: bytes, form: str, low: int, width: int) -> tuple[int, int, int | None]:
