@@ -15,7 +15,6 @@ from labkit.engines.unicorn.plain import PlainQuirks
 if TYPE_CHECKING:
     from labkit.engines.base import Exit
     from labkit.engines.unicorn.traps import Trap
-    from labkit.engines.unicorn.vcpu import UnicornVcpu
 
 __all__ = ["CC", "HostInsns", "host_kind", "key", "size_of"]
 
@@ -81,9 +80,7 @@ def _tells(data: bytes, at: int, wrong: int) -> bool:
 class HostInsns(PlainQuirks):
     """What those instructions do."""
 
-    def __init__(self, vcpu: UnicornVcpu) -> None:
-        super().__init__(vcpu)
-        self._executing = -1  # a trap that Unicorn is let carry out
+    _executing = -1  # a trap that Unicorn is let carry out
 
     def _set(self, trap: Trap, cc: int, **regs: int) -> None:
         self.retire(trap, pswm=self.was[1] & ~CC | cc << 44, **regs)
