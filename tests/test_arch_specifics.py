@@ -102,6 +102,33 @@ def test_that_other_exceptions_have_their_number(arch, body, vector):
     assert fault(vm)[0] == vector
 
 
+ZEROS = {"riscv64": (2, GVA), "s390x": (1, GVA + 2)}  # vector, program counter of what no processor has as an instruction
+
+
+@pytest.mark.parametrize("arch", ZEROS)
+def test_that_zeros_at_the_start_of_a_page_behind_a_hole_are_undefined(arch):
+    """Unicorn wants the page before too, for a block without instructions."""
+    vm = vm_of(arch, CALL, GVA)
+    map_page(vm, nx=False)
+    uc = vm.vcpus[0].run(20_000)
+    assert (uc.cmd, uc.args[0], uc.args[2]) == ("UNHANDLED", *ZEROS[arch])
+
+
+@pytest.mark.parametrize(("insn", "vector"), [("amoadd.d t0, t1, (%0)", 15), ("amoswap.w.aq t0, t1, (%0)", 15), ("lr.d t0, (%0)", 13)])
+def test_that_an_amo_faults_as_a_store_does(insn, vector):
+    """Privileged Architecture 12.1.8: AMOs raise store/AMO exceptions, although they load first."""
+    body = f"\t__asm__ volatile(\"{insn}\" : : \"r\"(a) : \"t0\", \"memory\");"
+    assert fault(vm_of("riscv64", body, GVA)) == (vector, GVA, GVA)
+    assert fault(vm_of("riscv64", body, GVA + 1))[0] == (6 if vector == 15 else 4)
+
+
+@pytest.mark.parametrize("body", ["\t__asm__ volatile(\"ex 0, 1(%r15)\");", CALL])
+def test_that_s390x_runs_nothing_at_odd_addresses(body):
+    vm = vm_of("s390x", body, GVA + 1)
+    map_page(vm)
+    assert fault(vm)[0] == 6
+
+
 # --- walks against the architecture's own walker
 
 def test_that_every_arm64_walk_is_what_at_s1e1r_says():

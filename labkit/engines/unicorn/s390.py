@@ -121,9 +121,12 @@ class S390x(PlainQuirks):
     def _deliver(self, code: int, pc: int) -> Exit | None:
         """A program interruption (6.5)."""
         data = self.vcpu.guards.read(pc, 6)
-        if code == OPERATION and next(disassemble("s390x", data, pc), None) is not None:
+        known = next(disassemble("s390x", data, pc), None) is not None
+        if code == OPERATION and known:
             return self.vcpu.refuse("Unicorn does not have this instruction")
-        length = (2, 4, 4, 6)[data[0] >> 6] if data else 2
+        if code in TRANSLATIONS and data and not known:  # at the start of a page, Unicorn wants the page before too
+            code = OPERATION
+        length = (2, 4, 4, 6)[data[0] >> 6] if data and not pc & 1 else 2
         at = pc if code in NULLIFYING else pc + length
         teid = int.from_bytes(self.vcpu.vm.read(self.read("prefix") + 0xA8, 8), "big")
         error = teid if code in TRANSLATIONS or code == 4 else 0
@@ -144,6 +147,8 @@ class S390x(PlainQuirks):
     def scan(self, data: bytes, gva: int) -> dict[int, Trap]:
         """The sensitive instructions of a block."""
         found, at = {}, 0
+        if gva & 1:
+            return {gva: Trap("odd", gva, data[:2], "", "")}
         while at < len(data):
             size = (2, 4, 4, 6)[data[at] >> 6]
             insn = data[at:at + size]
@@ -211,8 +216,15 @@ class S390x(PlainQuirks):
         kept = half ^ MASK64 if last & 0x80 else ~mask
         self.retire(trap, **{f"r{target}": self.was[2 + target] & kept | turned & mask})
 
+    def _do_odd(self, trap: Trap) -> Exit | None:
+        """Unicorn runs instructions at odd addresses."""
+        return self._deliver(SPECIFICATION, trap.gva)
+
     def _do_execute(self, trap: Trap) -> Exit | None:
         """EXECUTE and its target are one instruction, for which Unicorn may count two."""
+        index = trap.data[1] & 15
+        if len(trap.data) == 4 and (self._operand(trap.data) + (self.was[2 + index] if index else 0)) & 1:
+            return self._deliver(SPECIFICATION, trap.gva)
         vcpu, self._executing = self.vcpu, trap.gva
         vcpu.guards.remove(trap.gva)
         exit = vcpu.run_one()
