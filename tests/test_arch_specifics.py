@@ -10,7 +10,7 @@ import labkit as lk
 from labkit.arch.arm64 import ARM64_PXXV48_4K
 from labkit.arch.riscv import RISCV_SV39, RISCV_SV48
 from labkit.arch.s390 import S390_PXXV64_4K
-from labkit.engines.base import HaltExit, HypercallExit, InternalErrorExit, MmioExit, SbiExit
+from labkit.engines.base import BudgetExit, HaltExit, HypercallExit, InternalErrorExit, MmioExit, SbiExit
 from labkit.errors import GuestCrashed, InvalidState
 from labkit.ucall.pool import BadUcallExit
 
@@ -127,6 +127,19 @@ def test_that_s390x_runs_nothing_at_odd_addresses(body):
     vm = vm_of("s390x", body, GVA + 1)
     map_page(vm)
     assert fault(vm)[0] == 6
+
+
+TARGETS = [("lghi 1, 77", 77), ("agsi 160(%%r15), 0", 5), ("lg 1, 0(0)", 0x11), ("ex 0, 0(1)", 3), ("diag 0, 0, 0x500", None)]
+
+
+@pytest.mark.parametrize("budget", [1, 20_000])
+@pytest.mark.parametrize(("target", "found"), TARGETS)
+def test_that_execute_carries_out_any_target_once(target, found, budget):
+    body = ("\t__asm__ volatile(\"lghi 1, 5; exrl 0, 1f; j 2f; 1: TARGET; 2: lgr %0, 1\" : \"=d\"(a) : : \"1\", \"memory\");"
+            "\tGUEST_SYNC1(a);").replace("TARGET", target)
+    vcpu = vm_of("s390x", body).vcpus[0]
+    came = next(came for came in (vcpu.run(budget) for _ in range(5000)) if not isinstance(came, BudgetExit))
+    assert came.args[0] == found if found is not None else "does not carry out" in came.why
 
 
 # --- walks against the architecture's own walker

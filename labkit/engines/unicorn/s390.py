@@ -32,6 +32,7 @@ _PLAIN = {**{f"r{i}": getattr(s390, f"UC_S390X_REG_R{i}") for i in range(16)}, "
           **{f"a{i}": getattr(s390, f"UC_S390X_REG_A{i}") for i in range(16)}, "fpc": s390.UC_S390X_REG_FPC}
 _KINDS = {0x83: "diag", 0x44: "execute"}
 _KINDS2 = {0xB205: "clock", 0xB27C: "clock", 0xB2B2: "lpswe"}
+_IN_HELPER = frozenset({0x0A, 0xD0, 0xD2, 0xD4, 0xD5, 0xD6, 0xD7, 0xDC, 0xDD})  # targets of EXECUTE: SVC, MVC, ...
 _LOCKED = frozenset({0xE4, 0xE6, 0xE7, 0xE8, 0xEA, 0xF4, 0xF6, 0xF7, 0xF8, 0xFA, 0x14, 0x30, 0x31, 0x3E})  # LAN to LAA, CSY to CDSG
 
 
@@ -221,17 +222,23 @@ class S390x(PlainQuirks):
         return self._deliver(SPECIFICATION, trap.gva)
 
     def _do_execute(self, trap: Trap) -> Exit | None:
-        """EXECUTE and its target are one instruction, for which Unicorn may count two."""
-        index = trap.data[1] & 15
-        if len(trap.data) == 4 and (self._operand(trap.data) + (self.was[2 + index] if index else 0)) & 1:
+        """EXECUTE and its target are one instruction. Unicorn has a helper for some targets and makes blocks of others: it counts two."""
+        vcpu, data, index = self.vcpu, trap.data, trap.data[1] & 15
+        near = trap.gva + 2 * int.from_bytes(data[2:], "big", signed=True) & MASK64
+        gva = near if len(data) == 6 else self._operand(data) + (self.was[2 + index] if index else 0) & MASK64
+        target = vcpu.guards.read(gva, 6)
+        if gva & 1:
             return self._deliver(SPECIFICATION, trap.gva)
-        vcpu, self._executing = self.vcpu, trap.gva
+        if target and self._kind(target) not in (None, "locked", "execute"):
+            return vcpu.refuse(f"EXECUTE of an instruction at gva {gva:#x} that Unicorn does not carry out")
+        self._executing = trap.gva
         vcpu.guards.remove(trap.gva)
-        exit = vcpu.run_one()
-        if exit is None and self.pc() == trap.gva:
-            after = vcpu.insns
-            exit = vcpu.run_one()
-            vcpu.insns = after
+        before, after = self.handle.context(), vcpu.insns + 1
+        while (exit := vcpu.native("each", 1 if not target or target[0] in _IN_HELPER else 2)) is None:
+            if vcpu.guards.stopped != "edge" or self.pc() != trap.gva:
+                vcpu.insns = after
+                break
+            self.handle.set_context(before)  # it stopped between the two, and would forget the target
         self._executing = -1
         vcpu.guards.add(trap)
         return exit
