@@ -65,6 +65,7 @@ def between(program: lk.Program) -> lk.Vm:
 
 
 def outcome(vm: lk.Vm) -> int:
+    vm.vcpus[0].set_breakpoints(set())
     assert vm.vcpus[0].run(1000).cmd == "DONE"
     return vm.sync_global_from_guest("failed")
 
@@ -105,6 +106,24 @@ def test_that_the_host_s_writes_count(program):
     vm = between(program)
     vm.write_guest_global("word", 5)
     assert outcome(vm) == 1
+
+
+@pytest.mark.parametrize("who", ["vcpu", "host", "nobody"])
+@pytest.mark.parametrize("ran", [0, 2])
+@pytest.mark.parametrize("how", ["fork", "restore"])
+def test_that_a_monitor_is_part_of_a_snapshot(program, how, ran, who):
+    vm = between(program)
+    writer = vm.add_vcpu("guest_write")
+    writer.args_set(5)
+    writer.run(ran)
+    state, twin = vm.snapshot(), vm.fork()
+    assert writer.run(1000).cmd == "DONE" and outcome(vm) == 1
+    vm.restore(state)
+    vm = twin if how == "fork" else vm
+    if who == "host":
+        vm.write_guest_global("word", 5)
+    assert who != "vcpu" or vm.vcpus[1].run(1000).cmd == "DONE"
+    assert outcome(vm) == (who != "nobody")
 
 
 def test_that_a_loop_can_be_stepped_unless_the_monitor_is_cleared_between_steps(program):

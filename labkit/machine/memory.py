@@ -78,13 +78,14 @@ class Memory:
 
     def write(self, gpa: int, data: bytes) -> None:
         """Write data at gpa; raises MemoryFault, with nothing written, when it does not fit into memslots."""
-        self._write(gpa, data, True)
+        self._put(gpa, data, True)
+        self.was_written(gpa, len(data))
 
     def put(self, gpa: int, data: bytes) -> None:
-        """Put whole pages of a snapshot back: as `write`, but no host looks, so nobody who guards memory is asked."""
-        self._write(gpa, data, False)
+        """Put whole pages of a snapshot back: as `write`, but no host looks and none writes, so nobody is asked or told."""
+        self._put(gpa, data, False)
 
-    def _write(self, gpa: int, data: bytes, looks: bool) -> None:
+    def _put(self, gpa: int, data: bytes, looks: bool) -> None:
         size, at = len(data), gpa
         parts: list[tuple[Memslot, int, int]] = []
         while at < gpa + size:
@@ -100,7 +101,6 @@ class Memory:
         for slot, offset, count in parts:
             slot.data[offset:offset + count] = data[done:done + count]
             done += count
-        self.was_written(gpa, size)
 
     def looked_at(self, gpa: int, size: int, is_write: bool) -> None:
         """The host is about to look at these bytes, or to write a part of them."""

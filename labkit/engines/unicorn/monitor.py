@@ -7,6 +7,7 @@ A monitor that is open when another vCPU begins to run is watched for writes unt
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc
@@ -44,20 +45,35 @@ class Monitors:
 
     def __init__(self) -> None:
         self.open: dict[UnicornVcpu, int] = {}
+        self._restored: set[UnicornVcpu] = set()  # their state came from a snapshot, and none has run since
         self._hooks: list[int] = []
         self._watcher: UnicornVcpu | None = None
 
     def change_over(self, before: UnicornVcpu | None, vcpu: UnicornVcpu) -> None:
         """Another vCPU runs from here on: what it writes is watched as long as somebody's monitor is open."""
         self._unwatch()
-        if before is not None and (granule := _reserved(before)) is not None:
-            self.open[before] = granule
+        self._reopen([before] if before is not None else [])
         self.open.pop(vcpu, None)
         if self.open:
             self._watcher = vcpu
             self._hooks = [vcpu.handle.hook(uc.UC_HOOK_MEM_WRITE, MemHook(self._written), granule, granule + GRANULE - 1)
                            for granule in set(self.open.values())]
             vcpu.handle.flush_code()
+
+    def restored(self, vcpu: UnicornVcpu) -> None:
+        """A vCPU was put back to a state in which its monitor may be open, or not."""
+        self._unwatch()
+        self.open.pop(vcpu, None)
+        self._restored.add(vcpu)
+
+    def _reopen(self, vcpus: Iterable[UnicornVcpu]) -> None:
+        """Note whose monitors are open: of these, and of those that were put back."""
+        for vcpu in {*vcpus, *self._restored}:
+            if vcpu in self._restored:
+                vcpu.handle.flush_tlb()  # it is that of another time
+            if (granule := _reserved(vcpu)) is not None:
+                self.open[vcpu] = granule
+        self._restored.clear()
 
     def _unwatch(self) -> None:
         if self._watcher is not None and self._hooks:
@@ -78,6 +94,7 @@ class Monitors:
 
     def host_wrote(self, vcpu: UnicornVcpu | None, gpa: int, size: int) -> None:
         """The host wrote memory, while the last vCPU that ran may have an open monitor too."""
+        self._reopen([])
         self.break_at(gpa, size)
         granule = _reserved(vcpu) if vcpu is not None else None
         if vcpu is not None and granule is not None and gpa < granule + GRANULE and granule < gpa + size:

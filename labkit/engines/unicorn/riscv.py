@@ -25,6 +25,7 @@ __all__ = ["Riscv64"]
 
 MASK64 = (1 << 64) - 1
 FETCH_FAULTS, ILLEGAL, BREAKPOINT, ECALL_U = (0, 1, 12), 2, 3, 8
+AS_STORE = {4: 6, 5: 7, 13: 15}  # what an AMO or SC that could not load gets
 WITH_ADDRESS = frozenset({0, 1, 4, 5, 6, 7, 12, 13, 15})
 SIE, SPIE, SPP = 1 << 1, 1 << 5, 1 << 8
 NOT_SUPPORTED = -2  # SBI_ERR_NOT_SUPPORTED
@@ -32,9 +33,10 @@ _CSRS = {name: getattr(riscv, f"UC_RISCV_REG_{name.upper()}") for name in (
     "sstatus", "stvec", "sscratch", "sepc", "scause", "stval", "satp", "sie", "sip", "scounteren")}
 _PRIV, _PC = riscv.UC_RISCV_REG_PRIV, riscv.UC_RISCV_REG_PC
 _PLAIN = {**{name: getattr(riscv, f"UC_RISCV_REG_X{i}") for i, name in enumerate(GPRS)}, "pc": _PC, "priv": _PRIV}
+_AMO = 0x2F
 _KINDS = (  # mask, value, kind
     (0xFFFFFFFF, 0x00000073, "ecall"), (0xFFFFFFFF, 0x10500073, "halt"), (0xFFCFF07F, 0xC0002073, "counter"),  # CSRRS rd, time, zero
-    (0x0000007F, 0x0000002F, "locked"),  # AMO, SC; LR is taken out
+    (0x0000007F, _AMO, "locked"),  # AMO, SC; LR is taken out
 )
 _LR = (0xF800007F, 0x1000002F)
 
@@ -105,14 +107,20 @@ class Riscv64(PlainQuirks):
 
     def is_fetch_fault(self, vector: int | None) -> bool:
         """An instruction that could not be fetched, and so never began."""
-        return vector in FETCH_FAULTS
+        return vector in FETCH_FAULTS and self._fault_gva() >= self.pc()
+
+    def _fault_gva(self) -> int:
+        return int.from_bytes(self.handle.context()[_offsets()[0]:][:8], "little")
 
     def exception(self, vector: int) -> Exit | None:
         """A trap that Unicorn reported."""
         pc = self.pc()
-        if vector == ILLEGAL:
+        gva = self._fault_gva() if vector in WITH_ADDRESS else 0
+        if vector == ILLEGAL or (vector in FETCH_FAULTS and gva < pc):  # at the start of a page, Unicorn wants the page before too
             return self._illegal(pc)
-        gva = int.from_bytes(self.handle.context()[_offsets()[0]:][:8], "little") if vector in WITH_ADDRESS else 0
+        word = int.from_bytes(self.vcpu.guards.read(pc, 4), "little")
+        if word & 0x7F == _AMO and word & _LR[0] != _LR[1]:
+            vector = AS_STORE.get(vector, vector)
         return self._deliver(pc, vector, gva)
 
     def _illegal(self, pc: int) -> Exit | None:

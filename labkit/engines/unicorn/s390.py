@@ -33,8 +33,8 @@ _PLAIN = {**{f"r{i}": getattr(s390, f"UC_S390X_REG_R{i}") for i in range(16)}, "
           **{f"a{i}": getattr(s390, f"UC_S390X_REG_A{i}") for i in range(16)}, "fpc": s390.UC_S390X_REG_FPC}
 _KINDS = {0x83: "diag", 0x44: "execute"}
 _KINDS2 = {0xB205: "clock", 0xB27C: "clock", 0xB2B2: "lpswe"}
+_IN_HELPER = frozenset({0x0A, 0xD0, 0xD2, 0xD4, 0xD5, 0xD6, 0xD7, 0xDC, 0xDD})  # targets of EXECUTE: SVC, MVC, ...
 _LOCKED = frozenset({0xE4, 0xE6, 0xE7, 0xE8, 0xEA, 0xF4, 0xF6, 0xF7, 0xF8, 0xFA, 0x14, 0x30, 0x31, 0x3E})  # LAN to LAA, CSY to CDSG
-_EXECUTED = frozenset({0xD1, 0xD2, 0xD3, 0xD4, 0xD5, 0xD6, 0xD7, 0xDC, 0xDD})  # MVN to XC, TR, TRT
 
 
 @cache
@@ -122,9 +122,12 @@ class S390x(HostInsns):
     def _deliver(self, code: int, pc: int) -> Exit | None:
         """A program interruption (6.5)."""
         data = self.vcpu.guards.read(pc, 6)
-        if code == OPERATION and next(disassemble("s390x", data, pc), None) is not None:
+        known = next(disassemble("s390x", data, pc), None) is not None
+        if code == OPERATION and known:
             return self.vcpu.refuse("Unicorn does not have this instruction")
-        length = size_of(data[0]) if data else 2
+        if code in TRANSLATIONS and data and not known:  # at the start of a page, Unicorn wants the page before too
+            code = OPERATION
+        length = size_of(data[0]) if data and not pc & 1 else 2
         at = pc if code in NULLIFYING else pc + length
         teid = int.from_bytes(self.vcpu.vm.read(self.read("prefix") + 0xA8, 8), "big")
         error = teid if code in TRANSLATIONS or code == 4 else 0
@@ -145,6 +148,8 @@ class S390x(HostInsns):
     def scan(self, data: bytes, gva: int) -> dict[int, Trap]:
         """The sensitive instructions of a block."""
         found, at = {}, 0
+        if gva & 1:
+            return {gva: Trap("odd", gva, data[:2], "", "")}
         while at < len(data):
             insn = data[at:at + size_of(data[at])]
             kind = self._kind(insn) or host_kind(data, at)
@@ -194,11 +199,28 @@ class S390x(HostInsns):
         self.set_pc(pc)
         return HaltExit() if mask & WAIT else None
 
+    def _do_odd(self, trap: Trap) -> Exit | None:
+        """Unicorn runs instructions at odd addresses."""
+        return self._deliver(SPECIFICATION, trap.gva)
+
     def _do_execute(self, trap: Trap) -> Exit | None:
-        """EXECUTE and its target are one instruction, for which Unicorn may count two; it knows few targets."""
-        offset = 2 * int.from_bytes(trap.data[2:], "big", signed=True)
-        gva = trap.gva + offset & MASK64 if len(trap.data) == 6 else self._address(trap.data, trap.data[1] & 15)
-        target = self.vcpu.guards.read(gva, 1)
-        if target and target[0] not in _EXECUTED:
-            return self.vcpu.refuse(f"Unicorn runs for ever at EXECUTE of the operation code {target[0]:#04x} at gva {gva:#x}")
-        return self._do_unicorns(trap)
+        """EXECUTE and its target are one instruction. Unicorn has a helper for some targets and makes blocks of others: it counts two."""
+        vcpu, data = self.vcpu, trap.data
+        near = trap.gva + 2 * int.from_bytes(data[2:], "big", signed=True) & MASK64
+        gva = near if len(data) == 6 else self._address(data, data[1] & 15)
+        target = vcpu.guards.read(gva, 6)
+        if gva & 1:
+            return self._deliver(SPECIFICATION, trap.gva)
+        if target and (self._kind(target) or host_kind(target, 0)) not in (None, "locked", "execute"):
+            return vcpu.refuse(f"EXECUTE of an instruction at gva {gva:#x} that Unicorn does not carry out")
+        self._executing = trap.gva
+        vcpu.guards.remove(trap.gva)
+        before, after = self.handle.context(), vcpu.insns + 1
+        while (exit := vcpu.native("each", 1 if not target or target[0] in _IN_HELPER else 2)) is None:
+            if vcpu.guards.stopped != "edge" or self.pc() != trap.gva:
+                vcpu.insns = after
+                break
+            self.handle.set_context(before)  # it stopped between the two, and would forget the target
+        self._executing = -1
+        vcpu.guards.add(trap)
+        return exit

@@ -110,6 +110,8 @@ class UnicornVcpu:
         self.quirks.set_extra_state(facts["extra"])
         self.resumed = self.insns, self.quirks.pc()
         self.stale_tlb = self.stale_code = True
+        self.vm.runner = None
+        self.vm.monitors.restored(self)
 
     def close(self) -> None:
         """Release the engine; a second call does nothing."""

@@ -96,7 +96,7 @@ class UnicornVm:
         first, last = gpa & -4096, gpa + size - 1
         if self.mmu is not None:
             self.mmu.host_wrote(gpa, size)
-        if self.runner is not None and self.runner.quirks.monitor_offset():
+        if self.vcpus and self.vcpus[0].quirks.monitor_offset():
             self.monitors.host_wrote(self.runner, gpa, size)
         for vcpu in self.vcpus:
             vcpu.stale_tlb = True
