@@ -62,7 +62,8 @@ class S390x(HostInsns):
     two_blocks, two_blocks_count = struct.pack(">2I", 0xA7F40002, 0xA7F40000), 3  # J +4; J +0
     plain, special, longest = _PLAIN, ("prefix",), 6
     capabilities: ClassVar[tuple[Capability, ...]] = (
-        Capability("edat", False, "Unicorn walks pages of 4 KiB only, whatever CR0 says, so there are no larger ones to map"),)
+        Capability("edat", False, "Unicorn walks pages of 4 KiB only, whatever CR0 says, so there are no larger ones to map"),
+        Capability("set_clock", False, "libunicorn 2.1.4 crashes while it translates SCK (B204), and Python with it: no guest may reach one"))
     hot = ("pswm", *(f"r{i}" for i in range(16)))
     first = ("prefix", "cr0", "cr1", "pswm")
 
