@@ -63,7 +63,7 @@ class S390x(HostInsns):
     plain, special, longest = _PLAIN, ("prefix",), 6
     capabilities: ClassVar[tuple[Capability, ...]] = (
         Capability("edat", False, "Unicorn walks pages of 4 KiB only, whatever CR0 says, so there are no larger ones to map"),
-        Capability("set_clock", False, "libunicorn 2.1.4 crashes while it translates SCK (B204), and Python with it: no guest may reach one"))
+        Capability("set_clock", False, "libunicorn 2.1.4 crashes at translating SCK (B204), and Python with it: no guest may reach one"))
     hot = ("pswm", *(f"r{i}" for i in range(16)))
     first = ("prefix", "cr0", "cr1", "pswm")
 
