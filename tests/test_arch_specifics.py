@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import cache
 
 import pytest
@@ -127,6 +129,24 @@ def test_that_s390x_runs_nothing_at_odd_addresses(body):
     vm = vm_of("s390x", body, GVA + 1)
     map_page(vm)
     assert fault(vm)[0] == 6
+
+
+SET_CLOCK = """
+import labkit as lk
+BODY = r'''#include "labkit.h"
+void guest_code(void) { uint64_t now[1] = {}; for (int i = 0; i < 3; i++) { GUEST_SYNC(i); INSN } }'''
+vcpu = lk.Vm.create(lk.Program.compile(BODY, arch="s390x")).vcpus[0]
+print(*(str(vcpu.run(BUDGET)) for _ in range(3)), sep="|")
+"""
+
+
+@pytest.mark.parametrize("budget", [None, 5000])
+@pytest.mark.parametrize("insn", ["__asm__ volatile(\"sck %0\" : : \"Q\"(now[0]));", "__asm__ volatile(\"diag 0, 0, 0x500; sck 0\");"])
+def test_that_set_clock_is_refused_and_python_lives(insn, budget):
+    """libunicorn alone ends the process when it translates one."""
+    code = SET_CLOCK.replace("INSN", insn).replace("BUDGET", str(budget))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and "SET CLOCK" in done.stdout, done.stderr
 
 
 TARGETS = [("lghi 1, 77", 77), ("agsi 160(%%r15), 0", 5), ("lg 1, 0(0)", 0x11), ("ex 0, 0(1)", 3), ("diag 0, 0, 0x500", None)]

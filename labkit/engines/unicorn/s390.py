@@ -14,6 +14,7 @@ from labkit.engines.base import Capability, DiagExit, Exit, HaltExit
 from labkit.engines.disasm import disassemble
 from labkit.engines.unicorn.plain import probe
 from labkit.engines.unicorn.s390_host import CC, HostInsns, host_kind, size_of
+from labkit.engines.unicorn.s390_table import mend
 from labkit.engines.unicorn.traps import Trap
 from labkit.errors import InvalidState, NotAvailable
 
@@ -32,7 +33,7 @@ _PLAIN = {**{f"r{i}": getattr(s390, f"UC_S390X_REG_R{i}") for i in range(16)}, "
           "pswm": s390.UC_S390X_REG_PSWM, **{f"cr{i}": getattr(s390, f"UC_S390X_REG_CR{i}") for i in range(16)},
           **{f"a{i}": getattr(s390, f"UC_S390X_REG_A{i}") for i in range(16)}, "fpc": s390.UC_S390X_REG_FPC}
 _KINDS = {0x83: "diag", 0x44: "execute"}
-_KINDS2 = {0xB205: "clock", 0xB27C: "clock", 0xB2B2: "lpswe"}
+_KINDS2 = {0xB205: "clock", 0xB27C: "clock", 0xB2B2: "lpswe", 0xB204: "set_clock"}
 _IN_HELPER = frozenset({0x0A, 0xD0, 0xD2, 0xD4, 0xD5, 0xD6, 0xD7, 0xDC, 0xDD})  # targets of EXECUTE: SVC, MVC, ...
 _LOCKED = frozenset({0xE4, 0xE6, 0xE7, 0xE8, 0xEA, 0xF4, 0xF6, 0xF7, 0xF8, 0xFA, 0x14, 0x30, 0x31, 0x3E})  # LAN to LAA, CSY to CDSG
 
@@ -63,12 +64,13 @@ class S390x(HostInsns):
     plain, special, longest = _PLAIN, ("prefix",), 6
     capabilities: ClassVar[tuple[Capability, ...]] = (
         Capability("edat", False, "Unicorn walks pages of 4 KiB only, whatever CR0 says, so there are no larger ones to map"),
-        Capability("set_clock", False, "libunicorn 2.1.4 crashes at translating SCK (B204), and Python with it: no guest may reach one"))
+        Capability("set_clock", False, "SCK is refused; where its row in libunicorn is not mended (other systems than Linux) it crashes"))
     hot = ("pswm", *(f"r{i}" for i in range(16)))
     first = ("prefix", "cr0", "cr1", "pswm")
 
     def __init__(self, vcpu: UnicornVcpu) -> None:
         super().__init__(vcpu)
+        mend()
         self.handle.write(_PLAIN["pswm"], 0x180000000)
 
     # --- registers
@@ -185,6 +187,9 @@ class S390x(HostInsns):
             return self.vcpu.refuse(f"STORE CLOCK to gva {gva:#x}, which cannot be written")
         self.retire(trap, pswm=self.read("pswm") & ~CC)
         return None
+
+    def _do_set_clock(self, trap: Trap) -> Exit | None:
+        return self._deliver(PRIVILEGED, trap.gva) if self._is_problem_state() else self.vcpu.refuse("SET CLOCK: the clock is the VM's")
 
     def _do_lpswe(self, trap: Trap) -> Exit | None:
         """LOAD PSW EXTENDED; one that waits is a halt, for no interruption ever comes."""
