@@ -93,3 +93,9 @@ def test_that_two_vms_keep_their_own_copy_of_a_global(backend: str) -> None:
     two.host_globals["secret"] = 7
     two.sync_global_to_guest("secret")
     assert two.sync_global_from_guest("secret") == 7
+
+
+def test_that_a_fork_has_a_door_of_its_own() -> None:
+    with lk.Vm.create(lk.Program.compile('#include "labkit.h"\nvoid guest_code(void) { GUEST_DONE(); }')) as vm, vm.fork() as twin:
+        twin.door.number += 1
+        assert twin.vcpus[0].run().end == "pio" and vm.vcpus[0].run().cmd == "DONE"

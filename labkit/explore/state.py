@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,7 +59,7 @@ def put_state(vm: Any, state: VmState) -> None:
 def fork(vm: Any, twin: Any) -> None:
     """Make an empty VM of the same shape one that goes on from where the first is."""
     state = take_state(vm)
-    twin.door, twin._ucalls = vm.door, vm._ucalls.twin(twin.machine.space) if vm._ucalls is not None else None
+    twin.door, twin._ucalls = copy(vm.door), vm._ucalls.twin(twin.machine.space) if vm._ucalls is not None else None
     for vcpu in vm.vcpus:
         twin.machine.adopt_vcpu(partial(twin._trace, vcpu.index))
         twin.vcpus.append(Vcpu(twin, vcpu.index))
