@@ -263,6 +263,32 @@ def test_that_ctrl_c_stops_a_spinning_guest_at_once(privilege: str, schedule: st
     assert seconds < 2 and where.startswith("guest_code") and leaves
 
 
+IN_TIME = """
+import json, os, signal, threading, time
+import labkit as lk
+from labkit.engines.kvm.lanes import LOOK_UP
+vm = lk.Vm.create(lk.Program.load("data/guests/bad.elf"), backend="kvm", privilege="kernel", nr_vcpus=2, schedule="parallel")
+slowest = 0.0
+for i in range(40):
+    begin = time.monotonic()
+    thread = threading.Timer(2 * LOOK_UP + (i - 8) * 5e-5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        thread.start()
+        vm.run()
+        thread.join()
+    except KeyboardInterrupt:
+        slowest = max(slowest, time.monotonic() - begin)
+print(json.dumps(slowest))
+"""
+
+
+def test_that_ctrl_c_is_not_lost_just_as_the_wait_for_an_exit_ends() -> None:
+    done = subprocess.run([sys.executable, "-c", IN_TIME], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+                          cwd=GUESTS.parents[1])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 0 < json.loads(done.stdout) < 10  # it took until the guest's deadline of 20 s
+
+
 def usage() -> tuple[int, int, int]:
     """(file descriptors, threads, resident KiB)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])

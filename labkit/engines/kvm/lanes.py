@@ -77,7 +77,7 @@ class Lanes:
     def __init__(self, vm: KvmVm) -> None:
         self.vm = vm
         self.lanes: dict[int, _Lane] = {}
-        self.arrivals: queue.SimpleQueue[tuple[int, Came]] = queue.SimpleQueue()
+        self.arrivals: queue.Queue[tuple[int, Came]] = queue.Queue()  # a SimpleQueue waits for ever if a signal comes as its time ends
         self.posted: set[int] = set()  # vCPUs whose exit nobody has taken yet
 
     def _post(self, index: int, came: Came) -> None:
