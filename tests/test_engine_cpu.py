@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from guests import CODE, HANDLERS, bare, frame, go, lacks
 
@@ -67,6 +69,8 @@ REFUSED = [("rdmsr", 0x12345, 0), ("wrmsr", 0x12345, 0), ("rdmsr", 0x4B564D99, 0
 def test_that_an_unknown_msr_and_a_wrong_value_give_gp(guest, text, index, value):
     vcpu = msr(guest, text, index, value)
     ignored = index == 0x8B and lacks(vcpu.vm, "msr_table")  # KVM takes a guest's write to the microcode revision for nothing
+    if index in (FS_BASE, KERNEL_GS_BASE) and vcpu.vm.backend == "kvm" and " 57 bits virtual" in Path("/proc/cpuinfo").read_text():
+        ignored = True  # so wide is canonical for MSRs, whatever CR4 says (is_noncanonical_msr_address, Linux 6.13)
     assert vcpu.step() is None if ignored else faults(vcpu, GP) and frame(vcpu, True)["error"] == 0
 
 
