@@ -8,6 +8,7 @@ ones differ per part or per boot and are secret. There is no integrity: what was
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,6 @@ def _table(constants: Words) -> Words:
 
 
 _TABLES = tuple(_table(CONSTANTS[_BITS * g:_BITS * (g + 1)]) for g in range(_GROUPS))
-_IN_PAGE = _TABLES[0]  # bits 4..11 are the 256 blocks of a page
 
 
 def tweaks(spas: Words) -> Words:
@@ -47,15 +47,13 @@ def tweaks(spas: Words) -> Words:
     return total
 
 
-def _run_of_tweaks(spa: int, nr_blocks: int, room: Words) -> Words:
-    """The same for a run of blocks, by page, in a buffer that is used again and again."""
-    first, skip = spa // PAGE, spa % PAGE // BLOCK
-    nr_pages = -(-(skip + nr_blocks) // len(_IN_PAGE))
-    base = tweaks(np.arange(first, first + nr_pages, dtype=np.uint64) * np.uint64(PAGE))
-    for word in (0, 1):  # numpy's inner loop runs over 256 blocks, not over two words
-        np.bitwise_xor(base[:, word:word + 1], _IN_PAGE[:, word], out=room[:nr_pages, :, word])
-    run: Words = room.reshape(-1, 2)[skip:skip + nr_blocks]
-    return run
+_IN_CHUNK = tweaks(np.arange(0, CHUNK, BLOCK, dtype=np.uint64))  # of the first one: another differs from it by one constant
+
+
+@lru_cache(1 << 12)
+def _constant(chunk: int) -> NDArray[np.complex128]:
+    """What the tweaks of the chunk with this number have and those of the first have not: 16 bytes as one element, never computed with."""
+    return tweaks(np.array([chunk * CHUNK], np.uint64)).view(np.complex128)
 
 
 class MemoryCipher:
@@ -69,8 +67,8 @@ class MemoryCipher:
         self.key, self.form = bytes(key), form
         ecb = Cipher(algorithms.AES(key), modes.ECB())  # ECB keeps no state: one context serves every call
         self._encrypt, self._decrypt = ecb.encryptor(), ecb.decryptor()
-        self._tweaks = np.empty((CHUNK // PAGE + 1, PAGE // BLOCK, 2), np.uint64)  # buffers for one chunk: allocating costs more than AES
-        self._mixed, self._done = np.empty((CHUNK // BLOCK, 2), np.uint64), bytearray(CHUNK + BLOCK)
+        self._tweak, self._mixed = np.empty((2, CHUNK // BLOCK, 2), np.uint64)  # buffers for one chunk: allocating costs more than AES
+        self._done = bytearray(CHUNK + BLOCK)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MemoryCipher:
         return self  # nothing in it changes
@@ -101,9 +99,19 @@ class MemoryCipher:
         if not is_aligned(spa | size, BLOCK) or not 0 <= spa <= LIMIT - size or size != len(target):
             raise InvalidState(f"encryption takes whole 16-byte blocks below 2^52: not {size:#x} bytes at spa {spa:#x}, "
                                f"into {len(target):#x}", spa=spa, size=size)
-        for at in range(0, size, CHUNK):
-            blocks, made = (np.frombuffer(view[at:at + CHUNK], "<u8").reshape(-1, 2) for view in (source, target))
-            self._crypt(encrypts, _run_of_tweaks(spa + at, len(blocks), self._tweaks), blocks, made)
+        at = 0
+        while at < size:
+            chunk, skip = divmod(spa + at, CHUNK)
+            end = min(size, at + CHUNK - skip)
+            blocks, made = (np.frombuffer(view[at:end], "<u8").reshape(-1, 2) for view in (source, target))
+            self._crypt(encrypts, self._tweaks(chunk, skip // BLOCK, len(blocks)), blocks, made)
+            at = end
+
+    def _tweaks(self, chunk: int, first: int, nr_blocks: int) -> Words:
+        """Those of blocks inside one chunk, until it is called again."""
+        tweak = self._tweak[:nr_blocks]
+        tweak.view(np.complex128)[:] = _constant(chunk)
+        return np.bitwise_xor(tweak, _IN_CHUNK[first:first + nr_blocks], out=tweak)
 
     def _crypt(self, encrypts: bool, tweak: Words, blocks: Words, out: Words) -> None:
         """XE is C = E(P ^ T), XEX is C = E(P ^ T) ^ T: only XE leaves out the XOR on the ciphertext's side."""
