@@ -407,6 +407,14 @@ def test_that_devices_are_read_and_written_whole(arch, size):
     assert vcpu.run(1000).args[0] == 0xFEDCBA9876543210 & mask
 
 
+@pytest.mark.parametrize(("store", "size", "data"), [("str %1", 8, 0x1122334455667788), ("str %w1", 4, 0x55667788), ("strh %w1", 2, 0x7788),
+                                                     ("strb %w1", 1, 0x88), ("str xzr", 8, 0), ("strh wzr", 2, 0)])
+def test_that_an_arm64_device_hears_of_a_store_again_and_again(store, size, data):
+    vm = vm_of("arm64", f"\tfor (;;)\n\t\tasm volatile(\"{store}, [%0, #{8 * size}]\" : : \"r\"(a), \"r\"(b));", GVA, 0x1122334455667788)
+    vm.machine.space.map(GVA, HOLE)
+    assert [vm.vcpus[0].run(1000) for _ in range(4)] == [MmioExit(HOLE + 8 * size, size, True, data)] * 4
+
+
 @pytest.mark.parametrize("body", [READ, WRITE])
 @pytest.mark.parametrize("arch", ["x86_64", "arm64", "riscv64"])
 def test_that_a_page_fault_behind_a_device_access_is_one(arch, body):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -41,11 +42,7 @@ class PioExit(Exit):
     is_write: bool
     data: int
     end = "pio"
-
-    @property
-    def number(self) -> int:  # type: ignore[override]
-        """The port."""
-        return self.port
+    number = property(attrgetter("port"))
 
 
 @dataclass(frozen=True)
@@ -57,16 +54,12 @@ class MmioExit(Exit):
     is_write: bool
     data: int
     end = "mmio"
+    hva = property(attrgetter("data"))
 
     @property
     def number(self) -> int:  # type: ignore[override]
         """The gpa of a write: only those are ucalls."""
         return self.gpa if self.is_write else -1
-
-    @property
-    def hva(self) -> int:  # type: ignore[override]
-        """What was written."""
-        return self.data
 
 
 @dataclass(frozen=True)
@@ -117,16 +110,7 @@ class DiagExit(Exit):
     code: int
     data: int
     end = "diag"
-
-    @property
-    def number(self) -> int:  # type: ignore[override]
-        """The function code."""
-        return self.code
-
-    @property
-    def hva(self) -> int:  # type: ignore[override]
-        """What the register holds."""
-        return self.data
+    number, hva = property(attrgetter("code")), property(attrgetter("data"))
 
 
 @dataclass(frozen=True)

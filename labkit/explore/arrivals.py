@@ -17,16 +17,22 @@ _FINAL = {"DONE": "done", "ABORT": "aborted", "UNHANDLED": "unhandled"}
 def arrived(vm: Any, vcpu: Any, exit: Exit) -> Ucall | Exit:
     """An engine's exit becomes a ucall when it is one; it is recorded, and a held-back Ctrl-C is raised."""
     came: Ucall | Exit = exit
-    if vcpu.state == "not started" and vm._ucalls is not None:
-        vm._ucalls.begins(vcpu.index)
+    engine, ucalls, cpu = vm.machine.engine, vm._ucalls, vcpu._cpu
+    if vcpu.state == "not started" and ucalls is not None:
+        ucalls.begins(vcpu.index)
     if type(exit) is VmgexitExit and vm.guest is not None:
-        came, ucall = answer(vm.guest, vcpu.index, vcpu._cpu, exit.ghcb, vm.door.number)
+        came, value = answer(vm.guest, vcpu.index, cpu, exit.ghcb, vm.door.number)
     else:
-        ucall = vm.door.value(exit, vcpu._cpu.read_reg)
-    if ucall is not None:
-        came = _take(vm, vcpu, ucall)
-    elif vm._ucalls is not None:
-        vm._ucalls.saw(vcpu.index, vcpu._cpu.locked_at, vm.machine.engine.retired())
+        value = vm.door.value(exit, cpu.read_reg)
+    if value:
+        if ucalls is None:
+            came = BadUcallExit(value, "no pool", "this VM was created without a ucall pool", vcpu.index)
+        else:
+            came = ucalls.take(value, vcpu.index, engine.retired(), cpu.locked_at, vm._string)
+    elif value is not None:
+        came = Ucall("NONE", (0,) * 7, None, vcpu.index, None, engine.retired())
+    elif ucalls is not None:
+        ucalls.saw(vcpu.index, cpu.locked_at, engine.retired())
     if isinstance(came, Ucall):
         vcpu.state = _FINAL.get(came.cmd, "running")
         vm._events.append(came)
@@ -38,15 +44,5 @@ def arrived(vm: Any, vcpu: Any, exit: Exit) -> Ucall | Exit:
             vm._trace(vcpu.index, came.end, {"exit": came, "where": vcpu.where()})
     if vm._observers:
         vm.changed()
-    vm.machine.engine.check_interrupt()
+    engine.check_interrupt()
     return came
-
-
-def _take(vm: Any, vcpu: Any, value: int) -> Ucall | BadUcallExit:
-    step = vm.machine.engine.retired()
-    if value == 0:
-        return Ucall("NONE", (0,) * 7, None, vcpu.index, None, step)
-    if vm._ucalls is None:
-        return BadUcallExit(value, "no pool", "this VM was created without a ucall pool", vcpu.index)
-    found: Ucall | BadUcallExit = vm._ucalls.take(value, vcpu.index, step, vcpu._cpu.locked_at, vm._string)
-    return found

@@ -91,8 +91,9 @@ class Vcpu:
         """
         if max_insns is not None and max_insns < 0:
             raise InvalidState(f"vCPU {self.index}: cannot run {max_insns} instructions")
-        if self.vm.guest is not None:
-            self.vm.guest.check_ready(self.index)
+        if self.vm.guest is None:
+            return arrived(self.vm, self, self._cpu.run(max_insns))
+        self.vm.guest.check_ready(self.index)
         start = self._cpu.insns
         came = arrived(self.vm, self, self._cpu.run(max_insns))
         while type(came) is VmgexitExit and came.request:

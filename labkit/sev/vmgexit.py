@@ -12,17 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from labkit.arch.x86_cpu import IA32_TSC, IA32_TSC_ADJUST
-from labkit.engines.base import (
-    EngineVcpu,
-    Exit,
-    HaltExit,
-    HypercallExit,
-    InternalErrorExit,
-    MmioExit,
-    PioExit,
-    SystemEventExit,
-    VmgexitExit,
-)
+from labkit.engines.base import Exit, HaltExit, HypercallExit, InternalErrorExit, MmioExit, PioExit, SystemEventExit, VmgexitExit
 from labkit.errors import InvalidState
 from labkit.machine.memory import PAGE
 from labkit.sev.cpu import GHCB_MSR
@@ -42,6 +32,7 @@ from labkit.sev.ghcb import (
 )
 
 if TYPE_CHECKING:
+    from labkit.engines.base import EngineVcpu
     from labkit.sev.guest import ProtectedGuest
 
 __all__ = ["Awaited", "answer", "complete"]

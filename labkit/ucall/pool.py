@@ -43,6 +43,8 @@ SlotState = Literal["free", "held", "done", "leaked"]
 Strings = Callable[[int], str | None]  # gva of a string constant -> its text, from the program and not from the guest
 _NAMES = {int(cmd): cmd.name for cmd in UcallCmd}
 _WITH_TEXT = frozenset(int(cmd) for cmd in UcallCmd if has_text(cmd))
+_SLOTS = {BITMAP_BYTES + UCALL_SIZE * index: index for index in range(NR_SLOTS)}  # by offset from the header
+_TUPLE = tuple.__new__  # a NamedTuple's own constructor is a Python function, which costs more than the tuple
 _SWAP, _WORDS = Struct(f"<{BITMAP_BYTES // 8}Q").pack, Struct(f">{BITMAP_BYTES // 8}Q").unpack
 
 
@@ -90,7 +92,7 @@ class Fields:
         cmd, args = fields[0], fields[1:]
         name = _NAMES.get(cmd) or cmd_name(cmd)
         if cmd not in _WITH_TEXT:
-            return Ucall(name, args, None, vcpu, slot, step)
+            return _TUPLE(Ucall, (name, args, None, vcpu, slot, step, None, None, None))
         text = decode_text(data[at + OFFSET_BUFFER:at + OFFSET_BUFFER + UCALL_BUFFER_LEN])
         if cmd != UcallCmd.ABORT:
             return Ucall(name, args, text, vcpu, slot, step)
@@ -187,6 +189,7 @@ class Pool:
         slot = memory.slot(gpa)
         assert slot is not None
         self._data, self._offset = slot.data, gpa - slot.gpa
+        self._in_use = slice(self._offset, self._offset + BITMAP_BYTES)
         self.owner = [-1] * NR_SLOTS
         self.since = [-1] * NR_SLOTS  # step
         self.uses = [0] * NR_SLOTS
@@ -218,7 +221,8 @@ class Pool:
         if self.memory.on_look:
             self.memory.looked_at(self.gpa, HEADER_SIZE, False)
         now = self._bitmap()
-        if locked >= 0 and (index := self._heard.pop(vcpu, -1)) >= 0 and now[index >> 3] >> (index & 7) & 1 and self._gone_on(vcpu, index):
+        if locked >= 0 and (index := self._heard.pop(vcpu, -1)) >= 0 and now[index >> 3] >> (index & 7) & 1 \
+                and self.owner[index] == vcpu and not self.done[index]:
             self._taken(index, vcpu, locked)  # it gave the slot back with a locked instruction, and has it again
         if now == self._seen:
             return now
@@ -237,15 +241,12 @@ class Pool:
 
     def _bitmap(self) -> bytes:
         """in_use as it lies in memory, bit n at byte n / 8: the guest's words are its own byte order's."""
-        now = self._data[self._offset:self._offset + BITMAP_BYTES]
+        now = self._data[self._in_use]
         return _SWAP(*_WORDS(now)) if self._big else now
 
     def begins(self, vcpu: int) -> None:
         """A vCPU begins anew: what it held it will not give back."""
         self._heard.pop(vcpu, None)
-
-    def _gone_on(self, vcpu: int, index: int) -> bool:
-        return self.owner[index] == vcpu and not self.done[index]
 
     def _taken(self, index: int, vcpu: int, step: int) -> None:
         self.owner[index], self.since[index], self.done[index] = vcpu, step, False
@@ -258,9 +259,9 @@ class Pool:
 
         The value is only ever compared with the addresses that the host gave out, never used as one.
         """
-        index, rest = divmod(value - self.hva - BITMAP_BYTES, UCALL_SIZE)
-        if rest or not 0 <= index < NR_SLOTS:
-            return self._refuse(value, vcpu, index, rest)
+        index = _SLOTS.get(value - self.hva, -1)
+        if index < 0:
+            return self._refuse(value, vcpu)
         if not self.saw(vcpu, locked, step)[index >> 3] >> (index & 7) & 1:
             return BadUcallExit(value, "stale", f"slot {index} is not in use: its bit in in_use is clear", vcpu)
         self._heard[vcpu], self.owner[index] = index, vcpu  # the owner: where vCPUs run at once, another one may have come back first
@@ -269,11 +270,12 @@ class Pool:
             self.done[index] = True
         return found
 
-    def _refuse(self, value: int, vcpu: int, index: int, rest: int) -> Ucall | BadUcallExit:
+    def _refuse(self, value: int, vcpu: int) -> Ucall | BadUcallExit:
         if value == GUEST_UCALL_FAILED:
             taken = int(self.bits().sum())
             return BadUcallExit(value, "exhausted", f"the guest found no free slot ({taken} of {NR_SLOTS} are in use) "
                                                     f"and handed over the kernel's magic -1", vcpu)
+        index, rest = divmod(value - self.hva - BITMAP_BYTES, UCALL_SIZE)
         if 0 <= index < NR_SLOTS:
             return BadUcallExit(value, "unaligned", f"{value:#x} lies {rest} bytes behind the start of slot {index}", vcpu)
         try:

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from labkit.explore.encryption import EncryptionMap, EncryptionRange, PageState
 from labkit.explore.inspect import Selection
-from labkit.views.draw import (
-    Cell,
-    Html,
-    Row,
-    aligned,
-    cat,
-    cross,
-    el,
-    grid,
-    hx,
-    key,
-    label,
-    num,
-    path,
-    plain,
-    rect,
-    select,
-    svg,
-    swatch,
-    table,
-    text,
-)
+from labkit.views.draw import Html, aligned, cat, cross, el, grid, hx, key, label, num, path, plain, rect, select, svg, swatch, table, text
 from labkit.views.show import View, header, pane, rail, status_line
 from labkit.views.strip import PAGE, Painter, Strip, lay
+
+if TYPE_CHECKING:
+    from labkit.views.draw import Cell, Row
 
 __all__ = ["render", "status", "title"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import struct
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from unicorn import arm64_const as arm
@@ -13,7 +13,7 @@ from unicorn import unicorn_const as uc
 
 from labkit.engines.base import Exit, HaltExit, HypercallExit, MmioExit
 from labkit.engines.disasm import disassemble
-from labkit.engines.unicorn.lib import Handle, check
+from labkit.engines.unicorn.lib import Handle, RegBatch, check
 from labkit.engines.unicorn.plain import PlainQuirks, common_words, probe
 from labkit.engines.unicorn.traps import Trap
 from labkit.errors import NotAvailable
@@ -103,11 +103,15 @@ def _exclusive() -> int:
 
 
 @cache
-def _store(data: bytes) -> tuple[int, int, int, int]:
-    """(bytes, number of the base register, 31 for SP, offset, number of the source) of a store with an unsigned offset."""
+def _store(data: bytes) -> tuple[int, int, tuple[str, str], int]:
+    """(bytes, offset, base and source register, bits of the source that are stored: none of XZR) of a store with an unsigned offset."""
     word = int.from_bytes(data, "little")
-    size = 1 << (word >> 30)
-    return size, word >> 5 & 31, (word >> 10 & 0xFFF) * size, word & 31
+    size, base, source = 1 << (word >> 30), word >> 5 & 31, word & 31
+    names = "sp" if base == 31 else f"x{base}", f"x{source % 31}"
+    return size, (word >> 10 & 0xFFF) * size, names, 0 if source == 31 else (1 << 8 * size) - 1
+
+
+_mmio_exit = lru_cache(256)(MmioExit)  # a frozen dataclass takes long to make, and ucalls come by few addresses
 
 
 class Arm64(PlainQuirks):
@@ -118,12 +122,12 @@ class Arm64(PlainQuirks):
     two_blocks = struct.pack("<2I", 0x14000001, 0xD503207F)  # B +4; WFI
     plain, special = _PLAIN, tuple(SYSTEM)
     vectors = {f"v{i}": getattr(arm, f"UC_ARM64_REG_V{i}") for i in range(32)}
-    hot = (*(f"x{i}" for i in range(31)), "sp")
     first = ("pstate", "mair_el1", "tcr_el1", "ttbr0_el1", "sctlr_el1")
 
     def __init__(self, vcpu: UnicornVcpu) -> None:
         super().__init__(vcpu)
         _open(self.handle)
+        self._operands: dict[bytes, RegBatch] = {}  # of such stores
         self._devices: set[int] = set()  # stores that went to where no memslot is
 
     # --- registers
@@ -215,16 +219,20 @@ class Arm64(PlainQuirks):
 
     def _do_device(self, trap: Trap) -> Exit | None:
         """A store that went to a device before; when it goes elsewhere now, it is Unicorn's again."""
-        size, base, offset, source = _store(trap.data)
-        gva = self.was[1 + base] + offset & MASK64
+        size, offset, names, mask = _store(trap.data)
+        batch = self._operands.get(trap.data)
+        if batch is None:
+            batch = self._operands[trap.data] = RegBatch(self.handle, tuple(_PLAIN[name] for name in names))
+        base, value = batch.read()
+        gva = base + offset & MASK64
         gpa = self.vcpu.translate(gva, uc.UC_PROT_WRITE)
         if gpa is None or gva & size - 1 or self.vcpu.vm.overlaps(gpa, size):
             self._devices.discard(trap.gva)
             self.vcpu.guards.remove(trap.gva)
             return None
-        value = 0 if source == 31 else self.was[1 + source] & (1 << 8 * size) - 1
-        self.retire(trap)
-        return MmioExit(gpa, size, True, value)
+        self.vcpu.insns += 1
+        self.set_pc(trap.gva + len(trap.data))
+        return _mmio_exit(gpa, size, True, value & mask)
 
     def _do_halt(self, trap: Trap) -> Exit:
         self.retire(trap)

@@ -10,6 +10,7 @@ from unicorn import unicorn_const as uc
 from labkit.engines.unicorn.blocks import can_begin_anew, hops, jump
 from labkit.engines.unicorn.lib import LIB, STOP, CodeHook, EdgeHook, Page
 from labkit.engines.unicorn.stubs import stub
+from labkit.engines.unicorn.words import AGAIN, COUNT, EXTRA, GVA, LOCKED, LOCKED_GVA, REP
 
 if TYPE_CHECKING:
     from labkit.engines.base import Exit
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from labkit.engines.unicorn.vcpu import UnicornVcpu
 
 __all__ = ["Guards"]
-
-NOTHING = ((1 << 64) - 1, (1 << 64) - 1)  # no instruction, at no count
 
 
 class Guards:
@@ -29,15 +28,13 @@ class Guards:
     """
 
     def __init__(self, vcpu: UnicornVcpu) -> None:
-        self.vcpu, self.handle = vcpu, vcpu.handle
+        self.vcpu, self.handle, self._words = vcpu, vcpu.handle, vcpu.words
         self.traps: dict[int, Trap] = {}
         self.code_pages: dict[int, bytes] = {}  # gpa -> as it was when a block of it was last translated
         self.stopped = ""  # who ended the native run: "edge", "breakpoint", "hole", or nobody here
         self.skip = -1  # the breakpoint that the run begins at
-        self._rep = (ctypes.c_uint64 * 6)()  # as the "rep" hook of stubs.py wants it: counter, gva, count, extra, rcx, again
         self._restarted = -1  # where an instruction was begun anew
         self._strange = ""  # why the CPU's mode is none that we run
-        self.locked = (ctypes.c_uint64 * 4)()  # as the "locked" hook of stubs.py wants it
         self.halt = ctypes.c_uint8()  # somebody wants an uncounted run to end
         self.breakpoints: frozenset[int] = frozenset()
         self._hooked_breakpoints: frozenset[int] = frozenset()
@@ -62,31 +59,16 @@ class Guards:
 
     def extra(self) -> int:
         """Counted by Unicorn in this run, but no step of the architecture."""
-        return self._rep[3]
+        return self._words.all[EXTRA]
 
     @property
     def last(self) -> tuple[int, int]:
         """(gva, count) of the last instruction that takes more than one count."""
-        return self._rep[1], self._rep[2]
+        return self._words.all[GVA], self._words.all[COUNT]
 
     @last.setter
     def last(self, value: tuple[int, int]) -> None:
-        self._rep[1], self._rep[2] = value
-
-    def count_at(self, counter: int) -> None:
-        """Where in host memory the count is from now on."""
-        self.locked[1] = self._rep[0] = counter
-
-    def forget_last(self) -> None:
-        """Another run begins: what was the last instruction means nothing now."""
-        self._rep[2] = 1
-
-    def begin(self) -> None:
-        """A native run begins."""
-        rep = self._rep
-        self.stopped, rep[3], self.locked[0] = "", 0, 0
-        if rep[2]:  # 0: the run before ended in its midst
-            rep[1], rep[2] = NOTHING
+        self._words.all[GVA], self._words.all[COUNT] = value
 
     def flush(self) -> None:
         """Forget every translation."""
@@ -118,7 +100,7 @@ class Guards:
         trap, count = self.traps.get(gva), self.vcpu.count()
         if gva not in self.breakpoints or (trap is not None and trap.stops):  # the run loop sees to those
             return
-        again = self.last == (gva, count - 1) or (self.last == (gva, count) and self._rep[5])
+        again = self.last == (gva, count - 1) or (self.last == (gva, count) and self._words.all[AGAIN])
         if gva != self.skip and not (again and trap is not None and trap.kind == "rep"):
             self.stopped = "breakpoint"
             LIB.uc_emu_stop(self.handle.h)
@@ -128,7 +110,7 @@ class Guards:
         """A block was translated and has not run: stop when something must be done about it, or when somebody asked."""
         if tb.icount == 1 and self.vcpu.count() and self._is_restart(tb.pc):
             self._restarted = tb.pc
-            self._rep[3] += self.vcpu.count() - self.vcpu.before(tb.pc)
+            self._words.all[EXTRA] += self.vcpu.count() - self.vcpu.before(tb.pc)
             self.vcpu.tally.doubt(tb.pc)
         if self._look(tb.pc, tb.size, tb.icount, tb.pc <= before.pc) or self.halt.value:
             self.stopped = "edge"
@@ -229,9 +211,9 @@ class Guards:
         data = None
         if trap.kind == "locked":
             callback = stub("locked") or CodeHook(lambda _h, _a, _s, _d: self._at_locked())
-            data = ctypes.addressof(self.locked)
+            data = self._words.at(LOCKED)
         elif trap.kind == "rep" and (rep := stub("rep")) is not None:
-            callback, data = rep, ctypes.addressof(self._rep)
+            callback, data = rep, self._words.at(REP)
         elif trap.kind == "iret":
             callback = CodeHook(lambda _h, at, _s, _d: self._at_iret(at))
         elif not trap.stops:
@@ -249,7 +231,7 @@ class Guards:
         self.traps.pop(gva, None)
 
     def _at_locked(self) -> None:
-        self.locked[0], self.locked[2] = self.vcpu.counter.value, 0
+        self._words.all[LOCKED], self._words.all[LOCKED_GVA] = self.vcpu.counter.value, 0
 
     def _at_iret(self, gva: int) -> None:
         target = self.vcpu.vmem_read(self.vcpu.read_reg("rsp"), 8) or b""
@@ -258,9 +240,9 @@ class Guards:
     def _count_extra(self, gva: int) -> None:
         """At a REP string instruction or a stack-segment load: Unicorn counts one more than the architecture steps."""
         count = self.vcpu.count()
-        self._rep[5] = self.last == (gva, count - 1)
-        if self.is_shadow(gva) or (self._rep[5] and self.vcpu.quirks.is_drained()):
-            self._rep[3] += 1
+        self._words.all[AGAIN] = self.last == (gva, count - 1)
+        if self.is_shadow(gva) or (self._words.all[AGAIN] and self.vcpu.quirks.is_drained()):
+            self._words.all[EXTRA] += 1
         self.last = gva, count
 
     def is_shadow(self, gva: int) -> bool:

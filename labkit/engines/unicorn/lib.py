@@ -51,9 +51,9 @@ class Msr(ctypes.Structure):
     _fields_ = [("rid", c_uint32), ("value", c_uint64)]
 
 
-def _load() -> ctypes.CDLL:
+def _load(kind: type[ctypes.CDLL]) -> ctypes.CDLL:
     try:
-        lib = ctypes.CDLL(binding.uclib._name)
+        lib = kind(binding.uclib._name)
     except (AttributeError, OSError) as err:
         raise NotAvailable(f"the unicorn package does not show where its library is: {err}") from err
     lib.uc_strerror.restype = c_char_p
@@ -64,6 +64,8 @@ def _load() -> ctypes.CDLL:
         "uc_mem_map_ptr": [c_void_p, c_uint64, c_size_t, c_uint32, c_void_p], "uc_mem_unmap": [c_void_p, c_uint64, c_size_t],
         "uc_context_alloc": [c_void_p, c_void_p], "uc_context_free": [c_void_p], "uc_context_size": [c_void_p],
         "uc_context_save": [c_void_p, c_void_p], "uc_context_restore": [c_void_p, c_void_p], "uc_hook_del": [c_void_p, c_size_t],
+        "uc_vmem_translate": [c_void_p, c_uint64, c_uint32, c_void_p],
+        **{f"uc_vmem_{what}": [c_void_p, c_uint64, c_uint32, c_void_p, c_size_t] for what in ("read", "write")},
         "uc_hook_add": [c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_uint64, c_uint64],
     }
     for name, argtypes in signatures.items():
@@ -71,7 +73,8 @@ def _load() -> ctypes.CDLL:
     return lib
 
 
-LIB = _load()
+LIB = _load(ctypes.CDLL)
+QUICK = _load(ctypes.PyDLL)  # for calls that take less than to give the interpreter lock away and take it back
 STOP = ctypes.cast(LIB.uc_emu_stop, c_void_p).value
 
 
@@ -101,7 +104,7 @@ class RegBatch:
         self._values = (c_uint64 * n)()
         base, form = ctypes.addressof(self._values), struct.Struct(f"={n}Q")
         args = c_void_p(handle.h), (c_int * n)(*ids), (c_void_p * n)(*(base + 8 * i for i in range(n))), c_int(n)
-        self._read, self._write = partial(LIB["uc_reg_read_batch"], *args), partial(LIB["uc_reg_write_batch"], *args)
+        self._read, self._write = partial(QUICK["uc_reg_read_batch"], *args), partial(QUICK["uc_reg_write_batch"], *args)
         self._unpack, self._pack = partial(form.unpack_from, self._values), partial(form.pack_into, self._values, 0)
         handle.batches.append(self)
 
@@ -121,7 +124,7 @@ class RegBatch:
         self._read = self._write = partial(_closed)
 
 
-def _closed() -> int:
+def _closed(*_: object) -> int:
     raise InvalidState("this VM is closed")
 
 
@@ -140,7 +143,9 @@ class Handle:
         self.batches: list[RegBatch] = []
         self._from, self._count = c_uint64(), c_size_t()
         self._start = partial(LIB["uc_emu_start"], c_void_p(handle.value), self._from, c_uint64(0), c_uint64(0), self._count)
-        self._one = c_uint64()
+        self._one = c_uint64()  # arguments and calls are made once, as in RegBatch
+        self._one_at = byref(self._one)
+        self._read, self._write = (partial(QUICK[f"uc_reg_{what}"], c_void_p(handle.value)) for what in ("read", "write"))
         self.ctl_write(uc.UC_CTL_UC_USE_EXITS, c_int(1))
         self.ctl_write(uc.UC_CTL_UC_EXITS, c_void_p(None), c_size_t(0))
         self.ctl_write(uc.UC_CTL_TCG_BUFFER_SIZE, c_uint32(8 << 20))
@@ -191,13 +196,14 @@ class Handle:
     def read(self, reg: int) -> int:
         """One register of up to 64 bits."""
         self._one.value = 0
-        LIB.uc_reg_read(self.h, reg, byref(self._one))
+        self._read(reg, self._one_at)
         return self._one.value
 
     def write(self, reg: int, value: int) -> int:
         """Set one register of up to 64 bits; returns libunicorn's status."""
         self._one.value = value
-        return int(LIB.uc_reg_write(self.h, reg, byref(self._one)))
+        status: int = self._write(reg, self._one_at)
+        return status
 
     def read_struct(self, reg: int, struct: Any) -> Any:
         """A register that is a structure (table registers, MSRs, vector registers)."""
@@ -245,7 +251,7 @@ class Handle:
             LIB.uc_close(self.h)
             del self.h
             self._callbacks.clear()
-            self._start = partial(_closed)
+            self._start = self._read = self._write = partial(_closed)
             for batch in self.batches:
                 batch.close()
             self.batches.clear()

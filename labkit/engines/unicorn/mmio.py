@@ -44,11 +44,6 @@ class Mmio:
             self.waiting = replace(self.waiting, data=value & (1 << 8 * self.waiting.size) - 1)
         return self.waiting is not None
 
-    @property
-    def pending(self) -> bool:
-        """Something must happen before the vCPU goes on."""
-        return bool(self.writes) or self.waiting is not None
-
     def resume(self) -> Exit | None:
         """Do what must happen before the vCPU goes on."""
         if self.writes:

@@ -13,7 +13,7 @@ from unicorn import unicorn_const as uc
 from labkit.arch.riscv import GPRS
 from labkit.engines.base import Exit, HaltExit, SbiExit
 from labkit.engines.disasm import disassemble
-from labkit.engines.unicorn.lib import IntrHook
+from labkit.engines.unicorn.lib import IntrHook, RegBatch
 from labkit.engines.unicorn.plain import PlainQuirks, common_words, probe
 from labkit.engines.unicorn.traps import Trap
 from labkit.errors import NotAvailable
@@ -69,6 +69,7 @@ class Riscv64(PlainQuirks):
 
     def __init__(self, vcpu: UnicornVcpu) -> None:
         super().__init__(vcpu)
+        self._answer = RegBatch(vcpu.handle, (_PC, _PLAIN["a0"]))
         self.handle.write(_PRIV, 1)
         self.handle.hook(uc.UC_HOOK_INTR, IntrHook(lambda _h, _v, _d: self._back()))
 
@@ -162,7 +163,9 @@ class Riscv64(PlainQuirks):
         _, level, *args, function, extension = self.was
         if not level:
             return self._deliver(trap.gva, ECALL_U, 0)
-        self.retire(trap, a0=NOT_SUPPORTED)
+        self.vcpu.insns += 1
+        self._pc = trap.gva + len(trap.data) & MASK64
+        self._answer.write(self._pc, NOT_SUPPORTED & MASK64)
         self.awaits = [_PLAIN["a0"]]
         return SbiExit(extension, function, tuple(args))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 from unicorn import s390x_const as s390
@@ -53,6 +53,9 @@ def _offsets() -> tuple[int, int, int]:
         raise NotAvailable(f"libunicorn's s390x state does not show interruptions and prefix ({program}, {service}, {prefix}); "
                            f"this build cannot be used")
     return program[0], service[0], prefix[0]
+
+
+_diag_exit = lru_cache(256)(DiagExit)  # as arm64's
 
 
 class S390x(HostInsns):
@@ -174,11 +177,11 @@ class S390x(HostInsns):
         return bool(self.was[1] & PROBLEM)
 
     def _do_diag(self, trap: Trap) -> Exit | None:
-        if self._is_problem_state():
+        if self.was[1] & PROBLEM:
             return self._deliver(PRIVILEGED, trap.gva)
         code, value = self._address(trap.data) & 0xFFFF, self.was[2 + (trap.data[1] & 15)]
         self.retire(trap)
-        return DiagExit(code, value)
+        return _diag_exit(code, value)
 
     def _do_clock(self, trap: Trap) -> Exit | None:
         """STORE CLOCK: one tick an instruction, at 1 GHz; bit 51 of the TOD clock is a microsecond."""

@@ -87,9 +87,9 @@ class HostInsns(PlainQuirks):
 
     def _address(self, data: bytes, index: int = 0) -> int:
         """Base, index, and a displacement of 12 bits or, in six bytes, 20."""
-        high = data[4] - (data[4] >> 7 << 8) if len(data) == 6 else 0
-        parts = (self.was[2 + register] for register in (data[2] >> 4, index) if register)
-        return sum(parts) + (high << 12 | (data[2] & 15) << 8 | data[3]) & MASK64
+        high, base = data[4] - (data[4] >> 7 << 8) if len(data) == 6 else 0, data[2] >> 4
+        gva = high << 12 | (data[2] & 15) << 8 | data[3]
+        return gva + (self.was[2 + base] if base else 0) + (self.was[2 + index] if index else 0) & MASK64
 
     def _number(self, gva: int, size: int) -> int | None:
         data = self.vcpu.vmem_read(gva, size)

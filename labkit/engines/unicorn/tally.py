@@ -10,11 +10,11 @@ import ctypes
 import mmap
 
 from labkit.engines.disasm import disassemble
+from labkit.engines.unicorn.words import Words
 
 __all__ = ["MAX_BLOCK", "Tally"]
 
 MAX_BLOCK = 512  # instructions: TCG_MAX_INSNS
-_TOTAL, _BLOCK, _TABLE, _LIMIT, _STOPPED = range(5)
 
 
 class Tally:
@@ -24,8 +24,7 @@ class Tally:
         self.arch = arch
         self._memory = mmap.mmap(-1, 16 << 16)  # 65536 entries (gva, count), of which the kernel backs those that are used
         self._table = (ctypes.c_uint64 * (2 << 16)).from_buffer(self._memory)
-        self._data = (ctypes.c_uint64 * 5)(0, 0, ctypes.addressof(self._table), 0, 0)
-        self.address = ctypes.addressof(self._data)
+        self.words = Words(ctypes.addressof(self._table))
         self.blocks: dict[int, tuple[int, bytes]] = {}  # gva -> (instructions, bytes), as last translated
         self._offsets: dict[int, dict[int, int]] = {}
         self._back: dict[tuple[int, int], int] = {}  # (block, gva in it) -> what `before` takes off
@@ -51,20 +50,6 @@ class Tally:
         at = 2 * ((gva ^ gva >> 16) & 0xFFFF)
         self._table[at], self._table[at + 1] = gva if key is None else key, count
 
-    def begin(self, limit: int) -> None:
-        """Start from zero; the hook stops before a block that would go beyond limit."""
-        data = self._data
-        data[_TOTAL], data[_LIMIT], data[_STOPPED] = 0, limit, 0
-
-    @property
-    def total(self) -> int:
-        """Instructions of all blocks entered, the present one included."""
-        return self._data[_TOTAL]
-
-    def stopped(self) -> bool:
-        """The hook ended the run, at the start of a block that is not counted."""
-        return self._data[_STOPPED] != 0
-
     def knows(self, gva: int) -> bool:
         """See to it that the block at gva has its entry in the table, where another may have taken its place."""
         if gva not in self.blocks or gva in self._unsure:
@@ -72,13 +57,11 @@ class Tally:
         self._enter(gva, self.blocks[gva][0])
         return True
 
-    def before(self, gva: int) -> int:
-        """Instructions run when the one at gva is about to; gva behind the block means its last one is the one that left."""
-        data = self._data
-        return data[_TOTAL] + self.back(data[_BLOCK], gva)
-
     def back(self, block: int, gva: int) -> int:
-        """What to add (0 or less) to the total of a block just entered, for the instructions run when the one at gva is about to."""
+        """What to add (0 or less) to the total of a block just entered, for the instructions run when the one at gva is about to.
+
+        A gva behind the block means that its last one is the one that left.
+        """
         found = self._back.get((block, gva))
         if found is None:
             count = self.blocks.get(block, (0, b""))[0]

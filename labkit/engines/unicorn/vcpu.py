@@ -18,12 +18,13 @@ from labkit.engines.disasm import disassemble
 from labkit.engines.unicorn.blocks import is_over
 from labkit.engines.unicorn.calibrate import calibrate
 from labkit.engines.unicorn.guards import Guards
-from labkit.engines.unicorn.lib import LIB, Handle, IntrHook
+from labkit.engines.unicorn.lib import LIB, QUICK, Handle, IntrHook
 from labkit.engines.unicorn.misses import fetch_fault, mmu_miss
 from labkit.engines.unicorn.mmio import FETCHES, HOLES, Mmio
 from labkit.engines.unicorn.monitor import clear
 from labkit.engines.unicorn.stubs import stub
 from labkit.engines.unicorn.tally import MAX_BLOCK, Tally
+from labkit.engines.unicorn.words import BLOCK, COUNT, EXTRA, LOCKED, LOCKED_BLOCK, LOCKED_GVA, NOTHING, STOPPED, TALLY, TOTAL
 from labkit.errors import InvalidState
 
 if TYPE_CHECKING:
@@ -60,10 +61,13 @@ class UnicornVcpu:
         self.counter = ctypes.c_uint64.from_address(self.handle.h + calibrate().counter)
         self.stale_tlb = self.stale_code = False
         self.tally = Tally(vm.arch)
+        self.words = self.tally.words
         self.mode, self._tally_hook, self._by_block = "", 0, "tally" if stub("tally") else "each"
         self.locked_at, self._stop = -1, self.stop
         self.monitor_survives = True
         self.exception: int | None = None
+        self._gpa = ctypes.c_uint64()
+        self._gpa_at = ctypes.byref(self._gpa)
         self._clock, self._asked, self._forced, self.shortened = 0, 0.0, False, (-1, -1)
         self.resumed: tuple[int, int] | None = None  # (insns, pc) behind what may have set the flag RF
         self.quirks = vm.quirks(self)
@@ -128,27 +132,26 @@ class UnicornVcpu:
         if self.vm.mmu is not None:
             return self.vm.mmu.access(self.handle, gva, size, self.quirks.ring())
         buffer = ctypes.create_string_buffer(size)
-        read = self._quietly(LIB.uc_vmem_read, gva, uc.UC_PROT_READ, buffer, ctypes.c_size_t(size))
+        read = self._quietly(LIB.uc_vmem_read, gva, uc.UC_PROT_READ, buffer, size)
         return buffer.raw if read else None
 
     def vmem_write(self, gva: int, data: bytes) -> bool:
         """Write as the CPU itself would, permissions and dirty bits included; False when it would fault."""
         if self.vm.mmu is not None:
             return self.vm.mmu.access(self.handle, gva, len(data), self.quirks.ring(), data) is not None
-        return self._quietly(LIB.uc_vmem_write, gva, uc.UC_PROT_WRITE, data, ctypes.c_size_t(len(data)))
+        return self._quietly(LIB.uc_vmem_write, gva, uc.UC_PROT_WRITE, data, len(data))
 
     def translate(self, gva: int, access: int = uc.UC_PROT_READ) -> int | None:
         """The gpa behind a gva, None when the access would fault."""
         if self.vm.mmu is not None:
             return self.vm.mmu.translate(self.handle, gva, access, self.quirks.ring())
-        gpa = ctypes.c_uint64()
-        return gpa.value if self._quietly(LIB.uc_vmem_translate, gva, access, ctypes.byref(gpa)) else None
+        return self._gpa.value if self._quietly(QUICK.uc_vmem_translate, gva, access, self._gpa_at) else None
 
     def _quietly(self, function: Callable[..., int], gva: int, *args: object) -> bool:
         """Whether that worked; a failed look of ours must not stay behind in the guest's fault register."""
         register = self.quirks.fault_register
         before = self.handle.read(register) if register else 0
-        if not function(ctypes.c_void_p(self.handle.h), ctypes.c_uint64(gva), *args):
+        if not function(self.handle.h, gva, *args):
             return True
         if register:
             self.handle.write(register, before)
@@ -208,8 +211,9 @@ class UnicornVcpu:
         if not self.monitor_survives:
             clear(self)
         self.guards.skip = self.quirks.pc()
-        self.guards.forget_last()
-        if self.mmio.pending and (insns is None or insns > 0) and (exit := self.mmio.resume()) is not None:
+        self.words.all[COUNT] = NOTHING  # what was the last instruction means nothing now
+        mmio = self.mmio
+        if (mmio.writes or mmio.waiting) and (insns is None or insns > 0) and (exit := mmio.resume()) is not None:
             return exit
         while True:
             left = None if insns is None else insns - (self.insns - start)
@@ -225,23 +229,24 @@ class UnicornVcpu:
         if left is None and (not self.exact or done >= self.vm.count_for - MAX_BLOCK):
             return self.native("free", 0)
         mode = "each" if left is not None and left <= BY_EACH else self._by_block
-        return self.native(mode, min(SLICE[mode], self.vm.count_for - done if left is None else left))
+        limit, most = self.vm.count_for - done if left is None else left, SLICE[mode]
+        return self.native(mode, limit if limit < most else most)
 
     def native(self, mode: str, limit: int) -> Exit | None:
         """One native run of at most limit instructions, counted as mode says."""
         if mode != self.mode:
             self._change_over(mode)
-        guards, tally, self.exception = self.guards, self.tally, None
-        guards.begin()
-        tally.begin(limit)
+        guards, words, self.exception = self.guards, self.words.all, None
+        guards.stopped = ""
+        self.words.begin(limit)
         if mode == "free":
             status = self._run_uncounted()
         else:
             status = self.handle.run(self.quirks.leave(), limit if mode == "each" else 0)
-        if guards.locked[0]:
-            self.locked_at = self.vm.retired() + self._when_locked() - guards.extra()
+        if words[LOCKED]:
+            self.locked_at = self.vm.retired() + self._when_locked() - words[EXTRA]
         if guards.stopped == "edge":
-            self.insns += self.count() - guards.extra()
+            self.insns += self.count() - words[EXTRA]
             return guards.install()
         if guards.stopped or status or self.exception is not None:
             return self._stop_reason(status, limit)
@@ -249,19 +254,19 @@ class UnicornVcpu:
             return self._budget(limit)
         pc = self.quirks.arrive()
         trap = guards.traps.get(pc)
-        if trap is not None and trap.stops and not tally.stopped():
-            self.insns += (tally.before(pc) if mode == "tally" else self.before(pc)) - guards.extra()
-            if pc in guards.breakpoints and pc != guards.skip:
-                return DebugExit(pc)
-            guards.skip = -1
-            return self.quirks.trap(trap)
-        return self._between_blocks(pc, limit)
+        if trap is None or not trap.stops or words[STOPPED]:
+            return self._between_blocks(pc, limit)
+        self.insns += self.before(pc) - words[EXTRA]
+        if pc in guards.breakpoints and pc != guards.skip:
+            return DebugExit(pc)
+        guards.skip = -1
+        return self.quirks.trap(trap)
 
     def _between_blocks(self, pc: int, limit: int) -> Exit | None:
         """The run ended where a block begins: at the limit, at a block without entry, or because somebody asked."""
         ran = self.count()
         exit = self._budget(ran)
-        if exit is not None or not self.tally.stopped():
+        if exit is not None or not self.words.all[STOPPED]:
             return exit
         if not self.tally.knows(pc):
             return self.native("each", 1)
@@ -270,17 +275,18 @@ class UnicornVcpu:
 
     def count(self) -> int:
         """Instructions that the last native run began."""
-        return {"each": self.counter.value, "tally": self.tally.total, "free": 0}[self.mode]
+        return {"each": self.counter.value, "tally": self.words.all[TOTAL], "free": 0}[self.mode]
 
     def before(self, pc: int) -> int:
         """Instructions that it finished, when it ended before or in the one at pc."""
         if self.mode == "tally":
-            return self.tally.before(pc)
+            words = self.words.all
+            return words[TOTAL] + self.tally.back(words[BLOCK], pc)
         return max(self.count() - 1, 0)
 
     def _when_locked(self) -> int:
-        total, _, gva, block = self.guards.locked[:]
-        return total + self.tally.back(block, gva) + 1 if self.mode == "tally" else total
+        words = self.words.all
+        return words[LOCKED] + (self.tally.back(words[LOCKED_BLOCK], words[LOCKED_GVA]) + 1 if self.mode == "tally" else 0)
 
     def _change_over(self, mode: str) -> None:
         """Blocks carry the hooks that were there when they were translated, so they must go."""
@@ -289,8 +295,8 @@ class UnicornVcpu:
         if mode == "tally":
             code = stub("tally")
             assert code is not None
-            self._tally_hook = self.handle.hook(uc.UC_HOOK_BLOCK, code, data=self.tally.address)
-        self.guards.count_at(self.tally.address if mode == "tally" else ctypes.addressof(self.counter))
+            self._tally_hook = self.handle.hook(uc.UC_HOOK_BLOCK, code, data=self.words.at(TALLY))
+        self.words.count_at(self.words.at(TOTAL) if mode == "tally" else ctypes.addressof(self.counter))
         self.mode = mode
         if mode == "free":
             self.exact = False

@@ -55,6 +55,7 @@ class UnicornVm:
         self.quirks = _QUIRKS[arch]
         self.capabilities = CAPABILITIES + self.quirks.capabilities
         self.slots: list[tuple[int, int, int]] = []
+        self._end = 0  # of the last one
         self.vcpus: list[UnicornVcpu] = []
         self.closed = False
         self.runner: UnicornVcpu | None = None
@@ -78,6 +79,7 @@ class UnicornVm:
     def add_memslot(self, gpa: int, hva: int, size: int) -> None:
         """Let the guest see host memory at `gpa`; the caller keeps it alive."""
         self.slots.append((gpa, hva, size))
+        self._end = max(self._end, gpa + size)
         if self.mmu is not None:
             self.mmu.add(gpa, hva, size)
         for vcpu in self.vcpus:
@@ -168,7 +170,7 @@ class UnicornVm:
 
     def overlaps(self, gpa: int, size: int) -> bool:
         """Whether a range touches a memslot."""
-        return any(gpa < start + length and start < gpa + size for start, _, length in self.slots)
+        return gpa < self._end and any(gpa < start + length and start < gpa + size for start, _, length in self.slots)
 
     def check_interrupt(self) -> None:
         """Raise the KeyboardInterrupt that a run held back until its exit was recorded."""

@@ -74,7 +74,9 @@ class X86(X86Events):
 
     def leave(self) -> int:
         """RIP, once more: from here on the CPU changes what was read."""
-        pc, self.regs.pc = self.pc(), -1
+        regs = self.regs
+        pc = regs.pc if regs.pc >= 0 else self.arrive()
+        regs.pc = -1
         return pc
 
     def set_pc(self, gva: int) -> None:
