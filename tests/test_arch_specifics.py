@@ -512,3 +512,14 @@ def test_that_an_exception_comes_from_below_into_the_kernel(arch, insn, drop, ve
     assert vcpu.step() is None and vm._events[-1].facts["vector"] == vector
     assert vm._events[-1].facts["pc"] - at == (4 if "svc" in insn else 0)  # a call goes on behind itself
     assert vcpu.pc != at and not any(vcpu.regs[name] == value for name, value in drop.items())
+
+
+def test_that_s390_says_where_a_suppressed_instruction_was_and_has_no_fault_of_the_hosts():
+    """The old PSW names the next instruction then (Principles of Operation, figure 6-1), and TEID is what the guest's own faults left."""
+    vms = [vm_of("s390x", "\t__asm__ volatile(\"lghi %%r4, 0\\n\\tdsgr %%r4, %%r4\" : : : \"r4\", \"r5\");") for _ in range(2)]
+    counted, stepped = vms[0].vcpus[0].run(), None
+    while stepped is None:
+        stepped = vms[1].vcpus[0].step()
+    assert counted.args == stepped.args and counted.args[:2] == (9, 0)
+    assert all("dsgr %r4, %r4" in vm.explain(uc) for vm, uc in zip(vms, (counted, stepped), strict=True))
+    assert vms[0].vcpus[0].source_line() is not None and counted.step == stepped.step

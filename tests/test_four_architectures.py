@@ -16,7 +16,7 @@ from labkit.arch import ARCHES, find_arch
 from labkit.cli import main
 from labkit.engines.base import BudgetExit, DebugExit
 from labkit.engines.disasm import disassemble
-from labkit.errors import ElfError, GuestAssertFailed, InvalidState
+from labkit.errors import ElfError, GuestAssertFailed, GuestCrashed, InvalidState
 from labkit.explore.touch import operands
 from labkit.ucall.pool import Ucall
 
@@ -386,3 +386,23 @@ def test_that_plain_code_is_counted_block_by_block_and_exactly(arch):
     for _ in range(50):
         assert parts.vcpus[0].run(1000) == BudgetExit(1000)
     assert whole.vcpus[0].regs.all() == parts.vcpus[0].regs.all() and whole.step == parts.step == 50_000
+
+
+DEEP = """
+#include "labkit.h"
+int deep(volatile int *p, int n) { volatile char b[512]; b[0] = n; return deep((volatile int *)b, n + 1) + b[0] + *p; }
+void guest_code(uint64_t vcpu) { deep(0, 1); }
+"""
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_that_a_stack_that_overflows_is_traced_to_where_it_did(arch):
+    """Elsewhere than on x86-64, whose double fault ends it, handlers fault one after the other on the same stack."""
+    vm = lk.Vm.create(lk.Program.compile(DEEP, arch=arch, name="deep.c"))
+    words = r"triple fault.*at deep\+" if arch == "x86_64" else r"exceptions in a row.*began with .* at deep\+.*:"
+    with pytest.raises(GuestCrashed, match=words):
+        vm.run_until_done(100_000)
+    vm = lk.Vm.create(lk.Program.compile(DEEP.replace("deep(0, 1)", "*(volatile int *)8"), arch=arch, name="null.c"))
+    with pytest.raises(GuestCrashed, match=r"fault|abort|translation") as caught:
+        vm.run_until_done(100_000)
+    assert "in a row" not in str(caught.value) and "guest_code+" in str(caught.value)

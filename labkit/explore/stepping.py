@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from labkit.errors import BudgetExceeded
 
-__all__ = ["Steppable", "step_line"]
+__all__ = ["step_line"]
 
 
-class Steppable(Protocol):
-    """What line stepping needs of a vCPU."""
-
-    index: int
-
-    @property
-    def pc(self) -> int: ...
-    def source_line(self) -> Any: ...
-    def step(self, count: int = 1) -> Any: ...
-    def where(self) -> str: ...
-
-
-def step_line(vcpu: Steppable, max_insns: int) -> Any:
+def step_line(vcpu: Any, max_insns: int) -> Any:
     """Step until another source line begins; an exit on the way ends it and is returned.
 
     Code without line information is run through. Raises BudgetExceeded when max_insns did not reach another line.

@@ -15,24 +15,8 @@ from labkit.errors import MemoryFault
 from labkit.machine.memory import Memory
 from labkit.machine.space import AddressSpace
 from labkit.shown import mimebundle
-from labkit.ucall.abi import (
-    BITMAP_BYTES,
-    GUEST_ERROR_STRING,
-    GUEST_FILE,
-    GUEST_LINE,
-    GUEST_UCALL_FAILED,
-    HEADER,
-    HEADER_SIZE,
-    NR_SLOTS,
-    OFFSET_BUFFER,
-    UCALL_BUFFER_LEN,
-    UCALL_MAX_ARGS,
-    UCALL_SIZE,
-    UcallCmd,
-    cmd_name,
-    decode_text,
-    has_text,
-)
+from labkit.ucall import abi
+from labkit.ucall.abi import BITMAP_BYTES, HEADER_SIZE, NR_SLOTS, UCALL_MAX_ARGS, UCALL_SIZE, UcallCmd, cmd_name, decode_text, has_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,10 +77,11 @@ class Fields:
         name = _NAMES.get(cmd) or cmd_name(cmd)
         if cmd not in _WITH_TEXT:
             return _TUPLE(Ucall, (name, args, None, vcpu, slot, step, None, None, None))
-        text = decode_text(data[at + OFFSET_BUFFER:at + OFFSET_BUFFER + UCALL_BUFFER_LEN])
+        text = decode_text(data[at + abi.OFFSET_BUFFER:at + abi.OFFSET_BUFFER + abi.UCALL_BUFFER_LEN])
         if cmd != UcallCmd.ABORT:
             return Ucall(name, args, text, vcpu, slot, step)
-        return Ucall(name, args, text, vcpu, slot, step, strings(args[GUEST_FILE]), args[GUEST_LINE], strings(args[GUEST_ERROR_STRING]))
+        file, line, expr = (args[i] for i in (abi.GUEST_FILE, abi.GUEST_LINE, abi.GUEST_ERROR_STRING))
+        return Ucall(name, args, text, vcpu, slot, step, strings(file), line, strings(expr))
 
 
 @dataclass(frozen=True)
@@ -183,7 +168,7 @@ class Pool:
     def __init__(self, memory: Memory, gpa: int, gva: int, byteorder: Literal["little", "big"] = "little") -> None:
         self._big = byteorder == "big"
         self._fields = Fields(byteorder)
-        self._header = HEADER.newbyteorder(">" if self._big else "<")
+        self._header = abi.HEADER.newbyteorder(">" if self._big else "<")
         self.memory, self.gpa, self.gva = memory, gpa, gva
         self.hva = memory.hva(gpa)  # of the header, as written into the guest; a forked VM keeps its parent's
         slot = memory.slot(gpa)
@@ -271,7 +256,7 @@ class Pool:
         return found
 
     def _refuse(self, value: int, vcpu: int) -> Ucall | BadUcallExit:
-        if value == GUEST_UCALL_FAILED:
+        if value == abi.GUEST_UCALL_FAILED:
             taken = int(self.bits().sum())
             return BadUcallExit(value, "exhausted", f"the guest found no free slot ({taken} of {NR_SLOTS} are in use) "
                                                     f"and handed over the kernel's magic -1", vcpu)

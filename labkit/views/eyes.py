@@ -4,35 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from labkit.explore.eyes import BLOCK, Eye, PageEyes
 from labkit.explore.inspect import Selection
-from labkit.views.draw import (
-    Cell,
-    Html,
-    Lattice,
-    Row,
-    bar,
-    cat,
-    el,
-    grid,
-    hx,
-    key,
-    label,
-    num,
-    path,
-    plain,
-    rect,
-    select,
-    squares,
-    svg,
-    swatch,
-    table,
-    text,
-)
+from labkit.views import draw
+from labkit.views.draw import Html, Lattice, cat, el, grid, hx, key, label, num, path, plain, rect, select, svg, swatch, table, text
 from labkit.views.show import View, columns, header, pane, rail, status_line
+
+if TYPE_CHECKING:
+    from labkit.views.draw import Cell, Row
 
 __all__ = ["SIDES", "render"]
 
@@ -90,7 +73,8 @@ def _around(blocks: list[int], near: int, nr: int) -> list[int]:
 def _dump(page: PageEyes, rows: list[int], chosen: int | None, narrow: bool) -> Html:
     host, guest = page.eyes
     tint = ("eh" if page.private else "es")
-    out, last = list[Row](), None
+    out: list[Row] = []
+    last = None
     for at in rows:
         if last is not None and at != last + 1:
             out.append((("", ("d", f"… {num(at - last - 1)} blocks as before"), "", ""), {}))
@@ -138,12 +122,12 @@ def _maps(page: PageEyes, rows: list[int], chosen: int | None, pitch: float) -> 
     for column, eye in enumerate(page.eyes):
         lattice = Lattice(column * apart, 16, COLS, pitch, pitch)
         full = eye.blocks.any(axis=1)
-        inset = 0 if page.private else .6
-        cells = path(squares((lattice.at(i) for i in np.flatnonzero(~full).tolist()), pitch - 1, pitch - 1), "c-pale")
-        cells += path(squares((lattice.at(i, inset) for i in np.flatnonzero(full).tolist()), pitch - 1 - 2 * inset, pitch - 1 - 2 * inset),
+        inset, side = (0, pitch - 1) if page.private else (.6, pitch - 2.2)
+        cells = path(draw.squares((lattice.at(i) for i in np.flatnonzero(~full).tolist()), pitch - 1, pitch - 1), "c-pale")
+        cells += path(draw.squares((lattice.at(i, inset) for i in np.flatnonzero(full).tolist()), side, side),
                       "c-enc" if page.private else "c-shr thin")
         spots = [lattice.at(i) for i in np.flatnonzero(eye.changed.any(axis=1)).tolist()]
-        cells += bar(((x, y + pitch - 1) for x, y in spots), pitch - 1, 2)
+        cells += draw.bar(((x, y + pitch - 1) for x, y in spots), pitch - 1, 2)
         cells += path("".join(_outline(lattice, first, count, pitch) for first, count in _spans(rows)), "c-sel")
         if chosen is not None:
             cells += rect(*lattice.at(chosen, -1.5), pitch + 2, pitch + 2, "c-sel")

@@ -67,7 +67,8 @@ class PlainQuirks:
     hot: tuple[str, ...] = ()  # of `plain`, what traps ask for
     first: tuple[str, ...] = ()  # registers to set before all others, in this order
     capabilities: ClassVar[tuple[Capability, ...]] = ()
-    fault_register = two_blocks_count = 0
+    fault_trace: tuple[Callable[[], int], Callable[[int], object]] | None = None
+    two_blocks_count = 0
     longest = 4  # bytes of an instruction
 
     def __init__(self, vcpu: UnicornVcpu) -> None:

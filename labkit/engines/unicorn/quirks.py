@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from labkit.engines.base import Capability, Exit, GuestFault, Regs
@@ -31,7 +31,7 @@ class Quirks(Protocol):
     awaits: list[int] | None
     two_blocks: bytes  # code of two blocks that do nothing and end the run
     two_blocks_count: int  # or that many instructions of them do (0: the code itself)
-    fault_register: int  # libunicorn's number of the register that says where a page fault was; 0: looking leaves no trace
+    fault_trace: tuple[Callable[[], int], Callable[[int], object]] | None  # reads, sets what says where a fault was, if looks do
     pc_name: str
     longest: int  # bytes of an instruction
 

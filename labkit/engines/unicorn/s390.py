@@ -73,6 +73,7 @@ class S390x(HostInsns):
 
     def __init__(self, vcpu: UnicornVcpu) -> None:
         super().__init__(vcpu)
+        self.fault_trace = self._teid, self._set_teid
         mend()
         self.handle.write(_PLAIN["pswm"], 0x180000000)
 
@@ -125,6 +126,13 @@ class S390x(HostInsns):
         """Storage that is not there: an addressing exception, as KVM has it."""
         return self._deliver(ADDRESSING, pc)
 
+    def _teid(self) -> int:
+        """The translation-exception identification: a doubleword of the lowcore, which Unicorn writes when a look of ours finds nothing."""
+        return int.from_bytes(self.vcpu.vm.read(self.read("prefix") + 0xA8, 8), "big")
+
+    def _set_teid(self, value: int) -> None:
+        self.vcpu.vm.write(self.read("prefix") + 0xA8, value.to_bytes(8, "big"))
+
     def _deliver(self, code: int, pc: int) -> Exit | None:
         """A program interruption (6.5)."""
         data = self.vcpu.guards.read(pc, 6)
@@ -135,8 +143,7 @@ class S390x(HostInsns):
             code = OPERATION
         length = size_of(data[0]) if data and not pc & 1 else 2
         at = pc if code in NULLIFYING else pc + length
-        teid = int.from_bytes(self.vcpu.vm.read(self.read("prefix") + 0xA8, 8), "big")
-        error = teid if code in TRANSLATIONS or code == 4 else 0
+        error = self._teid() if code in TRANSLATIONS or code == 4 else 0
         return self._enter(code, 0x150, 0x1D0, {0x8C: struct.pack(">2H", length, code)}, at, pc, error)
 
     def _enter(self, code: int, old: int, new: int, facts: dict[int, bytes], at: int, pc: int, error: int) -> Exit | None:

@@ -148,13 +148,13 @@ class UnicornVcpu:
         return self._gpa.value if self._quietly(QUICK.uc_vmem_translate, gva, access, self._gpa_at) else None
 
     def _quietly(self, function: Callable[..., int], gva: int, *args: object) -> bool:
-        """Whether that worked; a failed look of ours must not stay behind in the guest's fault register."""
-        register = self.quirks.fault_register
-        before = self.handle.read(register) if register else 0
+        """Whether that worked; a failed look of ours must not stay behind where the guest looks for its faults."""
+        trace = self.quirks.fault_trace
+        before = trace[0]() if trace else 0
         if not function(self.handle.h, gva, *args):
             return True
-        if register:
-            self.handle.write(register, before)
+        if trace:
+            trace[1](before)
         return False
 
     def sync(self) -> None:
@@ -307,10 +307,13 @@ class UnicornVcpu:
 
     def _drop_counting(self) -> None:
         """Unicorn removes its counting hook when a run begins, and takes faults where counted code is no longer mapped."""
-        before, self.guards.halt.value = self.handle.context(), 1
+        trace = self.quirks.fault_trace
+        fault, before, self.guards.halt.value = trace[0]() if trace else 0, self.handle.context(), 1
         self.handle.run(self.quirks.pc())  # up to the first block, which `halt` does not let run
         self.handle.flush_code()
         self.handle.set_context(before)
+        if trace:
+            trace[1](fault)
         self.guards.halt.value = 0
 
     def _run_uncounted(self) -> int:

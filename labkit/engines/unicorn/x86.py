@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, ClassVar
 
 from unicorn import unicorn_const as uc
@@ -40,7 +40,7 @@ class X86(X86Events):
     uc_arch, uc_mode = uc.UC_ARCH_X86, uc.UC_MODE_64
     settings: ClassVar[tuple[tuple[int, int], ...]] = ()
     capabilities: ClassVar[tuple[Capability, ...]] = ()
-    two_blocks, fault_register = b"\xeb\x00\xf4", PLAIN["cr2"]
+    two_blocks = b"\xeb\x00\xf4"
     pc_name, longest, two_blocks_count = "rip", 15, 0
 
     def __init__(self, vcpu: UnicornVcpu) -> None:
@@ -56,6 +56,7 @@ class X86(X86Events):
         self.random = random.Random(f"labkit {vcpu.index}")
         self._hot = RegBatch(vcpu.handle, tuple(PLAIN[name] for name in ("rip", "rax", "rdx", "rdi", "cs", "rflags")))
         self._pair = RegBatch(vcpu.handle, (PLAIN["rip"], PLAIN["rax"]))
+        self.fault_trace = partial(vcpu.handle.read, PLAIN["cr2"]), partial(vcpu.handle.write, PLAIN["cr2"])
         self.read, self.read_all = self.regs.read, self.regs.read_all
         self.write_many: Callable[[Mapping[str, int]], None] = self.regs.write_many
 
