@@ -35,7 +35,7 @@ def _plain(arch: str) -> tuple[float, float]:
     """Seconds of ours and of a bare engine, the best of some rounds with new VMs, as in engine.py."""
     rounds = []
     for _ in range(ROUNDS):
-        vm = _vm(arch, "guest_plain", LOOPS // 4)
+        vm = _vm(arch, "guest_plain", LOOPS // 2)
         slot, vcpu = vm.memory.slots[0], vm.machine.engine.vcpus[0]  # type: ignore[attr-defined]
         memory = mmap.mmap(-1, slot.size)
         memory[:] = slot.data[:]

@@ -13,6 +13,8 @@ from labkit.engines.unicorn.stubs import stub
 from labkit.engines.unicorn.words import AGAIN, COUNT, EXTRA, GVA, LOCKED, LOCKED_GVA, REP
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from labkit.engines.base import Exit
     from labkit.engines.unicorn.traps import Trap
     from labkit.engines.unicorn.vcpu import UnicornVcpu
@@ -40,7 +42,7 @@ class Guards:
         self._hooked_breakpoints: frozenset[int] = frozenset()
         self._hooks: dict[int, tuple[str, int]] = {}  # gva -> (what it does, hook)
         self._mapped: dict[int, int] = {}  # page of gvas -> page of gpas
-        self._found: dict[int, Trap] = {}  # in the last block, as are the next two
+        self._found: Mapping[int, Trap] = {}  # in the last block, as are the next two
         self._stale: list[int] = []  # where hooks are that do not fit any more
         self._remapped = False
         self._loops: set[int] = set()  # blocks with a hook that looks at `halt`

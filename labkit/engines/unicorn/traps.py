@@ -7,8 +7,9 @@ RDTSC and RDRAND answer with the host's, an unknown RDMSR reads 0, 128-bit VEX c
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from labkit.engines.disasm import decoder
 
@@ -85,8 +86,9 @@ def _opcode(data: bytes) -> int:
     return next((b for b in data if b not in PREFIXES and b >> 4 != 4), 0)  # 0x4x: REX
 
 
-def scan(data: bytes, gva: int, sealed: bool = False) -> dict[int, Trap]:
-    """The sensitive instructions of one block by gva; sealed: of a guest with encrypted registers.
+@lru_cache(1 << 14)
+def scan(data: bytes, gva: int, sealed: bool = False) -> Mapping[int, Trap]:
+    """The sensitive instructions of one block by gva; sealed: of a guest with encrypted registers. Blocks come again: in other VMs too.
 
     Bytes inside a block that capstone cannot decode though Unicorn went on behind them are refused too ("unknown").
     """

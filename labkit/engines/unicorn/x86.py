@@ -96,7 +96,7 @@ class X86(X86Events):
         """RCX is zero: a REP instruction has no iteration left."""
         return self.regs.read("rcx") == 0
 
-    def scan(self, data: bytes, gva: int) -> dict[int, Trap]:
+    def scan(self, data: bytes, gva: int) -> Mapping[int, Trap]:
         """Find the sensitive instructions of a block."""
         return scan(data, gva, self._sealed)
 
