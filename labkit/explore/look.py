@@ -6,16 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from labkit.errors import LabError
 from labkit.explore.eyes import BLOCK
-from labkit.explore.inspect import (
-    Insn,
-    MemoryMap,
-    MemoryRange,
-    RegisterRow,
-    Selection,
-    StackRow,
-    Touch,
-    VcpuSnapshot,
-)
+from labkit.explore.inspect import Insn, MemoryMap, MemoryRange, RegisterRow, Selection, StackRow, Touch, VcpuSnapshot
 from labkit.explore.listing import Listing, read_code
 from labkit.explore.touch import Operands, operands
 from labkit.machine.vcpu import flags_text

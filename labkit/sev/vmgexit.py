@@ -16,19 +16,11 @@ from labkit.engines.base import Exit, HaltExit, HypercallExit, InternalErrorExit
 from labkit.errors import InvalidState
 from labkit.machine.memory import PAGE
 from labkit.sev.cpu import GHCB_MSR
+
+# isort: off
 from labkit.sev.ghcb import (
-    GHCB,
-    KVM_SYSTEM_EVENT_SEV_TERM,
-    GhcbReason,
-    GhcbRequest,
-    MsrHost,
-    answer_ghcb,
-    answer_msr,
-    decode_io,
-    parse_ghcb,
-    parse_msr,
-    scratch_offset,
-    term_text,
+    GHCB, KVM_SYSTEM_EVENT_SEV_TERM, GhcbReason, GhcbRequest, MsrHost, answer_ghcb, answer_msr, decode_io, parse_ghcb, parse_msr,
+    scratch_offset, term_text,
 )
 
 if TYPE_CHECKING:

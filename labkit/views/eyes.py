@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from labkit.explore.eyes import BLOCK, Eye, PageEyes
 from labkit.explore.inspect import Selection
-from labkit.views import draw
-from labkit.views.draw import Html, Lattice, cat, el, grid, hx, key, label, num, path, plain, rect, select, svg, swatch, table, text
 from labkit.views.show import View, columns, header, pane, rail, status_line
 
-if TYPE_CHECKING:
-    from labkit.views.draw import Cell, Row
+# isort: off
+from labkit.views.draw import (
+    Cell, Html, Lattice, Row, bar, cat, el, grid, hx, key, label, num, path, plain, rect, select, squares, svg,
+    swatch, table, text,
+)
 
 __all__ = ["SIDES", "render"]
 
@@ -123,11 +123,11 @@ def _maps(page: PageEyes, rows: list[int], chosen: int | None, pitch: float) -> 
         lattice = Lattice(column * apart, 16, COLS, pitch, pitch)
         full = eye.blocks.any(axis=1)
         inset, side = (0, pitch - 1) if page.private else (.6, pitch - 2.2)
-        cells = path(draw.squares((lattice.at(i) for i in np.flatnonzero(~full).tolist()), pitch - 1, pitch - 1), "c-pale")
-        cells += path(draw.squares((lattice.at(i, inset) for i in np.flatnonzero(full).tolist()), side, side),
+        cells = path(squares((lattice.at(i) for i in np.flatnonzero(~full).tolist()), pitch - 1, pitch - 1), "c-pale")
+        cells += path(squares((lattice.at(i, inset) for i in np.flatnonzero(full).tolist()), side, side),
                       "c-enc" if page.private else "c-shr thin")
         spots = [lattice.at(i) for i in np.flatnonzero(eye.changed.any(axis=1)).tolist()]
-        cells += draw.bar(((x, y + pitch - 1) for x, y in spots), pitch - 1, 2)
+        cells += bar(((x, y + pitch - 1) for x, y in spots), pitch - 1, 2)
         cells += path("".join(_outline(lattice, first, count, pitch) for first, count in _spans(rows)), "c-sel")
         if chosen is not None:
             cells += rect(*lattice.at(chosen, -1.5), pitch + 2, pitch + 2, "c-sel")
