@@ -32,6 +32,9 @@ def test_that_an_access_outside_says_where_and_changes_nothing(memory, gpa, size
     before = [slot.data[:] for slot in memory.slots]
     with pytest.raises(lk.MemoryFault, match="no memslot there"):
         memory.read(gpa, size)
+    for touch in (memory.view, memory.zero):
+        with pytest.raises(lk.MemoryFault, match="view of"):
+            touch(gpa, size)
     if size > 0:
         with pytest.raises(lk.MemoryFault, match="write of"):
             memory.write(gpa, b"x" * size)

@@ -115,7 +115,7 @@ class Memory:
     def view(self, gpa: int, size: int) -> memoryview:
         """Memory inside one memslot, to be written in place and at once; raises MemoryFault."""
         slot = self.slot(gpa)
-        if slot is None or gpa + size > slot.gpa + slot.size:
+        if slot is None or not 0 <= size <= slot.gpa + slot.size - gpa:
             raise self._fault("view", gpa, size)
         self.looked_at(gpa, size, True)
         for tell in self.on_write:
