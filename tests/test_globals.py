@@ -135,3 +135,11 @@ def test_that_a_type_is_looked_up_once(program):
 def test_that_prebuilt_guests_keep_their_types():
     program = Program.load(Path(__file__).parent.parent / "data" / "guests" / "two_vms.elf")
     assert [HostGlobals(program)[name] for name in ("secret", "balance")] == [1, -5]
+
+
+@pytest.mark.parametrize("arch", ["x86_64", "s390x"])
+def test_that_an_enum_has_the_sign_that_the_compiler_gave_it(arch):
+    source = "enum way { DOWN = -1, UP = 1 } way = DOWN; enum { ON = 1 } light = ON; void guest_code(void) { way = UP; }"
+    program = Program.compile(source, arch=arch)
+    assert HostGlobals(program)["way"] == -1
+    assert [global_var(program, name).signed for name in ("way", "light")] == [True, False]

@@ -12,14 +12,14 @@ from labkit.guest.elf import debug_info
 __all__ = ["Kind", "kind_of_global"]
 
 MAX_DIES, MAX_TYPE_CHAIN = 100_000, 32
-SAME_AS = ("DW_TAG_typedef", "DW_TAG_const_type", "DW_TAG_volatile_type", "DW_TAG_atomic_type")
+SAME_AS = ("DW_TAG_typedef", "DW_TAG_const_type", "DW_TAG_volatile_type", "DW_TAG_atomic_type", "DW_TAG_enumeration_type")
 _MERGED = re.compile(rb"(?=([\x0b-\x0d])\x03(.{8})\x23([\x80-\xff]{0,2}[\0-\x7f]))", re.DOTALL)
 Kind = Literal["signed", "unsigned", "other", "unknown"]
 ENCODINGS: dict[int, Kind] = {2: "unsigned", 5: "signed", 6: "signed", 7: "unsigned", 8: "unsigned"}  # DW_ATE_*; 2: boolean
 
 
 def kind_of_global(image: bytes, gva: int) -> Kind:
-    """Signed or unsigned number (pointers and enums are unsigned), other type, or unknown when there is no debug information."""
+    """Signed or unsigned number (a pointer is unsigned, an enum as it is stored), other type, or unknown without debug information."""
     try:
         die = _variable(image, gva)
         return _kind(die) if die is not None else "unknown"
@@ -64,7 +64,7 @@ def _kind(die: Any) -> Kind:
         die = die.get_DIE_from_attribute("DW_AT_type")
         if die.tag == "DW_TAG_base_type":
             return ENCODINGS.get(die.attributes["DW_AT_encoding"].value, "other")
-        if die.tag in ("DW_TAG_pointer_type", "DW_TAG_enumeration_type"):
+        if die.tag == "DW_TAG_pointer_type" or (die.tag == "DW_TAG_enumeration_type" and "DW_AT_type" not in die.attributes):
             return "unsigned"
         if die.tag not in SAME_AS:
             break
