@@ -168,3 +168,10 @@ def test_that_a_vm_has_at_most_512_vcpus(guest):
     vm.machine.vcpus.extend(vm.machine.vcpus[:1] * 511)
     with pytest.raises(lk.InvalidState, match="at most 512"):
         vm.add_vcpu(CODE)
+
+
+@pytest.mark.parametrize("arch", ["arm64", "riscv64", "s390x"])
+def test_that_a_ring_which_an_architecture_does_not_have_here_is_refused(arch: str) -> None:
+    program = lk.Program.load(GUESTS / arch / "hello.elf")
+    with pytest.raises(lk.NotAvailable, match=f'privilege "user": {arch}'):
+        lk.Vm.create(program, privilege="user")

@@ -68,6 +68,8 @@ class Machine:
             privilege = "user" if any(can.name == "user_by_default" and can.have for can in engine.capabilities) else "kernel"
         if privilege not in ("kernel", "user"):
             raise InvalidState(f"privilege {privilege!r}: there are \"kernel\" and \"user\"")
+        if privilege == "user" and arch.tables is None:
+            raise NotAvailable(f"privilege \"user\": {arch.name}'s guests begin in the kernel's mode; only x86-64 has a user's")
         self.arch, self.engine, self.memory, self.is_user = arch, engine, memory, privilege == "user"
         for slot in memory.slots:
             engine.add_memslot(slot.gpa, slot.hva, slot.size)
