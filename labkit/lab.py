@@ -97,6 +97,7 @@ class Vm:
         kernel_globals(program, vm.machine, vm.cpu)
         if ucall is not None:
             vm._take_ucalls(ucall)
+        vm.door.open(program, vm.machine.space)
         for _ in range(nr_vcpus):
             vm._add_vcpu(start)
         if vm.guest is not None and launch:
@@ -137,7 +138,6 @@ class Vm:
         self._ucalls = make_ucalls(design, program, self.machine.space)
         if self._pool is not None and "ucall_pool" in program.symbols:
             self.write_guest_global("ucall_pool", self._pool.gva)
-        self.door.open(program, self.machine.space)
 
     @property
     def _pool(self) -> Pool | None:

@@ -90,6 +90,13 @@ def test_that_nothing_is_handed_over_with_zero_and_without_a_pool(engine):
             _ = vm.pool
 
 
+@pytest.mark.parametrize("arch", ["arm64", "riscv64", "s390x"])
+def test_that_a_guest_without_a_pool_reaches_its_host_by_every_architectures_exit(arch):
+    program = lk.Program.load(GUESTS / arch / "hello.elf")
+    with lk.Vm.create(program, ucall=None) as vm:
+        assert vm.run(5000).kind == "no pool"
+
+
 @pytest.mark.parametrize("index", [0, 1, 63, 64, 511])
 def test_that_any_slot_is_found_by_its_address_and_read_by_position(vm, index):
     hva = take(vm, index, UcallCmd.SYNC, (1, 2, 3, 4, 5, 6, MAGIC))
