@@ -260,7 +260,9 @@ class Vm:
         """Let a guest function handle an exception (vm_install_exception_handler)."""
         if not 0 <= vector < self.arch.nr_vectors:
             raise InvalidState(f"{self.arch.name} has no exception {vector}, only 0 to {self.arch.nr_vectors - 1}")
-        self.write(self.machine.handlers_gva + 8 * vector, self.gva_of(handler).to_bytes(8, self.arch.mode.byteorder))
+        if not 0 <= (gva := self.gva_of(handler)) < 1 << 64:
+            raise InvalidState(f"a handler lies at a 64-bit address, not at {gva:#x}")
+        self.write(self.machine.handlers_gva + 8 * vector, gva.to_bytes(8, self.arch.mode.byteorder))
 
     def _need_program(self) -> Program:
         if self.program is None:
