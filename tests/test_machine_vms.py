@@ -181,3 +181,9 @@ def test_that_a_ring_which_an_architecture_does_not_have_here_is_refused(arch: s
 def test_that_a_handler_at_no_address_is_refused(counter: lk.Program, gva: int) -> None:
     with lk.Vm.create(counter) as vm, pytest.raises(InvalidState, match=f"64-bit address, not at {gva:#x}"):
         vm.install_exception_handler(6, gva)
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_that_a_vcpu_which_is_not_there_cannot_be_looked_at(counter: lk.Program, index: int) -> None:
+    with lk.Vm.create(counter, nr_vcpus=2) as vm, pytest.raises(InvalidState, match=f"no vCPU {index}"):
+        vm.look(index)

@@ -28,7 +28,9 @@ LETTERS = {"SYNC": "S", "PRINTF": "P", "DONE": "D", "ABORT": "A", "UNHANDLED": "
 
 
 def look_at_vm(vm: Any, front: int = 0, selection: Selection | None = None) -> VmSnapshot:
-    """Everything the dashboard draws."""
+    """Everything the dashboard draws; raises InvalidState for a vCPU in front that is not there."""
+    if not 0 <= front < max(len(vm.vcpus), 1):
+        raise InvalidState(f"there is no vCPU {front}")
     cpus = tuple(look_at_vcpu(vm, vcpu) for vcpu in vm.vcpus)
     pool = vm.pool if vm._pool is not None else None
     status = ""
