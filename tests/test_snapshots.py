@@ -60,6 +60,13 @@ def test_that_a_snapshot_of_another_shape_is_refused(backend: str) -> None:
         lk.Vm.create(PROGRAM, nr_vcpus=2, backend=backend).restore(state)
 
 
+@pytest.mark.parametrize("designs", [("pool", None), (None, "pool")])
+def test_that_a_snapshot_without_the_pool_of_a_vm_is_refused(designs: tuple[str | None, ...]) -> None:
+    one, two = (lk.Vm.create(PROGRAM, ucall=design) for design in designs)
+    with pytest.raises(lk.InvalidState, match="one has a ucall pool and the other has none"):
+        one.restore(two.snapshot())
+
+
 def test_that_a_pending_mmio_read_survives_a_snapshot(backend: str) -> None:
     source = '#include "labkit.h"\nvoid guest_code(void) { GUEST_SYNC(*(volatile uint32_t *)0x10000000); GUEST_DONE(); }'
     program = lk.Program.compile(source)

@@ -44,6 +44,8 @@ def put_state(vm: Any, state: VmState) -> None:
     """Make the VM what it was; raises InvalidState for the state of a VM of another shape, and changes nothing then."""
     if (vm.guest is None) != (state.guest is None):
         raise InvalidState(f"{vm.name} and the snapshot: one is protected and the other is not")
+    if (vm._pool is None) != (state.pool is None):
+        raise InvalidState(f"{vm.name} and the snapshot: one has a ucall pool and the other has none")
     vm.machine.set_state(state.machine)
     if vm.guest is not None:
         vm.guest.restore(state.guest)
