@@ -79,6 +79,8 @@ def test_that_allocation_takes_the_lowest_gap_and_ends_with_an_error_that_helps(
     assert vm.alloc(PAGE) == 0x3000
     with pytest.raises(lk.InvalidState):
         vm.alloc(0)
+    with pytest.raises(lk.InvalidState, match="min_gva -0x1 is no address"):
+        vm.alloc(PAGE, min_gva=-1)
 
 
 @pytest.mark.parametrize("gva", [0x7000_0000, 1 << 46, 1 << 63, (1 << 64) - 8, DATA + 4 * PAGE - 4])

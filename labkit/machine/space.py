@@ -82,6 +82,8 @@ class AddressSpace:
 
     def unused_gva(self, nr_pages: int, min_gva: int = MIN_GVA) -> int:
         """A free virtual range (vm_vaddr_unused_gap); raises OutOfMemory when the lower half has none."""
+        if min_gva < 0:
+            raise InvalidState(f"min_gva {min_gva:#x} is no address")
         vpn = self.valid.next_clear(align_up(min_gva, PAGE) // PAGE, nr_pages)
         if (vpn + nr_pages) * PAGE > 1 << (self.mode.va_bits - 1):
             raise OutOfMemory(f"no {nr_pages} free virtual pages in a row from gva {min_gva:#x} on", nr_pages=nr_pages)
