@@ -83,6 +83,16 @@ def test_that_allocation_takes_the_lowest_gap_and_ends_with_an_error_that_helps(
         vm.alloc(PAGE, min_gva=-1)
 
 
+def test_that_memory_which_cannot_be_mapped_is_given_back():
+    vm = lk.Vm.create_barebones(memory=8 << 20)
+    vm.alloc(0x17D * PAGE)  # up to the page tables
+    before, uses = vm.page_table(), set(vm.machine.space.uses)
+    with pytest.raises(lk.OutOfMemory, match="for page tables"):
+        vm.alloc(0x67B * PAGE, min_gva=0x4000000000 - PAGE)  # all but one page of the rest, under a table of its own each side
+    assert len(vm.page_table()) == len(before) and {use.kind for use in set(vm.machine.space.uses) - uses} == {"page tables"}
+    assert vm.alloc(4 << 20)
+
+
 @pytest.mark.parametrize("gva", [0x7000_0000, 1 << 46, 1 << 63, (1 << 64) - 8, DATA + 4 * PAGE - 4])
 def test_that_a_virtual_access_outside_says_which_table_ends_it(guest, gva):
     vm = guest("nop")

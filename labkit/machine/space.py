@@ -110,7 +110,13 @@ class AddressSpace:
         nr_pages = align_up(size, PAGE) // PAGE
         gva = self.unused_gva(nr_pages, min_gva)
         gpa = self.alloc_pages(nr_pages, kind, protected=protected)
-        self.map(gva, gpa, nr_pages, writable=writable, nx=nx, **flags)
+        try:
+            self.map(gva, gpa, nr_pages, writable=writable, nx=nx, **flags)
+        except OutOfMemory:  # for a table
+            self.uses.remove(Use(gpa, nr_pages, kind))
+            for pages in filter(None, (self.used, self.protected)):
+                pages.clear(gpa // PAGE, nr_pages)
+            raise
         self.memory.zero(gpa, nr_pages * PAGE)
         return gva
 

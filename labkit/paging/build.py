@@ -57,10 +57,11 @@ class PageTableBuilder:
         spans = list(self._spans(level, gva, nr_pages))
         for start, count in spans:
             self._check_free(level, start, count)
-        for start, count in spans:
+        slots = [self._slot(level, start) for start, _ in spans]  # with no memory left for a table, nothing is mapped
+        for (start, count), slot in zip(spans, slots, strict=True):
             frames = gpa + (start - gva) + np.arange(count, dtype=np.uint64) * np.uint64(page_size)
             entries = _shifted(frames, mode.pa.shift) | np.uint64(bits)
-            self._store(self._slot(level, start), entries)
+            self._store(slot, entries)
 
     def unmap(self, gva: int, nr_pages: int = 1) -> None:
         """Clear the leaves of nr_pages smallest pages from gva on; raises InvalidState at a hole or half a huge page."""
