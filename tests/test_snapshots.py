@@ -67,6 +67,14 @@ def test_that_a_snapshot_without_the_pool_of_a_vm_is_refused(designs: tuple[str 
         one.restore(two.snapshot())
 
 
+@pytest.mark.parametrize("arch", ["riscv64", "s390x"])
+def test_that_a_snapshot_with_other_page_tables_is_refused(arch: str) -> None:
+    one = lk.Vm.create(lk.Program.load(GUESTS / "riscv64" / "hello.elf"), paging="riscv/SV39_4K")
+    two = lk.Vm.create(lk.Program.load(GUESTS / arch / "hello.elf"))
+    with pytest.raises(lk.InvalidState, match="page tables of riscv/SV39_4K, and the snapshot those of"):
+        one.restore(two.snapshot())
+
+
 def test_that_a_pending_mmio_read_survives_a_snapshot(backend: str) -> None:
     source = '#include "labkit.h"\nvoid guest_code(void) { GUEST_SYNC(*(volatile uint32_t *)0x10000000); GUEST_DONE(); }'
     program = lk.Program.compile(source)
