@@ -129,6 +129,14 @@ def test_that_a_snapshot_of_another_shape_leaves_the_guest_launched(make: Make, 
             vm.memory.write(count_gpa(vm), b"x")
 
 
+@pytest.mark.parametrize("other", [("snp", None), (None, None), ("sev", 50)])
+def test_that_a_snapshot_of_another_protection_is_refused(make: Make, other: tuple[str | None, int | None]) -> None:
+    kind, c_bit = other
+    vm, state = make("sev"), make(kind, c_bit=c_bit).snapshot()
+    with pytest.raises(lk.InvalidState, match="the snapshot those of"):
+        vm.restore(state)
+
+
 def test_that_a_snapshot_goes_back_into_pages_that_the_rmp_guards(make: Make) -> None:
     vm = make("snp")
     state, first = vm.snapshot(), [vm.run() for _ in range(3)]

@@ -71,7 +71,7 @@ def test_that_a_snapshot_without_the_pool_of_a_vm_is_refused(designs: tuple[str 
 def test_that_a_snapshot_with_other_page_tables_is_refused(arch: str) -> None:
     one = lk.Vm.create(lk.Program.load(GUESTS / "riscv64" / "hello.elf"), paging="riscv/SV39_4K")
     two = lk.Vm.create(lk.Program.load(GUESTS / arch / "hello.elf"))
-    with pytest.raises(lk.InvalidState, match="page tables of riscv/SV39_4K, and the snapshot those of"):
+    with pytest.raises(lk.InvalidState, match="page tables of riscv/SV39_4K and protect=None, and the snapshot those of"):
         one.restore(two.snapshot())
 
 

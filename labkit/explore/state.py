@@ -22,7 +22,7 @@ class VmState:
     """A snapshot of a VM: memory, CPUs, allocators, pool history, schedule and events."""
 
     step: int
-    paging: str  # its page tables' mode, which names the architecture too
+    shape: str  # its page tables' mode, which names the architecture too, and its protection
     machine: MachineState
     pool: dict[str, object] | None
     schedule: tuple[Any, ...]
@@ -35,18 +35,20 @@ class VmState:
         return f"<VmState step {self.step}, {len(self.states)} vCPUs, {size} KiB, {len(self.events)} events>"
 
 
+def _shape(vm: Any) -> str:
+    return f"{vm.machine.space.mode.name} and protect={vm.protect!r}"
+
+
 def take_state(vm: Any) -> VmState:
     """The VM as it is, bit for bit."""
-    return VmState(vm.step, vm.arch.mode.name, vm.machine.state(), vm._pool.state() if vm._pool else None, vm.schedule.save(),
+    return VmState(vm.step, _shape(vm), vm.machine.state(), vm._pool.state() if vm._pool else None, vm.schedule.save(),
                    tuple(vm._events), tuple(vcpu.state for vcpu in vm.vcpus), vm.guest.save() if vm.guest else None)
 
 
 def put_state(vm: Any, state: VmState) -> None:
     """Make the VM what it was; raises InvalidState for the state of a VM of another shape, and changes nothing then."""
-    if (vm.guest is None) != (state.guest is None):
-        raise InvalidState(f"{vm.name} and the snapshot: one is protected and the other is not")
-    if vm.arch.mode.name != state.paging:
-        raise InvalidState(f"{vm.name} has page tables of {vm.arch.mode.name}, and the snapshot those of {state.paging}")
+    if _shape(vm) != state.shape:
+        raise InvalidState(f"{vm.name} has page tables of {_shape(vm)}, and the snapshot those of {state.shape}")
     if (vm._pool is None) != (state.pool is None):
         raise InvalidState(f"{vm.name} and the snapshot: one has a ucall pool and the other has none")
     vm.machine.set_state(state.machine)
