@@ -29,7 +29,7 @@ from labkit.guest.globals import HostGlobals, write_guest_global
 from labkit.guest.loader import DEFAULT_MEMORY, kernel_globals, load_program, memory_for, program_string
 from labkit.machine.memory import PAGE, Memory
 from labkit.machine.schedule import Schedule
-from labkit.machine.vm import Machine
+from labkit.machine.vm import MAX_VCPUS, Machine
 from labkit.paging.scan import PageTable, scan
 from labkit.sev import protection
 from labkit.sev.guest import ProtectedGuest
@@ -86,8 +86,8 @@ class Vm:
         """
         if ucall not in (*DESIGNS, None):
             raise NotAvailable(f"ucall={ucall!r}: there are {', '.join(DESIGNS)}, or None for a VM without ucalls", ucall=ucall)
-        if nr_vcpus < 1:
-            raise InvalidState(f"a VM needs at least one vCPU, not {nr_vcpus}")
+        if not 1 <= nr_vcpus <= MAX_VCPUS:
+            raise InvalidState(f"a VM needs at least one vCPU and has at most {MAX_VCPUS}, not {nr_vcpus}")
         start = entry if isinstance(entry, int) else program.symbol(entry).gva
         size = memory_for(program, nr_vcpus, HEADER_SIZE) if memory is None else memory
         guest = protection(protect, policy, c_bit, launch)

@@ -163,6 +163,12 @@ def test_that_python_ends_quietly_with_vms_open_and_closed():
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
+@pytest.mark.parametrize("nr_vcpus", [-1, 0, 513, 10**6, 10**9])
+def test_that_a_number_of_vcpus_is_refused_before_anything_is_made(counter: lk.Program, nr_vcpus: int) -> None:
+    with pytest.raises(InvalidState, match=f"at most 512, not {nr_vcpus}"):
+        lk.Vm.create(counter, nr_vcpus=nr_vcpus)
+
+
 def test_that_a_vm_has_at_most_512_vcpus(guest):
     vm = guest("nop", memory=32 << 20)
     vm.machine.vcpus.extend(vm.machine.vcpus[:1] * 511)
