@@ -133,7 +133,7 @@ def test_that_a_snapshot_of_another_shape_leaves_the_guest_launched(make: Make, 
 def test_that_a_snapshot_of_another_protection_is_refused(make: Make, other: tuple[str | None, int | None]) -> None:
     kind, c_bit = other
     vm, state = make("sev"), make(kind, c_bit=c_bit).snapshot()
-    with pytest.raises(lk.InvalidState, match="the snapshot those of"):
+    with pytest.raises(lk.InvalidState, match="the snapshot is of one with"):
         vm.restore(state)
 
 

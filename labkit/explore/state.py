@@ -22,7 +22,7 @@ class VmState:
     """A snapshot of a VM: memory, CPUs, allocators, pool history, schedule and events."""
 
     step: int
-    shape: str  # its page tables' mode, which names the architecture too, and its protection
+    shape: str  # its page tables' mode, which names the architecture too, its protection, and whether it has a pool
     machine: MachineState
     pool: dict[str, object] | None
     schedule: tuple[Any, ...]
@@ -36,7 +36,7 @@ class VmState:
 
 
 def _shape(vm: Any) -> str:
-    return f"{vm.machine.space.mode.name} and protect={vm.protect!r}"
+    return f"{vm.machine.space.mode.name} and protect={vm.protect!r}, {'a' if vm._pool else 'no'} ucall pool"
 
 
 def take_state(vm: Any) -> VmState:
@@ -48,9 +48,7 @@ def take_state(vm: Any) -> VmState:
 def put_state(vm: Any, state: VmState) -> None:
     """Make the VM what it was; raises InvalidState for the state of a VM of another shape, and changes nothing then."""
     if _shape(vm) != state.shape:
-        raise InvalidState(f"{vm.name} has page tables of {_shape(vm)}, and the snapshot those of {state.shape}")
-    if (vm._pool is None) != (state.pool is None):
-        raise InvalidState(f"{vm.name} and the snapshot: one has a ucall pool and the other has none")
+        raise InvalidState(f"{vm.name} is a VM with {_shape(vm)}, and the snapshot is of one with {state.shape}")
     vm.machine.set_state(state.machine)
     if vm.guest is not None:
         vm.guest.restore(state.guest)
