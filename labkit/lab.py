@@ -25,7 +25,7 @@ from labkit.explore.overview import gpa_of, look_at_encryption, look_at_launch, 
 from labkit.explore.running import collect, run_on, stream
 from labkit.explore.state import VmState, fork, put_state, take_state
 from labkit.explore.vcpu import Vcpu
-from labkit.guest.globals import HostGlobals, write_guest_global
+from labkit.guest.globals import GlobalVar, HostGlobals, write_guest_global
 from labkit.guest.loader import DEFAULT_MEMORY, kernel_globals, load_program, memory_for, program_string
 from labkit.machine.memory import PAGE, Memory
 from labkit.machine.schedule import Schedule
@@ -260,9 +260,8 @@ class Vm:
         """Let a guest function handle an exception (vm_install_exception_handler)."""
         if not 0 <= vector < self.arch.nr_vectors:
             raise InvalidState(f"{self.arch.name} has no exception {vector}, only 0 to {self.arch.nr_vectors - 1}")
-        if not 0 <= (gva := self.gva_of(handler)) < 1 << 64:
-            raise InvalidState(f"a handler lies at a 64-bit address, not at {gva:#x}")
-        self.write(self.machine.handlers_gva + 8 * vector, gva.to_bytes(8, self.arch.mode.byteorder))
+        pointer = GlobalVar("a handler's address", self.machine.handlers_gva + 8 * vector, 8, True, False, self.arch.mode.byteorder)
+        self.write(pointer.gva, pointer.encode(self.gva_of(handler)))
 
     def _need_program(self) -> Program:
         if self.program is None:

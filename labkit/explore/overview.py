@@ -32,12 +32,9 @@ def look_at_vm(vm: Any, front: int = 0, selection: Selection | None = None) -> V
     if not 0 <= front < max(len(vm.vcpus), 1):
         raise InvalidState(f"there is no vCPU {front}")
     cpus = tuple(look_at_vcpu(vm, vcpu) for vcpu in vm.vcpus)
-    pool = vm.pool if vm._pool is not None else None
-    status = ""
-    if cpus:
-        cpu = cpus[front]
-        status = status_of(cpu)
-    if cpus and not cpu.sealed:
+    cpu, pool = cpus[front] if cpus else None, vm.pool if vm._pool is not None else None
+    status = status_of(cpu) if cpu else ""
+    if cpu and not cpu.sealed:
         ops = operands(vm.arch.name, read_code(vm.vcpus[front].peek, cpu.pc, 15), vm.vcpus[front].regs.all(), cpu.pc, vm.vcpus[front].peek)
         pool = replace(pool, next_slot=next_slot(vm, ops)) if pool is not None else None
     marks = tuple(EventMark(e.step, e.vcpu, LETTERS.get(e.cmd, "N") if isinstance(e, Ucall) else "X", e.what) for e in vm._events)
