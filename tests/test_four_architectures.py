@@ -406,3 +406,9 @@ def test_that_a_stack_that_overflows_is_traced_to_where_it_did(arch):
     with pytest.raises(GuestCrashed, match=r"fault|abort|translation") as caught:
         vm.run_until_done(100_000)
     assert "in a row" not in str(caught.value) and "guest_code+" in str(caught.value)
+
+
+def test_that_arm64_says_which_half_its_table_maps():
+    vm = lk.Vm.create_barebones("arm64")
+    with pytest.raises(InvalidState, match="not canonical in arm64/P40V48_4K, whose table maps the lower half"):
+        vm.machine.space.map(0xFFFF_8000_0000_0000, 0x4000)

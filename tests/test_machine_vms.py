@@ -193,3 +193,15 @@ def test_that_a_handler_at_no_address_is_refused(counter: lk.Program, gva: int) 
 def test_that_a_vcpu_which_is_not_there_cannot_be_looked_at(counter: lk.Program, index: int) -> None:
     with lk.Vm.create(counter, nr_vcpus=2) as vm, pytest.raises(InvalidState, match=f"no vCPU {index}"):
         vm.look(index)
+
+
+def test_that_a_vcpu_of_a_closed_vm_still_has_a_line(counter):
+    with lk.Vm.create(counter) as vm:
+        assert "step 0" in repr(vm.vcpus[0])
+    assert repr(vm.vcpus[0]) == "<Vcpu 0 not started: this VM is closed>"
+
+
+@pytest.mark.parametrize("gva", [-1, 1 << 64])
+def test_that_a_breakpoint_is_at_an_address(counter, gva):
+    with lk.Vm.create(counter) as vm, pytest.raises(InvalidState, match="which is no address"):
+        vm.vcpus[0].break_at(gva)

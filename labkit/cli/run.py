@@ -28,13 +28,13 @@ def add(commands: Any) -> argparse.ArgumentParser:
     about = "run a guest and print its ucalls"
     parser: argparse.ArgumentParser = commands.add_parser("run", help=about, description=__doc__)
     parser.add_argument("file", type=Path, help="a C file or an ELF file linked at fixed addresses")
-    parser.add_argument("--entry", default="guest_code", type=_place, help="function or address to begin at (default: guest_code)")
+    parser.add_argument("--entry", default="guest_code", type=place, help="function or address to begin at (default: guest_code)")
     parser.add_argument("--arch", help="of a C file (default: x86_64); an ELF file says it itself")
     parser.add_argument("--backend", default="unicorn", help="engine: unicorn or kvm (default: unicorn); unicorn,kvm compares them")
     parser.add_argument("--vcpus", type=int, default=1, metavar="N", help="how many vCPUs (default: 1)")
     parser.add_argument("--protect", choices=("sev", "sev-es", "snp", "tdx"), help="memory encryption")
-    parser.add_argument("--policy", type=partial(int, base=0), metavar="N", help="of an encrypted guest's launch")
-    parser.add_argument("--c-bit", type=partial(int, base=0), metavar="N", help="where an encrypted guest's page tables have the C-bit")
+    parser.add_argument("--policy", type=number, metavar="N", help="of an encrypted guest's launch")
+    parser.add_argument("--c-bit", type=number, metavar="N", help="where an encrypted guest's page tables have the C-bit")
     parser.add_argument("--schedule", help="round_robin:QUANTUM, random:SEED:QUANTUM, sequential or parallel")
     parser.add_argument("--privilege", choices=("kernel", "user"), help="ring of the guests (default: the engine's, see labkit doctor)")
     parser.add_argument("--max-insns", type=int, metavar="N", help="stop after N instructions of all vCPUs together")
@@ -42,8 +42,14 @@ def add(commands: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def _place(text: str) -> str | int:
-    return int(text, 0) if text[:1].isdigit() else text
+def number(text: str) -> int:
+    """What argparse names to somebody whose text is none."""
+    return int(text, 0)
+
+
+def place(text: str) -> str | int:
+    """A symbol, or an address."""
+    return number(text) if text[:1].isdigit() else text
 
 
 def load(path: Path, arch: str | None) -> Program:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from labkit.arch.model import Arch
 from labkit.engines.base import BudgetExit, Exit, MonitorVcpu, VmgexitExit
 from labkit.engines.disasm import Decoded
-from labkit.errors import InvalidState, NotAvailable
+from labkit.errors import InvalidState, LabError, NotAvailable
 from labkit.explore.arrivals import arrived
 from labkit.explore.explain import explain, place
 from labkit.explore.listing import Listing
@@ -162,7 +162,10 @@ class Vcpu:
         self.set_breakpoints(self.breakpoints | {gva for place in places for gva in self.vm.places(place)})
 
     def set_breakpoints(self, gvas: frozenset[int] | set[int]) -> None:
-        """Stop before the instructions at exactly these addresses."""
+        """Stop before the instructions at exactly these addresses; raises InvalidState for what is none."""
+        for gva in gvas:
+            if not 0 <= gva < 1 << 64:
+                raise InvalidState(f"vCPU {self.index}: a breakpoint at {gva:#x}, which is no address")
         self.breakpoints = frozenset(gvas)
         self._cpu.set_breakpoints(self.breakpoints)
         self.vm.changed()
@@ -208,4 +211,8 @@ class Vcpu:
         return mimebundle(self.look())
 
     def __repr__(self) -> str:
-        return f"<Vcpu {self.index} {self.state}, step {self.step_count}{'' if self.exact else '+'}, at {self.where()}>"
+        try:
+            at = self.where()
+        except LabError as err:
+            return f"<Vcpu {self.index} {self.state}: {err}>"
+        return f"<Vcpu {self.index} {self.state}, step {self.step_count}{'' if self.exact else '+'}, at {at}>"

@@ -183,8 +183,10 @@ class PlainQuirks:
         """An exception has entered its handler: say so, and end the run where no handler can be fetched."""
         self.vcpu.insns += 1
         self.vcpu.trace("exception", {"vector": vector, "error": error, "pc": pc, "chain": (vector,)})
-        if pc == handler or not self.vcpu.guards.read(handler, 2):
-            return InternalErrorExit(f"exception {vector:#x} (error code {error:#x}) has no handler that can be fetched: the guest would "
+        there = self.vcpu.guards.read(handler, 2)
+        if pc == handler or not there:
+            what = "a handler whose first instruction faults" if there else "no handler that can be fetched"
+            return InternalErrorExit(f"exception {vector:#x} (error code {error:#x}) has {what}: the guest would "
                                      f"fault there for ever; it came from pc {pc:#x}, its handler would be", handler)
         self.set_pc(handler)
         return None
