@@ -17,7 +17,7 @@ from labkit.engines.base import MemoryFaultExit
 from labkit.explore import attacks
 from labkit.explore.controller import VmController
 from labkit.sev.cpu import LEAF, encryption_leaf
-from labkit.views import dashboard
+from labkit.views import dashboard, launch
 
 KINDS = ("sev", "sev-es", "snp", "tdx")
 Make = Callable[..., lk.Vm]
@@ -333,3 +333,13 @@ def test_that_other_architectures_have_no_such_encryption() -> None:
     hello = lk.Program.load(Path(__file__).parents[1] / "data" / "guests" / "arm64" / "hello.elf")
     with pytest.raises(lk.NotAvailable, match="only x86-64 has it"):
         lk.Vm.create(hello, protect="sev")
+
+
+def test_that_a_command_that_kvm_refused_is_marked_in_the_table(make: Make) -> None:
+    vm = make("sev", launch=False)
+    with pytest.raises(lk.LabError, match="ENOTTY"):
+        vm.guest.command("LAUNCH_UPDATE_VMSA")
+    vm.launch()
+    view = launch.render(vm.launch_progress())
+    assert view.panes["steps"].count("✕ KVM") == view.panes["steps"].count('class="bad"') == 1 and "refused by KVM: ENOTTY" in view.text
+    assert "1</b> refused" in view.panes["title"]

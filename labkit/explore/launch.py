@@ -28,7 +28,7 @@ class LaunchStep:
     size: int = 0  # bytes
     digest: bytes = b""  # the launch digest after it
     refused: Status | None = None
-    found: str = ""  # why it was refused
+    found: str = ""  # why it was refused; "" when it was not
 
     @property
     def nr_pages(self) -> int:

@@ -18,7 +18,7 @@ LETTERS = {"VMSA": "V", "ZERO": "0", "UNMEASURED": "U", "SECRETS": "S", "CPUID":
 
 def render(launch: LaunchProgress, previous: object = None, *, width: float = 940, selection: Selection | None = None) -> View:
     """The launch as a view; previous and selection are not used: the order of the commands is the time."""
-    refused = sum(step.refused is not None for step in launch.steps)
+    refused = sum(bool(step.found) for step in launch.steps)
     counts = el("span", el("b", num(launch.nr_pages)), " pages measured") + (
         el("span", ", ", el("b", num(refused)), " refused", cls="ft") if refused else "")
     policy, said = policy_text(launch.policy, isinstance(launch.state, SnpState)), plain(launch.status, 400)
@@ -34,7 +34,7 @@ def render(launch: LaunchProgress, previous: object = None, *, width: float = 94
 
 
 def _refused(launch: LaunchProgress) -> bool:
-    return bool(launch.steps and launch.steps[-1].refused is not None)
+    return bool(launch.steps and launch.steps[-1].found)
 
 
 def _chevrons(launch: LaunchProgress, width: float) -> Html:
@@ -95,7 +95,7 @@ def _steps(launch: LaunchProgress, width: float) -> Html:
         if n > last + 1:
             rows.append((("", f"… {num(n - last - 1)} more", "", "", "", ""), {}))
         last = n
-        bad = "bad" if step.refused is not None else None
+        bad = "bad" if step.found else None
         rows.append((_cells(n, step, kept), {"cls": bad} if step.gpa is None else select("page", step.gpa // PAGE, bad)))
     head: list[Cell] = [("r", "#"), "command", ("hn", "kind"), "gpa", ("r", "pages"), "launch digest after it"]
     return label("Commands", "every update adds its plaintext to the digest, in this order") + el(
@@ -106,6 +106,8 @@ def _cells(n: int, step: LaunchStep, kept: int) -> list[Cell]:
     digest = Html()
     if step.refused is not None:
         digest = el("span", el("b", f"✕ {step.refused.name}"), f" {step.refused:#04x}: {plain(step.found, 80)}", cls="ft")
+    elif step.found:
+        digest = el("span", el("b", "✕ KVM"), f": {plain(step.found, 80)}", cls="ft")
     elif step.digest:
         digits = step.digest.hex()
         digest = _groups(digits[:2 * kept]) + el("span", "…" if len(digits) > 2 * kept else "", cls="d")
@@ -134,7 +136,8 @@ def _lines(launch: LaunchProgress, policy: str) -> list[str]:
     now = launch.path.index(launch.state.name)
     states = " -> ".join(f"[{name}]" if i == now else name for i, name in enumerate(launch.path))
     rows = [[num(n), plain(step.command, 40), plain(step.kind, 20), "" if step.gpa is None else hx(step.gpa), num(step.nr_pages),
-             f"refused: {step.refused.name} {step.refused:#04x}" if step.refused is not None else step.digest[:16].hex()]
+             f"refused: {step.refused.name} {step.refused:#04x}" if step.refused is not None else
+             f"refused by KVM: {plain(step.found, 80)}" if step.found else step.digest[:16].hex()]
             for n, step in enumerate(launch.steps, 1)]
     lines = [f"policy {policy}", states, *aligned([["#", "command", "kind", "gpa", "pages", "digest after"], *rows[-3 * MAX_ROWS:]])]
     lines += [f"measurement {launch.measurement.hex()}"] * bool(launch.measurement)
