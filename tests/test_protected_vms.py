@@ -343,3 +343,14 @@ def test_that_a_command_that_kvm_refused_is_marked_in_the_table(make: Make) -> N
     view = launch.render(vm.launch_progress())
     assert view.panes["steps"].count("✕ KVM") == view.panes["steps"].count('class="bad"') == 1 and "refused by KVM: ENOTTY" in view.text
     assert "1</b> refused" in view.panes["title"]
+
+
+def test_that_a_refusal_behind_measured_pages_is_told(make: Make) -> None:
+    vm = make("snp", launch=False)
+    vm.guest.start()
+    first = next(iter(vm.guest.protected.ranges()))[0] * 4096
+    vm.guest.command("SNP_LAUNCH_UPDATE", gpa=first + 4096, size=4096)
+    with pytest.raises(lk.LabError, match="private already"):
+        vm.guest.command("SNP_LAUNCH_UPDATE", gpa=first, size=3 * 4096)
+    assert [step.gpa for step in vm.launch_progress().steps[2:]] == [first + 4096, first, None]
+    assert "private already" in vm.launch_progress().status
