@@ -321,3 +321,14 @@ def test_that_plain_sev_knows_no_owners(make: Make) -> None:
     vm = make(protect="sev-es")
     vm.guest.host.rmp.set(vm.gpa_of_page, RmpEntry(True, 99))
     assert [uc.cmd for uc in vm.run_until_done(BUDGET)] == ["SYNC", "SYNC", "DONE"]
+
+
+def test_that_the_encryption_map_says_of_a_page_what_the_rmp_says(make: Make) -> None:
+    vm = make("guest_change", launch_arguments(program()))
+    gpa, states = vm.gpa_of_page, list[tuple[str, str]]()
+    for _ in range(3):
+        states.append((vm.guest.host.rmp.entry(gpa).state, vm.encryption_map().at(gpa).memory.name))
+        run(vm)
+    set_state(vm, gpa, "taken")
+    assert states == [("GUEST_VALID", "PRIVATE"), ("HYPERVISOR", "SHARED"), ("GUEST_INVALID", "UNVALIDATED")]
+    assert "The RMP assigns it to no guest" in vm.encryption_map().at(gpa).why, "it was launched, and the host took it back"

@@ -61,21 +61,21 @@ def _page_to_show(vm: Any, seen: VmSnapshot, found: EncryptionMap) -> int:
 
 
 def page_states(vm: Any) -> list[PageStates]:
-    """What the memory of a protected VM really is, by memslot: what was launched, how the guest wrote it last, and SNP's RMP."""
+    """What the memory of a protected VM really is, by memslot: what was launched, and how the guest wrote it last; with SNP the RMP."""
     guest, out = vm.guest, list[PageStates]()
     for gpa, through, without in vm.machine.written():
         nr = len(through)
         launched = _marked(((m.spa, getattr(m, "size", 4096)) for m in guest.measured), gpa, nr)
         meant = _marked(((4096 * pfn, 4096 * count) for pfn, count in guest.protected.ranges()), gpa, nr)
-        facts: dict[str, Any] = {}
+        private, facts = (launched | through) & ~without, dict[str, Any]()
         if guest.kind == "snp":
             owner, valid = np.zeros(nr, np.uint32), np.zeros(nr, np.bool_)
             for spa, entry in guest.host.rmp.entries.items():
                 at = (guest.nested.gpa(spa) - gpa) // 4096
                 if 0 <= at < nr:  # a page that belongs at another gpa is as good as somebody else's
                     owner[at], valid[at] = entry.asid if entry.gpa == gpa + 4096 * at else NOT_HERE, entry.validated
-            facts = {"owner": owner, "asid": guest.vm.asid, "validated": valid}
-        out.append(PageStates.of(gpa, (launched | through) & ~without, meant, **facts))
+            private, facts = owner == guest.vm.asid, {"owner": owner, "asid": guest.vm.asid, "validated": valid}
+        out.append(PageStates.of(gpa, private, meant, **facts))
     return out
 
 
