@@ -332,3 +332,12 @@ def test_that_the_encryption_map_says_of_a_page_what_the_rmp_says(make: Make) ->
     set_state(vm, gpa, "taken")
     assert states == [("GUEST_VALID", "PRIVATE"), ("HYPERVISOR", "SHARED"), ("GUEST_INVALID", "UNVALIDATED")]
     assert "The RMP assigns it to no guest" in vm.encryption_map().at(gpa).why, "it was launched, and the host took it back"
+
+
+def test_that_page_state_changes_are_no_part_of_the_launch(make: Make) -> None:
+    vm = make("guest_change", launch_arguments(program()))
+    before, state = vm.launch_progress(), vm.snapshot()
+    run(vm)
+    assert vm.launch_progress() == before
+    vm.restore(state)
+    assert vm.launch_progress() == before

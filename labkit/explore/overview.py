@@ -106,7 +106,7 @@ def look_at_launch(vm: Any) -> LaunchProgress:
         if one.refused or not new:
             steps.append(LaunchStep(one.command, refused=one.status, found=one.refused))
     slots = tuple((slot.gpa, slot.size) for slot in vm.memory.slots)
-    planned = tuple((pfn * 4096, count) for pfn, count in guest.protected.ranges())
+    planned = tuple((pfn * 4096, count) for pfn, count in guest.planned or guest.protected.ranges())
     return LaunchProgress(guest.kind.upper(), guest.state, tuple(steps), slots, planned, guest.policy, guest.measurement)
 
 

@@ -40,7 +40,7 @@ __all__ = ["Done", "ProtectedGuest"]
 
 C_BIT, TDX_SHARED_BIT = 51, 47  # Milan and later; a TD with 48 guest-physical address bits
 _TYPES = {"sev": VmType.SEV, "sev-es": VmType.SEV_ES, "snp": VmType.SNP, "tdx": VmType.SEV}
-_FACTS = ("policy", "measurement", "encrypted", "launched", "ghcbs", "jump_table")
+_FACTS = ("policy", "measurement", "encrypted", "launched", "planned", "ghcbs", "jump_table")
 _SEALS = ("LAUNCH_UPDATE_VMSA", "SNP_LAUNCH_FINISH")  # commands before which KVM writes VMSAs
 _STARTS, _FINISHES = ("LAUNCH_START", "SNP_LAUNCH_START", "RECEIVE_START"), ("LAUNCH_FINISH", "SNP_LAUNCH_FINISH", "RECEIVE_FINISH")
 _SVME, _PAT, TSC_AUX = 1 << 12, 0x277, 0xC000_0103
@@ -72,6 +72,7 @@ class ProtectedGuest:
         self.host = KvmHost(Psp(self.dram))
         self.vm = KvmVm(self.host, _TYPES[kind])
         self.protected = Sparsebit()  # pfns
+        self.planned: tuple[tuple[int, int], ...] = ()  # its ranges when the launch ended: a guest changes pages later
         self.done: list[Done] = []
         self.measurement = b""
         self.encrypted = self.launched = False
@@ -170,7 +171,7 @@ class ProtectedGuest:
         elif name == "LAUNCH_MEASURE":
             self.measurement = result
         elif name in _FINISHES:
-            self.launched = True
+            self.launched, self.planned = True, tuple(self.protected.ranges())
             self._seal()
             self.publish_owners()
 
