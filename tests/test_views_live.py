@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import views_sample as sample
 
+import labkit as lk
 from labkit.errors import InvalidState
 from labkit.explore.inspect import VmSnapshot
 from labkit.views.live import Hub, Publisher
@@ -276,3 +277,13 @@ def test_that_drawing_loads_neither_widgets_nor_pandas() -> None:
               "print([m for m in ('anywidget', 'ipywidgets', 'pandas', 'IPython') if m in sys.modules])")
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", ["vm", "stepper", "pool", "pages", "memory"])
+def test_that_a_vm_without_vcpus_shows_itself(kind: str) -> None:
+    with lk.Vm.create_barebones() as vm:
+        widget = vm.show(kind)
+        assert kind in ("pool", "pages", "memory") or "no vCPU" in widget.view().text
+        widget._receive(widget, {"act": "select", "kind": "register", "value": "rip"}, [])
+        assert "barebones has no vCPU" in widget.pane_status and "page tables" in vm.look()._repr_mimebundle_()[0]["text/plain"]
+        widget.close()

@@ -28,12 +28,14 @@ class VmController:
     def actions(self) -> frozenset[str]:
         """What can be done now."""
         steady = {"select", "vcpu", "toggle_breakpoint"}
-        if self._vcpu.state in RUNNABLE and (self.vm.guest is None or self.vm.guest.launched):
+        if self.vm.vcpus and self._vcpu.state in RUNNABLE and (self.vm.guest is None or self.vm.guest.launched):
             return frozenset(steady | {"run", "step", "step_line"})
         return frozenset(steady)
 
     @property
     def _vcpu(self) -> Any:
+        if not self.vm.vcpus:
+            raise InvalidState(f"{self.vm.name} has no vCPU")
         return self.vm.vcpus[self.front]
 
     def snapshot(self) -> VmSnapshot:

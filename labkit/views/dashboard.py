@@ -61,6 +61,8 @@ class Scene:
 
     def stepper(self) -> View:
         """The vCPU in front, with the buttons."""
+        if not self.vm.vcpus:
+            return _none("vCPU", "This VM has no vCPU.")
         vcpu, previous = front(self.vm), () if self.previous is None else self.previous.vcpus
         before = next((old for old in previous if old.index == vcpu.index), None)
         draw = partial(stepper.render, vcpu, before, width=self.width, selection=self.vm.selection)
@@ -121,7 +123,7 @@ class Scene:
         facts = [vm.arch, vm.engine, vm.protection, f"{len(vm.vcpus)} vCPU" + "s" * (len(vm.vcpus) != 1), vm.schedule, vm.state]
         said = plain(vm.status, 400) if vm.status else parts[0].status
         of = ("the selection" if vm.selection is not None and vm.selection.gva is not None else
-              "the page above" if front(vm).sealed else "the next instruction")
+              "the page above" if vm.vcpus and front(vm).sealed else "the next instruction" if vm.vcpus else "gva 0")
         drawn = {name: body for part in parts for name, body in part.panes.items() if f'data-pane="{name}"' in layout} | {
             "title": header(plain(vm.name), [plain(fact, 60) for fact in facts if fact], vm.step),
             "timeline": timeline.draw(vm, self.width - 26), "status": status_line(said, "status top"),
@@ -185,7 +187,7 @@ def front(vm: VmSnapshot) -> VcpuSnapshot:
 def walked(vm: VmSnapshot) -> Walk:
     """The walk that the views show: of the selection, else of the next instruction; where that is sealed, of the page that is shown."""
     chosen, shown = None if vm.selection is None else vm.selection.gva, None if vm.eyes is None else vm.eyes.gva
-    return vm.page_table.walk(chosen if chosen is not None else shown or 0 if front(vm).sealed else front(vm).pc)
+    return vm.page_table.walk(chosen if chosen is not None else shown or 0 if not vm.vcpus or front(vm).sealed else front(vm).pc)
 
 
 def transport(vm: VmSnapshot, actions: Collection[str]) -> Html:
