@@ -354,3 +354,14 @@ def test_that_a_refusal_behind_measured_pages_is_told(make: Make) -> None:
         vm.guest.command("SNP_LAUNCH_UPDATE", gpa=first, size=3 * 4096)
     assert [step.gpa for step in vm.launch_progress().steps[2:]] == [first + 4096, first, None]
     assert "private already" in vm.launch_progress().status
+
+
+def test_that_the_secure_processor_finds_a_page_of_dram_wherever_the_host_put_it(make: Make) -> None:
+    vm = make("sev", entry="guest_pages", launch=False)
+    left, right = (vm.gva2gpa(program().symbol(name).gva) for name in ("left", "right"))
+    attacks.remap(vm, left, right)
+    vm.launch()
+    assert vm.run().args[:2] == (2, 1)  # type: ignore[union-attr]
+    before = vm.guest.command("DBG_DECRYPT", spa=left + 16, size=8192 - 32)
+    attacks.remap(vm, left, right)
+    assert vm.guest.command("DBG_DECRYPT", spa=left + 16, size=8192 - 32) == before and vm.run().args[:2] == (1, 2)  # type: ignore[union-attr]

@@ -1,11 +1,13 @@
-"""DRAM as the secure processor sees it: the guest's memory, where a system physical address is a gpa, and VMSAs far behind it."""
+"""DRAM as the secure processor sees it: the guest's memory, by system physical address, and VMSAs far behind it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from labkit.errors import MemoryFault, NotAvailable
 from labkit.machine.memory import PAGE, Memory
+from labkit.sev.rmp import NestedTable
 
 __all__ = ["VMSA_AT", "Dram"]
 
@@ -19,8 +21,8 @@ class Dram:
     would make VMRUN load garbage, which is refused instead.
     """
 
-    def __init__(self, memory: Memory, vmsa: Callable[[int], bytes | None]) -> None:
-        self.memory, self.vmsa = memory, vmsa
+    def __init__(self, memory: Memory, vmsa: Callable[[int], bytes | None], nested: Callable[[], NestedTable]) -> None:
+        self.memory, self.vmsa, self.nested = memory, vmsa, nested
         self.pages: list[bytes] = []  # the VMSAs as hypervisor and firmware left them
 
     def add_vmsa(self) -> int:
@@ -31,19 +33,27 @@ class Dram:
     def read(self, spa: int, size: int, /) -> bytes:
         """What lies there, encrypted or not; raises MemoryFault for a hole."""
         if spa < VMSA_AT:
-            return self.memory.read(spa, size)
+            return b"".join(self.memory.read(gpa, count) for gpa, count in self._parts(spa, size))
         index, offset = self._place(spa, size)
         return (self.vmsa(index) or self.pages[index])[offset:offset + size]
 
     def write(self, spa: int, data: bytes, /) -> None:
         """Write it; raises MemoryFault for a hole, NotAvailable for a VMSA that belongs to its guest."""
         if spa < VMSA_AT:
-            self.memory.write(spa, data)
+            for gpa, count in self._parts(spa, len(data)):
+                self.memory.write(gpa, data[:count])
+                data = data[count:]
             return
         index, offset = self._place(spa, len(data))
         if self.vmsa(index) is not None:
             raise NotAvailable(f"spa {spa:#x} is the VMSA of vCPU {index}: a vCPU that would load garbage from it is not modelled")
         self.pages[index] = self.pages[index][:offset] + data + self.pages[index][offset + len(data):]
+
+    def _parts(self, spa: int, size: int) -> list[tuple[int, int]]:
+        """Where the guest has these bytes, as (gpa, bytes): all in a row until a host exchanges pages."""
+        table = self.nested()
+        ends = [spa, *(range((spa & -PAGE) + PAGE, spa + size, PAGE) if table.pages else ()), spa + size]
+        return [(table.gpa(at & -PAGE) + at % PAGE, end - at) for at, end in pairwise(ends)]
 
     def _place(self, spa: int, size: int) -> tuple[int, int]:
         index, offset = divmod(spa - VMSA_AT, PAGE)

@@ -68,7 +68,7 @@ class ProtectedGuest:
             raise NotAvailable(f"protect={kind!r}: there are {', '.join(_TYPES)}", protect=kind)
         self.kind, self.memory, self.cpu, self.policy = kind, memory, cpu, _POLICIES[kind] if policy is None else policy
         self.inverted = kind == "tdx"
-        self.dram = Dram(memory, self._sealed_vmsa)
+        self.dram = Dram(memory, self._sealed_vmsa, lambda: self.nested)
         self.host = KvmHost(Psp(self.dram))
         self.vm = KvmVm(self.host, _TYPES[kind])
         self.protected = Sparsebit()  # pfns
