@@ -365,3 +365,17 @@ def test_that_the_secure_processor_finds_a_page_of_dram_wherever_the_host_put_it
     before = vm.guest.command("DBG_DECRYPT", spa=left + 16, size=8192 - 32)
     attacks.remap(vm, left, right)
     assert vm.guest.command("DBG_DECRYPT", spa=left + 16, size=8192 - 32) == before and vm.run().args[:2] == (1, 2)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", ["sev", "tdx"])
+@pytest.mark.parametrize("runs", [False, True], ids=["launched", "written"])
+def test_that_the_map_follows_pages_that_a_host_exchanged(make: Make, kind: str, runs: bool) -> None:
+    vm = make(kind)
+    if runs:
+        vm.run()
+    private, shared = count_gpa(vm), vm.pool.gpa
+    attacks.remap(vm, private, shared)
+    found = vm.encryption_map()
+    assert "never launched" in found.at(private).problem and "memory still ciphertext" in found.at(shared).problem
+    attacks.remap(vm, private, shared)
+    assert not vm.encryption_map().disagreements

@@ -65,7 +65,11 @@ def page_states(vm: Any) -> list[PageStates]:
     guest, out = vm.guest, list[PageStates]()
     for gpa, through, without in vm.machine.written():
         nr = len(through)
-        launched = _marked(((m.spa, getattr(m, "size", 4096)) for m in guest.measured), gpa, nr)
+        ranges = [(m.spa, getattr(m, "size", 4096)) for m in guest.measured]
+        launched = _marked(ranges, gpa, nr)
+        for page, spa in guest.nested.pages.items():
+            if 0 <= page - gpa < 4096 * nr:
+                launched[(page - gpa) // 4096] = any(0 <= spa - start < size for start, size in ranges)
         meant = _marked(((4096 * pfn, 4096 * count) for pfn, count in guest.protected.ranges()), gpa, nr)
         private, facts = (launched | through) & ~without, dict[str, Any]()
         if guest.kind == "snp":

@@ -190,6 +190,7 @@ class Mmu:
         here, cut = slice(4096 * page, 4096 * page + 4096), slice(4096 * beside, 4096 * beside + 4096)
         view.raw[here], there.raw[cut] = bytes(there.raw[cut]), bytes(view.raw[here])
         view.spa[page], there.spa[beside] = int(there.spa[beside]), int(view.spa[page])
+        view.state[page], there.state[beside] = int(there.state[beside]), int(view.state[page])  # how its bytes were written goes along
         for at in (gpa, other):
             self.host_wrote(at & -4096, 4096)
 
