@@ -379,3 +379,29 @@ def test_that_the_map_follows_pages_that_a_host_exchanged(make: Make, kind: str,
     assert "never launched" in found.at(private).problem and "memory still ciphertext" in found.at(shared).problem
     attacks.remap(vm, private, shared)
     assert not vm.encryption_map().disagreements
+
+
+def test_that_a_received_guest_is_encrypted_on_the_map(make: Make) -> None:
+    source, target = make("sev"), make("sev", launch=False)
+    session = source.guest.command("SEND_START", pdh=target.guest.host.psp.pdh)
+    target.guest.command("RECEIVE_START", pdh=source.guest.host.psp.pdh, session=session)
+    for pfn, count in source.guest.protected.ranges():
+        for spa in range(4096 * pfn, 4096 * (pfn + count), 4096):
+            header, data = source.guest.command("SEND_UPDATE_DATA", spa=spa, size=4096)
+            target.guest.command("RECEIVE_UPDATE_DATA", spa=spa, header=header, data=data)
+    target.guest.command("RECEIVE_FINISH")
+    assert not target.encryption_map().disagreements and target.run().args[0] == 7  # type: ignore[union-attr]
+    with target.fork() as twin:
+        assert not twin.encryption_map().disagreements
+
+
+def test_that_a_secret_is_encrypted_on_the_map(make: Make) -> None:
+    vm = make("sev", launch=False)
+    gpa = vm.gva2gpa(vm.alloc(4096, kind="secret"))
+    vm.mem_set_shared(gpa, 4096)
+    vm.guest.start()
+    vm.guest.update()
+    vm.guest.command("LAUNCH_MEASURE", size=48)
+    assert "plaintext" in vm.encryption_map().at(gpa).problem
+    vm.guest.command("LAUNCH_SECRET", spa=gpa, **vm.guest.wrap_secret(bytes(range(256)) * 16))
+    assert not vm.encryption_map().disagreements and vm.eyes(gpa=gpa).private

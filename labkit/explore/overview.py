@@ -63,9 +63,10 @@ def _page_to_show(vm: Any, seen: VmSnapshot, found: EncryptionMap) -> int:
 def page_states(vm: Any) -> list[PageStates]:
     """What the memory of a protected VM really is, by memslot: what was launched, and how the guest wrote it last; with SNP the RMP."""
     guest, out = vm.guest, list[PageStates]()
+    known = guest.host.psp.guests.get(guest.vm.handle)
     for gpa, through, without in vm.machine.written():
         nr = len(through)
-        ranges = [(m.spa, getattr(m, "size", 4096)) for m in guest.measured]
+        ranges = [(m.spa, getattr(m, "size", 4096)) for m in guest.measured] + (known.unwrapped if known else [])
         launched = _marked(ranges, gpa, nr)
         for page, spa in guest.nested.pages.items():
             if 0 <= page - gpa < 4096 * nr:

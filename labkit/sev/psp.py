@@ -56,10 +56,11 @@ class Guest:
     measure: bytes = b""  # the MAC of LAUNCH_MEASURE, which a secret must be made for
     sending: TransportKeys | None = None
     measured: list[Measured] = field(default_factory=list)
+    unwrapped: list[tuple[int, int]] = field(default_factory=list)  # (spa, bytes) of packets: encrypted, never measured
     content: Any = field(default_factory=hashlib.sha256, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guest:
-        return replace(self, measured=list(self.measured), content=self.content.copy())
+        return replace(self, measured=list(self.measured), unwrapped=list(self.unwrapped), content=self.content.copy())
 
     @property
     def digest(self) -> bytes:
@@ -255,6 +256,7 @@ def _measure(psp: Psp, r: Request) -> bytes:
 def _secret(psp: Psp, r: Request) -> None:
     guest = psp.guests[r.handle]
     psp.encrypt_guest(guest, r.spa, transport.unwrap(guest.keys, transport.LAUNCH_SECRET, r.header, r.data, guest.measure))
+    guest.unwrapped.append((r.spa, len(r.data)))
 
 
 def _status(psp: Psp, r: Request) -> tuple[int, int, GuestState]:
@@ -294,6 +296,7 @@ def _receive(kind: int) -> Callable[[Psp, Request], None]:
     def body(psp: Psp, r: Request) -> None:
         guest = psp.guests[r.handle]
         psp.encrypt_guest(guest, r.spa, transport.unwrap(guest.keys, kind, r.header, r.data))
+        guest.unwrapped.append((r.spa, len(r.data)))
     return body
 
 
