@@ -139,3 +139,8 @@ def test_that_one_byte_for_the_guest_is_a_block_for_the_host() -> None:
     assert guest.changed.sum() == 1 and host.changed.any(axis=1).tolist() == guest.changed.any(axis=1).tolist() and host.changed.sum() > 8
     assert host.entropy > 7.9 > 3 > guest.entropy and host.nr_different == 256 > guest.nr_different
     assert "1 byte changed for the guest" in page.status and "in 1 block of 16 bytes." in page.status
+
+
+def test_that_blocks_that_only_the_guest_sees_changed_count() -> None:
+    page = PageEyes(0x1000, bytes(32), b"\1" * 32, bytes(32), bytes(32))
+    assert page.status.endswith("32 bytes changed for the guest, 0 bytes for the host, in 2 blocks of 16 bytes.")

@@ -91,7 +91,7 @@ class PageEyes:
         if not host.changed.any() and not guest.changed.any():
             same = "both see the same bytes" if host.data == guest.data else "the host sees other bytes than the guest"
             return f"{head}{same}; {host.entropy:.2f} bits a byte on the host's side, {guest.entropy:.2f} on the guest's."
-        blocks = int(host.changed.any(axis=1).sum())
+        blocks = int((host.changed | guest.changed).any(axis=1).sum())
         return (f"{head}{_bytes(int(guest.changed.sum()))} changed for the guest, {_bytes(int(host.changed.sum()))} for the host, "
                 f"in {blocks} block{'s' * (blocks != 1)} of 16 bytes.")
 
