@@ -405,3 +405,13 @@ def test_that_a_secret_is_encrypted_on_the_map(make: Make) -> None:
     assert "plaintext" in vm.encryption_map().at(gpa).problem
     vm.guest.command("LAUNCH_SECRET", spa=gpa, **vm.guest.wrap_secret(bytes(range(256)) * 16))
     assert not vm.encryption_map().disagreements and vm.eyes(gpa=gpa).private
+
+
+@pytest.mark.parametrize("forked", [False, True])
+def test_that_an_snp_launch_takes_pages_from_where_the_nested_table_has_them(make: Make, forked: bool) -> None:
+    vm = make("snp", launch=False)
+    attacks.remap(vm, vm.gva2gpa(program().symbol("count").gva), vm.memory.slots[0].size - 4096)
+    with vm.fork() if forked else vm as launched:
+        launched.launch()
+        assert launched.run().args[0] == 0, "the bytes went along"  # type: ignore[union-attr]
+        assert not launched.encryption_map().disagreements

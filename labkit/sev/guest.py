@@ -155,6 +155,7 @@ class ProtectedGuest:
         try:
             if name in _SEALS:
                 self._save_registers()
+            self.vm.spa = lambda gpa: self.nested.spa(gpa)  # of this guest now: a snapshot may be another's
             result = kvm_command(self.vm, name, **fields)
         except KvmError as err:
             status = err.facts.get("status")
