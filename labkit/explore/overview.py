@@ -107,9 +107,7 @@ def look_at_launch(vm: Any) -> LaunchProgress:
     for one in guest.done:
         new = measured[done:one.nr_measured]
         done = one.nr_measured
-        steps += new  # of a refused command too: pages that it measured before
-        if one.refused or not new:
-            steps.append(LaunchStep(one.command, refused=one.status, found=one.refused))
+        steps += [*new, *[LaunchStep(one.command, refused=one.status, found=one.refused)] * bool(one.refused or not new)]
     slots = tuple((slot.gpa, slot.size) for slot in vm.memory.slots)
     planned = tuple((pfn * 4096, count) for pfn, count in guest.planned or guest.protected.ranges())
     return LaunchProgress(guest.kind.upper(), guest.state, tuple(steps), slots, planned, guest.policy, guest.measurement)

@@ -104,10 +104,9 @@ def _steps(launch: LaunchProgress, width: float) -> Html:
 
 def _cells(n: int, step: LaunchStep, kept: int) -> list[Cell]:
     digest = Html()
-    if step.refused is not None:
-        digest = el("span", el("b", f"✕ {step.refused.name}"), f" {step.refused:#04x}: {plain(step.found, 80)}", cls="ft")
-    elif step.found:
-        digest = el("span", el("b", "✕ KVM"), f": {plain(step.found, 80)}", cls="ft")
+    if step.found:
+        who, code = ("KVM", "") if step.refused is None else (step.refused.name, f" {step.refused:#04x}")
+        digest = el("span", el("b", f"✕ {who}"), f"{code}: {plain(step.found, 80)}", cls="ft")
     elif step.digest:
         digits = step.digest.hex()
         digest = _groups(digits[:2 * kept]) + el("span", "…" if len(digits) > 2 * kept else "", cls="d")
