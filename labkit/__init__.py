@@ -6,25 +6,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from labkit.errors import (
-    BudgetExceeded,
-    CompileError,
-    ElfError,
-    GuestAssertFailed,
-    GuestCrashed,
-    InvalidState,
-    LabError,
-    MemoryFault,
-    NotAvailable,
-    OutOfMemory,
-    PageFault,
-    SymbolNotFound,
-)
 from labkit.explore.compare import compare as _compare
 from labkit.explore.comparison import Comparison
 from labkit.explore.hosting import drive
 from labkit.guest.program import Program
 from labkit.lab import Vcpu, Vm
+
+# isort: off
+from labkit.errors import (
+    BudgetExceeded, CompileError, ElfError, GuestAssertFailed, GuestCrashed, InvalidState, LabError, MemoryFault,
+    NotAvailable, OutOfMemory, PageFault, SymbolNotFound,
+)
 
 __version__ = "0.1.0"
 __all__ = [

@@ -415,3 +415,10 @@ def test_that_an_snp_launch_takes_pages_from_where_the_nested_table_has_them(mak
         launched.launch()
         assert launched.run().args[0] == 0, "the bytes went along"  # type: ignore[union-attr]
         assert not launched.encryption_map().disagreements
+
+
+@pytest.mark.parametrize(("gpa", "size"), [(1 << 41, 4096), (1 << 40, 4096), ((8 << 20) - 4096, 8192), (0, 1 << 50)])
+def test_that_only_memory_can_be_private(make: Make, gpa: int, size: int) -> None:
+    vm = make("sev-es", launch=False, memory=8 << 20)
+    with pytest.raises(lk.InvalidState, match="no memslot holds all of it"):
+        vm.mem_set_private(gpa, size)

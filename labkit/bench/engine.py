@@ -32,7 +32,7 @@ void guest_ucalls(uint64_t n)
 		GUEST_SYNC(n++);
 }
 """
-LOOPS, ROUNDS, STEPS = 60_000_000, 1_000, 1_000
+LOOPS, ROUNDS = 60_000_000, 1_000
 TURNS = 60  # of some 10 ms each: where cores have two threads, what the other one does costs either side up to a third
 ROUNDS_PLAIN = 8
 EXACT = 1 << 60  # without a count, a stop at IN takes effect at the end of the block: later instructions have run by then
@@ -75,46 +75,33 @@ def results() -> Iterator[Result]:
 
 
 def _ucalls() -> Result:
-    vm = _vm("guest_ucalls")
-    peer = Bare(vm)
-    bare.stop_at_in(peer.uc, lambda _port, _size: 0)
-    at = [peer.start]
-    run = vm.vcpus[0].run
-
-    def ours() -> None:
-        for _ in range(ROUNDS):
-            run()
-
-    def theirs() -> None:
-        pc = at[0]
-        for _ in range(ROUNDS):
-            pc = peer.run(pc, EXACT)
-        at[0] = pc
-
-    mine, bare_time = best_pair(ours, theirs, TURNS)
-    return Result("ucall round trip with decode", bare_time / mine, "of bare exit and resume", 0.6, True,
-                  f"{ROUNDS / mine / 1e3:.1f} k/s, bare {ROUNDS / bare_time / 1e3:.1f} k/s")
+    return _rounds("ucall round trip with decode", "guest_ucalls", "run", EXACT, "exit and resume", 0.6)
 
 
 def _stepping() -> Result:
-    vm = _vm("guest_plain", LOOPS)
+    return _rounds("stepping", "guest_plain", "step", 1, "a count=1 loop", 0.5)
+
+
+def _rounds(name: str, entry: str, method: str, count: int, what: str, target: float) -> Result:
+    """One of our calls against one `emu_start` of that count, again and again, taking turns."""
+    vm = _vm(entry, LOOPS)
     peer = Bare(vm)
-    at = [peer.start]
-    step = vm.vcpus[0].step
+    bare.stop_at_in(peer.uc, lambda _port, _size: 0)
+    at, once = [peer.start], getattr(vm.vcpus[0], method)
 
     def ours() -> None:
-        for _ in range(STEPS):
-            step()
+        for _ in range(ROUNDS):
+            once()
 
     def theirs() -> None:
         pc = at[0]
-        for _ in range(STEPS):
-            pc = peer.run(pc, 1)
+        for _ in range(ROUNDS):
+            pc = peer.run(pc, count)
         at[0] = pc
 
     mine, bare_time = best_pair(ours, theirs, TURNS)
-    return Result("stepping", bare_time / mine, "of a bare count=1 loop", 0.5, True,
-                  f"{STEPS / mine / 1e3:.1f} k/s, bare {STEPS / bare_time / 1e3:.1f} k/s")
+    return Result(name, bare_time / mine, f"of bare Unicorn: {what}", target, True,
+                  f"{ROUNDS / mine / 1e3:.1f} k/s, bare {ROUNDS / bare_time / 1e3:.1f} k/s")
 
 
 def _create() -> Result:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from labkit.lab import Vm
     from labkit.ucall.pool import Ucall
 
-__all__ = ["add", "load"]
+__all__ = ["add", "load", "number", "place"]
 
 COMMANDS = ("SYNC", "PRINTF", "ABORT", "DONE", "NONE", "UNHANDLED")
 

@@ -214,7 +214,7 @@ def select(vm: Any, kind: str, value: int) -> Selection | None:
             return None
         gva, size = vm._pool.gva + BITMAP_BYTES + UCALL_SIZE * value, UCALL_SIZE
         held = next((s for s in vm._pool.snapshot(vm.step, frozenset()).held if s.index == value and s.state != "free"), None)
-        label = f"vCPU {held.vcpu}, {held.cmd}" if held else "free"
+        label = "free" if held is None else f"{'owner unknown' if held.vcpu is None else f'vCPU {held.vcpu}'}, {held.cmd}"
     elif kind in ("gva", "register", "byte", "entry"):
         gva, size, label = value, 1, label_gva(vm, value)
     elif kind in ("page", "block"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from labkit.engines.base import BudgetExit, DebugExit, Exit, HypercallExit
 from labkit.errors import BudgetExceeded, GuestAssertFailed, GuestCrashed, InvalidState, NotAvailable
@@ -11,25 +11,13 @@ from labkit.explore.arrivals import arrived
 from labkit.machine.schedule import Schedule
 from labkit.ucall.pool import BadUcallExit, Ucall
 
-__all__ = ["RUNNABLE", "Runnable", "collect", "goes_on", "run_on", "run_scheduled", "runnable", "stream"]
+__all__ = ["RUNNABLE", "collect", "goes_on", "run_on", "run_scheduled", "runnable", "stream"]
 
 RUNNABLE = ("not started", "running")
 Came = Ucall | Exit
 
 
-class Runnable(Protocol):
-    """What a schedule needs of a vCPU."""
-
-    index: int
-    state: str
-
-    @property
-    def step_count(self) -> int: ...
-    def run(self, max_insns: int | None = None) -> Came: ...
-    def where(self) -> str: ...
-
-
-def runnable(vcpus: Sequence[Runnable]) -> list[int]:
+def runnable(vcpus: Sequence[Any]) -> list[int]:
     """The vCPUs that can go on; raises InvalidState when none can."""
     found = [v.index for v in vcpus if v.state in RUNNABLE]
     if not found:
@@ -37,14 +25,14 @@ def runnable(vcpus: Sequence[Runnable]) -> list[int]:
     return found
 
 
-def run_scheduled(vcpus: Sequence[Runnable], schedule: Schedule, max_insns: int | None) -> Came:
+def run_scheduled(vcpus: Sequence[Any], schedule: Schedule, max_insns: int | None) -> Came:
     """Run until the next ucall or exit of any vCPU; BudgetExit after max_insns instructions in all."""
     left = max_insns
     while True:
         index, quantum = schedule.pick(runnable(vcpus))
         vcpu, before = vcpus[index], vcpus[index].step_count
         limits = [n for n in (quantum, left) if n is not None]
-        came = vcpu.run(min(limits) if limits else None)
+        came: Came = vcpu.run(min(limits) if limits else None)
         ran = vcpu.step_count - before
         schedule.ran(ran)
         left = None if left is None else left - ran

@@ -333,6 +333,8 @@ class ProtectedGuest:
             raise InvalidState(f"gpa {gpa:#x}: after the launch only the guest changes what is private")
         if gpa % PAGE or size % PAGE or size <= 0:
             raise InvalidState(f"gpa {gpa:#x}, {size:#x} bytes: private memory comes in whole pages")
+        if not all(map(self.memory.slot, range(gpa, gpa + size, PAGE))):
+            raise InvalidState(f"gpa {gpa:#x}, {size:#x} bytes: no memslot holds all of it, so nothing can be private there")
         (self.protected.set if private else self.protected.clear)(gpa // PAGE, size // PAGE)
 
     def start(self) -> None:

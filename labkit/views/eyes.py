@@ -73,8 +73,7 @@ def _around(blocks: list[int], near: int, nr: int) -> list[int]:
 def _dump(page: PageEyes, rows: list[int], chosen: int | None, narrow: bool) -> Html:
     host, guest = page.eyes
     tint = ("eh" if page.private else "es")
-    out: list[Row] = []
-    last = None
+    out, last = list[Row](), None
     for at in rows:
         if last is not None and at != last + 1:
             out.append((("", ("d", f"… {num(at - last - 1)} blocks as before"), "", ""), {}))
