@@ -44,7 +44,7 @@ class _Lane:
             self.vcpu.pausing = True
             self.vcpu.kick()
             self._parked.wait()
-            self.vcpu.pausing = False
+        self.vcpu.pausing = False  # also when it came out by itself before it was waited for
 
     def end(self) -> None:
         """Pause it for good."""

@@ -1,0 +1,52 @@
+"""What several threads do to VMs on /dev/kvm: vCPUs that run at once, a close from elsewhere, a process that forked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import labkit as lk
+
+pytestmark = pytest.mark.usefixtures("kvm")
+GUESTS = Path(__file__).resolve().parents[1] / "data" / "guests"
+SOURCE = """
+#include "labkit.h"
+void guest_code(uint64_t vcpu)
+{
+	for (uint64_t n = 0; n < 5; n++)
+		GUEST_SYNC(vcpu * 100 + n);
+	GUEST_DONE();
+}
+void guest_works(uint64_t vcpu)
+{
+	if (!vcpu)
+		GUEST_SYNC(0);
+	for (volatile uint64_t n = 0; n < 1000000000; n++)
+		;
+	GUEST_DONE();
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def program() -> lk.Program:
+    return lk.Program.compile(SOURCE)
+
+
+def run(code: str, *arguments: str) -> str:
+    """What a process of its own prints, with a watchdog."""
+    head = "import faulthandler, sys, threading, time\nfaulthandler.dump_traceback_later(40, exit=True)\nimport labkit as lk\n"
+    done = subprocess.run([sys.executable, "-c", head + code, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                          timeout=60, cwd=GUESTS.parents[1])
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_that_a_vcpu_that_came_out_by_itself_while_others_were_paused_runs_for_long_again(program: lk.Program) -> None:
+    with lk.Vm.create(program, "guest_works", backend="kvm", nr_vcpus=4, schedule="parallel", privilege="user") as vm:
+        for _ in range(4):
+            assert vm.run().cmd in ("SYNC", "DONE")  # type: ignore[union-attr]
+            assert not any(vcpu._cpu.pausing for vcpu in vm.vcpus)  # type: ignore[attr-defined]
