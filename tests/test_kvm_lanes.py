@@ -50,3 +50,16 @@ def test_that_a_vcpu_that_came_out_by_itself_while_others_were_paused_runs_for_l
         for _ in range(4):
             assert vm.run().cmd in ("SYNC", "DONE")  # type: ignore[union-attr]
             assert not any(vcpu._cpu.pausing for vcpu in vm.vcpus)  # type: ignore[attr-defined]
+
+
+LATE = """
+vm = lk.Vm.create(lk.Program.load(sys.argv[1]), backend="kvm", schedule="parallel", privilege="user")
+lanes = vm.machine.engine.lanes
+post = lanes._post
+lanes._post = lambda *came: (post(*came), time.sleep(0.1))  # as if the thread lost its CPU just there
+print(len(vm.run_until_done()))
+"""
+
+
+def test_that_a_lane_is_told_to_go_on_however_soon_its_exit_is_answered() -> None:
+    assert int(run(LATE, str(GUESTS / "hello.elf"))) > 1

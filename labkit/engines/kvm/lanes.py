@@ -27,8 +27,7 @@ class _Lane:
         self.vcpu, self.post = vcpu, post
         self.home = vcpu.owner, vcpu.tid
         self._go, self._parked = threading.Semaphore(0), threading.Event()
-        self._end = False
-        self.running = False
+        self._end = self.running = False
         self.thread = threading.Thread(target=self._loop, name=f"labkit-vcpu-{vcpu.index}", daemon=True)
         self.thread.start()
 
@@ -110,6 +109,8 @@ class Lanes:
                         return next(iter(self.lanes)), InterruptExit()
                 else:
                     self.posted.discard(index)
+                    if index in self.lanes:
+                        self.lanes[index].pause()  # it is about to park, and must have before it can be told to go on
                     return index, came
         finally:
             shield.leave()
