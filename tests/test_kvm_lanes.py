@@ -63,3 +63,31 @@ print(len(vm.run_until_done()))
 
 def test_that_a_lane_is_told_to_go_on_however_soon_its_exit_is_answered() -> None:
     assert int(run(LATE, str(GUESTS / "hello.elf"))) > 1
+
+
+@pytest.mark.parametrize("privilege", ["kernel", "user"])
+def test_that_an_exit_nobody_has_taken_yet_is_part_of_the_state_of_its_vcpu(program: lk.Program, privilege: str) -> None:
+    everything = sorted([vcpu * 100 + n for vcpu in range(4) for n in range(5)])
+    with lk.Vm.create(program, backend="kvm", nr_vcpus=4, schedule="parallel", privilege=privilege) as vm:
+        start = vm.snapshot()
+        for _ in range(10):
+            vm.restore(start)
+            said = [vm.run()]
+            state = vm.snapshot()
+            with vm.fork() as twin:
+                for rest in (vm.run_until_done(), twin.run_until_done(), (vm.restore(state), vm.run_until_done())[1]):
+                    assert sorted(uc.args[1] for uc in said + rest if uc.cmd == "SYNC") == everything  # type: ignore[union-attr]
+            vm.restore(start)
+            vm.run()
+            vm.restore(start)
+            assert sorted(uc.args[1] for uc in vm.run_until_done() if uc.cmd == "SYNC") == everything
+
+
+def test_that_a_vcpu_with_such_an_exit_gives_it_to_whoever_runs_it(program: lk.Program) -> None:
+    with lk.Vm.create(program, backend="kvm", nr_vcpus=2, schedule="parallel", privilege="user") as vm:
+        for _ in range(10):
+            vm.run()
+        said = [uc for vcpu in vm.vcpus if vcpu.state != "done" for uc in vcpu.run_until_done()]
+        numbers = [uc.args[1] for uc in vm._events if getattr(uc, "cmd", "") == "SYNC"]  # type: ignore[union-attr]
+        assert said and sorted(numbers) == [*range(5), *range(100, 105)]
+        assert all([n for n in numbers if n // 100 == vcpu] == [vcpu * 100 + n for n in range(5)] for vcpu in range(2))

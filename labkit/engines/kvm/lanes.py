@@ -76,21 +76,23 @@ class Lanes:
     def __init__(self, vm: KvmVm) -> None:
         self.vm = vm
         self.lanes: dict[int, _Lane] = {}
-        self.arrivals: queue.Queue[tuple[int, Came]] = queue.Queue()  # a SimpleQueue waits for ever if a signal comes as its time ends
-        self.posted: set[int] = set()  # vCPUs whose exit nobody has taken yet
+        self.arrivals: queue.Queue[int] = queue.Queue()  # a SimpleQueue waits for ever if a signal comes as its time ends
+        self.posted: dict[int, Came] = {}  # what nobody has taken yet; an exit lies with its vCPU too, as a part of its state
 
     def _post(self, index: int, came: Came) -> None:
-        self.posted.add(index)
-        self.arrivals.put((index, came))
+        if isinstance(came, Exit):
+            self.vm.vcpus[index].queue.insert(0, came)
+        self.posted[index] = came
+        self.arrivals.put(index)
 
     def run(self, indices: Sequence[int]) -> tuple[int, Exit]:
         """Let these vCPUs run until any of them exits; the others go on meanwhile, until `end` or somebody touches them."""
         with self.vm.shield.held():
-            for index in set(indices) - self.posted:
+            for index in indices:
                 if index not in self.lanes:
                     self.vm.vcpus[index].mine()
                     self.lanes[index] = _Lane(self.vm.vcpus[index], self._post)
-                if not self.lanes[index].running:
+                if not self.lanes[index].running and index not in self.posted:  # asked in this order: it posts, then stops running
                     self.lanes[index].go()
         index, came = self._next()
         if isinstance(came, BaseException):
@@ -103,14 +105,15 @@ class Lanes:
         try:
             while True:
                 try:
-                    index, came = self.arrivals.get(timeout=LOOK_UP)
+                    index = self.arrivals.get(timeout=LOOK_UP)
                 except queue.Empty:
                     if shield.interrupted:
                         return next(iter(self.lanes)), InterruptExit()
-                else:
-                    self.posted.discard(index)
+                    continue
+                if (came := self.posted.pop(index, None)) is not None:  # None: another state was put there, or somebody took it
                     if index in self.lanes:
                         self.lanes[index].pause()  # it is about to park, and must have before it can be told to go on
+                    del self.vm.vcpus[index].queue[:isinstance(came, Exit)]
                     return index, came
         finally:
             shield.leave()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import json
 import struct as packing
+from ast import literal_eval
 from typing import TYPE_CHECKING, Any
 
+from labkit.engines import base
 from labkit.engines.kvm.abi import STRUCTS, call, msrs, struct
 from labkit.engines.kvm.regs import GPR
 from labkit.errors import InvalidState
@@ -29,15 +31,15 @@ def save(vcpu: KvmVcpu) -> bytes:
     if vcpu.pending == "read" and vcpu.awaits is not None:  # KVM keeps what it has read so far to itself: the instruction begins again
         at, size = vcpu.awaits
         replay = [*vcpu.answers, (vcpu.u64[at // 8 - 1], int.from_bytes(vcpu.u8[at:at + size], "little"))]
-    facts = {"insns": vcpu.insns, "exact": vcpu.exact, "msrs": {str(k): v for k, v in vcpu.msrs.items()}, "replay": replay, "size": size}
+    facts = {"insns": vcpu.insns, "exact": vcpu.exact, "msrs": {str(k): v for k, v in vcpu.msrs.items()}, "replay": replay, "size": size,
+             "queue": [(type(exit).__name__, repr((*vars(exit).values(),))) for exit in vcpu.queue]}
     text = json.dumps(facts).encode()
     parts = [bytes(vcpu.gprs)]
     for name in _PARTS:
         part = struct(f"kvm_{name.lower()}")
         call(vcpu.fd, f"KVM_GET_{name}", part)
         parts.append(bytes(part))
-    table = _read_msrs(vcpu)
-    return b"".join((_HEADER.pack(_MAGIC, len(text)), text, *parts, bytes(table)))
+    return b"".join((_HEADER.pack(_MAGIC, len(text)), text, *parts, bytes(_read_msrs(vcpu))))
 
 
 def _read_msrs(vcpu: KvmVcpu) -> Any:
@@ -55,6 +57,7 @@ def restore(vcpu: KvmVcpu, state: bytes) -> None:
     vcpu.insns, vcpu.exact = facts["insns"], facts["exact"]
     vcpu.msrs = {int(k): v for k, v in facts["msrs"].items()}
     vcpu.replay, vcpu.replay_size = [(gpa, value) for gpa, value in facts["replay"]], facts["size"]
+    vcpu.queue[:] = (getattr(base, name)(*literal_eval(values)) for name, values in facts["queue"])
     vcpu.gprs[:] = memoryview(state[at:at + 8 * len(GPR)]).cast("Q")
     vcpu.run_page.kvm_dirty_regs |= 1
     vcpu.regs.kept.clear()

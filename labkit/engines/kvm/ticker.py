@@ -59,8 +59,7 @@ class Ticker:
                 threading.Thread(target=self._tick, name="labkit-kvm-ticker", daemon=True).start()
 
     def _tick(self) -> None:
-        seen: set[int] = set()
-        idle = 0
+        seen, idle = set[int](), 0
         while True:
             time.sleep(TICK)
             seen = self._look(seen)

@@ -221,6 +221,7 @@ class KvmVcpu:
             self._first_run()
         self._until, self.locked_at = time.monotonic() + self.vm.deadline, -1
         if self.queue:
+            self.vm.lanes.posted.pop(self.index, None)
             return self.queue.pop(0)
         if insns is None and len(self.breakpoints) <= HW_BREAKPOINTS:
             self.exact = False
@@ -338,9 +339,9 @@ class KvmVcpu:
         while self.pending:
             self.pending = "flushed"
             self.settle()
-        self.queue.clear()
         self.awaits = None
-        for kept in (self.answers, self.replay):
+        self.vm.lanes.posted.pop(self.index, None)
+        for kept in (self.queue, self.answers, self.replay):
             kept.clear()
 
     def asked(self, in_time: bool) -> Exit | None:
