@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from guests import DATA, bare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -114,3 +115,36 @@ def test_that_a_fork_has_a_door_of_its_own() -> None:
     with lk.Vm.create(lk.Program.compile('#include "labkit.h"\nvoid guest_code(void) { GUEST_DONE(); }')) as vm, vm.fork() as twin:
         twin.door.number += 1
         assert twin.vcpus[0].run().end == "pio" and vm.vcpus[0].run().cmd == "DONE"
+
+
+def test_that_what_an_in_returns_can_still_be_said_after_a_restore(guest: Any) -> None:
+    vm = guest(f"in al, 0x80; mov rdi, {DATA}; mov dx, 0x80; insb; hlt")
+    for _ in range(2):
+        vm.vcpus[0].run()
+        state = vm.snapshot()
+        for value in (7, 9):
+            vm.restore(state)
+            vm.vcpus[0].complete(value)
+    vm.vcpus[0].run()
+    assert vm.vcpus[0].regs.rax & 255 == 9 and vm.read(DATA, 1) == b"\x09"
+
+
+def test_that_a_read_from_a_hole_in_a_later_iteration_is_asked_for_once_when_a_snapshot_comes_between(guest: Any) -> None:
+    hole, at = 0x7_0000_0000, 0x6000_0000
+    vm = guest(f"mov rsi, {at}; mov rdi, {DATA}; mov ecx, 4; rep movsb; hlt")
+    vm.machine.space.map(at, hole)
+    for i in range(4):
+        assert vm.vcpus[0].run().gpa == hole + i
+        vm.vcpus[0].complete(i + 1)
+        if i == 2:
+            vm.restore(vm.snapshot())
+    assert vm.vcpus[0].run().end == "halted" and vm.read(DATA, 4) == bytes([1, 2, 3, 4])
+
+
+def test_that_the_rest_of_an_access_in_parts_comes_behind_a_restore_too(kvm: Path) -> None:
+    vm = bare("mov rdi, 0x60000ffc; mov qword ptr [rdi], 1; hlt", backend="kvm")
+    vm.machine.space.map(0x6000_0000, 0x7_0000_0000, 2)
+    assert vm.vcpus[0].run().gpa == 0x7_0000_0FFC
+    vm.restore(vm.snapshot())
+    assert vm.vcpus[0].run().gpa == 0x7_0000_1000 and vm.vcpus[0].run().end == "halted"
+    vm.close()

@@ -35,8 +35,7 @@ class Shield:
         self._pipe: tuple[int, int] | None = None
         self._old_fd = -1
         self._lock = threading.Lock()
-        self._call = 0  # which native call is on; 0 between calls
-        self._calls = 0
+        self._call = self._calls = 0  # which native call is on, 0 between calls; how many there were
 
     def enter(self, stop: Callable[[], object]) -> None:
         """Begin a run; `stop()` is called from any thread to end it, and more than once if need be."""

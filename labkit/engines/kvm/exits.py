@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["HANDLERS", "on_io"]
 
 UNION = STRUCTS["kvm_run"].padding.offset
-RIP = GPR["rip"]
+RIP, RCX = GPR["rip"], GPR["rcx"]
 
 
 def _member(vcpu: KvmVcpu, name: str) -> Any:
@@ -60,10 +60,11 @@ def _on_mmio(vcpu: KvmVcpu) -> Exit | None:
         vcpu.u8[at:at + size] = vcpu.replay.pop(0)[1].to_bytes(size, "little")
         return None
     vcpu.replay.clear()
-    if vcpu.gprs[RIP] != vcpu.read_at or any(gpa == read for read, _ in vcpu.answers):
+    place = vcpu.gprs[RIP], vcpu.gprs[RCX]  # an iteration of a REP instruction
+    if place != vcpu.read_at or any(gpa == read for read, _ in vcpu.answers):
         vcpu.answers.clear()
     vcpu.u8[at:at + 8] = bytes(8)
-    vcpu.pending, vcpu.awaits, vcpu.read_at = "read", (at, size), vcpu.gprs[RIP]
+    vcpu.pending, vcpu.awaits, vcpu.read_at = "read", (at, size), place
     return MmioExit(gpa, size, False, 0)
 
 

@@ -32,7 +32,8 @@ def save(vcpu: KvmVcpu) -> bytes:
         at, size = vcpu.awaits
         replay = [*vcpu.answers, (vcpu.u64[at // 8 - 1], int.from_bytes(vcpu.u8[at:at + size], "little"))]
     facts = {"insns": vcpu.insns, "exact": vcpu.exact, "msrs": {str(k): v for k, v in vcpu.msrs.items()}, "replay": replay, "size": size,
-             "queue": [(type(exit).__name__, repr((*vars(exit).values(),))) for exit in vcpu.queue]}
+             "queue": [(type(exit).__name__, repr((*vars(exit).values(),))) for exit in vcpu.queue],
+             "awaits": None if vcpu.pending else vcpu.awaits, "wrote": vcpu.wrote}
     text = json.dumps(facts).encode()
     parts = [bytes(vcpu.gprs)]
     for name in _PARTS:
@@ -58,6 +59,7 @@ def restore(vcpu: KvmVcpu, state: bytes) -> None:
     vcpu.msrs = {int(k): v for k, v in facts["msrs"].items()}
     vcpu.replay, vcpu.replay_size = [(gpa, value) for gpa, value in facts["replay"]], facts["size"]
     vcpu.queue[:] = (getattr(base, name)(*literal_eval(values)) for name, values in facts["queue"])
+    vcpu.awaits, vcpu.wrote = facts["awaits"], facts["wrote"]
     vcpu.gprs[:] = memoryview(state[at:at + 8 * len(GPR)]).cast("Q")
     vcpu.run_page.kvm_dirty_regs |= 1
     vcpu.regs.kept.clear()

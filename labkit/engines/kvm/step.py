@@ -221,8 +221,7 @@ class Stepper:
     def once(self, kind: Kind) -> Iterator[None]:
         """Around one iteration of a REP instruction (SDM vol. 2B REP): it is told that it is the last, then stands where one leads."""
         vcpu, gprs, mask = self.vcpu, self.vcpu.gprs, kind.mask
-        start, left = gprs[RIP], gprs[RCX] & mask
-        gprs[RCX] = 1
+        start, left, gprs[RCX] = gprs[RIP], gprs[RCX] & mask, 1
         vcpu.run_page.kvm_dirty_regs |= SYNC_REGS
         yield
         if gprs[RCX] & mask == 0:

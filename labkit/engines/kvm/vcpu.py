@@ -60,7 +60,7 @@ class KvmVcpu:
         self.answers: list[tuple[int, int]] = []  # (gpa, value) of the reads that the present instruction has had
         self.replay: list[tuple[int, int]] = []  # the same, for an instruction that a restored state begins again
         self.replay_size = 0  # bytes of the last of them
-        self.read_at = self.wrote_at = -1  # RIP at the last access to a hole
+        self.read_at, self.wrote_at = (-1, 0), -1  # RIP at the last access to a hole, for a read with RCX
         self.breakpoints: frozenset[int] = frozenset()
         self._until, self.pausing = float("inf"), False
         self._setup()
@@ -72,8 +72,7 @@ class KvmVcpu:
         regs = struct("kvm_regs")
         call(self.fd, "KVM_GET_REGS", regs)
         self.gprs[RIP], self.gprs[GPR["rflags"]] = regs.rip, regs.rflags  # the others are 0, RDX too, which says who made the CPU
-        self.run_page.kvm_dirty_regs = CONSTANTS["KVM_SYNC_X86_REGS"]
-        self.run_page.kvm_valid_regs = CONSTANTS["KVM_SYNC_X86_REGS"]
+        self.run_page.kvm_dirty_regs = self.run_page.kvm_valid_regs = CONSTANTS["KVM_SYNC_X86_REGS"]
         self.cpuid_given = dict(self.vm.cpu.cpuid)
         self.started = False
 
@@ -326,8 +325,7 @@ class KvmVcpu:
 
     def _finish(self) -> None:
         while self.pending and self.pending != "read":
-            self.pending = ""
-            self.u8[1] = 1
+            self.pending, self.u8[1] = "", 1
             reason = self._enter()
             self.u8[1] = 0
             if reason not in (INTR, DEBUG) and (exit := self._meet(reason)) is not None:
