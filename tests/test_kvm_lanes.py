@@ -91,3 +91,20 @@ def test_that_a_vcpu_with_such_an_exit_gives_it_to_whoever_runs_it(program: lk.P
         numbers = [uc.args[1] for uc in vm._events if getattr(uc, "cmd", "") == "SYNC"]  # type: ignore[union-attr]
         assert said and sorted(numbers) == [*range(5), *range(100, 105)]
         assert all([n for n in numbers if n // 100 == vcpu] == [vcpu * 100 + n for n in range(5)] for vcpu in range(2))
+
+
+FORKED = """
+import os, signal
+with lk.Vm.create(lk.Program.load(sys.argv[1]), backend="kvm", privilege="kernel") as vm:
+    vm.run()  # so that somebody ticks in this process
+if not (child := os.fork()):
+    signal.alarm(10)
+    vm = lk.Vm.create(lk.Program.load(sys.argv[2]), backend="kvm", privilege="kernel")
+    vm.machine.engine.deadline = 0.2
+    os._exit(0 if vm.run().end == "deadline" else 1)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_that_a_run_has_its_deadline_in_a_process_that_was_forked_from_one_with_runs() -> None:
+    assert run(FORKED, *(str(GUESTS / name) for name in ("hello.elf", "bad.elf"))) == "0\n"

@@ -47,15 +47,15 @@ class Ticker:
 
     def __init__(self) -> None:
         self.vcpus: WeakSet[Kicked] = WeakSet()
-        self.alive = False
+        self.alive = 0  # the process in which the thread is: a fork leaves it behind
         self._lock = threading.Lock()
 
     def start(self) -> None:
         """Begin to tick, unless somebody did already."""
         with self._lock:
-            if not self.alive:
+            if self.alive != os.getpid():
                 _ready()
-                self.alive = True
+                self.alive = os.getpid()
                 threading.Thread(target=self._tick, name="labkit-kvm-ticker", daemon=True).start()
 
     def _tick(self) -> None:
@@ -65,10 +65,10 @@ class Ticker:
             seen = self._look(seen)
             idle = 0 if seen else idle + 1
             if idle > IDLE or not len(self.vcpus):
-                self.alive = False
+                self.alive = 0
                 if not any(vcpu.entered for vcpu in list(self.vcpus)):
                     return
-                self.alive, idle = True, 0
+                self.alive, idle = os.getpid(), 0
 
     def _look(self, seen: set[int]) -> set[int]:
         """Kick the stays that were on a tick ago, return those that are on now; no vCPU is held on to between ticks."""

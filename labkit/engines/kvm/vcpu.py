@@ -249,7 +249,7 @@ class KvmVcpu:
         if self.regs.kept:
             self.regs.kept.clear()
         self.entered = next(_SERIAL)
-        if not TICKER.alive:
+        if TICKER.alive != os.getpid():
             TICKER.start()
         try:
             enter(self.fd, RUN, 0)
