@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,17 @@ print(os.waitpid(child, 0)[1])
 
 def test_that_a_run_has_its_deadline_in_a_process_that_was_forked_from_one_with_runs() -> None:
     assert run(FORKED, *(str(GUESTS / name) for name in ("hello.elf", "bad.elf"))) == "0\n"
+
+
+def test_that_a_vm_is_not_closed_under_a_run_on_another_thread(program: lk.Program) -> None:
+    with lk.Vm.create(program, "guest_works", backend="kvm", privilege="kernel") as vm:
+        vm.machine.engine.deadline, refused = 0.6, list[str]()  # type: ignore[attr-defined]
+
+        def close() -> None:
+            with pytest.raises(lk.InvalidState) as err:
+                vm.close()
+            refused.append(str(err.value))
+
+        vm.run()
+        threading.Timer(0.2, close).start()
+        assert vm.run().end == "deadline" and "another thread" in refused[0]  # type: ignore[union-attr]

@@ -25,7 +25,6 @@ class _Lane:
 
     def __init__(self, vcpu: KvmVcpu, post: Callable[[int, Came], None]) -> None:
         self.vcpu, self.post = vcpu, post
-        self.home = vcpu.owner, vcpu.tid
         self._go, self._parked = threading.Semaphore(0), threading.Event()
         self._end = self.running = False
         self.thread = threading.Thread(target=self._loop, name=f"labkit-vcpu-{vcpu.index}", daemon=True)
@@ -63,7 +62,7 @@ class _Lane:
                 came: Came = vcpu.run_here(None)
             except BaseException as err:
                 came = err
-            vcpu.owner, vcpu.tid = self.home
+            vcpu.owner, vcpu.tid = vcpu.home
             if not (vcpu.pausing and isinstance(came, InterruptExit)):
                 self.post(vcpu.index, came)
             self.running = False
@@ -121,7 +120,7 @@ class Lanes:
     def pause(self, vcpu: KvmVcpu) -> None:
         """Bring one vCPU out of the guest because its owner wants to touch it; any other thread is refused."""
         lane = self.lanes.get(vcpu.index)
-        if lane is None or threading.get_ident() != lane.home[0]:
+        if lane is None or threading.get_ident() != vcpu.home[0]:
             raise InvalidState(f"vCPU {vcpu.index} belongs to thread {vcpu.owner:#x}, which alone may touch it; this is thread "
                                f"{threading.get_ident():#x}: make the VM where it is used, or hand over what you need as data")
         with self.vm.shield.held():
@@ -130,11 +129,10 @@ class Lanes:
     def end(self) -> None:
         """Stop all; what came in and was not taken is taken by the next run."""
         with self.vm.shield.held():
-            lanes = list(self.lanes.values())
-            for lane in lanes:
+            for lane in self.lanes.values():
                 lane.vcpu.pausing = lane.running
                 if lane.running:
                     lane.vcpu.kick()
-            for lane in lanes:
+            for lane in self.lanes.values():
                 lane.end()
             self.lanes.clear()

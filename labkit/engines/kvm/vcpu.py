@@ -42,8 +42,8 @@ class KvmVcpu:
 
     def __init__(self, vm: KvmVm, index: int, trace: Trace) -> None:
         self.vm, self.index, self.trace = vm, index, trace
-        self.insns, self.exact, self.locked_at = 0, True, -1
-        self.owner, self.tid, self.entered = threading.get_ident(), threading.get_native_id(), 0
+        self.insns, self.exact, self.locked_at, self.entered = 0, True, -1, 0
+        self.home = self.owner, self.tid = threading.get_ident(), threading.get_native_id()
         self.fd = enter(vm.fd, IOCTLS["KVM_CREATE_VCPU"], index)
         self.page = mmap.mmap(self.fd, vm.run_size)
         self.run_page: Any = STRUCTS["kvm_run"].from_buffer(self.page)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Sequence
 
 from labkit.arch.x86_cpu import CpuModel
@@ -143,7 +144,9 @@ class KvmVm:
         """The host wrote guest memory: nothing to forget, KVM's guests see the very pages."""
 
     def close(self) -> None:
-        """Release every vCPU and the VM; a second call does nothing."""
+        """Release every vCPU and the VM; a second call does nothing. Raises InvalidState while another thread runs it."""
+        if any(vcpu.entered and vcpu.home[0] != threading.get_ident() for vcpu in self.vcpus):
+            raise InvalidState("this VM runs on another thread, which alone may close it: give it a shorter deadline, or wait for it")
         with self.shield.held():
             self.pause()
             for vcpu in self.vcpus:
