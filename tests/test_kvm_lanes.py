@@ -123,3 +123,28 @@ def test_that_a_vm_is_not_closed_under_a_run_on_another_thread(program: lk.Progr
         vm.run()
         threading.Timer(0.2, close).start()
         assert vm.run().end == "deadline" and "another thread" in refused[0]  # type: ignore[union-attr]
+
+
+FULL = """
+import os, resource
+program = lk.Program.load(sys.argv[1])
+lk.Vm.create(program, backend="kvm").close()
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+taken = []
+for free in range(3):
+    try:
+        while True:
+            taken.append(os.dup(0))
+    except OSError:
+        for _ in range(free):
+            os.close(taken.pop())
+    try:
+        lk.Vm.create(program, backend="kvm")
+    except lk.NotAvailable as err:
+        print(err)
+"""
+
+
+def test_that_a_process_without_file_descriptors_is_told_so() -> None:
+    said = run(FULL, str(GUESTS / "hello.elf")).splitlines()
+    assert said and all("Too many open files" in line and "group" not in line for line in said) and "no vCPU" in said[-1]

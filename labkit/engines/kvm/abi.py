@@ -102,8 +102,7 @@ IOCTLS = {
     "KVM_ENABLE_CAP": _number(0xA3, _W, "kvm_enable_cap"), "KVM_SET_TSC_KHZ": _number(0xA2), "KVM_GET_TSC_KHZ": _number(0xA3),
     "KVM_GET_XSAVE": _number(0xA4, _R, "kvm_xsave"), "KVM_SET_XSAVE": _number(0xA5, _W, "kvm_xsave"),
     "KVM_GET_XCRS": _number(0xA6, _R, "kvm_xcrs"), "KVM_SET_XCRS": _number(0xA7, _W, "kvm_xcrs"),
-    "KVM_SET_DEVICE_ATTR": _number(0xE1, _W, "kvm_device_attr"),
-    "KVM_GET_DEVICE_ATTR": _number(0xE2, _W, "kvm_device_attr"),
+    "KVM_SET_DEVICE_ATTR": _number(0xE1, _W, "kvm_device_attr"), "KVM_GET_DEVICE_ATTR": _number(0xE2, _W, "kvm_device_attr"),
 }
 EXITS = {
     "KVM_EXIT_UNKNOWN": 0, "KVM_EXIT_IO": 2, "KVM_EXIT_DEBUG": 4, "KVM_EXIT_HLT": 5, "KVM_EXIT_MMIO": 6, "KVM_EXIT_SHUTDOWN": 8,
@@ -117,8 +116,7 @@ CAPS = {
 }
 CONSTANTS = {
     "KVM_API_VERSION": 12, "KVM_MEM_LOG_DIRTY_PAGES": 1, "KVM_SYNC_X86_REGS": 1, "KVM_SYNC_X86_SREGS": 2,
-    "KVM_CPUID_FLAG_SIGNIFCANT_INDEX": 1,
-    "KVM_GUESTDBG_ENABLE": 1, "KVM_GUESTDBG_SINGLESTEP": 2, "KVM_GUESTDBG_USE_HW_BP": 0x20000,
+    "KVM_CPUID_FLAG_SIGNIFCANT_INDEX": 1, "KVM_GUESTDBG_ENABLE": 1, "KVM_GUESTDBG_SINGLESTEP": 2, "KVM_GUESTDBG_USE_HW_BP": 0x20000,
     "KVM_MSR_EXIT_REASON_INVAL": 1, "KVM_MSR_EXIT_REASON_UNKNOWN": 2, "KVM_INTERNAL_ERROR_EMULATION": 1,
     "KVM_VCPU_TSC_CTRL": 0, "KVM_VCPU_TSC_OFFSET": 0,
 }

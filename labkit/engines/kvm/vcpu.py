@@ -128,8 +128,7 @@ class KvmVcpu:
 
     def hva(self, gva: int) -> int:
         """The host address behind a gva as the CPU itself would find it; 0 where nothing is."""
-        gpa = self.gpa(gva)
-        return self.vm.hva(gpa) if gpa is not None else 0
+        return self.vm.hva(gpa) if (gpa := self.gpa(gva)) is not None else 0
 
     def gpa(self, gva: int) -> int | None:
         """The gpa behind a gva, None where nothing is mapped; not from KVM_TRANSLATE, which leaves accessed bits in the guest's tables."""

@@ -89,7 +89,10 @@ class KvmVm:
         """Make one vCPU in its reset state."""
         if self.fd < 0:
             raise InvalidState("this VM is closed")
-        self.vcpus.append(KvmVcpu(self, index, trace))
+        try:
+            self.vcpus.append(KvmVcpu(self, index, trace))
+        except OSError as err:
+            raise NotAvailable(f"{DEVICE} makes no vCPU {index}: {err.strerror}") from err
         return self.vcpus[-1]
 
     def pages_written(self) -> list[int]:
@@ -170,8 +173,8 @@ def _open() -> int:
         raise NotAvailable(f"there is no {DEVICE}: load kvm_intel, kvm_amd or kvm_pvm, or give the container the device "
                            f"(--device {DEVICE}); the default engine needs none of this", backend="kvm") from None
     except OSError as err:
-        raise NotAvailable(f"{DEVICE}: {err.strerror}: add yourself to the group kvm (usermod -aG kvm USER), log in again",
-                           backend="kvm") from err
+        advice = ": add yourself to the group kvm (usermod -aG kvm USER), log in again" * isinstance(err, PermissionError)
+        raise NotAvailable(f"{DEVICE}: {err.strerror}{advice}", backend="kvm") from err
     if device_lacks := _lacking(device):
         os.close(device)
         raise NotAvailable(f"{DEVICE} {device_lacks}: labkit needs KVM's API version {CONSTANTS['KVM_API_VERSION']} with "
