@@ -91,16 +91,8 @@ class SbiExit(Exit):
     function: int
     args: tuple[int, ...]
     end = "sbi"
-
-    @property
-    def number(self) -> int:  # type: ignore[override]
-        """The extension, with the function above its 64 bits."""
-        return self.function << 64 | self.extension
-
-    @property
-    def hva(self) -> int:  # type: ignore[override]
-        """The first argument."""
-        return self.args[0]
+    number = property(lambda self: self.function << 64 | self.extension)  # the function above the extension's 64 bits
+    hva = property(lambda self: self.args[0])
 
 
 @dataclass(frozen=True)
