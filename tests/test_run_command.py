@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -130,3 +131,11 @@ def test_that_an_encrypted_guest_takes_a_policy_and_a_place_for_its_bit_and_a_pl
     assert status == 0 and lines[-1]["end"] == "done"
     status, lines, said = run(source, "--c-bit", 47, "--json")
     assert status != 0 and not any("cmd" in line for line in lines) and "c_bit=47: only an encrypted guest has that" in said + str(lines)
+
+
+def test_that_a_terminal_without_the_letters_of_a_guest_is_shown_what_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "guest.c"
+    path.write_text('#include "labkit.h"\nvoid guest_code(void) { GUEST_PRINTF("caf\\xc3\\xa9\\n"); GUEST_DONE(); }\n')
+    command = [sys.executable, "-m", "labkit.cli", "run", str(path)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and b"caf\\xe9" in done.stdout and not done.stderr

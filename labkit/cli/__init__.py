@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; a LabError is one line on stderr (with --json one object), status 1."""
     args = parser().parse_args(argv)
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # a guest may print what the terminal's encoding lacks
     try:
         status = int(args.run(args))
         sys.stdout.flush()
