@@ -137,5 +137,6 @@ def test_that_a_terminal_without_the_letters_of_a_guest_is_shown_what_they_are(t
     path = tmp_path / "guest.c"
     path.write_text('#include "labkit.h"\nvoid guest_code(void) { GUEST_PRINTF("caf\\xc3\\xa9\\n"); GUEST_DONE(); }\n')
     command = [sys.executable, "-m", "labkit.cli", "run", str(path)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, env=env)
     assert done.returncode == 0 and b"caf\\xe9" in done.stdout and not done.stderr
