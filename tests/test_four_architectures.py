@@ -412,3 +412,6 @@ def test_that_arm64_says_which_half_its_table_maps():
     vm = lk.Vm.create_barebones("arm64")
     with pytest.raises(InvalidState, match="not canonical in arm64/P40V48_4K, whose table maps the lower half"):
         vm.machine.space.map(0xFFFF_8000_0000_0000, 0x4000)
+    vm = lk.Vm.create_barebones("s390x")  # which has no halves: it maps all of 64 bits
+    with pytest.raises(InvalidState, match=r"is not canonical in s390/\S+$"):
+        vm.machine.space.map((1 << 63) - 4096, 0x4000, 2)

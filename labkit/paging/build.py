@@ -88,7 +88,7 @@ class PageTableBuilder:
             raise InvalidState(f"gva {gva:#x} is not aligned to the page size {page_size:#x}", gva=gva)
         last = gva + size - 1
         if not (self.mode.canonical(gva) and self.mode.canonical(last) and (gva ^ last) >> (self.mode.va_bits - 1) == 0):
-            lower = "" if self.mode.signed else ", whose table maps the lower half of the address space only"
+            lower = "" if self.mode.signed or self.mode.canonical(gva) else ", whose table maps the lower half of the address space only"
             raise InvalidState(f"gva {gva:#x}..{last:#x} is not canonical in {self.mode.name}{lower}", gva=gva)
 
     def _spans(self, level: Level, gva: int, nr_pages: int) -> Iterator[tuple[int, int]]:
