@@ -30,6 +30,7 @@ test: setup-dev
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: setup-dev
+	@$(BIN)/python -m ruff format --check .
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m mypy
 

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 __all__ = [
-    "BudgetExceeded", "CompileError", "ElfError", "GuestAssertFailed", "GuestCrashed", "InvalidState", "KvmError",
-    "LabError", "MemoryFault", "NotAvailable", "OutOfMemory", "PageFault", "PspError", "SymbolNotFound",
+    "BudgetExceeded",
+    "CompileError",
+    "ElfError",
+    "GuestAssertFailed",
+    "GuestCrashed",
+    "InvalidState",
+    "KvmError",
+    "LabError",
+    "MemoryFault",
+    "NotAvailable",
+    "OutOfMemory",
+    "PageFault",
+    "PspError",
+    "SymbolNotFound",
 ]
 
 

@@ -13,24 +13,30 @@ from labkit.bits import align_up
 from labkit.engines import Capability, open_engine
 from labkit.engines.base import Exit
 from labkit.errors import InvalidState, NotAvailable
-from labkit.explore.controller import VmController
-from labkit.explore.encryption import EncryptionMap
-from labkit.explore.events import Event, events_frame
-from labkit.explore.explain import explain
-from labkit.explore.eyes import PageEyes
-from labkit.explore.inspect import MemoryMap, VmSnapshot
-from labkit.explore.launch import LaunchProgress
-from labkit.explore.look import label_gva, look_at_memory
-from labkit.explore.overview import gpa_of, look_at_encryption, look_at_launch, look_at_vm, look_through_both
-from labkit.explore.running import collect, run_on, stream
-from labkit.explore.state import VmState, fork, put_state, take_state
-from labkit.explore.vcpu import Vcpu
 from labkit.guest.globals import GlobalVar, HostGlobals, write_guest_global
-from labkit.guest.loader import DEFAULT_MEMORY, kernel_globals, load_program, memory_for, program_string
+from labkit.guest.loader import (
+    DEFAULT_MEMORY,
+    kernel_globals,
+    load_program,
+    memory_for,
+    program_string,
+)
+from labkit.hosts.buttons import VmController
+from labkit.look.encryption import EncryptionMap
+from labkit.look.eyes import PageEyes
+from labkit.look.launch import LaunchProgress
+from labkit.look.snapshots import MemoryMap, VmSnapshot
+from labkit.look.vcpu import label_gva, look_at_memory
+from labkit.look.vm import gpa_of, look_at_encryption, look_at_launch, look_at_vm, look_through_both
 from labkit.machine.memory import PAGE, Memory
 from labkit.machine.schedule import Schedule
 from labkit.machine.vm import MAX_VCPUS, Machine
 from labkit.paging.scan import PageTable, scan
+from labkit.session.events import Event, events_frame
+from labkit.session.explain import explain
+from labkit.session.running import collect, run_on, stream
+from labkit.session.state import VmState, fork, put_state, take_state
+from labkit.session.vcpu import Vcpu
 from labkit.sev import protection
 from labkit.sev.guest import ProtectedGuest
 from labkit.shown import draw_with
@@ -53,16 +59,32 @@ __all__ = ["Vcpu", "Vm", "VmState"]
 class Vm:
     """One virtual machine; `Vm.create` makes one with a program, page tables, a ucall pool and vCPUs."""
 
-    def __init__(self, machine: Machine, program: Program | None, backend: str, name: str, schedule: str | None, cpu: CpuModel) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        program: Program | None,
+        backend: str,
+        name: str,
+        schedule: str | None,
+        cpu: CpuModel,
+    ) -> None:
         self.machine, self.program, self.backend, self.name = machine, program, backend, name
-        self.arch, self.memory, self.cpu, self.door = machine.arch, machine.memory, cpu, UcallDoor(machine.arch.ucall)
+        self.arch, self.memory, self.cpu, self.door = (
+            machine.arch,
+            machine.memory,
+            cpu,
+            UcallDoor(machine.arch.ucall),
+        )
         self.schedule = Schedule.named(schedule or machine.usual_schedule)
         self.vcpus: list[Vcpu] = []
         self.protect: str | None = None
         self.guest: ProtectedGuest | None = None  # its encryption
         self._ucalls: Pool | StackUcalls | None = None  # who reads what guests hand over
         self._events, self._observers = list[Event | Ucall](), list[Callable[[], None]]()
-        self._host, self._string = HostGlobals(program) if program else None, partial(program_string, program)
+        self._host, self._string = (
+            HostGlobals(program) if program else None,
+            partial(program_string, program),
+        )
         self._seen_pool: PoolSnapshot | None = None
         self._seen_eyes: dict[int, PageEyes] = {}
         self._hub: Hub | None = None
@@ -70,11 +92,24 @@ class Vm:
     # --- making VMs
 
     @classmethod
-    def create(cls, program: Program, entry: str | int = "guest_code", nr_vcpus: int = 1, backend: str = "unicorn",
-               protect: str | None = None, ucall: str | None = "pool", memory: int | None = None,
-               schedule: str | None = None, name: str | None = None, cpu: CpuModel | None = None,
-               privilege: str | None = None, policy: int | None = None, launch: bool = True, paging: str = "",
-               c_bit: int | None = None) -> Vm:
+    def create(
+        cls,
+        program: Program,
+        entry: str | int = "guest_code",
+        nr_vcpus: int = 1,
+        backend: str = "unicorn",
+        protect: str | None = None,
+        ucall: str | None = "pool",
+        memory: int | None = None,
+        schedule: str | None = None,
+        name: str | None = None,
+        cpu: CpuModel | None = None,
+        privilege: str | None = None,
+        policy: int | None = None,
+        launch: bool = True,
+        paging: str = "",
+        c_bit: int | None = None,
+    ) -> Vm:
         """A VM that is ready to run `entry`, a function or a gva, on every vCPU (vm_create_with_vcpus); memory in bytes, paging by name.
 
         privilege: "kernel" (CPL0) or "user" (CPL3); without it, as the engine's capability "user_by_default" says.
@@ -85,13 +120,29 @@ class Vm:
         Raises NotAvailable for a backend or a protection this labkit or machine lacks, SymbolNotFound, InvalidState.
         """
         if ucall not in (*DESIGNS, None):
-            raise NotAvailable(f"ucall={ucall!r}: there are {', '.join(DESIGNS)}, or None for a VM without ucalls", ucall=ucall)
+            raise NotAvailable(
+                f"ucall={ucall!r}: there are {', '.join(DESIGNS)}, or None for a VM without ucalls",
+                ucall=ucall,
+            )
         if not 1 <= nr_vcpus <= MAX_VCPUS:
-            raise InvalidState(f"a VM needs at least one vCPU and has at most {MAX_VCPUS}, not {nr_vcpus}")
+            raise InvalidState(
+                f"a VM needs at least one vCPU and has at most {MAX_VCPUS}, not {nr_vcpus}"
+            )
         start = entry if isinstance(entry, int) else program.symbol(entry).gva
         size = memory_for(program, nr_vcpus, HEADER_SIZE) if memory is None else memory
         guest = protection(protect, policy, c_bit, launch)
-        vm = cls._bare(program.arch, backend, [(0, size)], program, name or program.name, schedule, cpu, privilege, guest, paging)
+        vm = cls._bare(
+            program.arch,
+            backend,
+            [(0, size)],
+            program,
+            name or program.name,
+            schedule,
+            cpu,
+            privilege,
+            guest,
+            paging,
+        )
         load_program(program, vm.machine.space)
         vm.machine.boot()
         kernel_globals(program, vm.machine, vm.cpu)
@@ -105,19 +156,39 @@ class Vm:
         return vm
 
     @classmethod
-    def create_barebones(cls, arch: str = "x86_64", backend: str = "unicorn", memory: int = DEFAULT_MEMORY) -> Vm:
+    def create_barebones(
+        cls, arch: str = "x86_64", backend: str = "unicorn", memory: int = DEFAULT_MEMORY
+    ) -> Vm:
         """A VM with memory and nothing else (vm_create_barebones): no program, no tables, no pool."""
         return cls._bare(arch, backend, [(0, memory)], None, "barebones", None, None, "kernel")
 
     @classmethod
-    def _bare(cls, arch: str, backend: str, slots: list[tuple[int, int]], program: Program | None, name: str, schedule: str | None,
-              cpu: CpuModel | None, privilege: str | None, protect: MakeGuest | None = None, paging: str = "") -> Vm:
+    def _bare(
+        cls,
+        arch: str,
+        backend: str,
+        slots: list[tuple[int, int]],
+        program: Program | None,
+        name: str,
+        schedule: str | None,
+        cpu: CpuModel | None,
+        privilege: str | None,
+        protect: MakeGuest | None = None,
+        paging: str = "",
+    ) -> Vm:
         cpu, memory = cpu.copy() if cpu else CpuModel(), Memory()
         for gpa, size in slots:
             memory.add(gpa, align_up(size, PAGE))
         guest = protect(memory, cpu) if protect is not None else None
         engine = open_engine(backend, arch, cpu)
-        vm = cls(Machine(find_arch(arch, paging), engine, memory, privilege, guest), program, backend, name, schedule, cpu)
+        vm = cls(
+            Machine(find_arch(arch, paging), engine, memory, privilege, guest),
+            program,
+            backend,
+            name,
+            schedule,
+            cpu,
+        )
         if guest is not None:
             vm.guest, vm.protect = guest, guest.kind
             guest.on_command.append(vm.changed)
@@ -259,8 +330,17 @@ class Vm:
     def install_exception_handler(self, vector: int, handler: str | int) -> None:
         """Let a guest function handle an exception (vm_install_exception_handler)."""
         if not 0 <= vector < self.arch.nr_vectors:
-            raise InvalidState(f"{self.arch.name} has no exception {vector}, only 0 to {self.arch.nr_vectors - 1}")
-        pointer = GlobalVar("a handler's address", self.machine.handlers_gva + 8 * vector, 8, True, False, self.arch.mode.byteorder)
+            raise InvalidState(
+                f"{self.arch.name} has no exception {vector}, only 0 to {self.arch.nr_vectors - 1}"
+            )
+        pointer = GlobalVar(
+            "a handler's address",
+            self.machine.handlers_gva + 8 * vector,
+            8,
+            True,
+            False,
+            self.arch.mode.byteorder,
+        )
         self.write(pointer.gva, pointer.encode(self.gva_of(handler)))
 
     def _need_program(self) -> Program:
@@ -376,8 +456,18 @@ class Vm:
         """An independent VM that goes on from here; its pool keeps the addresses that this one handed out."""
         slots = [(slot.gpa, slot.size) for slot in self.memory.slots]
         guest = protection(self.protect, None, self.guest.c_bit if self.guest else None)
-        twin = self._bare(self.arch.name, self.backend, slots, self.program, f"{self.name} (fork)", self.schedule.name, self.cpu,
-                          self.privilege, guest, self.arch.mode.name)
+        twin = self._bare(
+            self.arch.name,
+            self.backend,
+            slots,
+            self.program,
+            f"{self.name} (fork)",
+            self.schedule.name,
+            self.cpu,
+            self.privilege,
+            guest,
+            self.arch.mode.name,
+        )
         fork(self, twin)
         return twin
 
@@ -396,4 +486,6 @@ class Vm:
         return f"<Vm {self.name}: {self.arch.name} on {self.backend}, step {self.step}, {states}>"
 
 
-draw_with(lambda snapshot: import_module("labkit.views.dashboard").bundle(snapshot))  # which loads when first needed
+draw_with(
+    lambda snapshot: import_module("labkit.views.dashboard").bundle(snapshot)
+)  # which loads when first needed

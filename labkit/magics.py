@@ -17,7 +17,10 @@ from labkit.guest.program import Program
 __all__ = ["Needs", "guest", "load_ipython_extension"]
 
 HERE = Path(__file__).parent
-GUESTS = (HERE / "data" / "guests", HERE.parent / "data" / "guests")  # of an installed labkit, of a clone
+GUESTS = (
+    HERE / "data" / "guests",
+    HERE.parent / "data" / "guests",
+)  # of an installed labkit, of a clone
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,7 +40,9 @@ def _arguments(line: str) -> argparse.Namespace:
     except ValueError as error:  # an open quote
         raise InvalidState(f"%%guest: {error}") from error
     if not arguments.name.isidentifier() or keyword.iskeyword(arguments.name):
-        raise InvalidState(f"%%guest: {arguments.name!r} cannot be the name of a variable", name=arguments.name)
+        raise InvalidState(
+            f"%%guest: {arguments.name!r} cannot be the name of a variable", name=arguments.name
+        )
     return arguments
 
 
@@ -46,11 +51,19 @@ def guest(line: str, cell: str) -> tuple[str, Program]:
     arguments = _arguments(line)
     text = f"// %%guest {arguments.name}\n{cell}"
     try:
-        program = Program.compile(text, arguments.arch, arguments.compiler, arguments.opt, tuple(arguments.defines),
-                                  name=f"{arguments.name}.c")
+        program = Program.compile(
+            text,
+            arguments.arch,
+            arguments.compiler,
+            arguments.opt,
+            tuple(arguments.defines),
+            name=f"{arguments.name}.c",
+        )
     except NotAvailable:
         kept = _prebuilt(arguments.name, cell, tuple(arguments.defines))
-        if kept is None or arguments != _arguments(f"{arguments.name} {' '.join(f'-D{define}' for define in arguments.defines)}"):
+        if kept is None or arguments != _arguments(
+            f"{arguments.name} {' '.join(f'-D{define}' for define in arguments.defines)}"
+        ):
             raise
         program = kept
     return arguments.name, program
@@ -71,13 +84,15 @@ class Needs:
     """The first line `%%needs BACKEND`: where that engine can be had the cell is as any other, elsewhere it only says why not."""
 
     def __init__(self) -> None:
-        self.told: dict[str, list[str]] = {}  # reason -> the cell that says it in full; IPython asks more than once a run
+        self.told: dict[
+            str, list[str]
+        ] = {}  # reason -> the cell that says it in full; IPython asks more than once a run
 
     def __call__(self, lines: list[str]) -> list[str]:
         """A cell's lines as IPython shall run them."""
         if not lines or lines[0].split()[:1] != ["%%needs"]:
             return lines
-        why = _lacks(backend := lines[0][len("%%needs"):].strip())
+        why = _lacks(backend := lines[0][len("%%needs") :].strip())
         if not why:
             return [f"# {lines[0]}", *lines[1:]]
         in_full = self.told.setdefault(why, lines) == lines
@@ -101,7 +116,9 @@ def load_ipython_extension(ipython: Any) -> None:
         try:
             name, program = guest(line, cell)
         except LabError as error:
-            text = str(error)  # what the compiler said is the whole story; Python's own traceback would bury it
+            text = str(
+                error
+            )  # what the compiler said is the whole story; Python's own traceback would bury it
             error.__dict__["_render_traceback_"] = lambda *_: text.splitlines()
             raise
         if program.compiler_output:

@@ -7,7 +7,15 @@ from unicorn import UC_ARCH_X86, UC_HOOK_INSN, UC_MODE_64, Uc
 from unicorn import x86_const as x86
 
 from labkit.guest.program import Program
-from labkit.ucall.abi import GUEST_UCALL_FAILED, HEADER_SIZE, NR_SLOTS, UCALL, UCALL_PIO_PORT, UCALL_SIZE, decode_text
+from labkit.ucall.abi import (
+    GUEST_UCALL_FAILED,
+    HEADER_SIZE,
+    NR_SLOTS,
+    UCALL,
+    UCALL_PIO_PORT,
+    UCALL_SIZE,
+    decode_text,
+)
 
 STACK, POOL, HANDLERS = 0x10000000, 0x20000000, 0x30000000
 HVA = 0x7F0000000000
@@ -24,9 +32,15 @@ class BareGuest:
     def __init__(self, program: Program) -> None:
         self.program, self.uc, self.left = program, Uc(UC_ARCH_X86, UC_MODE_64), None
         for segment in program.segments:
-            self.uc.mem_map(segment.gva & ~0xFFF, (segment.gva & 0xFFF) + segment.memsz + 0xFFF & ~0xFFF)
+            self.uc.mem_map(
+                segment.gva & ~0xFFF, (segment.gva & 0xFFF) + segment.memsz + 0xFFF & ~0xFFF
+            )
             self.uc.mem_write(segment.gva, segment.data)
-        for base, size in ((STACK, 0x10000), (POOL, HEADER_SIZE + 0xFFF & ~0xFFF), (HANDLERS, 0x1000)):
+        for base, size in (
+            (STACK, 0x10000),
+            (POOL, HEADER_SIZE + 0xFFF & ~0xFFF),
+            (HANDLERS, 0x1000),
+        ):
             self.uc.mem_map(base, size)
         for slot in range(NR_SLOTS):
             self.write_u64(POOL + 64 + slot * UCALL_SIZE + 1088, HVA + slot)
@@ -64,7 +78,12 @@ class BareGuest:
             raise Exhausted
         slot = self.left - HVA
         raw = np.frombuffer(self.uc.mem_read(POOL + 64 + slot * UCALL_SIZE, UCALL_SIZE), UCALL)[0]
-        return int(raw["cmd"]), tuple(map(int, raw["args"])), decode_text(raw["buffer"].tobytes()), slot
+        return (
+            int(raw["cmd"]),
+            tuple(map(int, raw["args"])),
+            decode_text(raw["buffer"].tobytes()),
+            slot,
+        )
 
     def in_use(self) -> list[int]:
         bits = int.from_bytes(self.uc.mem_read(POOL, 64), "little")

@@ -20,7 +20,10 @@ REPO = Path(__file__).resolve().parents[1]
 BUILD_SELFTESTS = REPO / "tests" / "kernel" / "build.sh"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER_FLAGS = (
-    "--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-default-apps",
+    "--no-sandbox",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-default-apps",
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",  # a test that needs the outside fails
 )
 
@@ -45,7 +48,9 @@ def selftests() -> Path:
 
 
 def _built(*arguments: str) -> Path:
-    done = subprocess.run([BUILD_SELFTESTS, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(
+        [BUILD_SELFTESTS, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
     if done.returncode == 3:
         lacking(done.stderr.strip())
     if done.returncode:
@@ -77,12 +82,16 @@ class KernelHost:
         """A VM that will run one of a binary's guest functions; options are those of Vm.create."""
         import labkit as lk
 
-        path = next(path for path in (self.selftests / name, self.selftests / "x86_64" / name) if path.is_file())
+        path = next(
+            path
+            for path in (self.selftests / name, self.selftests / "x86_64" / name)
+            if path.is_file()
+        )
         return self.keep(lk.Vm.create(_program(path), entry, **options))
 
     def ready(self, name: str, entry: str = "guest_code", **options: Any) -> Any:
         """The same, after what labkit's own table of hosted guests does before it runs."""
-        from labkit.explore.selftests import HOSTED
+        from labkit.hosts.selftests import HOSTED
 
         [hosted] = [hosted for hosted in HOSTED if (hosted.binary, hosted.entry) == (name, entry)]
         vm = self(name, entry, **hosted.create, **options)
@@ -121,7 +130,12 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["unicorn", *(pytest.param(f"kvm {ring}", marks=pytest.mark.kvm) for ring in ("kernel", "user"))])
+@pytest.fixture(
+    params=[
+        "unicorn",
+        *(pytest.param(f"kvm {ring}", marks=pytest.mark.kvm) for ring in ("kernel", "user")),
+    ]
+)
 def engine(request: pytest.FixtureRequest) -> dict[str, str]:
     """Every engine in every ring in turn, as options of Vm.create."""
     backend, _, privilege = request.param.partition(" ")
@@ -146,7 +160,9 @@ def guest(backend: str) -> Iterator[Any]:
         vm.close()
 
 
-@pytest.fixture(scope="module")  # not longer: while it lives, Playwright's event loop is in the way of others
+@pytest.fixture(
+    scope="module"
+)  # not longer: while it lives, Playwright's event loop is in the way of others
 def browser() -> Iterator[Any]:
     """A headless Chromium (a Playwright Browser) that reaches 127.0.0.1 and nothing else."""
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -155,7 +171,9 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, headless=True, args=list(BROWSER_FLAGS))
+        chromium = playwright.chromium.launch(
+            executable_path=path, headless=True, args=list(BROWSER_FLAGS)
+        )
         yield chromium
         chromium.close()
 
@@ -174,7 +192,12 @@ def page(browser: Any) -> Iterator[Any]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by the fixtures they use, so that `-m "not browser"` needs no care."""
-    marks = {"selftests": pytest.mark.kernel, "kvm": pytest.mark.kvm, "browser": pytest.mark.browser, "page": pytest.mark.browser}
+    marks = {
+        "selftests": pytest.mark.kernel,
+        "kvm": pytest.mark.kvm,
+        "browser": pytest.mark.browser,
+        "page": pytest.mark.browser,
+    }
     for item in items:
         for fixture in getattr(item, "fixturenames", ()):
             if fixture in marks:

@@ -13,11 +13,28 @@ from elftools.elf.elffile import ELFFile
 import labkit as lk
 from labkit.guest.compile import find_compiler
 
-CODE, DATA, HANDLERS, STACKS, TABLES = 0x1000_0000, 0x2000_0000, 0x3000_0000, 0x4000_0000, 0x5000_0000
+CODE, DATA, HANDLERS, STACKS, TABLES = (
+    0x1000_0000,
+    0x2000_0000,
+    0x3000_0000,
+    0x4000_0000,
+    0x5000_0000,
+)
 PAGES = 4  # of code, of data, and of each of the three stacks
-KERNEL_CS, KERNEL_SS, USER_CS, USER_SS = 0x08, 0x10, 0x33, 0x2B  # the user's selectors are Linux's own
-MORE_SEGMENTS = (0x00CFF3000000FFFF, 0x00AFFB000000FFFF, 0x00CFF3000000FFFF & ~(1 << 47))  # 0x28 data, 0x30 code, 0x38 not present
-STACK_TOP, RING0_TOP, IST_TOP = (STACKS + 0x10000 * i + PAGES * 4096 for i in range(3))  # IST_TOP is IST 1's
+KERNEL_CS, KERNEL_SS, USER_CS, USER_SS = (
+    0x08,
+    0x10,
+    0x33,
+    0x2B,
+)  # the user's selectors are Linux's own
+MORE_SEGMENTS = (
+    0x00CFF3000000FFFF,
+    0x00AFFB000000FFFF,
+    0x00CFF3000000FFFF & ~(1 << 47),
+)  # 0x28 data, 0x30 code, 0x38 not present
+STACK_TOP, RING0_TOP, IST_TOP = (
+    STACKS + 0x10000 * i + PAGES * 4096 for i in range(3)
+)  # IST_TOP is IST 1's
 
 
 @cache
@@ -28,7 +45,9 @@ def asm(text: str) -> bytes:
         source.write_text(f".intel_syntax noprefix\n{text}\n")
         compiler = find_compiler()
         target = ("-target", "x86_64-freestanding") if compiler.family == "zig" else ()
-        done = subprocess.run([*compiler.command, *target, "-c", source, "-o", output], capture_output=True, text=True)
+        done = subprocess.run(
+            [*compiler.command, *target, "-c", source, "-o", output], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return ELFFile(io.BytesIO(output.read_bytes())).get_section_by_name(".text").data()
 
@@ -39,16 +58,31 @@ def asm_all(*texts: str) -> list[bytes]:
     return asm(f"\n.byte {','.join(map(hex, mark))}\n".join(texts)).split(mark)
 
 
-def bare(code: str | bytes, *, user: bool = False, nr_vcpus: int = 1, handler: str | bytes = b"\xf4", **kw: object) -> lk.Vm:
+def bare(
+    code: str | bytes,
+    *,
+    user: bool = False,
+    nr_vcpus: int = 1,
+    handler: str | bytes = b"\xf4",
+    **kw: object,
+) -> lk.Vm:
     """A VM at CODE: `user` starts in ring 3; exception v enters `handler`, of at most 16 bytes, at HANDLERS + 16 * v."""
     vm = lk.Vm.create_barebones(**kw)
     vm.machine.boot()
     space = vm.machine.space
-    for gva, nr_pages, rights in ((CODE, PAGES, True), (DATA, PAGES, True), (HANDLERS, 1, False), (STACKS, PAGES, True),
-                                  (STACKS + 0x10000, PAGES, False), (STACKS + 0x20000, PAGES, False)):
+    for gva, nr_pages, rights in (
+        (CODE, PAGES, True),
+        (DATA, PAGES, True),
+        (HANDLERS, 1, False),
+        (STACKS, PAGES, True),
+        (STACKS + 0x10000, PAGES, False),
+        (STACKS + 0x20000, PAGES, False),
+    ):
         space.map(gva, space.alloc_pages(nr_pages, "test"), nr_pages, user=rights)
     space.write(CODE, asm(code) if isinstance(code, str) else code)
-    space.write(HANDLERS, (asm(handler) if isinstance(handler, str) else handler).ljust(16, b"\xcc") * 256)
+    space.write(
+        HANDLERS, (asm(handler) if isinstance(handler, str) else handler).ljust(16, b"\xcc") * 256
+    )
     vm.machine.install_handlers([HANDLERS + 16 * vector for vector in range(256)])
     for index, segment in enumerate(MORE_SEGMENTS):
         space.write(vm.machine.tables_gva + 0x28 + 8 * index, segment.to_bytes(8, "little"))
@@ -62,28 +96,61 @@ def bare(code: str | bytes, *, user: bool = False, nr_vcpus: int = 1, handler: s
 
 def start(vcpu: lk.Vcpu, user: bool = False) -> None:
     """Registers that both rings share: flags, stack, data pointers; then the ring."""
-    vcpu._cpu.set_regs({"rsp": STACK_TOP - 256, "rsi": DATA, "rdi": DATA + 0x100, "rflags": 0x202, "gdt_limit": 0x3F})
+    vcpu._cpu.set_regs(
+        {
+            "rsp": STACK_TOP - 256,
+            "rsi": DATA,
+            "rdi": DATA + 0x100,
+            "rflags": 0x202,
+            "gdt_limit": 0x3F,
+        }
+    )
     if user:
         vcpu._cpu.set_regs({"cs": USER_CS, "ss": USER_SS})
 
 
-def set_gate(vm: lk.Vm, vector: int, gva: int | None = None, *, kind: int = 0x8E, ist: int = 0, selector: int = KERNEL_CS) -> None:
+def set_gate(
+    vm: lk.Vm,
+    vector: int,
+    gva: int | None = None,
+    *,
+    kind: int = 0x8E,
+    ist: int = 0,
+    selector: int = KERNEL_CS,
+) -> None:
     """Rewrite one IDT entry: `kind` is the access byte (0xEE: callable from ring 3; 0x8F: a trap gate; 0x0E: not present)."""
     gva = HANDLERS + 16 * vector if gva is None else gva
-    gate = (gva & 0xFFFF, 2), (selector, 2), (ist, 1), (kind, 1), (gva >> 16 & 0xFFFF, 2), (gva >> 32, 8)
-    vm.write(vm.machine.idt_gva + 16 * vector, b"".join(value.to_bytes(size, "little") for value, size in gate))
+    gate = (
+        (gva & 0xFFFF, 2),
+        (selector, 2),
+        (ist, 1),
+        (kind, 1),
+        (gva >> 16 & 0xFFFF, 2),
+        (gva >> 32, 8),
+    )
+    vm.write(
+        vm.machine.idt_gva + 16 * vector,
+        b"".join(value.to_bytes(size, "little") for value, size in gate),
+    )
 
 
 def frame(vcpu: lk.Vcpu, error: bool = False) -> dict[str, int]:
     """What an exception pushed: rip, cs, rflags, rsp, ss, and the error code when there is one."""
     names = (("error",) if error else ()) + ("rip", "cs", "rflags", "rsp", "ss")
     raw = vcpu.read(vcpu.regs.rsp, 8 * len(names))
-    return {name: int.from_bytes(raw[8 * i:8 * i + 8], "little") for i, name in enumerate(names)}
+    return {name: int.from_bytes(raw[8 * i : 8 * i + 8], "little") for i, name in enumerate(names)}
 
 
 def lacks(vm: lk.Vm, name: str) -> str:
     """Why a VM's engine declares that it cannot do this, "" when it can."""
-    return next((capability.why for capability in vm.capabilities if capability.name == name and not capability.have), "")
+    return next(
+        (
+            capability.why
+            for capability in vm.capabilities
+            if capability.name == name and not capability.have
+        ),
+        "",
+    )
 
 
 def go(vcpu: lk.Vcpu, most: int = 100) -> object:

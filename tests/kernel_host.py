@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from labkit.explore.hosting import clear_cpuid, hole, value_at
+from labkit.hosts.hosting import clear_cpuid, hole, value_at
 from labkit.ucall.pool import Ucall
 
 __all__ = ["BUDGET", "MASK64", "clear_cpuid", "hole", "run", "synced", "value_at"]

@@ -9,8 +9,35 @@ import subprocess
 import sys
 
 PTRACE_SINGLESTEP, PTRACE_GETREGS, PTRACE_SETREGS = 9, 12, 13
-NAMES = ("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi", "orig_rax", "rip", "cs",
-         "rflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs")  # struct user_regs_struct
+NAMES = (
+    "r15",
+    "r14",
+    "r13",
+    "r12",
+    "rbp",
+    "rbx",
+    "r11",
+    "r10",
+    "r9",
+    "r8",
+    "rax",
+    "rcx",
+    "rdx",
+    "rsi",
+    "rdi",
+    "orig_rax",
+    "rip",
+    "cs",
+    "rflags",
+    "rsp",
+    "ss",
+    "fs_base",
+    "gs_base",
+    "ds",
+    "es",
+    "fs",
+    "gs",
+)  # struct user_regs_struct
 GPRS = tuple(name for name in NAMES if name[0] == "r")
 CHILD = """
 import ctypes, os, signal, sys
@@ -61,7 +88,9 @@ class Native:
         self._ptrace(PTRACE_SINGLESTEP)
         stopped = os.WSTOPSIG(os.waitpid(self.child.pid, 0)[1])
         rip, rsp = self.regs()["rip"], self.regs()["rsp"]
-        if rsp < before["rsp"] and self.read(rip - 1, 1) == b"\x9c":  # PUSHF shows the trap flag that the step itself needs
+        if (
+            rsp < before["rsp"] and self.read(rip - 1, 1) == b"\x9c"
+        ):  # PUSHF shows the trap flag that the step itself needs
             os.pwrite(self.memory, bytes([self.read(rsp + 1, 1)[0] & ~1]), rsp + 1)
         return 0 if stopped == signal.SIGTRAP else stopped
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from labkit.errors import PspError
-from labkit.explore.arrivals import arrived
 from labkit.machine.memory import Memory
+from labkit.session.arrivals import arrived
 from labkit.sev import transport
 from labkit.sev.commands import GuestState
 from labkit.sev.ghcb import GHCB
@@ -51,8 +51,13 @@ def in_state(psp: Psp, state: GuestState, policy: int = Policy.ES, asid: int = 0
     if state is GuestState.RECEIVE_UPDATE:
         return receiving(psp, policy, asid)
     handle = start(psp, policy, asid)
-    steps = {"LAUNCH_UPDATE_DATA": {"spa": SPA, "size": 4096}, "LAUNCH_MEASURE": {"size": 48}, "LAUNCH_FINISH": {},
-             "SEND_START": {"pdh": psp.pdh}, "SEND_FINISH": {}}
+    steps = {
+        "LAUNCH_UPDATE_DATA": {"spa": SPA, "size": 4096},
+        "LAUNCH_MEASURE": {"size": 48},
+        "LAUNCH_FINISH": {},
+        "SEND_START": {"pdh": psp.pdh},
+        "SEND_FINISH": {},
+    }
     for name, fields in steps.items():
         if psp.guests[handle].state is state and name != "LAUNCH_UPDATE_DATA":
             break
@@ -71,7 +76,9 @@ def good_fields(psp: Psp, name: str, handle: int) -> dict[str, Any]:
         header, data = transport.wrap(keys, kind, PLAIN[:64], bytes(16), measure)
         return {"handle": handle, "spa": SPA, "header": header, "data": data}
     return {"handle": handle} | {
-        "LAUNCH_MEASURE": {"size": 48}, "SEND_START": {"pdh": psp.pdh}, "ACTIVATE": {"asid": 2},
+        "LAUNCH_MEASURE": {"size": 48},
+        "SEND_START": {"pdh": psp.pdh},
+        "ACTIVATE": {"asid": 2},
         "DBG_ENCRYPT": {"spa": SPA, "data": PLAIN[:32]},
     }.get(name, {"spa": SPA, "size": 4096} if "UPDATE" in name or name == "DBG_DECRYPT" else {})
 
@@ -88,7 +95,10 @@ def status_of(psp: Psp, name: str, **fields: Any) -> int:
 
 def ghcb_page(code: int, info_1: int = 0, info_2: int = 0, **regs: int) -> bytes:
     """A GHCB page with one request, every field of it marked valid."""
-    page, fields = bytearray(4096), {"sw_exit_code": code, "sw_exit_info_1": info_1, "sw_exit_info_2": info_2, **regs}
+    page, fields = (
+        bytearray(4096),
+        {"sw_exit_code": code, "sw_exit_info_1": info_1, "sw_exit_info_2": info_2, **regs},
+    )
     for name, value in fields.items():
         GHCB.put(page, name, value)
     GHCB.put(page, "valid_bitmap", sum(1 << GHCB.fields[name][0] // 8 for name in fields))

@@ -22,11 +22,11 @@ class Memory:
 
     def read(self, gpa, n):
         self.check(gpa, n)
-        return bytes(memoryview(self.data)[gpa:gpa + n])
+        return bytes(memoryview(self.data)[gpa : gpa + n])
 
     def write(self, gpa, data):
         self.check(gpa, len(data))
-        self.data[gpa:gpa + len(data)] = data
+        self.data[gpa : gpa + len(data)] = data
 
     def check(self, gpa, n):
         if gpa < 0 or gpa + n > len(self.data):
@@ -50,14 +50,35 @@ def chain(memory, *entries, gva=0):
 
 
 hostile_index = st.sampled_from([0, 1, 2, 255, 256, 257, 511])
-TARGETS = [0x1000, 0x2000, 0x3000, 0x4000, 0x5000, 0x10000, 0x200000, 0x40000000, 0x7ff000, 1 << 39, 0xfffff << 32]
+TARGETS = [
+    0x1000,
+    0x2000,
+    0x3000,
+    0x4000,
+    0x5000,
+    0x10000,
+    0x200000,
+    0x40000000,
+    0x7FF000,
+    1 << 39,
+    0xFFFFF << 32,
+]
 FLAGS = [P, P | W, P | W | U, P | U | A | D, P | W | U | A | NX, 0, W]
 ODD = [0, 0, 0, 0, PS, PS | 1 << 12, PS | 1 << 13, 1 << 11, 1 << 51]
-table_entry = st.builds(lambda target, flags: target | flags, st.sampled_from(TARGETS[:5]), st.sampled_from(FLAGS[:5]))
-huge_entry = st.builds(lambda target, flags: target | flags | PS, st.sampled_from([0, 1 << 12, 1 << 21, 1 << 30]),
-                       st.sampled_from(FLAGS[:5]))
-odd_entry = st.builds(lambda target, flags, odd: target | flags | odd, *map(st.sampled_from, (TARGETS, FLAGS, ODD)))
-hostile_table = st.dictionaries(hostile_index, table_entry | huge_entry | odd_entry, min_size=1, max_size=4)
+table_entry = st.builds(
+    lambda target, flags: target | flags, st.sampled_from(TARGETS[:5]), st.sampled_from(FLAGS[:5])
+)
+huge_entry = st.builds(
+    lambda target, flags: target | flags | PS,
+    st.sampled_from([0, 1 << 12, 1 << 21, 1 << 30]),
+    st.sampled_from(FLAGS[:5]),
+)
+odd_entry = st.builds(
+    lambda target, flags, odd: target | flags | odd, *map(st.sampled_from, (TARGETS, FLAGS, ODD))
+)
+hostile_table = st.dictionaries(
+    hostile_index, table_entry | huge_entry | odd_entry, min_size=1, max_size=4
+)
 hostile_tables = st.fixed_dictionaries(dict.fromkeys(TARGETS[:5], hostile_table))
 
 
@@ -91,11 +112,19 @@ def brute_force(memory, root=ROOT, levels=4, c_bit=None, maxphyaddr=52):
                 bad.append(here)
             elif level > 1 and not entry & PS:
                 visit(entry & address, level - 1, here, *rights)
-            elif level > 3 or (level > 1 and entry & address & ((1 << (12 + 9 * (level - 1))) - 0x2000)):
+            elif level > 3 or (
+                level > 1 and entry & address & ((1 << (12 + 9 * (level - 1))) - 0x2000)
+            ):
                 bad.append(here)
             else:
                 size = 1 << (12 + 9 * (level - 1))
-                leaves[here] = (entry & address & -size, size, *rights, bool(entry & A), bool(entry & D))
+                leaves[here] = (
+                    entry & address & -size,
+                    size,
+                    *rights,
+                    bool(entry & A),
+                    bool(entry & D),
+                )
 
     visit(root, levels, 0, True, True, False)
     return leaves, bad

@@ -11,7 +11,10 @@ from labkit.bits import align_down, align_up, bit, genmask, is_aligned
 sizes = st.integers(0, 40).map(bit)
 
 
-@pytest.mark.parametrize(("hi", "lo", "mask"), [(0, 0, 1), (7, 4, 0xf0), (51, 12, 0xffffffffff000), (63, 0, (1 << 64) - 1)])
+@pytest.mark.parametrize(
+    ("hi", "lo", "mask"),
+    [(0, 0, 1), (7, 4, 0xF0), (51, 12, 0xFFFFFFFFFF000), (63, 0, (1 << 64) - 1)],
+)
 def test_that_genmask_sets_the_bits_from_hi_to_lo(hi, lo, mask):
     assert genmask(hi, lo) == mask == sum(bit(n) for n in range(lo, hi + 1))
 
@@ -25,5 +28,10 @@ def test_that_genmask_refuses_a_range_that_is_none(hi, lo):
 @given(st.integers(0, 1 << 64), sizes)
 def test_that_alignment_finds_the_nearest_multiples(value, size):
     down, up = align_down(value, size), align_up(value, size)
-    assert down % size == up % size == 0 and down <= value <= up and value - down < size and up - value < size
+    assert (
+        down % size == up % size == 0
+        and down <= value <= up
+        and value - down < size
+        and up - value < size
+    )
     assert is_aligned(value, size) == (value % size == 0) == (down == up)

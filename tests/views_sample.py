@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from labkit.arch.x86 import X86_PXXV48_4K
-from labkit.explore.inspect import (
+from labkit.look.snapshots import (
     EventMark,
     Insn,
     MemoryMap,
@@ -36,36 +36,115 @@ SOURCE = """static struct ucall *ucall_alloc(void)
     ucall_exit(UCALL_FAILED);
     return NULL;
 }""".splitlines()
-CODE = [("40125c", "1c", "mov", "rdx, [rip + 0x3f5d]", "ucall_pool"), ("401263", "23", "test", "rdx, rdx", ""),
-        ("401266", "26", "je", "0x4012b8", "to line 40"), ("401268", "28", "xor", "eax, eax", ""), ("40126a", "2a", "nop", "", ""),
-        ("40126c", "2c", "lock bts", "[rdx], rax", "bit 1 of in_use is 0"), ("401271", "31", "jb", "0x4012ae", "not taken: CF will be 0"),
-        ("401273", "33", "imul", "rcx, rax, 0x448", "sizeof ucall"), ("40127a", "3a", "lea", "rbx, [rdx + rcx + 0x40]", "&ucalls[i]"),
-        ("40127f", "3f", "lea", "rdi, [rbx + 8]", "uc->args"), ("401283", "43", "xor", "esi, esi", ""),
-        ("401285", "45", "mov", "edx, 0x38", "")]
-REGS = [("rip", 0x40126c, "ucall_alloc+0x2c"), ("rax", 1, "was 0; the bit to try"), ("rbx", 0, ""), ("rcx", 1, "nr_args"),
-        ("rdx", POOL_GVA, "ucall_pool, shared"), ("rsi", 0x408e10, '"hello"'), ("rdi", 1, "UCALL_SYNC"), ("rbp", 0, ""),
-        ("rsp", 0x41fee8, "stack of vCPU 1"), ("r8", 0x80, ""), ("r9", 0, ""), ("r10", 0, ""), ("r11", 0x246, ""), ("r12", 0, ""),
-        ("r13", 0, ""), ("r14", 0, ""), ("r15", 0, ""), ("rflags", 0x202, "IF; CF cleared"), ("cr3", 0x180000, "PML4")]
-STACK = [(0x41fee8, 0x401341, "ret to ucall+0x41"), (0x41fef0, 1, "saved rbx"), (0x41fef8, 0x40d018, "uc"),
-         (0x41ff00, 0x401018, "ret to guest_code+0x88"), (0x41ff08, 1, "vcpu index"), (0x41ff10, 0, "")]
-EVENTS = [(62, 0, "S"), (128, 1, "S"), (190, 2, "P"), (252, 3, "P"), (330, 0, "P"), (402, 1, "S"), (468, 2, "S"), (530, 3, "P"),
-          (606, 0, "S"),
-          (668, 1, "P"), (742, 2, "S"), (804, 3, "P"), (872, 0, "S"), (930, 1, "S"), (1010, 3, "D"), (1104, 2, "P"), (1206, 0, "P")]
+CODE = [
+    ("40125c", "1c", "mov", "rdx, [rip + 0x3f5d]", "ucall_pool"),
+    ("401263", "23", "test", "rdx, rdx", ""),
+    ("401266", "26", "je", "0x4012b8", "to line 40"),
+    ("401268", "28", "xor", "eax, eax", ""),
+    ("40126a", "2a", "nop", "", ""),
+    ("40126c", "2c", "lock bts", "[rdx], rax", "bit 1 of in_use is 0"),
+    ("401271", "31", "jb", "0x4012ae", "not taken: CF will be 0"),
+    ("401273", "33", "imul", "rcx, rax, 0x448", "sizeof ucall"),
+    ("40127a", "3a", "lea", "rbx, [rdx + rcx + 0x40]", "&ucalls[i]"),
+    ("40127f", "3f", "lea", "rdi, [rbx + 8]", "uc->args"),
+    ("401283", "43", "xor", "esi, esi", ""),
+    ("401285", "45", "mov", "edx, 0x38", ""),
+]
+REGS = [
+    ("rip", 0x40126C, "ucall_alloc+0x2c"),
+    ("rax", 1, "was 0; the bit to try"),
+    ("rbx", 0, ""),
+    ("rcx", 1, "nr_args"),
+    ("rdx", POOL_GVA, "ucall_pool, shared"),
+    ("rsi", 0x408E10, '"hello"'),
+    ("rdi", 1, "UCALL_SYNC"),
+    ("rbp", 0, ""),
+    ("rsp", 0x41FEE8, "stack of vCPU 1"),
+    ("r8", 0x80, ""),
+    ("r9", 0, ""),
+    ("r10", 0, ""),
+    ("r11", 0x246, ""),
+    ("r12", 0, ""),
+    ("r13", 0, ""),
+    ("r14", 0, ""),
+    ("r15", 0, ""),
+    ("rflags", 0x202, "IF; CF cleared"),
+    ("cr3", 0x180000, "PML4"),
+]
+STACK = [
+    (0x41FEE8, 0x401341, "ret to ucall+0x41"),
+    (0x41FEF0, 1, "saved rbx"),
+    (0x41FEF8, 0x40D018, "uc"),
+    (0x41FF00, 0x401018, "ret to guest_code+0x88"),
+    (0x41FF08, 1, "vcpu index"),
+    (0x41FF10, 0, ""),
+]
+EVENTS = [
+    (62, 0, "S"),
+    (128, 1, "S"),
+    (190, 2, "P"),
+    (252, 3, "P"),
+    (330, 0, "P"),
+    (402, 1, "S"),
+    (468, 2, "S"),
+    (530, 3, "P"),
+    (606, 0, "S"),
+    (668, 1, "P"),
+    (742, 2, "S"),
+    (804, 3, "P"),
+    (872, 0, "S"),
+    (930, 1, "S"),
+    (1010, 3, "D"),
+    (1104, 2, "P"),
+    (1206, 0, "P"),
+]
 
 
-def pool(nr_slots: int = 512, text: str = "vCPU 2: 128 pages touched\n", **changes: object) -> PoolSnapshot:
+def pool(
+    nr_slots: int = 512, text: str = "vCPU 2: 128 pages touched\n", **changes: object
+) -> PoolSnapshot:
     """Slots 0 and 2 held, 3 to 5 leaked by vCPU 3, 6 its DONE; 0 and 1 changed."""
-    held = [_slot(0, "held", 0, 1182, "SYNC", (7,)), _slot(2, "held", 2, 1080, "PRINTF", (), text),
-            *(_slot(i, "leaked", 3, 228 + i * 90, "PRINTF", (), "hello\n") for i in (3, 4, 5)), _slot(6, "done", 3, 986, "DONE", ())]
-    in_use, owner, since = np.zeros(nr_slots, bool), np.full(nr_slots, -1, np.int16), np.full(nr_slots, -1, np.int64)
-    done, leaked, changed, uses = (np.zeros(nr_slots, kind) for kind in (bool, bool, bool, np.int32))
+    held = [
+        _slot(0, "held", 0, 1182, "SYNC", (7,)),
+        _slot(2, "held", 2, 1080, "PRINTF", (), text),
+        *(_slot(i, "leaked", 3, 228 + i * 90, "PRINTF", (), "hello\n") for i in (3, 4, 5)),
+        _slot(6, "done", 3, 986, "DONE", ()),
+    ]
+    in_use, owner, since = (
+        np.zeros(nr_slots, bool),
+        np.full(nr_slots, -1, np.int16),
+        np.full(nr_slots, -1, np.int64),
+    )
+    done, leaked, changed, uses = (
+        np.zeros(nr_slots, kind) for kind in (bool, bool, bool, np.int32)
+    )
     for slot in held:
         in_use[slot.index], owner[slot.index], since[slot.index] = True, slot.vcpu, slot.since
         done[slot.index], leaked[slot.index] = slot.state == "done", slot.state == "leaked"
     uses[:7], changed[:2] = (6, 5, 4, 1, 1, 1, 1), True
-    nr_pages, known = -(-(OFFSET + nr_slots * SIZE) // 4096), (*held, _slot(1, "free", None, None, "NONE", ()))
-    made = PoolSnapshot(1277, nr_slots, POOL_GVA, POOL_GPA, SIZE, OFFSET, nr_pages, in_use, owner, since, done, leaked, changed, 1180, uses,
-                        known, next_slot=1)
+    nr_pages, known = (
+        -(-(OFFSET + nr_slots * SIZE) // 4096),
+        (*held, _slot(1, "free", None, None, "NONE", ())),
+    )
+    made = PoolSnapshot(
+        1277,
+        nr_slots,
+        POOL_GVA,
+        POOL_GPA,
+        SIZE,
+        OFFSET,
+        nr_pages,
+        in_use,
+        owner,
+        since,
+        done,
+        leaked,
+        changed,
+        1180,
+        uses,
+        known,
+        next_slot=1,
+    )
     return replace(made, **changes)
 
 
@@ -76,9 +155,29 @@ def earlier() -> PoolSnapshot:
     return pool(step=1180, in_use=in_use)
 
 
-def _slot(i: int, state: str, vcpu: int | None, since: int | None, cmd: str, args: tuple[int, ...], text: str | None = None) -> Slot:
+def _slot(
+    i: int,
+    state: str,
+    vcpu: int | None,
+    since: int | None,
+    cmd: str,
+    args: tuple[int, ...],
+    text: str | None = None,
+) -> Slot:
     at = OFFSET + i * SIZE
-    return Slot(i, state, vcpu, since, cmd, (args + (0,) * 7)[:7], text, POOL_GVA + at, POOL_GPA + at, 0x7f3a5c000000 + POOL_GPA + at, True)
+    return Slot(
+        i,
+        state,
+        vcpu,
+        since,
+        cmd,
+        (args + (0,) * 7)[:7],
+        text,
+        POOL_GVA + at,
+        POOL_GPA + at,
+        0x7F3A5C000000 + POOL_GPA + at,
+        True,
+    )
 
 
 def page_table(c_bit: int | None = None, late: bool = False, inverted: bool = False) -> PageTable:
@@ -88,70 +187,138 @@ def page_table(c_bit: int | None = None, late: bool = False, inverted: bool = Fa
     mode = X86_PXXV48_4K if c_bit is None else X86_PXXV48_4K.with_c_bit(c_bit, inverted)
 
     def read(gpa: int, n: int) -> bytes:
-        return bytes(memory[gpa:gpa + n])
+        return bytes(memory[gpa : gpa + n])
 
     def write(gpa: int, data: bytes) -> None:
-        memory[gpa:gpa + len(data)] = data
+        memory[gpa : gpa + len(data)] = data
 
     build = PageTableBuilder(read, write, lambda _size: next(tables), mode)
     secret, shared = ({} if c_bit is None else {"c": on} for on in (True, False))
     build.map(0x400000, 0x10000, 8, writable=False, **secret)
     build.map(0x408000, 0x18000, 6, nx=True, **secret)
-    build.map(0x41c000, 0x20000, 20, nx=True, **secret)
+    build.map(0x41C000, 0x20000, 20, nx=True, **secret)
     build.map(POOL_GVA, POOL_GPA, 138, nx=True, **shared)
     build.map(0x9040696000, 0x100000, 4, nx=True, **shared)
-    build.map(0x90406a0000, 0xd0000, 48, nx=True, **secret)
+    build.map(0x90406A0000, 0xD0000, 48, nx=True, **secret)
     if late:
-        build.map(0x90406d0000, 0x104000, 2, nx=True, **shared)
+        build.map(0x90406D0000, 0x104000, 2, nx=True, **shared)
         build.unmap(0x9040697000)
-        build.protect(0x90406a4000, writable=False, **shared)
+        build.protect(0x90406A4000, writable=False, **shared)
     return scan(read, mode, build.root_gpa, step=1277 if late else 1180, label=_label)
 
 
 def _label(gva: int) -> str:
-    spans = ((0x400000, 0x408000, "code"), (0x408000, 0x40e000, "data, bss"), (0x41c000, 0x430000, "stacks of 4 vCPUs"),
-             (POOL_GVA, POOL_GVA + 138 * 4096, "ucall pool"), (0x9040696000, 0x904069a000, "mailbox"),
-             (0x90406a0000, 0x90406d0000, "test_mem"))
+    spans = (
+        (0x400000, 0x408000, "code"),
+        (0x408000, 0x40E000, "data, bss"),
+        (0x41C000, 0x430000, "stacks of 4 vCPUs"),
+        (POOL_GVA, POOL_GVA + 138 * 4096, "ucall pool"),
+        (0x9040696000, 0x904069A000, "mailbox"),
+        (0x90406A0000, 0x90406D0000, "test_mem"),
+    )
     return next((name for low, high, name in spans if low <= gva < high), "")
 
 
 def memory(protected: bool = False) -> MemoryMap:
     """2 MiB in one memslot."""
-    parts = ((0x10, 8, "code"), (0x18, 6, "data"), (0x20, 20, "stacks"), (0x40, 138, "ucall pool"), (0xd0, 48, "test_mem"),
-             (0x100, 4, "mailbox"), (0x180, 8, "page tables"))
-    return MemoryMap(((0, 0x200000),), tuple(
-        MemoryRange(gfn * 4096, nr, kind, protected and kind not in ("ucall pool", "mailbox")) for gfn, nr, kind in parts), 1277)
+    parts = (
+        (0x10, 8, "code"),
+        (0x18, 6, "data"),
+        (0x20, 20, "stacks"),
+        (0x40, 138, "ucall pool"),
+        (0xD0, 48, "test_mem"),
+        (0x100, 4, "mailbox"),
+        (0x180, 8, "page tables"),
+    )
+    return MemoryMap(
+        ((0, 0x200000),),
+        tuple(
+            MemoryRange(gfn * 4096, nr, kind, protected and kind not in ("ucall pool", "mailbox"))
+            for gfn, nr, kind in parts
+        ),
+        1277,
+    )
 
 
 def vcpu(index: int = 1, state: str = "running", late: bool = True) -> VcpuSnapshot:
     """At the locked instruction of ucall_alloc; one step earlier rax and rflags were different."""
-    insns = tuple(Insn(int(gva, 16), int(offset, 16), b"", mnemonic, ops, comment, gva == "40126c", False)
-                  for gva, offset, mnemonic, ops, comment in CODE)
-    then = {} if late else {"rax": 0, "rflags": 0x203, "rip": 0x40126a}
-    regs = tuple(RegisterRow(name, then.get(name, value), note, name in ("rax", "rflags"),
-                             value if value > 0x1000 and name != "cr3" else None) for name, value, note in REGS)
+    insns = tuple(
+        Insn(int(gva, 16), int(offset, 16), b"", mnemonic, ops, comment, gva == "40126c", False)
+        for gva, offset, mnemonic, ops, comment in CODE
+    )
+    then = {} if late else {"rax": 0, "rflags": 0x203, "rip": 0x40126A}
+    regs = tuple(
+        RegisterRow(
+            name,
+            then.get(name, value),
+            note,
+            name in ("rax", "rflags"),
+            value if value > 0x1000 and name != "cr3" else None,
+        )
+        for name, value, note in REGS
+    )
     return VcpuSnapshot(
-        index, 1277 if late else 1276, state, "ring 0, long mode", 0x40126c, "ucall_alloc+0x2c", "ucall_alloc", "ucall.c", 34,
-        tuple(enumerate(SOURCE, 31)), frozenset({38}),
-        insns, regs, tuple(StackRow(*row) for row in STACK), (Touch("reads", POOL_GVA, POOL_GPA, 8, 0x7d, None, "in_use[0]"),
-                                                              Touch("writes", POOL_GVA, POOL_GPA, 8, 0x7d, 0x7f, "in_use[0]")),
-        "Bit 1 of in_use is clear: slot 1 will be its own.")
+        index,
+        1277 if late else 1276,
+        state,
+        "ring 0, long mode",
+        0x40126C,
+        "ucall_alloc+0x2c",
+        "ucall_alloc",
+        "ucall.c",
+        34,
+        tuple(enumerate(SOURCE, 31)),
+        frozenset({38}),
+        insns,
+        regs,
+        tuple(StackRow(*row) for row in STACK),
+        (
+            Touch("reads", POOL_GVA, POOL_GPA, 8, 0x7D, None, "in_use[0]"),
+            Touch("writes", POOL_GVA, POOL_GPA, 8, 0x7D, 0x7F, "in_use[0]"),
+        ),
+        "Bit 1 of in_use is clear: slot 1 will be its own.",
+    )
 
 
 def selection() -> Selection:
     """Slot 2."""
     at = OFFSET + 2 * SIZE
-    return Selection("slot", "vCPU 2, PRINTF", POOL_GVA + at, POOL_GPA + at, 0x7f3a5c000000 + POOL_GPA + at, SIZE,
-                     ("PML4[0x1]", "PDPT[0x41]", "PD[0x3]", "PT[0x2]"), 2)
+    return Selection(
+        "slot",
+        "vCPU 2, PRINTF",
+        POOL_GVA + at,
+        POOL_GPA + at,
+        0x7F3A5C000000 + POOL_GPA + at,
+        SIZE,
+        ("PML4[0x1]", "PDPT[0x41]", "PD[0x3]", "PT[0x2]"),
+        2,
+    )
 
 
 def vm(c_bit: int | None = None, late: bool = True, **changes: object) -> VmSnapshot:
     """The whole VM at step 1277."""
-    status = ("vCPU 1 is about to run lock bts [rdx], rax at ucall_alloc+0x2c, line 34. "
-              "Bit 1 of in_use is clear: slot 1 will be its own.")
+    status = (
+        "vCPU 1 is about to run lock bts [rdx], rax at ucall_alloc+0x2c, line 34. "
+        "Bit 1 of in_use is clear: slot 1 will be its own."
+    )
     made = VmSnapshot(
-        "alloc4", "x86_64", "unicorn", "no encryption" if c_bit is None else f"SEV, C-bit {c_bit}, running", "running", "round robin",
-        1277 if late else 1180, 1, tuple(vcpu(i, "done" if i == 3 else "running", late) for i in range(4)), pool() if late else earlier(),
-        page_table(c_bit, late), memory(c_bit is not None), selection(),
-        tuple(EventMark(step, cpu, kind, {"S": "SYNC", "P": "PRINTF", "D": "DONE"}[kind]) for step, cpu, kind in EVENTS), status)
+        "alloc4",
+        "x86_64",
+        "unicorn",
+        "no encryption" if c_bit is None else f"SEV, C-bit {c_bit}, running",
+        "running",
+        "round robin",
+        1277 if late else 1180,
+        1,
+        tuple(vcpu(i, "done" if i == 3 else "running", late) for i in range(4)),
+        pool() if late else earlier(),
+        page_table(c_bit, late),
+        memory(c_bit is not None),
+        selection(),
+        tuple(
+            EventMark(step, cpu, kind, {"S": "SYNC", "P": "PRINTF", "D": "DONE"}[kind])
+            for step, cpu, kind in EVENTS
+        ),
+        status,
+    )
     return replace(made, **changes)

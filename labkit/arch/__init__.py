@@ -19,4 +19,6 @@ def find_arch(name: str, paging: str | None = None) -> Arch:
     try:
         return ARCHES[name].with_paging(paging) if paging else ARCHES[name]
     except KeyError:
-        raise NotAvailable(f"no architecture {name!r} in this labkit, only {', '.join(ARCHES)}", arch=name) from None
+        raise NotAvailable(
+            f"no architecture {name!r} in this labkit, only {', '.join(ARCHES)}", arch=name
+        ) from None

@@ -11,7 +11,18 @@ from typing import Literal
 from labkit.bits import bit, genmask
 from labkit.errors import InvalidState
 
-__all__ = ["HUGE", "LAST", "NEVER", "NONE", "Field", "Leaf", "Level", "Match", "PagingMode", "short"]
+__all__ = [
+    "HUGE",
+    "LAST",
+    "NEVER",
+    "NONE",
+    "Field",
+    "Leaf",
+    "Level",
+    "Match",
+    "PagingMode",
+    "short",
+]
 
 
 class Leaf(Enum):
@@ -41,7 +52,11 @@ class Field:
         """The entry bits that hold value; raises InvalidState when it does not fit."""
         bits = value << self.shift if self.shift >= 0 else value >> -self.shift
         if bits & ~self.mask or self.get(bits) != value:
-            raise InvalidState(f"{value:#x} does not fit the entry bits {self.mask:#x}", value=value, mask=self.mask)
+            raise InvalidState(
+                f"{value:#x} does not fit the entry bits {self.mask:#x}",
+                value=value,
+                mask=self.mask,
+            )
         return bits
 
 
@@ -59,7 +74,9 @@ class Match:
         return entry & self.mask == self.value
 
 
-NEVER = Match(1, 0)  # of a present entry whose bit 0 says so; formats whose presence is another bit give their own
+NEVER = Match(
+    1, 0
+)  # of a present entry whose bit 0 says so; formats whose presence is another bit give their own
 
 
 @dataclass(frozen=True)
@@ -108,14 +125,18 @@ class PagingMode:
     present: Match
     pa: Field  # the frame, as a gpa
     flags: Mapping[str, int] = field(hash=False)  # name -> bit
-    table: Match = Match(0)  # a present entry above the last level points to a table (else: it is a leaf)
+    table: Match = Match(
+        0
+    )  # a present entry above the last level points to a table (else: it is a leaf)
     huge: int = 0  # bits to set in a huge leaf
     made: int = 0  # bits to set in every leaf that labkit makes
     pat_huge: int = 0  # frame bits that mean something else in a huge leaf
     inverted: int = 0  # flag bits that say yes when they are clear
     all_of: tuple[str, ...] = ()  # flags that every level must grant
     any_of: tuple[str, ...] = ()  # flags that one level suffices to set
-    denies: Mapping[str, int] | None = field(default=None, hash=False)  # flag -> bit by which a table takes it away; None: as a leaf
+    denies: Mapping[str, int] | None = field(
+        default=None, hash=False
+    )  # flag -> bit by which a table takes it away; None: as a leaf
     absent: tuple[str, ...] = ()  # flags that other formats have and that make no difference here
     reserved: int = 0  # bits that must be clear in every present entry
     table_reserved: int = 0  # and those in entries that point to tables
@@ -132,10 +153,19 @@ class PagingMode:
         Inverted, the bit says shared: as TDX's bit and AMD's vTOM, it is clear where a page is encrypted.
         """
         if self.c_bit is not None or not bit(n) & (self.pa.mask | self.reserved):
-            raise InvalidState(f"{self.name}: bit {n} cannot be the C-bit (frame bits {self.pa.mask:#x})", c_bit=n)
+            raise InvalidState(
+                f"{self.name}: bit {n} cannot be the C-bit (frame bits {self.pa.mask:#x})", c_bit=n
+            )
         name = f"{self.name} with {'shared bit' if inverted else 'C-bit'} {n}"
-        return replace(self, name=name, pa=Field(self.pa.mask & ~bit(n), self.pa.shift), flags={**self.flags, "c": bit(n)},
-                       reserved=self.reserved & ~bit(n), inverted=self.inverted | bit(n) * inverted, c_bit=n)
+        return replace(
+            self,
+            name=name,
+            pa=Field(self.pa.mask & ~bit(n), self.pa.shift),
+            flags={**self.flags, "c": bit(n)},
+            reserved=self.reserved & ~bit(n),
+            inverted=self.inverted | bit(n) * inverted,
+            c_bit=n,
+        )
 
     @property
     def c_name(self) -> str:
@@ -149,7 +179,9 @@ class PagingMode:
     def with_maxphyaddr(self, n: int) -> PagingMode:
         """The same format on a CPU with n physical address bits: frame bits from n up become reserved (SDM vol. 3A 4.1.4)."""
         above = self.pa.mask & ~self.pa.put(self.pa.get(self.pa.mask) & genmask(n - 1, 0))
-        return replace(self, pa=Field(self.pa.mask & ~above, self.pa.shift), reserved=self.reserved | above)
+        return replace(
+            self, pa=Field(self.pa.mask & ~above, self.pa.shift), reserved=self.reserved | above
+        )
 
     @property
     def page_sizes(self) -> tuple[int, ...]:
@@ -209,7 +241,12 @@ class PagingMode:
     def new_table(self, level: Level, gpa: int) -> int:
         """A permissive entry of this level that points to the table at gpa."""
         rights = tuple(name for name in self.all_of if self.denies is None)
-        bits = self.present_at(level).value | self.table_at(level).value | level.must.value | self.encode(dict.fromkeys(rights, True))[0]
+        bits = (
+            self.present_at(level).value
+            | self.table_at(level).value
+            | level.must.value
+            | self.encode(dict.fromkeys(rights, True))[0]
+        )
         return self.next_table(level).put(gpa) | bits
 
     def new_leaf(self, level: Level, flags: Mapping[str, bool]) -> int:
@@ -248,7 +285,9 @@ class PagingMode:
         flags = {name: on for name, on in flags.items() if name not in self.absent}
         for name in flags:
             if name not in self.flags:
-                raise InvalidState(f"{self.name} has no flag {name!r}, only {' '.join(self.flags)}", flag=name)
+                raise InvalidState(
+                    f"{self.name} has no flag {name!r}, only {' '.join(self.flags)}", flag=name
+                )
         yes = self._mask(tuple(name for name, on in flags.items() if on))
         mask = self._mask(tuple(flags))
         bits = yes ^ (self.inverted & mask)

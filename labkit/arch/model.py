@@ -49,7 +49,9 @@ class Reading:
     address: str
     loads: Mapping[str, int]
     stores: Mapping[str, int]
-    condition: Callable[[str, Sequence[str], Callable[[str], int]], bool | None]  # None: the instruction does not ask
+    condition: Callable[
+        [str, Sequence[str], Callable[[str], int]], bool | None
+    ]  # None: the instruction does not ask
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,20 @@ class Arch:
     stack_bias: int  # bytes below a 16-aligned top, as if a CALL had pushed a return address
     level: Callable[[Mapping[str, int]], str]  # registers -> "ring 0, long mode"
     reset: Callable[[BootTables], dict[str, int]]  # registers before the first instruction
-    tables: Callable[[int, int], bytes] | None = None  # the descriptor page, given its own gva; with a stack, for user guests
+    tables: Callable[[int, int], bytes] | None = (
+        None  # the descriptor page, given its own gva; with a stack, for user guests
+    )
     idt: Callable[[Sequence[int]], bytes] | None = None  # the exception table for these handlers
     reading: Reading | None = None
     tss_offset: int = 0  # of the task state inside the descriptor page
     cpu_id: str = ""  # register in which the selftests' guests look for the vCPU's index
-    globals: Mapping[str, str] = field(default_factory=dict)  # register -> symbol whose address it holds
+    globals: Mapping[str, str] = field(
+        default_factory=dict
+    )  # register -> symbol whose address it holds
     area: int = 0  # bytes of physical memory that each vCPU needs for itself
-    area_image: Callable[[BootTables], Mapping[int, bytes]] = field(default=lambda tables: {})  # offset in it -> contents
+    area_image: Callable[[BootTables], Mapping[int, bytes]] = field(
+        default=lambda tables: {}
+    )  # offset in it -> contents
 
     @property
     def mode(self) -> PagingMode:
@@ -92,5 +100,8 @@ class Arch:
         """The same architecture with another of its page-table formats; raises InvalidState, naming those there are."""
         found = next((mode for mode in self.modes if mode.name == name), None)
         if found is None:
-            raise InvalidState(f"{self.name} has no paging mode {name!r}, only {', '.join(mode.name for mode in self.modes)}", name=name)
+            raise InvalidState(
+                f"{self.name} has no paging mode {name!r}, only {', '.join(mode.name for mode in self.modes)}",
+                name=name,
+            )
         return replace(self, modes=(found, *(mode for mode in self.modes if mode is not found)))

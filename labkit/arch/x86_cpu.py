@@ -32,10 +32,14 @@ def _text(text: bytes) -> tuple[int, ...]:
 
 # fpu de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clfsh mmx fxsr sse sse2
 _EDX1 = _mask(0, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26)
-_ECX1 = _mask(0, 9, 13, 19, 20, 23, 26, 30, 31)  # sse3 ssse3 cx16 sse4.1 sse4.2 popcnt xsave rdrand hypervisor
+_ECX1 = _mask(
+    0, 9, 13, 19, 20, 23, 26, 30, 31
+)  # sse3 ssse3 cx16 sse4.1 sse4.2 popcnt xsave rdrand hypervisor
 _EBX7 = _mask(0, 7, 9, 18, 20)  # fsgsbase smep erms rdseed smap
 _EDX_EXT = _EDX1 & 0x0183F3FF | _mask(11, 20, 26, 27, 29)  # syscall nx pdpe1gb rdtscp lm
-_A, _B, _C = (_text(part) for part in (b"AuthenticAMD"[0:4], b"AuthenticAMD"[4:8], b"AuthenticAMD"[8:12]))
+_A, _B, _C = (
+    _text(part) for part in (b"AuthenticAMD"[0:4], b"AuthenticAMD"[4:8], b"AuthenticAMD"[8:12])
+)
 _BRAND = _text(b"labkit virtual CPU".ljust(48, b"\0"))
 _KVM = _text(b"KVMKVMKVM\0\0\0")
 
@@ -54,15 +58,29 @@ def _default_cpuid() -> dict[tuple[int, int], Quad]:
         (0x8000_0008, 0): (MAXPHYADDR | 48 << 8, 0, 0, 0),
     }
     for i in range(3):
-        table[0x8000_0002 + i, 0] = (_BRAND[4 * i], _BRAND[4 * i + 1], _BRAND[4 * i + 2], _BRAND[4 * i + 3])
+        table[0x8000_0002 + i, 0] = (
+            _BRAND[4 * i],
+            _BRAND[4 * i + 1],
+            _BRAND[4 * i + 2],
+            _BRAND[4 * i + 3],
+        )
     return table
 
 
 def _default_msrs() -> dict[int, int]:
     return {
-        APIC_BASE: 0xFEE0_0900, 0x8B: 0x0830_1055, 0xFE: 0x508, 0x17A: 0, 0x179: 0, 0x1A0: 1,  # ucode, MTRRCAP, MCG, MISC_ENABLE
-        0x277: 0x0007_0406_0007_0406, 0x2FF: 0xC00, 0xC001_0015: bit(24), 0xC000_0103: 0,
-        **{0x200 + i: 0 for i in range(16)}, **dict.fromkeys((0x250, 0x258, 0x259, *range(0x268, 0x270)), 0),  # MTRRs
+        APIC_BASE: 0xFEE0_0900,
+        0x8B: 0x0830_1055,
+        0xFE: 0x508,
+        0x17A: 0,
+        0x179: 0,
+        0x1A0: 1,  # ucode, MTRRCAP, MCG, MISC_ENABLE
+        0x277: 0x0007_0406_0007_0406,
+        0x2FF: 0xC00,
+        0xC001_0015: bit(24),
+        0xC000_0103: 0,
+        **{0x200 + i: 0 for i in range(16)},
+        **dict.fromkeys((0x250, 0x258, 0x259, *range(0x268, 0x270)), 0),  # MTRRs
     }
 
 

@@ -10,7 +10,7 @@ from functools import cache, partial
 from labkit.arch import ARCHES
 from labkit.bench.engine import GUEST, LOOPS
 from labkit.bench.measure import Result, best, best_pair
-from labkit.engines.unicorn.bare import open_twin
+from labkit.engines.unicorn.native.bare import open_twin
 from labkit.guest.program import Program
 from labkit.lab import Vm
 
@@ -41,7 +41,9 @@ def _plain(arch: str) -> tuple[float, float]:
         memory[:] = slot.data[:]
         hva = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         twin = open_twin(vcpu, hva, slot.size, vm.gva_of("ucall_arch_do_ucall"))
-        rounds.append((best(vm.vcpus[0].run, 1), best(partial(twin.run, vm.gva_of("guest_plain")), 1)))
+        rounds.append(
+            (best(vm.vcpus[0].run, 1), best(partial(twin.run, vm.gva_of("guest_plain")), 1))
+        )
         twin.close()
         vm.close()
     return min(a for a, _ in rounds), min(b for _, b in rounds)
@@ -63,9 +65,26 @@ def results() -> Iterator[Result]:
     first, *others = ARCHES
     for arch in others:
         ours, bare = _plain(arch)
-        yield Result(f"{arch}: plain code, unbounded", bare / ours, "of bare Unicorn", 0.9, True,
-                     f"{ours * 1e3:.0f} ms, bare {bare * 1e3:.0f} ms")
-        for name, entry, method in (("ucall round trip", "guest_ucalls", "run"), ("stepping", "guest_plain", "step")):
-            mine, theirs = best_pair(_many(arch, entry, method), _many(first, entry, method), ROUNDS)
-            yield Result(f"{arch}: {name}", theirs / mine, f"of {first}'s", AS_X86, True,
-                         f"{COUNT / mine / 1e3:.1f} k/s, {first} {COUNT / theirs / 1e3:.1f} k/s")
+        yield Result(
+            f"{arch}: plain code, unbounded",
+            bare / ours,
+            "of bare Unicorn",
+            0.9,
+            True,
+            f"{ours * 1e3:.0f} ms, bare {bare * 1e3:.0f} ms",
+        )
+        for name, entry, method in (
+            ("ucall round trip", "guest_ucalls", "run"),
+            ("stepping", "guest_plain", "step"),
+        ):
+            mine, theirs = best_pair(
+                _many(arch, entry, method), _many(first, entry, method), ROUNDS
+            )
+            yield Result(
+                f"{arch}: {name}",
+                theirs / mine,
+                f"of {first}'s",
+                AS_X86,
+                True,
+                f"{COUNT / mine / 1e3:.1f} k/s, {first} {COUNT / theirs / 1e3:.1f} k/s",
+            )

@@ -23,7 +23,10 @@ void guest_code(volatile uint64_t *pages, uint64_t nr_pages, uint64_t rounds)
 	GUEST_SYNC(rounds);
 }
 """
-WORKING_SET, SWEEP = (64, 200_000), (480, 4_000)  # pages, rounds; the sweep is wider than Unicorn's TLB
+WORKING_SET, SWEEP = (
+    (64, 200_000),
+    (480, 4_000),
+)  # pages, rounds; the sweep is wider than Unicorn's TLB
 
 
 def results() -> Iterator[Result]:
@@ -33,17 +36,37 @@ def results() -> Iterator[Result]:
     cipher = MemoryCipher(bytes(range(16)))
     bare = Cipher(algorithms.AES(cipher.key), modes.ECB()).encryptor()
     plain, raw = bytes(PAGES * PAGE), bytearray(PAGES * PAGE)
-    ours, theirs = best_pair(lambda: cipher.encrypt_into(0, plain, raw), lambda: bare.update(plain), 200)
+    ours, theirs = best_pair(
+        lambda: cipher.encrypt_into(0, plain, raw), lambda: bare.update(plain), 200
+    )
     speed = (len(plain) / ours / 1e6, len(plain) / theirs / 1e6)
-    yield Result(f"encrypting {PAGES} pages", theirs / ours, "x", 0.3, True, f"{speed[0]:.0f} MB/s, AES-ECB {speed[1]:.0f} MB/s")
+    yield Result(
+        f"encrypting {PAGES} pages",
+        theirs / ours,
+        "x",
+        0.3,
+        True,
+        f"{speed[0]:.0f} MB/s, AES-ECB {speed[1]:.0f} MB/s",
+    )
     page = best(lambda: [cipher.encrypt(i * PAGE, plain[:PAGE]) for i in range(100)], 20)
-    yield Result("encrypting one page", page * 1e4, "us", 45.0, False, "the mean of 100 pages, one call each")
+    yield Result(
+        "encrypting one page", page * 1e4, "us", 45.0, False, "the mean of 100 pages, one call each"
+    )
     yield _launch(cipher)
-    for name, work, target in (("64-page working set", WORKING_SET, 0.8), ("sweep of 480 pages", SWEEP, 0.25)):
+    for name, work, target in (
+        ("64-page working set", WORKING_SET, 0.8),
+        ("sweep of 480 pages", SWEEP, 0.25),
+    ):
         rounds = [[_guest(protect, *work) for protect in ("sev", None)] for _ in range(4)]
         ours, theirs = (min(column) for column in zip(*rounds, strict=True))
-        yield Result(f"encrypted guest, {name}", theirs / ours, "of the same guest unprotected", target, True,
-                     f"{ours * 1e3:.0f} ms, unprotected {theirs * 1e3:.0f} ms")
+        yield Result(
+            f"encrypted guest, {name}",
+            theirs / ours,
+            "of the same guest unprotected",
+            target,
+            True,
+            f"{ours * 1e3:.0f} ms, unprotected {theirs * 1e3:.0f} ms",
+        )
     yield _host_read()
 
 
@@ -63,7 +86,14 @@ def _host_read() -> Result:
     with Vm.create(Program.compile(GUEST, name="encryption.c"), protect="sev") as vm:
         vm.memory.read(0, 4 << 20)
         seconds = best(lambda: vm.memory.read(0, 4 << 20), 20)
-        return Result("host read of a clean 4 MiB", seconds * 1e3, "ms", 2.0, False, "of an encrypted guest that did not run meanwhile")
+        return Result(
+            "host read of a clean 4 MiB",
+            seconds * 1e3,
+            "ms",
+            2.0,
+            False,
+            "of an encrypted guest that did not run meanwhile",
+        )
 
 
 def _launch(cipher: MemoryCipher) -> Result:
@@ -73,4 +103,11 @@ def _launch(cipher: MemoryCipher) -> Result:
     cipher.encrypt_into(0, memory, memory)
     peak = tracemalloc.get_traced_memory()[1] / 2**20
     tracemalloc.stop()
-    return Result(f"encrypting {LAUNCH >> 20} MiB in place", peak, "MiB extra", 16.0, False, f"{seconds * 1e3:.0f} ms")
+    return Result(
+        f"encrypting {LAUNCH >> 20} MiB in place",
+        peak,
+        "MiB extra",
+        16.0,
+        False,
+        f"{seconds * 1e3:.0f} ms",
+    )

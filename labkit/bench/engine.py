@@ -7,7 +7,7 @@ from functools import cache, partial
 
 from labkit.bench.measure import Result, best, best_pair
 from labkit.bench.peer import Bare
-from labkit.engines.unicorn import bare
+from labkit.engines.unicorn.native import bare
 from labkit.guest.program import Program
 from labkit.lab import Vm
 
@@ -35,7 +35,9 @@ void guest_ucalls(uint64_t n)
 LOOPS, ROUNDS = 60_000_000, 1_000
 TURNS = 60  # of some 10 ms each: where cores have two threads, what the other one does costs either side up to a third
 ROUNDS_PLAIN = 8
-EXACT = 1 << 60  # without a count, a stop at IN takes effect at the end of the block: later instructions have run by then
+EXACT = (
+    1 << 60
+)  # without a count, a stop at IN takes effect at the end of the block: later instructions have run by then
 
 
 @cache
@@ -57,7 +59,12 @@ def _plain(count: int | None) -> tuple[float, float]:
         vm = _vm("guest_plain", LOOPS)
         peer = Bare(vm)
         bare.stop_at_in(peer.uc, lambda _port, _size: 0)
-        rounds.append((best(partial(vm.vcpus[0].run, count), 1), best(partial(peer.run, peer.start, count or 0), 1)))
+        rounds.append(
+            (
+                best(partial(vm.vcpus[0].run, count), 1),
+                best(partial(peer.run, peer.start, count or 0), 1),
+            )
+        )
         vm.close()
     return min(a for a, _ in rounds), min(b for _, b in rounds)
 
@@ -65,17 +72,32 @@ def _plain(count: int | None) -> tuple[float, float]:
 def results() -> Iterator[Result]:
     """Every figure of this file."""
     ours, peer = _plain(None)
-    yield Result("plain code, unbounded", peer / ours, "of bare Unicorn", 0.9, True, f"{ours * 1e3:.0f} ms, bare {peer * 1e3:.0f} ms")
+    yield Result(
+        "plain code, unbounded",
+        peer / ours,
+        "of bare Unicorn",
+        0.9,
+        True,
+        f"{ours * 1e3:.0f} ms, bare {peer * 1e3:.0f} ms",
+    )
     ours, peer = _plain(1 << 40)
-    yield Result("plain code, max_insns against count=", peer / ours, "of bare Unicorn", 0.9, True,
-                 f"{ours * 1e3:.0f} ms, bare {peer * 1e3:.0f} ms")
+    yield Result(
+        "plain code, max_insns against count=",
+        peer / ours,
+        "of bare Unicorn",
+        0.9,
+        True,
+        f"{ours * 1e3:.0f} ms, bare {peer * 1e3:.0f} ms",
+    )
     yield _ucalls()
     yield _stepping()
     yield _create()
 
 
 def _ucalls() -> Result:
-    return _rounds("ucall round trip with decode", "guest_ucalls", "run", EXACT, "exit and resume", 0.6)
+    return _rounds(
+        "ucall round trip with decode", "guest_ucalls", "run", EXACT, "exit and resume", 0.6
+    )
 
 
 def _stepping() -> Result:
@@ -100,12 +122,25 @@ def _rounds(name: str, entry: str, method: str, count: int, what: str, target: f
         at[0] = pc
 
     mine, bare_time = best_pair(ours, theirs, TURNS)
-    return Result(name, bare_time / mine, f"of bare Unicorn: {what}", target, True,
-                  f"{ROUNDS / mine / 1e3:.1f} k/s, bare {ROUNDS / bare_time / 1e3:.1f} k/s")
+    return Result(
+        name,
+        bare_time / mine,
+        f"of bare Unicorn: {what}",
+        target,
+        True,
+        f"{ROUNDS / mine / 1e3:.1f} k/s, bare {ROUNDS / bare_time / 1e3:.1f} k/s",
+    )
 
 
 def _create() -> Result:
     seconds = best(lambda: Vm.create(program(), "guest_plain").close(), 30)
     vm = _vm("guest_plain")
     uc = best(lambda: Bare(vm), 10)
-    return Result("Vm.create with a 512-slot pool, warm", seconds * 1e3, "ms", 6.0, False, f"a bare Uc with its 8 MiB {uc * 1e3:.1f} ms")
+    return Result(
+        "Vm.create with a 512-slot pool, warm",
+        seconds * 1e3,
+        "ms",
+        6.0,
+        False,
+        f"a bare Uc with its 8 MiB {uc * 1e3:.1f} ms",
+    )

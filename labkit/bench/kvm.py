@@ -47,11 +47,15 @@ def _peer() -> Path:
     """The C program, built for this run; raises NotAvailable with what is missing."""
     if not KERNEL.is_dir():
         raise NotAvailable(f"the figures need labkit's repository, for {KERNEL}/build.sh")
-    built = subprocess.run([KERNEL / "build.sh"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    built = subprocess.run(
+        [KERNEL / "build.sh"], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
     if built.returncode:
         raise NotAvailable(built.stderr.strip())
     program = Path(tempfile.mkdtemp(prefix="labkit-bench-")) / "peer"
-    done = subprocess.run([KERNEL / "peer.sh", built.stdout.splitlines()[-1], program], capture_output=True, text=True)
+    done = subprocess.run(
+        [KERNEL / "peer.sh", built.stdout.splitlines()[-1], program], capture_output=True, text=True
+    )
     if done.returncode:
         raise NotAvailable(f"the C peer does not build: {done.stderr[-500:]}")
     return program
@@ -101,12 +105,21 @@ def _syncs(privilege: str, target: float) -> Result:
             for _ in range(2000):
                 run()
 
-        return _rounds(f"GUEST_SYNC round trips, {privilege} privilege", "sync", 2000, target, rounds)
+        return _rounds(
+            f"GUEST_SYNC round trips, {privilege} privilege", "sync", 2000, target, rounds
+        )
 
 
 def _rounds(name: str, what: str, count: int, target: float, work: Callable[[], object]) -> Result:
     ours, theirs = _against(what, count, work, count)
-    return Result(name, theirs / ours, "of the C library", target, True, f"{1e-3 / ours:.1f} k/s, C {1e-3 / theirs:.1f} k/s")
+    return Result(
+        name,
+        theirs / ours,
+        "of the C library",
+        target,
+        True,
+        f"{1e-3 / ours:.1f} k/s, C {1e-3 / theirs:.1f} k/s",
+    )
 
 
 def _create() -> Result:
@@ -114,8 +127,14 @@ def _create() -> Result:
         Vm.create(program(), "guest_plain", backend="kvm").close()
 
     ours, theirs = _against("create", 30, work, 1)
-    return Result("Vm.create and close on kvm", ours / theirs, "times the C library", 2.0, False,
-                  f"{ours * 1e3:.2f} ms, C {theirs * 1e3:.2f} ms; {os.cpu_count()} CPUs")
+    return Result(
+        "Vm.create and close on kvm",
+        ours / theirs,
+        "times the C library",
+        2.0,
+        False,
+        f"{ours * 1e3:.2f} ms, C {theirs * 1e3:.2f} ms; {os.cpu_count()} CPUs",
+    )
 
 
 def _restore() -> Result:
@@ -127,4 +146,11 @@ def _restore() -> Result:
             start = time.process_time()
             vm.restore(state)
             seconds.append(time.process_time() - start)
-    return Result("restore after 2 written pages of 8 MiB", min(seconds) * 1e3, "ms", 0.3, False, "registers, pool and events too")
+    return Result(
+        "restore after 2 written pages of 8 MiB",
+        min(seconds) * 1e3,
+        "ms",
+        0.3,
+        False,
+        "registers, pool and events too",
+    )

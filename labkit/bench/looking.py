@@ -37,9 +37,18 @@ def results() -> Iterator[Result]:
     """Every figure of this file."""
     yield _scan()
     seconds = min(float(_python(IMPORT)) for _ in range(5))
-    yield Result("import labkit, warm", seconds, "s", 0.4, False, f"json and argparse alone {_startup() * 1e3:.0f} ms")
+    yield Result(
+        "import labkit, warm",
+        seconds,
+        "s",
+        0.4,
+        False,
+        f"json and argparse alone {_startup() * 1e3:.0f} ms",
+    )
     weight = float(json.loads(_python(WEIGH)))
-    yield Result("a VM of 8 MiB", weight, "MiB RSS", 40.0, False, "over a process that made and closed one")
+    yield Result(
+        "a VM of 8 MiB", weight, "MiB RSS", 40.0, False, "over a process that made and closed one"
+    )
 
 
 def _scan() -> Result:
@@ -55,12 +64,24 @@ def _scan() -> Result:
     table = scan(memory.read, space.mode, space.root_gpa)
     seconds = best(lambda: scan(memory.read, space.mode, space.root_gpa), 30)
     one = best(lambda: space.walk(1 << 30), 30)
-    return Result(f"full scan of {len(table)} leaves", seconds * 1e3, "ms", 1.0, False,
-                  f"{len(table.tables)} tables; as single walks {one * len(table) * 1e3:.0f} ms")
+    return Result(
+        f"full scan of {len(table)} leaves",
+        seconds * 1e3,
+        "ms",
+        1.0,
+        False,
+        f"{len(table.tables)} tables; as single walks {one * len(table) * 1e3:.0f} ms",
+    )
 
 
 def _python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    ).stdout
 
 
 def _startup() -> float:

@@ -38,7 +38,9 @@ def best(work: Callable[[], object], times: int = 5) -> float:
     return min(seconds)
 
 
-def best_pair(ours: Callable[[], object], peer: Callable[[], object], times: int = 5) -> tuple[float, float]:
+def best_pair(
+    ours: Callable[[], object], peer: Callable[[], object], times: int = 5
+) -> tuple[float, float]:
     """The same for two that are compared, taking turns, so that a noisy moment hits both."""
     pairs = [(best(ours, 1), best(peer, 1)) for _ in range(times)]
     return min(a for a, _ in pairs), min(b for _, b in pairs)

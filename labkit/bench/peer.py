@@ -6,7 +6,7 @@ import ctypes
 import mmap
 from typing import Any
 
-from labkit.engines.unicorn import bare
+from labkit.engines.unicorn.native import bare
 from labkit.lab import Vm
 
 __all__ = ["Bare"]

@@ -19,7 +19,11 @@ from labkit.errors import NotAvailable
 __all__ = ["results"]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = ["--no-sandbox", "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-background-networking",
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+]
 STEPS = 20_000
 CELLS = (
     "import time\nfrom IPython.display import display\nimport labkit as lk\n"
@@ -46,18 +50,48 @@ WATCH = """() => {
 @contextlib.contextmanager
 def _lab(home: Path) -> Iterator[str]:
     """A JupyterLab with directories of its own; gives its address."""
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}  # without it JupyterLab asks which
-    fresh: dict[str, object] = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
+    kernel = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }  # without it JupyterLab asks which
+    fresh: dict[str, object] = {
+        "cell_type": "code",
+        "metadata": {},
+        "outputs": [],
+        "execution_count": None,
+    }
     cells = [{**fresh, "id": f"c{i}", "source": cell} for i, cell in enumerate(CELLS)]
     book = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
     (home / "bench.ipynb").write_text(json.dumps(book))
     (home / "config").mkdir()
-    (home / "config" / "jupyter_lab_config.json").write_text('{"LabApp": {"expose_app_in_browser": true}}')
-    dirs = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "run", "JUPYTERLAB_SETTINGS_DIR": "set",
-            "JUPYTERLAB_WORKSPACES_DIR": "work", "IPYTHONDIR": "ipython"}
-    env = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1", **{name: str(home / part) for name, part in dirs.items()}}
-    command = [sys.executable, "-m", "labkit.cli", "lab", "--json", "--no-browser", str(home / "bench.ipynb")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env) as server:
+    (home / "config" / "jupyter_lab_config.json").write_text(
+        '{"LabApp": {"expose_app_in_browser": true}}'
+    )
+    dirs = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_RUNTIME_DIR": "run",
+        "JUPYTERLAB_SETTINGS_DIR": "set",
+        "JUPYTERLAB_WORKSPACES_DIR": "work",
+        "IPYTHONDIR": "ipython",
+    }
+    env = {
+        **os.environ,
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        **{name: str(home / part) for name, part in dirs.items()},
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "labkit.cli",
+        "lab",
+        "--json",
+        "--no-browser",
+        str(home / "bench.ipynb"),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+    ) as server:
         assert server.stdout is not None
         try:
             yield json.loads(server.stdout.readline())["url"]
@@ -70,7 +104,9 @@ def results() -> Iterator[Result]:
     try:
         from playwright.sync_api import sync_playwright  # type: ignore[import-not-found, unused-ignore]
     except ImportError as err:
-        raise NotAvailable("the widgets are measured with Playwright: pip install 'labkit[test]'") from err
+        raise NotAvailable(
+            "the widgets are measured with Playwright: pip install 'labkit[test]'"
+        ) from err
     chromium = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if chromium is None:
         raise NotAvailable("the widgets are measured in Chromium, which is not installed here")
@@ -97,8 +133,14 @@ def _measure(page: Any) -> Iterator[Result]:
     late = 1000 * (float(page.evaluate("window.painted")) - float(end))
     page.evaluate(run)
     _, alone = _printed(page, "BARE")
-    yield Result("20 000 steps, all widgets open: last paint", late, "ms after the loop", 50.0, False,
-                 f"loop {float(seconds):.2f} s, without widgets {float(alone):.2f} s, the notebook ran its next cell")
+    yield Result(
+        "20 000 steps, all widgets open: last paint",
+        late,
+        "ms after the loop",
+        50.0,
+        False,
+        f"loop {float(seconds):.2f} s, without widgets {float(alone):.2f} s, the notebook ran its next cell",
+    )
 
 
 def _printed(page: Any, word: str) -> list[str]:

@@ -19,18 +19,24 @@ COMMANDS = ("doctor", "lab", "run", "selftest", "freeze", "bench")
 
 def parser() -> argparse.ArgumentParser:
     """The parser with every command; each sets `run`, a function from the arguments to the exit status."""
-    top = argparse.ArgumentParser(prog="labkit", description="The guest framework of the Linux KVM selftests as a lab.")
+    top = argparse.ArgumentParser(
+        prog="labkit", description="The guest framework of the Linux KVM selftests as a lab."
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         command = import_module(f"labkit.cli.{name}").add(commands)
-        command.add_argument("--json", action="store_true", help="one JSON object per line, nothing else on stdout")
+        command.add_argument(
+            "--json", action="store_true", help="one JSON object per line, nothing else on stdout"
+        )
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; a LabError is one line on stderr (with --json one object), status 1."""
     args = parser().parse_args(argv)
-    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # a guest may print what the terminal's encoding lacks
+    getattr(sys.stdout, "reconfigure", dict)(
+        errors="backslashreplace"
+    )  # a guest may print what the terminal's encoding lacks
     try:
         status = int(args.run(args))
         sys.stdout.flush()

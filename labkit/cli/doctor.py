@@ -28,7 +28,9 @@ ENGINES = ("unicorn", "kvm", "qemu")  # all that are planned: one that is not he
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "firefox")
 KVM = Path("/dev/kvm")
 KVM_MODULES = {
-    "kvm_intel": "Intel VMX", "kvm_amd": "AMD SVM", "kvm_pvm": "no VMX or SVM: guest code of ring 0 is emulated in software",
+    "kvm_intel": "Intel VMX",
+    "kvm_amd": "AMD SVM",
+    "kvm_pvm": "no VMX or SVM: guest code of ring 0 is emulated in software",
 }
 LINUX_SOURCE = Path("/usr/src/linux-source-6.12.tar.xz")  # where Debian's package puts it
 
@@ -58,15 +60,23 @@ def _run(args: argparse.Namespace) -> int:
     for kind, group in groupby(findings, key=lambda finding: finding.kind):
         rows = list(group)
         usable |= any(f.ok for f in rows if (f.kind, f.name) == ("engine", DEFAULT_ENGINE))
-        print("\n".join(json.dumps(asdict(f)) for f in rows) if args.json else _table(kind, rows), flush=True)
+        print(
+            "\n".join(json.dumps(asdict(f)) for f in rows) if args.json else _table(kind, rows),
+            flush=True,
+        )
     if not args.json:
         print(f"\nThe default engine, {DEFAULT_ENGINE}, is {'usable' if usable else 'NOT usable'}.")
     return 0 if usable else 1
 
 
 def _table(kind: str, rows: list[Finding]) -> str:
-    names, versions = (max(len(getattr(row, column)) for row in rows) for column in ("name", "version"))
-    lines = (f"  {'yes' if r.ok else ' no'}  {r.name:<{names}}  {r.version:<{versions}}  {r.note}".rstrip() for r in rows)
+    names, versions = (
+        max(len(getattr(row, column)) for row in rows) for column in ("name", "version")
+    )
+    lines = (
+        f"  {'yes' if r.ok else ' no'}  {r.name:<{names}}  {r.version:<{versions}}  {r.note}".rstrip()
+        for r in rows
+    )
     return "\n".join((kind, *lines))
 
 
@@ -78,10 +88,16 @@ def examine() -> Iterator[Finding]:
     yield from (found[0] for found in engines)
     yield from (can for found in engines for can in found[1:])
     yield from (Finding("protection", name, True, "", note) for name, note in PROTECTIONS)
-    yield from (Finding("simplified in encryption", name, False, "", note) for name, note in SIMPLIFIED)
+    yield from (
+        Finding("simplified in encryption", name, False, "", note) for name, note in SIMPLIFIED
+    )
     yield from _compilers()
     yield _kvm()
-    yield _program("machine", "qemu-system-x86_64", missing="only to look into a VM that QEMU runs (Debian: qemu-system-x86)")
+    yield _program(
+        "machine",
+        "qemu-system-x86_64",
+        missing="only to look into a VM that QEMU runs (Debian: qemu-system-x86)",
+    )
     yield _browser()
     yield _linux_source()
 
@@ -96,13 +112,23 @@ def _packages() -> Iterator[Finding]:
     try:
         required = metadata.requires("labkit") or []
     except metadata.PackageNotFoundError:
-        yield Finding("package", "labkit", False, "", "not installed: make setup, or pip install -e .")
+        yield Finding(
+            "package", "labkit", False, "", "not installed: make setup, or pip install -e ."
+        )
         return
     yield Finding("package", "labkit", True, metadata.version("labkit"))
     for line in required:
-        if ";" not in line and (match := re.match(r"[\w.-]+", line)):  # those behind a ";" belong to an extra
+        if ";" not in line and (
+            match := re.match(r"[\w.-]+", line)
+        ):  # those behind a ";" belong to an extra
             version = _installed(match[0])
-            yield Finding("package", match[0], bool(version), version, "" if version else f"pip install '{line}'")
+            yield Finding(
+                "package",
+                match[0],
+                bool(version),
+                version,
+                "" if version else f"pip install '{line}'",
+            )
 
 
 def _installed(package: str) -> str:
@@ -142,13 +168,22 @@ def _program(kind: str, name: str, missing: str) -> Finding:
     says = _first_line(path, "--version") if path else ""
     if not path:
         return Finding(kind, name, False, "", missing)
-    return Finding(kind, name, bool(says), _number(says), path if says else f"{path} --version does not run")
+    return Finding(
+        kind, name, bool(says), _number(says), path if says else f"{path} --version does not run"
+    )
 
 
 def _first_line(*command: str) -> str:
     """What a program prints first; "" when it cannot be started, fails or takes ten seconds."""
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, errors="replace")
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            errors="replace",
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else ""
@@ -162,11 +197,29 @@ def _number(text: str) -> str:
 
 def _kvm() -> Finding:
     if not KVM.exists():
-        return Finding("machine", str(KVM), False, "", "no such device: no KVM module loaded, or a container without it")
+        return Finding(
+            "machine",
+            str(KVM),
+            False,
+            "",
+            "no such device: no KVM module loaded, or a container without it",
+        )
     if not os.access(KVM, os.R_OK | os.W_OK):
-        return Finding("machine", str(KVM), False, "", "no permission: add yourself to the group kvm")
-    loaded = [f"{name} ({what})" for name, what in KVM_MODULES.items() if Path("/sys/module", name).exists()]
-    return Finding("machine", str(KVM), True, "", ", ".join(loaded) or "readable and writable; module not known")
+        return Finding(
+            "machine", str(KVM), False, "", "no permission: add yourself to the group kvm"
+        )
+    loaded = [
+        f"{name} ({what})"
+        for name, what in KVM_MODULES.items()
+        if Path("/sys/module", name).exists()
+    ]
+    return Finding(
+        "machine",
+        str(KVM),
+        True,
+        "",
+        ", ".join(loaded) or "readable and writable; module not known",
+    )
 
 
 def _browser() -> Finding:

@@ -16,8 +16,10 @@ __all__ = ["WIDGET", "add", "freeze"]
 WIDGET = "application/vnd.jupyter.widget-view+json"  # without its kernel a page shows "model not found" instead of the picture
 STATE = ("widgets",)  # of the notebook
 TRACES = ("execution", "ExecuteTime")  # of a cell: when it ran
-KERNEL = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
-          "language_info": {"name": "python"}}  # whose Python it was is nobody's business
+KERNEL = {
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}  # whose Python it was is nobody's business
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -25,8 +27,14 @@ def add(commands: Any) -> argparse.ArgumentParser:
     about = "make notebooks fit to be committed"
     parser: argparse.ArgumentParser = commands.add_parser("freeze", help=about, description=__doc__)
     parser.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK")
-    parser.add_argument("--execute", action="store_true", help="run it first; it is written only when every cell succeeds")
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 when a notebook is not frozen")
+    parser.add_argument(
+        "--execute",
+        action="store_true",
+        help="run it first; it is written only when every cell succeeds",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; status 1 when a notebook is not frozen"
+    )
     parser.set_defaults(run=_run)
     return parser
 
@@ -55,7 +63,9 @@ def _execute(path: Path, notebook: Any) -> None:
     try:
         notebooks.client(path, notebook).execute()
     except CellExecutionError as err:
-        raise InvalidState(f"{path}: a cell failed, nothing is written: {err.ename}: {err.evalue}", path=path) from err
+        raise InvalidState(
+            f"{path}: a cell failed, nothing is written: {err.ename}: {err.evalue}", path=path
+        ) from err
     except DeadKernelError as err:
         raise InvalidState(f"{path}: the kernel died, nothing is written", path=path) from err
 
@@ -69,7 +79,11 @@ def freeze(notebook: Any) -> list[str]:
     for cell in notebook.cells:
         removed += ["trace" for name in TRACES if cell.metadata.pop(name, None) is not None]
         if cell.cell_type == "code":
-            removed += ["widget" for output in cell.outputs if output.get("data", {}).pop(WIDGET, None) is not None]
+            removed += [
+                "widget"
+                for output in cell.outputs
+                if output.get("data", {}).pop(WIDGET, None) is not None
+            ]
             cell.outputs = [output for output in cell.outputs if output.get("data", True)]
     if any(notebook.metadata.get(name) != facts for name, facts in KERNEL.items()):
         notebook.metadata.update(deepcopy(KERNEL))
@@ -80,9 +94,21 @@ def freeze(notebook: Any) -> list[str]:
 def _show(path: Path, changed: bool, removed: list[str], args: argparse.Namespace) -> None:
     counts = {word: removed.count(word) for word in sorted(set(removed))}
     if args.json:
-        print(json.dumps({"notebook": str(path), "frozen": not changed or not args.check, "changed": changed, "removed": counts}),
-              flush=True)
+        print(
+            json.dumps(
+                {
+                    "notebook": str(path),
+                    "frozen": not changed or not args.check,
+                    "changed": changed,
+                    "removed": counts,
+                }
+            ),
+            flush=True,
+        )
         return
     did = "not frozen" if args.check else "written"
     what = ", ".join(f"{count} {word}" for word, count in counts.items())
-    print(f"{path}: {did if changed else 'frozen already'}{f' ({what} removed)' if what else ''}", flush=True)
+    print(
+        f"{path}: {did if changed else 'frozen already'}{f' ({what} removed)' if what else ''}",
+        flush=True,
+    )

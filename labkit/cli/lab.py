@@ -31,9 +31,17 @@ def add(commands: Any) -> argparse.ArgumentParser:
     """Declare the command."""
     about = "open the tour, or another notebook, in JupyterLab"
     parser: argparse.ArgumentParser = commands.add_parser("lab", help=about, description=__doc__)
-    parser.add_argument("notebook", nargs="?", type=Path, default=TOUR, help="default: notebooks/00_tour.ipynb")
-    parser.add_argument("--terminal", action="store_true", help="run it here and print its cells; status 1 when one fails")
-    parser.add_argument("--no-browser", action="store_true", help="start the server only, and print its address")
+    parser.add_argument(
+        "notebook", nargs="?", type=Path, default=TOUR, help="default: notebooks/00_tour.ipynb"
+    )
+    parser.add_argument(
+        "--terminal",
+        action="store_true",
+        help="run it here and print its cells; status 1 when one fails",
+    )
+    parser.add_argument(
+        "--no-browser", action="store_true", help="start the server only, and print its address"
+    )
     parser.add_argument("--port", type=int, help="default: the first free one from 8888")
     parser.set_defaults(run=_run)
     return parser
@@ -42,7 +50,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     notebook = args.notebook.resolve()
     if not notebook.is_file():
-        raise NotAvailable(f"no notebook {args.notebook}; the tour comes with a clone of labkit's repository")
+        raise NotAvailable(
+            f"no notebook {args.notebook}; the tour comes with a clone of labkit's repository"
+        )
     if args.terminal:
         return _in_terminal(notebook, args.json)
     command = jupyter_command(notebook, args.port, browser=not args.no_browser)
@@ -54,22 +64,35 @@ def _run(args: argparse.Namespace) -> int:
 def jupyter_command(notebook: Path, port: int | None = None, browser: bool = True) -> list[str]:
     """How JupyterLab is started: loopback only, its own token, no look for updates outside."""
     root = HOME if notebook.is_relative_to(HOME) else notebook.parent
-    command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={root}",
-               f"--LabApp.default_url=/lab/tree/{quote(str(notebook.relative_to(root)))}",
-               "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.root_dir={root}",
+        f"--LabApp.default_url=/lab/tree/{quote(str(notebook.relative_to(root)))}",
+        "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate",
+    ]
     if port is not None:
         command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
     if not browser:
         command.append("--no-browser")
     if os.geteuid() == 0:
-        command.append("--allow-root")  # in a container one is root; the token still guards the server
+        command.append(
+            "--allow-root"
+        )  # in a container one is root; the token still guards the server
     return command
 
 
 def jupyter_environment() -> dict[str, str]:
     """Its environment: a page configuration of ours, which spares a newcomer the question about Jupyter's news."""
     ours = str(Path(__file__).with_name("jupyter"))
-    return {**os.environ, "JUPYTER_CONFIG_PATH": os.pathsep.join(filter(None, (ours, os.environ.get("JUPYTER_CONFIG_PATH"))))}
+    return {
+        **os.environ,
+        "JUPYTER_CONFIG_PATH": os.pathsep.join(
+            filter(None, (ours, os.environ.get("JUPYTER_CONFIG_PATH")))
+        ),
+    }
 
 
 def _announce(command: list[str]) -> int:
@@ -78,8 +101,18 @@ def _announce(command: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: server.terminate())
     try:
         facts = _server_facts(server)
-        page = next(arg for arg in command if arg.startswith("--LabApp.default_url=")).partition("=")[2]
-        print(json.dumps({"url": f"{facts['url'].rstrip('/')}{page}?token={facts['token']}", "pid": server.pid}), flush=True)
+        page = next(arg for arg in command if arg.startswith("--LabApp.default_url=")).partition(
+            "="
+        )[2]
+        print(
+            json.dumps(
+                {
+                    "url": f"{facts['url'].rstrip('/')}{page}?token={facts['token']}",
+                    "pid": server.pid,
+                }
+            ),
+            flush=True,
+        )
         return server.wait()
     finally:
         if server.poll() is None:
@@ -127,7 +160,12 @@ def _in_terminal(path: Path, as_json: bool) -> int:
 def _show(index: int, cell: Any, as_json: bool) -> None:
     outputs = [text for output in cell.get("outputs", ()) if (text := _text(output))]
     if as_json:
-        print(json.dumps({"cell": index, "type": cell.cell_type, "source": cell.source, "outputs": outputs}), flush=True)
+        print(
+            json.dumps(
+                {"cell": index, "type": cell.cell_type, "source": cell.source, "outputs": outputs}
+            ),
+            flush=True,
+        )
         return
     source = cell.source.replace("\n", "\n... ")
     print(f">>> {source}" if cell.cell_type == "code" else cell.source)

@@ -19,7 +19,9 @@ def read(path: Path) -> Any:
     except OSError as err:
         raise NotAvailable(f"{path}: {err.strerror}", path=path) from err
     except (ValueError, AttributeError, TypeError, nbformat.ValidationError) as err:
-        raise InvalidState(f"{path} is not a notebook: {str(err).partition(chr(10))[0][:100]}", path=path) from err
+        raise InvalidState(
+            f"{path} is not a notebook: {str(err).partition(chr(10))[0][:100]}", path=path
+        ) from err
 
 
 def write(path: Path, notebook: Any) -> None:
@@ -40,5 +42,11 @@ def client(path: Path, notebook: Any) -> Any:
     """What runs its cells: a kernel of this Python, in the notebook's own directory."""
     from nbclient import NotebookClient
 
-    return NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.resolve().parent)}},
-                          coalesce_streams=True, extra_arguments=["--IPKernelApp.log_level=ERROR"])  # its warning about TCP
+    return NotebookClient(
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.resolve().parent)}},
+        coalesce_streams=True,
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
+    )  # its warning about TCP

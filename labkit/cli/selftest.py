@@ -16,22 +16,30 @@ __all__ = ["add"]
 def add(commands: Any) -> argparse.ArgumentParser:
     """Declare the command."""
     about = "host a folder of kernel selftests"
-    parser: argparse.ArgumentParser = commands.add_parser("selftest", help=about, description=__doc__)
-    parser.add_argument("folder", type=Path, help="a folder of built kernel selftests (tools/testing/selftests/kvm)")
-    parser.add_argument("--backend", default="unicorn", help="engine, or several: unicorn,kvm (default: unicorn)")
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "selftest", help=about, description=__doc__
+    )
+    parser.add_argument(
+        "folder", type=Path, help="a folder of built kernel selftests (tools/testing/selftests/kvm)"
+    )
+    parser.add_argument(
+        "--backend", default="unicorn", help="engine, or several: unicorn,kvm (default: unicorn)"
+    )
     parser.set_defaults(run=_run)
     return parser
 
 
 def _run(args: argparse.Namespace) -> int:
     """A line a binary, function and engine; status 0 when something passes and nothing fails."""
-    from labkit.explore.hosting import survey
-    from labkit.explore.selftests import HOSTED
     from labkit.guest.program import Program
+    from labkit.hosts.hosting import survey
+    from labkit.hosts.selftests import HOSTED
     from labkit.lab import Vm
 
     counts = Counter[str]()
-    for verdict in survey(args.folder, args.backend.split(","), cache(Program.load), Vm.create, HOSTED):
+    for verdict in survey(
+        args.folder, args.backend.split(","), cache(Program.load), Vm.create, HOSTED
+    ):
         counts[verdict.verdict] += 1
         if args.json:
             print(json.dumps(asdict(verdict)), flush=True)

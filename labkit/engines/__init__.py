@@ -16,13 +16,18 @@ BACKENDS = ("unicorn", "kvm")
 def open_engine(backend: str, arch: str, cpu: CpuModel) -> EngineVm:
     """A new VM of the engine called backend; raises NotAvailable, with what to do, when it cannot be had."""
     if backend not in BACKENDS:
-        raise NotAvailable(f"backend {backend!r} is not part of this labkit, only {', '.join(BACKENDS)}", backend=backend)
+        raise NotAvailable(
+            f"backend {backend!r} is not part of this labkit, only {', '.join(BACKENDS)}",
+            backend=backend,
+        )
     if backend == "kvm":
         from labkit.engines.kvm import KvmVm
 
         return KvmVm(arch, cpu)
     if find_spec("unicorn") is None:
-        raise NotAvailable("the unicorn package is not installed: run `make setup`", backend=backend)
+        raise NotAvailable(
+            "the unicorn package is not installed: run `make setup`", backend=backend
+        )
     from labkit.engines.unicorn import UnicornVm
 
     return UnicornVm(arch, cpu)

@@ -11,13 +11,40 @@ if TYPE_CHECKING:
     from labkit.arch.desc import PagingMode
 
 __all__ = [
-    "BudgetExit", "Capability", "Cipher", "DeadlineExit", "DebugExit", "DiagExit", "EngineVcpu", "EngineVm", "Exit", "GuestFault",
-    "HaltExit", "HypercallExit", "InternalErrorExit", "InterruptExit", "LoggingVm", "MemoryFaultExit", "MmioExit", "MonitorVcpu",
-    "Ownership", "ParallelVm", "PioExit", "ProtectingVm", "Regs", "SbiExit", "ShutdownExit", "SystemEventExit", "Trace", "VmgexitExit",
+    "BudgetExit",
+    "Capability",
+    "Cipher",
+    "DeadlineExit",
+    "DebugExit",
+    "DiagExit",
+    "EngineVcpu",
+    "EngineVm",
+    "Exit",
+    "GuestFault",
+    "HaltExit",
+    "HypercallExit",
+    "InternalErrorExit",
+    "InterruptExit",
+    "LoggingVm",
+    "MemoryFaultExit",
+    "MmioExit",
+    "MonitorVcpu",
+    "Ownership",
+    "ParallelVm",
+    "PioExit",
+    "ProtectingVm",
+    "Regs",
+    "SbiExit",
+    "ShutdownExit",
+    "SystemEventExit",
+    "Trace",
+    "VmgexitExit",
 ]
 
 Regs = dict[str, int]
-Trace = Callable[[str, dict[str, object]], None]  # (kind, facts): what an engine reports without ending the run
+Trace = Callable[
+    [str, dict[str, object]], None
+]  # (kind, facts): what an engine reports without ending the run
 
 
 @dataclass(frozen=True)
@@ -91,7 +118,9 @@ class SbiExit(Exit):
     function: int
     args: tuple[int, ...]
     end = "sbi"
-    number = property(lambda self: self.function << 64 | self.extension)  # the function above the extension's 64 bits
+    number = property(
+        lambda self: self.function << 64 | self.extension
+    )  # the function above the extension's 64 bits
     hva = property(lambda self: self.args[0])
 
 
@@ -124,7 +153,11 @@ class VmgexitExit(Exit):
     end = "vmgexit"
 
     def __str__(self) -> str:
-        return f"vmgexit {self.request} (ghcb {self.ghcb:#x}): {self.answer}" if self.request else f"vmgexit ghcb {self.ghcb:#x}"
+        return (
+            f"vmgexit {self.request} (ghcb {self.ghcb:#x}): {self.answer}"
+            if self.request
+            else f"vmgexit ghcb {self.ghcb:#x}"
+        )
 
 
 @dataclass(frozen=True)
@@ -151,7 +184,9 @@ class MemoryFaultExit(Exit):
     end = "memory-fault"
 
     def __str__(self) -> str:
-        return f"nested page fault at gpa {self.gpa:#x} (error code {self.error_code:#x}): {self.why}"
+        return (
+            f"nested page fault at gpa {self.gpa:#x} (error code {self.error_code:#x}): {self.why}"
+        )
 
 
 @dataclass(frozen=True)
@@ -189,7 +224,9 @@ class DeadlineExit(Exit):
     end = "deadline"
 
     def __str__(self) -> str:
-        return f"no exit in {self.seconds:g} s, now at pc {self.pc:#x}; the next run goes on from here"
+        return (
+            f"no exit in {self.seconds:g} s, now at pc {self.pc:#x}; the next run goes on from here"
+        )
 
 
 @dataclass(frozen=True)

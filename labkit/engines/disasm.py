@@ -40,9 +40,12 @@ def decoder(arch: str, detail: bool = False) -> Any:
     """Capstone for an architecture; raises NotAvailable for one it is not set up for."""
     import capstone
 
-    modes = {"x86_64": (capstone.CS_ARCH_X86, capstone.CS_MODE_64), "arm64": (capstone.CS_ARCH_ARM64, capstone.CS_MODE_ARM),
-             "riscv64": (capstone.CS_ARCH_RISCV, capstone.CS_MODE_RISCV64 | capstone.CS_MODE_RISCVC),
-             "s390x": (capstone.CS_ARCH_SYSZ, capstone.CS_MODE_BIG_ENDIAN)}
+    modes = {
+        "x86_64": (capstone.CS_ARCH_X86, capstone.CS_MODE_64),
+        "arm64": (capstone.CS_ARCH_ARM64, capstone.CS_MODE_ARM),
+        "riscv64": (capstone.CS_ARCH_RISCV, capstone.CS_MODE_RISCV64 | capstone.CS_MODE_RISCVC),
+        "s390x": (capstone.CS_ARCH_SYSZ, capstone.CS_MODE_BIG_ENDIAN),
+    }
     if arch not in modes:
         raise NotAvailable(f"no disassembler for {arch}", arch=arch)
     engine = capstone.Cs(*modes[arch])
@@ -57,7 +60,9 @@ def disassemble(arch: str, data: bytes, gva: int) -> Iterator[Decoded]:
 
 
 _BRANCHES = {  # how the mnemonic of a direct branch begins; a number without sign is an address, but in riscv64 an offset
-    "x86_64": re.compile(r"j|call|loop"), "arm64": re.compile(r"bl?$|b\.|cbn?z|tbn?z"), "riscv64": re.compile(r"(c\.)?(j$|jal$|b)"),
+    "x86_64": re.compile(r"j|call|loop"),
+    "arm64": re.compile(r"bl?$|b\.|cbn?z|tbn?z"),
+    "riscv64": re.compile(r"(c\.)?(j$|jal$|b)"),
     "s390x": re.compile(r"j|br(?!asl?$)|c(l?g?r?i?|g?f?i?)j|lo?c"),
 }
 
@@ -77,5 +82,13 @@ def memory_operands(arch: str, data: bytes) -> list[MemoryOperand]:
     if insn is None:
         return []
     both = 3 * ("cmpxchg" in insn.mnemonic)  # capstone says that it only reads
-    return [MemoryOperand(name(op.mem.base) or "", name(op.mem.segment) or "", bool((op.access | both) & 1), bool((op.access | both) & 2))
-            for op in insn.operands if op.type == 3]  # X86_OP_MEM
+    return [
+        MemoryOperand(
+            name(op.mem.base) or "",
+            name(op.mem.segment) or "",
+            bool((op.access | both) & 1),
+            bool((op.access | both) & 2),
+        )
+        for op in insn.operands
+        if op.type == 3
+    ]  # X86_OP_MEM

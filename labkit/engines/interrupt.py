@@ -35,12 +35,17 @@ class Shield:
         self._pipe: tuple[int, int] | None = None
         self._old_fd = -1
         self._lock = threading.Lock()
-        self._call = self._calls = 0  # which native call is on, 0 between calls; how many there were
+        self._call = self._calls = (
+            0  # which native call is on, 0 between calls; how many there were
+        )
 
     def enter(self, stop: Callable[[], object]) -> None:
         """Begin a run; `stop()` is called from any thread to end it, and more than once if need be."""
         self._stop = stop
-        if _signal.getsignal(_SIGINT) is not self._handler and threading.current_thread() is threading.main_thread():
+        if (
+            _signal.getsignal(_SIGINT) is not self._handler
+            and threading.current_thread() is threading.main_thread()
+        ):
             self._before = signal.signal(signal.SIGINT, self._handler)
         self.running = True
 
@@ -75,7 +80,9 @@ class Shield:
         if self._pipe is None:
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
-            threading.Thread(target=self._listen, args=(self._pipe[0],), name="labkit-sigint", daemon=True).start()
+            threading.Thread(
+                target=self._listen, args=(self._pipe[0],), name="labkit-sigint", daemon=True
+            ).start()
         self._old_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._calls += 1
         with self._lock:
@@ -106,7 +113,9 @@ class Shield:
 
     def later(self) -> None:
         """Let Ctrl-C come again soon: where it came, Python would swallow it. To the main thread, which may be asleep by then."""
-        threading.Timer(AGAIN, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        threading.Timer(
+            AGAIN, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)
+        ).start()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.running:

@@ -15,7 +15,13 @@ from labkit.errors import InvalidState
 from labkit.paging.walk import Walk, walk
 
 __all__ = [
-    "flip_c_bit", "flip_ciphertext_bit", "move_ciphertext", "pool_in_private_memory", "remap", "replay", "walk_through_dram",
+    "flip_c_bit",
+    "flip_ciphertext_bit",
+    "move_ciphertext",
+    "pool_in_private_memory",
+    "remap",
+    "replay",
+    "walk_through_dram",
     "walk_without_mask",
 ]
 

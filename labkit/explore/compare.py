@@ -15,12 +15,12 @@ import numpy as np
 from labkit.engines.base import BudgetExit
 from labkit.errors import InvalidState
 from labkit.explore.comparison import Comparison, Difference, Row
-from labkit.explore.events import Event
 from labkit.explore.sides import Side, look_back
+from labkit.session.events import Event
 from labkit.ucall.pool import Ucall
 
 if TYPE_CHECKING:
-    from labkit.explore.hosting import Came
+    from labkit.hosts.hosting import Came
 
 __all__ = ["HOST", "TIME", "TOLERATED", "Tolerance", "align", "compare"]
 
@@ -63,7 +63,13 @@ def _rf_of_shutdown(one: Side, other: Side, a: object, b: object) -> bool:
     """Only EFLAGS.RF differs, both met a triple fault, and the side that has it does not know how."""
     has = one if isinstance(a, int) and a & RF else other
     shut = all(any(event.kind == "shutdown" for event in side.log) for side in (one, other))
-    return isinstance(a, int) and isinstance(b, int) and a ^ b == RF and shut and "triple_fault_vectors" not in has.can
+    return (
+        isinstance(a, int)
+        and isinstance(b, int)
+        and a ^ b == RF
+        and shut
+        and "triple_fault_vectors" not in has.can
+    )
 
 
 def _cut(one: Side, other: Side) -> bool:
@@ -72,21 +78,63 @@ def _cut(one: Side, other: Side) -> bool:
 
 
 HOST = "a host address: the memory of two VMs lies in two places, both mean the same gpa"
-TIME = "it follows the clock: it changes on one engine alone, too, when only its TSC starts elsewhere"
-AHEAD = ("an accessed bit alone, where a run was cut: Unicorn reads a block to its end before it runs it, as any CPU may read ahead "
-         "(SDM vol. 3A 4.8)")
+TIME = (
+    "it follows the clock: it changes on one engine alone, too, when only its TSC starts elsewhere"
+)
+AHEAD = (
+    "an accessed bit alone, where a run was cut: Unicorn reads a block to its end before it runs it, as any CPU may read ahead "
+    "(SDM vol. 3A 4.8)"
+)
 TOLERATED = (
-    Tolerance("event", r".*\.step", "step numbers: one of the runs was not counted instruction by instruction", _unlike("counted")),
-    Tolerance("event", "exception", "an exception inside the guest: one of the engines does not tell of them", _unlike("exceptions")),
-    Tolerance("event", "hypercall", "a hypercall: one of the engines answers it itself", _unlike("hypercalls")),
-    Tolerance("event", r"shutdown\.(vectors|why)", "how a triple fault came about: an engine here does not say",
-              _unlike("triple_fault_vectors")),
-    Tolerance("event", r"internal-error\.(why|data|disassembly)", "each engine refuses an instruction in its own words", _always),
-    Tolerance("register", "rflags", "RF alone at a triple fault: KVM sets it before it delivers a fault (kvm_check_and_inject_events), and "
-              "that delivery failed", _rf_of_shutdown),
-    Tolerance("register", "rflags", "PF, AF, ZF and SF alone, where a run was cut: logic instructions leave AF undefined, multiplications "
-              "all four (SDM vol. 1 appendix A), and processors differ",
-              lambda one, other, a, b: _cut(one, other) and isinstance(a, int) and isinstance(b, int) and not (a ^ b) & ~UNDEFINED),
+    Tolerance(
+        "event",
+        r".*\.step",
+        "step numbers: one of the runs was not counted instruction by instruction",
+        _unlike("counted"),
+    ),
+    Tolerance(
+        "event",
+        "exception",
+        "an exception inside the guest: one of the engines does not tell of them",
+        _unlike("exceptions"),
+    ),
+    Tolerance(
+        "event",
+        "hypercall",
+        "a hypercall: one of the engines answers it itself",
+        _unlike("hypercalls"),
+    ),
+    Tolerance(
+        "event",
+        r"shutdown\.(vectors|why)",
+        "how a triple fault came about: an engine here does not say",
+        _unlike("triple_fault_vectors"),
+    ),
+    Tolerance(
+        "event",
+        r"internal-error\.(why|data|disassembly)",
+        "each engine refuses an instruction in its own words",
+        _always,
+    ),
+    Tolerance(
+        "register",
+        "rflags",
+        "RF alone at a triple fault: KVM sets it before it delivers a fault (kvm_check_and_inject_events), and "
+        "that delivery failed",
+        _rf_of_shutdown,
+    ),
+    Tolerance(
+        "register",
+        "rflags",
+        "PF, AF, ZF and SF alone, where a run was cut: logic instructions leave AF undefined, multiplications "
+        "all four (SDM vol. 1 appendix A), and processors differ",
+        lambda one, other, a, b: (
+            _cut(one, other)
+            and isinstance(a, int)
+            and isinstance(b, int)
+            and not (a ^ b) & ~UNDEFINED
+        ),
+    ),
     Tolerance("event|register", ".*", HOST, _same_gpa),
 )
 """All that `compare` lets pass. HOST holds for words of memory too, AHEAD for page tables, TIME for what another clock proves."""
@@ -108,11 +156,28 @@ def compare(makers: Sequence[Make], drive: Callable[[Any], Came | None]) -> Comp
         rows = align([side.log for side in sides])
         found = _found(sides, rows, set())
         if "deterministic" in sides[0].can and any(not difference.cause for difference in found):
-            found = _found(sides, rows, _moved(sides[0], look_back(_at_another_time(stack.enter_context(makers[0]())), drive)))
-    sizes = {"events": len(rows), "registers": sum(map(len, sides[0].regs)), "pages": sum(len(data) for _, _, data in sides[0].slots) >> 12,
-             "page tables": len(sides[0].tables)}
-    return Comparison(sides[0].name, _names(sides), tuple(side.end for side in sides), tuple(side.why for side in sides),
-                      tuple(_row(n, row, found) for n, row in enumerate(rows)), tuple(found), sizes)
+            found = _found(
+                sides,
+                rows,
+                _moved(
+                    sides[0], look_back(_at_another_time(stack.enter_context(makers[0]())), drive)
+                ),
+            )
+    sizes = {
+        "events": len(rows),
+        "registers": sum(map(len, sides[0].regs)),
+        "pages": sum(len(data) for _, _, data in sides[0].slots) >> 12,
+        "page tables": len(sides[0].tables),
+    }
+    return Comparison(
+        sides[0].name,
+        _names(sides),
+        tuple(side.end for side in sides),
+        tuple(side.why for side in sides),
+        tuple(_row(n, row, found) for n, row in enumerate(rows)),
+        tuple(found),
+        sizes,
+    )
 
 
 def _at_another_time(vm: Any) -> Any:
@@ -130,8 +195,14 @@ def _names(sides: Sequence[Side]) -> tuple[str, ...]:
 
 def _row(n: int, events: Events, found: Sequence[Difference]) -> Row:
     event, mine = _first(events), [difference for difference in found if difference.row == n]
-    return Row(event.vcpu, event.kind, tuple(e and e.step for e in events), tuple(e and f"{e.kind} {e.what}" for e in events),
-               all(difference.cause for difference in mine), "; ".join(sorted({difference.cause for difference in mine} - {""})))
+    return Row(
+        event.vcpu,
+        event.kind,
+        tuple(e and e.step for e in events),
+        tuple(e and f"{e.kind} {e.what}" for e in events),
+        all(difference.cause for difference in mine),
+        "; ".join(sorted({difference.cause for difference in mine} - {""})),
+    )
 
 
 def _first(events: Events) -> Happened:
@@ -141,8 +212,10 @@ def _first(events: Events) -> Happened:
 # --- aligning
 
 KEYS: tuple[Callable[[Happened], object], ...] = (
-    lambda event: (event.vcpu, event.kind, event.what), lambda event: (event.vcpu, event.kind, getattr(event, "cmd", "")),
-    lambda event: event.vcpu)
+    lambda event: (event.vcpu, event.kind, event.what),
+    lambda event: (event.vcpu, event.kind, getattr(event, "cmd", "")),
+    lambda event: event.vcpu,
+)
 
 
 def align(logs: Sequence[Sequence[Happened]]) -> list[Events]:
@@ -154,25 +227,38 @@ def align(logs: Sequence[Sequence[Happened]]) -> list[Events]:
     return rows
 
 
-def _pairs(one: Sequence[Events], other: Sequence[Events], keys: Sequence[Callable[[Happened], object]]
-           ) -> Iterator[tuple[Events | None, Events | None]]:
+def _pairs(
+    one: Sequence[Events], other: Sequence[Events], keys: Sequence[Callable[[Happened], object]]
+) -> Iterator[tuple[Events | None, Events | None]]:
     if not keys or not one or not other:
         yield from ((row, None) for row in one)
         yield from ((None, row) for row in other)
         return
     a, b = ([keys[0](_first(row)) for row in rows] for rows in (one, other))
     head = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(a, b, strict=False)))
-    tail = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(reversed(a[head:]), reversed(b[head:]), strict=False)))
+    tail = sum(
+        1
+        for _ in takewhile(
+            lambda both: both[0] == both[1],
+            zip(reversed(a[head:]), reversed(b[head:]), strict=False),
+        )
+    )
     yield from zip(one[:head], other[:head], strict=True)
-    one_left, other_left = one[head:len(one) - tail], other[head:len(other) - tail]
+    one_left, other_left = one[head : len(one) - tail], other[head : len(other) - tail]
     if max(len(one_left), len(other_left)) > MOST:
         yield from zip_longest(one_left, other_left)
     else:
-        match = SequenceMatcher(None, a[head:len(a) - tail], b[head:len(b) - tail], autojunk=False)
+        match = SequenceMatcher(
+            None, a[head : len(a) - tail], b[head : len(b) - tail], autojunk=False
+        )
         for tag, i, i_end, j, j_end in match.get_opcodes():
             equal = zip(one_left[i:i_end], other_left[j:j_end], strict=False)
-            yield from equal if tag == "equal" else _pairs(one_left[i:i_end], other_left[j:j_end], keys[1:])
-    yield from zip(one[len(one) - tail:], other[len(other) - tail:], strict=True)
+            yield from (
+                equal
+                if tag == "equal"
+                else _pairs(one_left[i:i_end], other_left[j:j_end], keys[1:])
+            )
+    yield from zip(one[len(one) - tail :], other[len(other) - tail :], strict=True)
 
 
 # --- what differs
@@ -201,7 +287,17 @@ def _found(sides: Sequence[Side], rows: Sequence[Events], moved: Moved) -> list[
         both = names[0], names[k]
         for raw in (*_of_events(rows, k), *_of_state(one, other)):
             cause = _excuse(one, other, raw) or (TIME if raw.key in moved else "")
-            out.append(Difference(raw.kind, raw.place, raw.vcpu, both, (_shown(raw.a), _shown(raw.b)), cause, raw.row))
+            out.append(
+                Difference(
+                    raw.kind,
+                    raw.place,
+                    raw.vcpu,
+                    both,
+                    (_shown(raw.a), _shown(raw.b)),
+                    cause,
+                    raw.row,
+                )
+            )
         out += _of_memory(one, other, both, moved)
     return out
 
@@ -209,14 +305,28 @@ def _found(sides: Sequence[Side], rows: Sequence[Events], moved: Moved) -> list[
 def _moved(one: Side, again: Side) -> Moved:
     """Everything that a run of the same engine with another clock has otherwise, for no reason but the clock."""
     rows = align([one.log, again.log])
-    raws = (raw for raw in (*_of_events(rows, 1), *_of_state(one, again)) if raw.row is None or raw.seq is not None)
+    raws = (
+        raw
+        for raw in (*_of_events(rows, 1), *_of_state(one, again))
+        if raw.row is None or raw.seq is not None
+    )
     moved: Moved = {raw.key for raw in raws if not _excuse(one, again, raw)}
-    return moved | {(gpa,) for gpas, _, _, host in _words(one, again) for gpa in gpas[~host].tolist()}
+    return moved | {
+        (gpa,) for gpas, _, _, host in _words(one, again) for gpa in gpas[~host].tolist()
+    }
 
 
 def _excuse(one: Side, other: Side, raw: _Raw) -> str:
-    return next((tolerance.cause for tolerance in TOLERATED if re.fullmatch(tolerance.kind, raw.kind)
-                 and re.fullmatch(tolerance.place, raw.place) and tolerance.when(one, other, raw.a, raw.b)), "")
+    return next(
+        (
+            tolerance.cause
+            for tolerance in TOLERATED
+            if re.fullmatch(tolerance.kind, raw.kind)
+            and re.fullmatch(tolerance.place, raw.place)
+            and tolerance.when(one, other, raw.a, raw.b)
+        ),
+        "",
+    )
 
 
 def _of_events(rows: Sequence[Events], k: int) -> Iterator[_Raw]:
@@ -232,7 +342,9 @@ def _of_events(rows: Sequence[Events], k: int) -> Iterator[_Raw]:
         old, new = _facts(a), _facts(b)
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
-                yield _Raw("event", f"{a.kind}.{name}", this[0], old.get(name), new.get(name), *this[1:])
+                yield _Raw(
+                    "event", f"{a.kind}.{name}", this[0], old.get(name), new.get(name), *this[1:]
+                )
 
 
 def _facts(event: Happened) -> dict[str, object]:
@@ -253,7 +365,11 @@ def _of_state(one: Side, other: Side) -> Iterator[_Raw]:
         if old != new:
             yield _Raw("state", "state", vcpu, old, new)
     for vcpu, (a, b) in enumerate(zip(one.regs, other.regs, strict=False)):
-        yield from (_Raw("register", name, vcpu, a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name))
+        yield from (
+            _Raw("register", name, vcpu, a.get(name), b.get(name))
+            for name in {**a, **b}
+            if a.get(name) != b.get(name)
+        )
 
 
 def _words(one: Side, other: Side) -> Iterator[tuple[Any, Any, Any, Any]]:
@@ -263,11 +379,21 @@ def _words(one: Side, other: Side) -> Iterator[tuple[Any, Any, Any, Any]]:
             old, new = np.frombuffer(a, "<u8"), np.frombuffer(b, "<u8")
             at = np.flatnonzero(old != new)
             gpas, old, new = at.astype(np.uint64) * np.uint64(8) + np.uint64(gpa), old[at], new[at]
-            yield gpas, old, new, ((same := one.gpas(old)) == other.gpas(new)) & (same != ~np.uint64(0))
+            yield (
+                gpas,
+                old,
+                new,
+                ((same := one.gpas(old)) == other.gpas(new)) & (same != ~np.uint64(0)),
+            )
 
 
-def _of_memory(one: Side, other: Side, names: tuple[str, str], moved: Moved) -> Iterator[Difference]:
-    shapes = tuple(", ".join(f"{gpa:#x}+{len(data):#x}" for gpa, _, data in side.slots) for side in (one, other))
+def _of_memory(
+    one: Side, other: Side, names: tuple[str, str], moved: Moved
+) -> Iterator[Difference]:
+    shapes = tuple(
+        ", ".join(f"{gpa:#x}+{len(data):#x}" for gpa, _, data in side.slots)
+        for side in (one, other)
+    )
     if shapes[0] != shapes[1]:
         yield Difference("memory", "memslots", None, names, (shapes[0], shapes[1]))
     late = np.array([key[0] for key in moved if len(key) == 1], np.uint64)
@@ -278,13 +404,29 @@ def _of_memory(one: Side, other: Side, names: tuple[str, str], moved: Moved) -> 
         for at in np.flatnonzero(entry).tolist():
             side = one if int(gpas[at] & PAGE) in one.tables else other
             values = _entry(one, int(old[at])), _entry(one, int(new[at]))
-            ahead = AHEAD if _cut(one, other) and int(old[at] ^ new[at]) == one.page_table.mode.flags.get("accessed") else ""
-            yield Difference("page table", side.entry(int(gpas[at])), None, names, values, str(cause[at]) or ahead)
+            ahead = (
+                AHEAD
+                if _cut(one, other)
+                and int(old[at] ^ new[at]) == one.page_table.mode.flags.get("accessed")
+                else ""
+            )
+            yield Difference(
+                "page table",
+                side.entry(int(gpas[at])),
+                None,
+                names,
+                values,
+                str(cause[at]) or ahead,
+            )
         for why in sorted(set(cause[~entry].tolist())):
-            yield from _of_pages(one, names, why, *(column[~entry & (cause == why)] for column in (gpas, old, new)))
+            yield from _of_pages(
+                one, names, why, *(column[~entry & (cause == why)] for column in (gpas, old, new))
+            )
 
 
-def _of_pages(one: Side, names: tuple[str, str], cause: str, gpas: Any, old: Any, new: Any) -> Iterator[Difference]:
+def _of_pages(
+    one: Side, names: tuple[str, str], cause: str, gpas: Any, old: Any, new: Any
+) -> Iterator[Difference]:
     """A difference a page: its first byte, by gpa, gva and symbol."""
     _, first, counts = np.unique(gpas & PAGE, return_index=True, return_counts=True)
     for at, count in zip(first.tolist(), counts.tolist(), strict=True):
@@ -292,12 +434,18 @@ def _of_pages(one: Side, names: tuple[str, str], cause: str, gpas: Any, old: Any
         skip = ((a ^ b) & -(a ^ b)).bit_length() - 1 >> 3
         values = (a.to_bytes(8, "little")[skip:].hex(" "), b.to_bytes(8, "little")[skip:].hex(" "))
         more = f" and {count - 1} more words of its page" if count > 1 else ""
-        yield Difference("memory", one.place(int(gpas[at]) + skip) + more, None, names, values, cause)
+        yield Difference(
+            "memory", one.place(int(gpas[at]) + skip) + more, None, names, values, cause
+        )
 
 
 def _entry(side: Side, entry: int) -> str:
     mode = side.page_table.mode
-    return f"gpa {mode.pa.get(entry):#x} P {mode.letters(entry)} ({entry:#x})" if mode.present(entry) else f"not present ({entry:#x})"
+    return (
+        f"gpa {mode.pa.get(entry):#x} P {mode.letters(entry)} ({entry:#x})"
+        if mode.present(entry)
+        else f"not present ({entry:#x})"
+    )
 
 
 def _shown(value: object) -> str:

@@ -31,8 +31,12 @@ class Difference:
     def __str__(self) -> str:
         who = "" if self.vcpu is None else f"vCPU {self.vcpu} "
         where = f"{self.kind} " + ("" if self.row is None else f"{self.row} ")
-        both = ", ".join(f"{name} {value}" for name, value in zip(self.backends, self.values, strict=True))
-        return f"{who}{where}{self.place}: {both}" + (f" (tolerated: {self.cause})" if self.cause else "")
+        both = ", ".join(
+            f"{name} {value}" for name, value in zip(self.backends, self.values, strict=True)
+        )
+        return f"{who}{where}{self.place}: {both}" + (
+            f" (tolerated: {self.cause})" if self.cause else ""
+        )
 
 
 class Row(NamedTuple):
@@ -83,16 +87,26 @@ class Comparison:
         """One row an aligned event: vcpu, kind, what it was and at which step on each engine, equal, and why that is tolerated."""
         import pandas as pd
 
-        rows = [(row.vcpu, row.kind, *row.whats, *row.steps, row.equal, row.why) for row in self.rows]
+        rows = [
+            (row.vcpu, row.kind, *row.whats, *row.steps, row.equal, row.why) for row in self.rows
+        ]
         steps = [f"step_{name}" for name in self.backends]
-        frame = pd.DataFrame(rows, columns=["vcpu", "kind", *self.backends, *steps, "equal", "tolerated"], dtype=object)
+        frame = pd.DataFrame(
+            rows,
+            columns=["vcpu", "kind", *self.backends, *steps, "equal", "tolerated"],
+            dtype=object,
+        )
         return frame.astype(dict.fromkeys(steps, "Int64") | {"equal": bool}).rename_axis("row")
 
     @property
     def status(self) -> str:
         """The verdict in one sentence."""
         sizes = ", ".join(f"{count} {what}" for what, count in self.compared.items())
-        verdict = "equal" if self.equal else f"{len(self.differences)} differences, the first: {self.differences[0]}"
+        verdict = (
+            "equal"
+            if self.equal
+            else f"{len(self.differences)} differences, the first: {self.differences[0]}"
+        )
         more = f"; {len(self.tolerated)} tolerated" if self.tolerated else ""
         return f"{self.name} on {' and '.join(self.backends)}: {verdict} ({sizes} compared{more})."
 

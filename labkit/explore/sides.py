@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from labkit.errors import LabError
-from labkit.explore.events import Event
-from labkit.explore.explain import ending
-from labkit.explore.look import label_gva
+from labkit.look.vcpu import label_gva
 from labkit.paging.scan import PageTable
+from labkit.session.events import Event
+from labkit.session.explain import ending
 from labkit.ucall.pool import Ucall
 
 if TYPE_CHECKING:
-    from labkit.explore.hosting import Came
+    from labkit.hosts.hosting import Came
 
 __all__ = ["Side", "look_back"]
 
@@ -38,7 +38,9 @@ class Side:
     regs: tuple[Mapping[str, int], ...]
     slots: tuple[tuple[int, int, bytes], ...]  # gpa, hva, contents
     page_table: PageTable
-    can: frozenset[str]  # what the engine declares; "counted" when it counted every instruction of this run
+    can: frozenset[
+        str
+    ]  # what the engine declares; "counted" when it counted every instruction of this run
     label: Callable[[int], str]
 
     def gpas(self, values: U64) -> U64:
@@ -52,7 +54,11 @@ class Side:
     def place(self, gpa: int) -> str:
         """A gpa with the first gva that maps it and what lies there."""
         gva = next(iter(self.page_table.maps(gpa)), None)
-        return f"gpa {gpa:#x}" if gva is None else f"gpa {gpa:#x} = gva {gva:#x} {self.label(gva)}".rstrip()
+        return (
+            f"gpa {gpa:#x}"
+            if gva is None
+            else f"gpa {gpa:#x} = gva {gva:#x} {self.label(gva)}".rstrip()
+        )
 
     @cached_property
     def tables(self) -> Mapping[int, tuple[int, int]]:
@@ -60,9 +66,16 @@ class Side:
         mode, found = self.page_table.mode, {self.page_table.root: (0, 0)}
         todo = list(found.items())
         for gpa, (depth, gva) in todo:
-            for index, entry in enumerate(np.frombuffer(self.page_table.tables.get(gpa, b""), mode.dtype).tolist()):
+            for index, entry in enumerate(
+                np.frombuffer(self.page_table.tables.get(gpa, b""), mode.dtype).tolist()
+            ):
                 below, level = mode.pa.get(entry), mode.levels[depth]
-                if depth + 1 < len(mode.levels) and mode.present(entry) and below in self.page_table.tables and below not in found:
+                if (
+                    depth + 1 < len(mode.levels)
+                    and mode.present(entry)
+                    and below in self.page_table.tables
+                    and below not in found
+                ):
                     found[below] = depth + 1, gva + (index << level.shift)
                     todo.append((below, found[below]))
         return found
@@ -81,8 +94,27 @@ def look_back(vm: Any, drive: Callable[[Any], Came | None]) -> Side:
         end, why = ending(vm, drive(vm))
     except LabError as err:
         end, why = type(err).__name__, str(err)
-    slots = tuple((slot.gpa, slot.hva, vm.memory.read(slot.gpa, slot.size)) for slot in vm.memory.slots)
-    can = [can.name for can in vm.capabilities if can.have] + ["counted"] * all(vcpu.exact for vcpu in vm.vcpus)
-    states, regs = zip(*((vcpu.state, vcpu._cpu.get_regs()) for vcpu in vm.vcpus), strict=True) if vm.vcpus else ((), ())
-    return Side(vm.name, vm.backend, end, why, tuple(vm._events), states, regs, slots, vm.page_table(),
-                frozenset(can), partial(label_gva, vm))
+    slots = tuple(
+        (slot.gpa, slot.hva, vm.memory.read(slot.gpa, slot.size)) for slot in vm.memory.slots
+    )
+    can = [can.name for can in vm.capabilities if can.have] + ["counted"] * all(
+        vcpu.exact for vcpu in vm.vcpus
+    )
+    states, regs = (
+        zip(*((vcpu.state, vcpu._cpu.get_regs()) for vcpu in vm.vcpus), strict=True)
+        if vm.vcpus
+        else ((), ())
+    )
+    return Side(
+        vm.name,
+        vm.backend,
+        end,
+        why,
+        tuple(vm._events),
+        states,
+        regs,
+        slots,
+        vm.page_table(),
+        frozenset(can),
+        partial(label_gva, vm),
+    )

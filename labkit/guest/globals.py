@@ -14,7 +14,14 @@ from typing import Literal
 from labkit.errors import InvalidState
 from labkit.guest.program import Program
 
-__all__ = ["GlobalVar", "HostGlobals", "Value", "global_var", "read_guest_global", "write_guest_global"]
+__all__ = [
+    "GlobalVar",
+    "HostGlobals",
+    "Value",
+    "global_var",
+    "read_guest_global",
+    "write_guest_global",
+]
 
 Value = int | bytes
 Read = Callable[[int, int], bytes]  # read(gva, size)
@@ -36,26 +43,40 @@ class GlobalVar:
 
     def decode(self, data: bytes) -> Value:
         """The value of its bytes in memory."""
-        return int.from_bytes(data, self.byteorder, signed=bool(self.signed)) if self.is_int else bytes(data)
+        return (
+            int.from_bytes(data, self.byteorder, signed=bool(self.signed))
+            if self.is_int
+            else bytes(data)
+        )
 
     def encode(self, value: object) -> bytes:
         """The bytes of a value; raises InvalidState when it does not fit."""
         if isinstance(value, bytes | bytearray | memoryview):
             if len(value) != self.size:
-                raise InvalidState(f"{self.name} has {self.size} bytes, not {len(value)}", name=self.name, size=self.size)
+                raise InvalidState(
+                    f"{self.name} has {self.size} bytes, not {len(value)}",
+                    name=self.name,
+                    size=self.size,
+                )
             return bytes(value)
         try:
             number = operator.index(value)  # type: ignore[arg-type]
         except TypeError:
             what = "a number or " if self.is_int else ""
-            raise InvalidState(f"{self.name} takes {what}{self.size} bytes, not {value!r}", name=self.name) from None
+            raise InvalidState(
+                f"{self.name} takes {what}{self.size} bytes, not {value!r}", name=self.name
+            ) from None
         bits = 8 * self.size
         low = 0 if self.signed is False else -(1 << bits - 1)
         high = (1 << bits - 1) - 1 if self.signed else (1 << bits) - 1
         if not self.is_int or not low <= number <= high:
             sign = {None: "", True: "signed ", False: "unsigned "}[self.signed]
             what = f"a {bits}-bit {sign}number" if self.is_int else "no number"
-            raise InvalidState(f"{number} does not fit: {self.name} is {what} ({self.size} bytes)", name=self.name, value=number)
+            raise InvalidState(
+                f"{number} does not fit: {self.name} is {what} ({self.size} bytes)",
+                name=self.name,
+                value=number,
+            )
         return (number & (1 << bits) - 1).to_bytes(self.size, self.byteorder)
 
 
@@ -112,7 +133,11 @@ class HostGlobals:
         if var.name not in self._data:
             segment = self._program.segment_at(var.gva)
             if segment is None or var.gva + var.size > segment.end:
-                raise InvalidState(f"{var.name} at 0x{var.gva:x} lies outside the program's segments", name=var.name, gva=var.gva)
+                raise InvalidState(
+                    f"{var.name} at 0x{var.gva:x} lies outside the program's segments",
+                    name=var.name,
+                    gva=var.gva,
+                )
             at = var.gva - segment.gva
-            self._data[var.name] = segment.data[at:at + var.size].ljust(var.size, b"\0")
+            self._data[var.name] = segment.data[at : at + var.size].ljust(var.size, b"\0")
         return self._data[var.name]

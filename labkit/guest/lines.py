@@ -20,7 +20,9 @@ LIBRARY_NAME = "labkit/"  # compile.py maps the library's directory to this
 MAX_ROWS, MAX_UNITS = 500_000, 4096
 MAX_SOURCE = 4 << 20  # bytes
 
-Row = tuple[int, int, str, int, bool]  # start gva, end gva, file, line (0: unknown), may a statement begin here
+Row = tuple[
+    int, int, str, int, bool
+]  # start gva, end gva, file, line (0: unknown), may a statement begin here
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ class LineTable:
 
     def starts(self, file: str, line: int) -> tuple[int, ...]:
         """The addresses at which code of a line begins; `file` is a full name or the end of one."""
-        names = {name for name in self.files if name == file} or {n for n in self.files if n.endswith("/" + file)}
+        names = {name for name in self.files if name == file} or {
+            n for n in self.files if n.endswith("/" + file)
+        }
         found, before = [], None
         for start, end, name, number, statement in self.rows:
             here = name in names and number == line
@@ -83,7 +87,9 @@ def _rows(image: bytes) -> Iterator[Row]:
         seen.add(where.value)
         directory = top.attributes.get("DW_AT_comp_dir")
         program = dwarf.line_program_for_CU(cu)
-        names = _file_names(program, directory.value.decode("utf-8", "replace") if directory else "")
+        names = _file_names(
+            program, directory.value.decode("utf-8", "replace") if directory else ""
+        )
         for row in _program_rows(program, names):
             yield row
             count += 1
@@ -98,7 +104,13 @@ def _program_rows(program: Any, names: Mapping[int, str]) -> Iterator[Row]:
         if state is None:
             continue
         if last is not None and last.address < state.address:
-            yield last.address, state.address, names.get(last.file, "?"), max(last.line, 0), last.is_stmt
+            yield (
+                last.address,
+                state.address,
+                names.get(last.file, "?"),
+                max(last.line, 0),
+                last.is_stmt,
+            )
         last = None if state.end_sequence else state
 
 
@@ -106,7 +118,9 @@ def _file_names(program: Any, directory: str) -> dict[int, str]:
     """File numbers of a line program to names; DWARF 5 counts both files and directories from 0, older ones from 1."""
     header, names = program.header, {}
     first = 0 if header["version"] >= 5 else 1
-    directories = [directory] * first + [d.decode("utf-8", "replace") for d in header["include_directory"]]
+    directories = [directory] * first + [
+        d.decode("utf-8", "replace") for d in header["include_directory"]
+    ]
     for number, entry in enumerate(header["file_entry"], first):
         inside = directories[entry.dir_index] if entry.dir_index < len(directories) else ""
         path = posixpath.join(directory, inside, entry.name.decode("utf-8", "replace"))
@@ -119,12 +133,16 @@ class SourceFiles:
 
     def __init__(self, given: Mapping[str, str], program: Path | None) -> None:
         self._program = program
-        self._known: dict[str, list[str] | None] = {name: text.splitlines() for name, text in given.items()}
+        self._known: dict[str, list[str] | None] = {
+            name: text.splitlines() for name, text in given.items()
+        }
 
     def lines(self, file: str) -> list[str] | None:
         """The lines of a file: given with the program, from the guest library, at its own path, or beside the program."""
         if file not in self._known:
-            self._known[file] = next((t for path in self._places(file) if (t := _read_lines(path)) is not None), None)
+            self._known[file] = next(
+                (t for path in self._places(file) if (t := _read_lines(path)) is not None), None
+            )
         return self._known[file]
 
     def _places(self, file: str) -> Iterator[Path]:

@@ -13,7 +13,10 @@ from labkit.machine.vm import STACK_PAGES, Machine
 
 __all__ = ["DEFAULT_MEMORY", "kernel_globals", "load_program", "memory_for", "program_string"]
 
-DEFAULT_MEMORY, _SPARE = 8 << 20, 2 << 20  # bytes; to spare: page tables, and what guests and tests allocate
+DEFAULT_MEMORY, _SPARE = (
+    8 << 20,
+    2 << 20,
+)  # bytes; to spare: page tables, and what guests and tests allocate
 STRING_LIMIT = 4096  # the text of an assertion is its condition with all macros expanded
 
 
@@ -27,16 +30,24 @@ def load_program(program: Program, space: AddressSpace) -> None:
     pages = sorted(rights)
     start = 0
     for i in range(1, len(pages) + 1):
-        if i == len(pages) or pages[i] != pages[i - 1] + 1 or rights[pages[i]] != rights[pages[start]]:
+        if (
+            i == len(pages)
+            or pages[i] != pages[i - 1] + 1
+            or rights[pages[i]] != rights[pages[start]]
+        ):
             _map_run(space, pages[start], i - start, *rights[pages[start]])
             start = i
     for segment in program.segments:
         _fill(space, segment)
 
 
-def _map_run(space: AddressSpace, page: int, nr_pages: int, writable: bool, executable: bool) -> None:
+def _map_run(
+    space: AddressSpace, page: int, nr_pages: int, writable: bool, executable: bool
+) -> None:
     if page == 0:
-        raise InvalidState("the program wants guest page 0, which stays unmapped so that null pointers fault")
+        raise InvalidState(
+            "the program wants guest page 0, which stays unmapped so that null pointers fault"
+        )
     gpa = space.alloc_pages(nr_pages, "code" if executable else "data")
     space.map(page * PAGE, gpa, nr_pages, writable=writable, nx=not executable)
 
@@ -55,11 +66,20 @@ def kernel_globals(program: Program, machine: Machine, cpu: CpuModel) -> None:
             machine.vectors_gva = gva
         elif machine.idt_gva:
             raw = space.read(gva, 8 * arch.nr_vectors)
-            machine.install_handlers([int.from_bytes(raw[i:i + 8], program.byteorder) for i in range(0, len(raw), 8)])
-    machine.preset = {register: symbols[name].gva for register, name in arch.globals.items() if name in symbols}
+            machine.install_handlers(
+                [int.from_bytes(raw[i : i + 8], program.byteorder) for i in range(0, len(raw), 8)]
+            )
+    machine.preset = {
+        register: symbols[name].gva for register, name in arch.globals.items() if name in symbols
+    }
     vendor = b"".join(part.to_bytes(4, "little") for part in (cpu.leaf(0, 0)[i] for i in (1, 3, 2)))
-    values = {"exception_handlers": machine.handlers_gva, "host_cpu_is_intel": vendor == b"GenuineIntel",
-              "host_cpu_is_amd": vendor == b"AuthenticAMD", "guest_tsc_khz": cpu.tsc_khz, "is_forced_emulation_enabled": 0}
+    values = {
+        "exception_handlers": machine.handlers_gva,
+        "host_cpu_is_intel": vendor == b"GenuineIntel",
+        "host_cpu_is_amd": vendor == b"AuthenticAMD",
+        "guest_tsc_khz": cpu.tsc_khz,
+        "is_forced_emulation_enabled": 0,
+    }
     for name, value in values.items():
         symbol = symbols.get(name)
         if symbol is not None and symbol.kind == "object" and symbol.size in (1, 2, 4, 8):
@@ -71,12 +91,14 @@ def program_string(program: Program | None, gva: int) -> str | None:
     segment = program.segment_at(gva) if program is not None else None
     if segment is None:
         return None
-    raw = segment.data[gva - segment.gva:gva - segment.gva + STRING_LIMIT]
+    raw = segment.data[gva - segment.gva : gva - segment.gva + STRING_LIMIT]
     return raw.split(b"\0", 1)[0].decode("utf-8", "replace") if b"\0" in raw else None
 
 
 def memory_for(program: Program, nr_vcpus: int, pool: int) -> int:
     """Bytes for slot 0 when nobody said: 8 MiB, or what program, stacks and a ucall pool of so many bytes need and some to spare."""
-    stacks = nr_vcpus * 2 * (STACK_PAGES + 1) * PAGE  # each vCPU's own and, for guests at CPL3, one for exceptions
+    stacks = (
+        nr_vcpus * 2 * (STACK_PAGES + 1) * PAGE
+    )  # each vCPU's own and, for guests at CPL3, one for exceptions
     wanted = sum(align_up(s.memsz, PAGE) + PAGE for s in program.segments) + stacks + pool + _SPARE
     return max(DEFAULT_MEMORY, align_up(wanted, 1 << 21))

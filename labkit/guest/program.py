@@ -25,11 +25,22 @@ class Program:
     segments (sorted by gva), compiler_output (warnings, "" for loaded files).
     """
 
-    def __init__(self, image: bytes, name: str, path: Path | None = None, sources: Mapping[str, str] | None = None,
-                 compiler_output: str = "") -> None:
+    def __init__(
+        self,
+        image: bytes,
+        name: str,
+        path: Path | None = None,
+        sources: Mapping[str, str] | None = None,
+        compiler_output: str = "",
+    ) -> None:
         facts = read_elf(image, name)
         self.image, self.name, self.path = image, name, path
-        self.arch, self.byteorder, self.entry, self.segments = facts.arch, facts.byteorder, facts.entry, facts.segments
+        self.arch, self.byteorder, self.entry, self.segments = (
+            facts.arch,
+            facts.byteorder,
+            facts.entry,
+            facts.segments,
+        )
         self.compiler_output = compiler_output
         self.symbols: dict[str, Symbol] = {symbol.name: symbol for symbol in facts.symbols}
         self._all_symbols = facts.symbols
@@ -44,7 +55,10 @@ class Program:
         path = Path(path_or_bytes)
         try:
             if not path.is_file():
-                raise ElfError(f"{path}: no such file" if not path.exists() else f"{path}: not a regular file", path=str(path))
+                raise ElfError(
+                    f"{path}: no such file" if not path.exists() else f"{path}: not a regular file",
+                    path=str(path),
+                )
             with path.open("rb") as file:
                 image = file.read(MAX_IMAGE + 1)
         except (OSError, ValueError) as error:
@@ -54,8 +68,15 @@ class Program:
         return cls(image, name or path.name, path)
 
     @classmethod
-    def compile(cls, source_or_path: str | Path, arch: str = "x86_64", compiler: str | None = None, opt: str = "-O1",
-                defines: Sequence[str] = (), name: str | None = None) -> Program:
+    def compile(
+        cls,
+        source_or_path: str | Path,
+        arch: str = "x86_64",
+        compiler: str | None = None,
+        opt: str = "-O1",
+        defines: Sequence[str] = (),
+        name: str | None = None,
+    ) -> Program:
         """Compile a guest written in C; see labkit.guest.compile.compile_guest."""
         from labkit.guest.compile import compile_guest
 
@@ -73,8 +94,16 @@ class Program:
             return self.symbols[name]
         except KeyError:
             near = difflib.get_close_matches(name, self.symbols, n=3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else "" if self.symbols else "; it has no symbols at all"
-            raise SymbolNotFound(f"{self.name} has no symbol {name!r}{hint}", name=name, near=tuple(near)) from None
+            hint = (
+                f"; did you mean {' or '.join(near)}?"
+                if near
+                else ""
+                if self.symbols
+                else "; it has no symbols at all"
+            )
+            raise SymbolNotFound(
+                f"{self.name} has no symbol {name!r}{hint}", name=name, near=tuple(near)
+            ) from None
 
     @cached_property
     def _by_gva(self) -> tuple[list[int], list[Symbol], list[int]]:
@@ -141,7 +170,9 @@ class Program:
         file, _, line = place.rpartition(":")
         found = self.gva_of_line(file, int(line) if line.isdecimal() else -1)
         if not found:
-            raise InvalidState(f"no code at {place}; lines with code are those of {', '.join(self.files)}")
+            raise InvalidState(
+                f"no code at {place}; lines with code are those of {', '.join(self.files)}"
+            )
         return found
 
     @property

@@ -12,10 +12,22 @@ from labkit.guest.elf import debug_info
 __all__ = ["Kind", "kind_of_global"]
 
 MAX_DIES, MAX_TYPE_CHAIN = 100_000, 32
-SAME_AS = ("DW_TAG_typedef", "DW_TAG_const_type", "DW_TAG_volatile_type", "DW_TAG_atomic_type", "DW_TAG_enumeration_type")
+SAME_AS = (
+    "DW_TAG_typedef",
+    "DW_TAG_const_type",
+    "DW_TAG_volatile_type",
+    "DW_TAG_atomic_type",
+    "DW_TAG_enumeration_type",
+)
 _MERGED = re.compile(rb"(?=([\x0b-\x0d])\x03(.{8})\x23([\x80-\xff]{0,2}[\0-\x7f]))", re.DOTALL)
 Kind = Literal["signed", "unsigned", "other", "unknown"]
-ENCODINGS: dict[int, Kind] = {2: "unsigned", 5: "signed", 6: "signed", 7: "unsigned", 8: "unsigned"}  # DW_ATE_*; 2: boolean
+ENCODINGS: dict[int, Kind] = {
+    2: "unsigned",
+    5: "signed",
+    6: "signed",
+    7: "unsigned",
+    8: "unsigned",
+}  # DW_ATE_*; 2: boolean
 
 
 def kind_of_global(image: bytes, gva: int) -> Kind:
@@ -34,7 +46,11 @@ def _variable(image: bytes, gva: int) -> DIE | None:
         return None
     stream = dwarf.debug_info_sec.stream
     at = _location(stream.getvalue(), gva, "big" if image[5] == 2 else "little")
-    cu = next((cu for cu in dwarf.iter_CUs() if cu.cu_offset <= at < cu.cu_offset + cu.size), None) if at >= 0 else None
+    cu = (
+        next((cu for cu in dwarf.iter_CUs() if cu.cu_offset <= at < cu.cu_offset + cu.size), None)
+        if at >= 0
+        else None
+    )
     offset = cu.cu_die_offset if cu else at
     for _ in range(MAX_DIES):
         if cu is None or offset > at:
@@ -64,7 +80,9 @@ def _kind(die: Any) -> Kind:
         die = die.get_DIE_from_attribute("DW_AT_type")
         if die.tag == "DW_TAG_base_type":
             return ENCODINGS.get(die.attributes["DW_AT_encoding"].value, "other")
-        if die.tag == "DW_TAG_pointer_type" or (die.tag == "DW_TAG_enumeration_type" and "DW_AT_type" not in die.attributes):
+        if die.tag == "DW_TAG_pointer_type" or (
+            die.tag == "DW_TAG_enumeration_type" and "DW_AT_type" not in die.attributes
+        ):
             return "unsigned"
         if die.tag not in SAME_AS:
             break

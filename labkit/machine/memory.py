@@ -43,15 +43,25 @@ class Memory:
 
     def add(self, gpa: int, size: int) -> Memslot:
         """Add a zeroed memslot; raises InvalidState when it is not page aligned, too high, or overlaps another."""
-        if size <= 0 or not is_aligned(gpa, PAGE) or not is_aligned(size, PAGE) or gpa < 0 or gpa + size > LIMIT:
-            raise InvalidState(f"memslot of {size:#x} bytes at gpa {gpa:#x}: it must be page aligned and end below {LIMIT:#x}")
+        if (
+            size <= 0
+            or not is_aligned(gpa, PAGE)
+            or not is_aligned(size, PAGE)
+            or gpa < 0
+            or gpa + size > LIMIT
+        ):
+            raise InvalidState(
+                f"memslot of {size:#x} bytes at gpa {gpa:#x}: it must be page aligned and end below {LIMIT:#x}"
+            )
         for slot in self.slots:
             if gpa < slot.gpa + slot.size and slot.gpa < gpa + size:
                 raise InvalidState(f"memslot of {size:#x} bytes at gpa {gpa:#x} overlaps {slot!r}")
         try:
             data = mmap.mmap(-1, size)
         except (OSError, ValueError) as err:
-            raise InvalidState(f"this machine cannot give a memslot of {size:#x} bytes: {err}") from err
+            raise InvalidState(
+                f"this machine cannot give a memslot of {size:#x} bytes: {err}"
+            ) from err
         slot = Memslot(gpa, size, ctypes.addressof(ctypes.c_char.from_buffer(data)), data)
         self.slots.append(slot)
         return slot
@@ -72,7 +82,7 @@ class Memory:
         if self.on_look:
             self.looked_at(gpa, size, False)
         if offset + size <= slot.size:
-            return slot.data[offset:offset + size]
+            return slot.data[offset : offset + size]
         head = slot.size - offset
         return slot.data[offset:] + self.read(gpa + head, size - head)
 
@@ -99,7 +109,7 @@ class Memory:
             self.looked_at(gpa, size, True)
         done = 0
         for slot, offset, count in parts:
-            slot.data[offset:offset + count] = data[done:done + count]
+            slot.data[offset : offset + count] = data[done : done + count]
             done += count
 
     def looked_at(self, gpa: int, size: int, is_write: bool) -> None:
@@ -120,7 +130,7 @@ class Memory:
         self.looked_at(gpa, size, True)
         for tell in self.on_write:
             tell(gpa, size)
-        return memoryview(slot.data)[gpa - slot.gpa:gpa - slot.gpa + size]
+        return memoryview(slot.data)[gpa - slot.gpa : gpa - slot.gpa + size]
 
     def zero(self, gpa: int, size: int) -> None:
         """Clear memory inside one memslot; raises MemoryFault."""
@@ -143,7 +153,11 @@ class Memory:
 
     def _fault(self, what: str, gpa: int, size: int) -> MemoryFault:
         slots = ", ".join(f"{s.gpa:#x}-{s.gpa + s.size - 1:#x}" for s in self.slots) or "none"
-        return MemoryFault(f"{what} of {size} bytes at gpa {gpa:#x}: no memslot there (memslots: {slots})", gpa=gpa, size=size)
+        return MemoryFault(
+            f"{what} of {size} bytes at gpa {gpa:#x}: no memslot there (memslots: {slots})",
+            gpa=gpa,
+            size=size,
+        )
 
     def __repr__(self) -> str:
         return f"<Memory {len(self.slots)} memslots, {sum(s.size for s in self.slots) >> 10} KiB>"

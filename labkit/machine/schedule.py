@@ -37,14 +37,23 @@ class Schedule:
         try:
             values = [int(number, 0) for number in numbers]
         except ValueError:
-            raise InvalidState(f"schedule {name!r}: {':'.join(numbers)!r} should be numbers", name=name) from None
+            raise InvalidState(
+                f"schedule {name!r}: {':'.join(numbers)!r} should be numbers", name=name
+            ) from None
         most = {"round_robin": 1, "sequential": 0, "parallel": 0, "random": 2}
         if kind not in most or len(values) > most[kind]:
-            raise InvalidState(f"schedule {name!r}: there are round_robin:QUANTUM, random:SEED:QUANTUM, sequential and parallel", name=name)
+            raise InvalidState(
+                f"schedule {name!r}: there are round_robin:QUANTUM, random:SEED:QUANTUM, sequential and parallel",
+                name=name,
+            )
         quantum = values[-1] if len(values) == most[kind] and values else DEFAULT_QUANTUM
         if quantum < 1:
-            raise InvalidState(f"schedule {name!r}: a quantum has at least one instruction", name=name)
-        return cls(name, kind, quantum, random.Random(values[0] if kind == "random" and values else 0))
+            raise InvalidState(
+                f"schedule {name!r}: a quantum has at least one instruction", name=name
+            )
+        return cls(
+            name, kind, quantum, random.Random(values[0] if kind == "random" and values else 0)
+        )
 
     def pick(self, runnable: Sequence[int]) -> tuple[int, int | None]:
         """(vCPU, instructions) for the next turn; None means as many as it likes."""
@@ -54,7 +63,10 @@ class Schedule:
         if self.left <= 0 or self.turn not in runnable:
             self.left = self.quantum
             if self.kind == "random":
-                self.turn, self.left = self.state.choice(runnable), self.state.randint(1, self.quantum)
+                self.turn, self.left = (
+                    self.state.choice(runnable),
+                    self.state.randint(1, self.quantum),
+                )
             else:
                 self.turn = next((i for i in runnable if i > self.turn), runnable[0])
         return self.turn, self.left

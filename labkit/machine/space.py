@@ -33,11 +33,25 @@ class Use:
 class AddressSpace:
     """Physical pages, virtual ranges and the page tables between them, as the selftests' kvm_util keeps them."""
 
-    def __init__(self, memory: Memory, mode: PagingMode, user: bool = False, protected: Sparsebit | None = None) -> None:
-        self.memory, self.mode, self.user = memory, mode, user  # user: every page is one, for guests at CPL3
-        self.protected = protected  # pfns that are encrypted, or will be at launch; None: nothing ever is
+    def __init__(
+        self,
+        memory: Memory,
+        mode: PagingMode,
+        user: bool = False,
+        protected: Sparsebit | None = None,
+    ) -> None:
+        self.memory, self.mode, self.user = (
+            memory,
+            mode,
+            user,
+        )  # user: every page is one, for guests at CPL3
+        self.protected = (
+            protected  # pfns that are encrypted, or will be at launch; None: nothing ever is
+        )
         self.sealed = ""  # why the host cannot follow these page tables any longer
-        self.check_size: Callable[[int], None] = lambda page_size: None  # refuses pages that the CPU does not have
+        self.check_size: Callable[[int], None] = lambda page_size: (
+            None
+        )  # refuses pages that the CPU does not have
         self.eye: Read = memory.read  # guest-physical memory as the guest's own walker sees it
         self.used = Sparsebit()  # pfns
         self.valid = Sparsebit()  # virtual page numbers that something lies at
@@ -50,7 +64,9 @@ class AddressSpace:
         """The root table, for CR3."""
         return self.builder.root_gpa
 
-    def alloc_pages(self, nr_pages: int, kind: str, min_gpa: int = MIN_PFN * PAGE, protected: bool = True) -> int:
+    def alloc_pages(
+        self, nr_pages: int, kind: str, min_gpa: int = MIN_PFN * PAGE, protected: bool = True
+    ) -> int:
         """Physical pages in a row (__vm_phy_pages_alloc), protected where the VM can; raises OutOfMemory when there is no such gap."""
         self.check_open(f"allocate {kind}")
         if nr_pages < 1:
@@ -60,8 +76,12 @@ class AddressSpace:
             pfn = self._gap(nr_pages, MIN_PFN)
         if pfn is None:
             free = sum(s.size for s in self.memory.slots) // PAGE - len(self.used)
-            raise OutOfMemory(f"no {nr_pages} free guest pages in a row for {kind} ({free} are free in all; "
-                              f"give the VM more: memory=)", nr_pages=nr_pages, free=free)
+            raise OutOfMemory(
+                f"no {nr_pages} free guest pages in a row for {kind} ({free} are free in all; "
+                f"give the VM more: memory=)",
+                nr_pages=nr_pages,
+                free=free,
+            )
         self.used.set(pfn, nr_pages)
         if self.protected is not None and protected:
             self.protected.set(pfn, nr_pages)
@@ -86,7 +106,10 @@ class AddressSpace:
             raise InvalidState(f"min_gva {min_gva:#x} is no address")
         vpn = self.valid.next_clear(align_up(min_gva, PAGE) // PAGE, nr_pages)
         if (vpn + nr_pages) * PAGE > 1 << (self.mode.va_bits - 1):
-            raise OutOfMemory(f"no {nr_pages} free virtual pages in a row from gva {min_gva:#x} on", nr_pages=nr_pages)
+            raise OutOfMemory(
+                f"no {nr_pages} free virtual pages in a row from gva {min_gva:#x} on",
+                nr_pages=nr_pages,
+            )
         return vpn * PAGE
 
     def guard(self) -> None:
@@ -102,8 +125,16 @@ class AddressSpace:
         if self.sealed:
             raise InvalidState(f"the host cannot {what}: {self.sealed}")
 
-    def alloc(self, size: int, kind: str = "alloc", min_gva: int = MIN_GVA, writable: bool = True, nx: bool = True,
-              protected: bool = True, **flags: bool) -> int:
+    def alloc(
+        self,
+        size: int,
+        kind: str = "alloc",
+        min_gva: int = MIN_GVA,
+        writable: bool = True,
+        nx: bool = True,
+        protected: bool = True,
+        **flags: bool,
+    ) -> int:
         """Zeroed memory of at least size bytes, mapped page by page (vm_vaddr_alloc); returns its gva."""
         if size < 1:
             raise InvalidState(f"alloc of {size} bytes")
@@ -120,8 +151,16 @@ class AddressSpace:
         self.memory.zero(gpa, nr_pages * PAGE)
         return gva
 
-    def map(self, gva: int, gpa: int, nr_pages: int = 1, page_size: int = PAGE, writable: bool = True, nx: bool = False,
-            **flags: bool) -> None:
+    def map(
+        self,
+        gva: int,
+        gpa: int,
+        nr_pages: int = 1,
+        page_size: int = PAGE,
+        writable: bool = True,
+        nx: bool = False,
+        **flags: bool,
+    ) -> None:
         """Map physical pages (virt_map), with the encryption bit where they are protected.
 
         Raises InvalidState for a mapped range, NotAvailable for a page size that the engine's CPU does not have.
@@ -130,7 +169,9 @@ class AddressSpace:
         self.check_size(page_size)
         if self.protected is not None:
             flags = {"c": self.protected.is_set(gpa // PAGE, nr_pages * page_size // PAGE)} | flags
-        self.builder.map(gva, gpa, nr_pages, page_size, writable=writable, nx=nx, **{"user": self.user} | flags)
+        self.builder.map(
+            gva, gpa, nr_pages, page_size, writable=writable, nx=nx, **{"user": self.user} | flags
+        )
         self.valid.set(gva // PAGE, nr_pages * page_size // PAGE)
 
     def walk(self, gva: int, root_gpa: int | None = None) -> Walk:
@@ -150,20 +191,26 @@ class AddressSpace:
             gpa = found.require()
             count = min(size, PAGE - gva % PAGE)
             if self.memory.slot(gpa) is None:
-                raise PageFault(f"gva {gva:#x} is mapped to gpa {gpa:#x}, where no memslot is", gva=gva, walk=found)
+                raise PageFault(
+                    f"gva {gva:#x} is mapped to gpa {gpa:#x}, where no memslot is",
+                    gva=gva,
+                    walk=found,
+                )
             parts.append((gpa, count))
             gva, size = gva + count, size - count
         return parts
 
     def read(self, gva: int, size: int, root_gpa: int | None = None) -> bytes:
         """Guest-virtual memory; raises PageFault with the walk when a page is not there."""
-        return b"".join(self.memory.read(gpa, count) for gpa, count in self.pieces(gva, size, root_gpa))
+        return b"".join(
+            self.memory.read(gpa, count) for gpa, count in self.pieces(gva, size, root_gpa)
+        )
 
     def write(self, gva: int, data: bytes, root_gpa: int | None = None) -> None:
         """Write guest-virtual memory, read-only pages included, as a debugger does; raises PageFault, nothing written."""
         done = 0
         for gpa, count in self.pieces(gva, len(data), root_gpa):
-            self.memory.write(gpa, data[done:done + count])
+            self.memory.write(gpa, data[done : done + count])
             done += count
 
     def peek(self, gva: int, size: int, root_gpa: int | None = None) -> bytes:
@@ -176,15 +223,34 @@ class AddressSpace:
             count = min(size - len(data), PAGE - (gva + len(data)) % PAGE)
             part = (self.eye if found.flags.get("c") else self.memory.read)(found.require(), count)
             if not part:
-                raise PageFault(f"gva {gva:#x} is mapped to gpa {found.gpa:#x}, where no memslot is", gva=gva, walk=found)
+                raise PageFault(
+                    f"gva {gva:#x} is mapped to gpa {found.gpa:#x}, where no memslot is",
+                    gva=gva,
+                    walk=found,
+                )
             data += part
         return data
 
-    def state(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[Use], set[int], int]:
+    def state(
+        self,
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[Use], set[int], int]:
         """What the allocators know, for a snapshot."""
-        return list(self.used.ranges()), list(self.valid.ranges()), list(self.uses), set(self.tables), self.root_gpa
+        return (
+            list(self.used.ranges()),
+            list(self.valid.ranges()),
+            list(self.uses),
+            set(self.tables),
+            self.root_gpa,
+        )
 
-    def set_state(self, state: tuple[list[tuple[int, int]], list[tuple[int, int]], list[Use], set[int], int]) -> None:
+    def set_state(
+        self, state: tuple[list[tuple[int, int]], list[tuple[int, int]], list[Use], set[int], int]
+    ) -> None:
         """Put `state` back."""
         used, valid, uses, tables, self.builder.root_gpa = state
-        self.used, self.valid, self.uses, self.tables = Sparsebit(used), Sparsebit(valid), list(uses), set(tables)
+        self.used, self.valid, self.uses, self.tables = (
+            Sparsebit(used),
+            Sparsebit(valid),
+            list(uses),
+            set(tables),
+        )

@@ -33,7 +33,11 @@ class Sparsebit:
         self._check(start, count)
         end = start + count
         i, j = bisect_right(self._ends, start), bisect_left(self._starts, end)
-        keep = [(s, e) for s, e in ((self._starts[i], start), (end, self._ends[j - 1])) if s < e] if i < j else []
+        keep = (
+            [(s, e) for s, e in ((self._starts[i], start), (end, self._ends[j - 1])) if s < e]
+            if i < j
+            else []
+        )
         self._starts[i:j], self._ends[i:j] = [s for s, _ in keep], [e for _, e in keep]
 
     def is_set(self, start: int, count: int = 1) -> bool:
@@ -70,7 +74,10 @@ class Sparsebit:
         return self.is_set(bit)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sparsebit) and (self._starts, self._ends) == (other._starts, other._ends)
+        return isinstance(other, Sparsebit) and (self._starts, self._ends) == (
+            other._starts,
+            other._ends,
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -80,4 +87,8 @@ class Sparsebit:
     @staticmethod
     def _check(start: int, count: int) -> None:
         if start < 0 or count < 1 or start + count > 1 << 64:
-            raise InvalidState(f"bits {start:#x} to {start + count:#x} are not a range of a sparsebit", start=start, count=count)
+            raise InvalidState(
+                f"bits {start:#x} to {start + count:#x} are not a range of a sparsebit",
+                start=start,
+                count=count,
+            )

@@ -36,13 +36,29 @@ class PageTableBuilder:
     except that they also grant user, for guests at CPL3. The caller flushes TLBs.
     """
 
-    def __init__(self, read: Read, write: Write, alloc_table: Callable[[int], int], mode: PagingMode,
-                 root_gpa: int | None = None) -> None:
+    def __init__(
+        self,
+        read: Read,
+        write: Write,
+        alloc_table: Callable[[int], int],
+        mode: PagingMode,
+        root_gpa: int | None = None,
+    ) -> None:
         self.read, self.write, self.alloc_table, self.mode = read, write, alloc_table, mode
         self.root_gpa = self._new_table(mode.levels[0]) if root_gpa is None else mode.root(root_gpa)
 
-    def map(self, gva: int, gpa: int, nr_pages: int = 1, page_size: int = 4096, *,
-            writable: bool = True, user: bool = False, nx: bool = False, **flags: bool) -> None:
+    def map(
+        self,
+        gva: int,
+        gpa: int,
+        nr_pages: int = 1,
+        page_size: int = 4096,
+        *,
+        writable: bool = True,
+        user: bool = False,
+        nx: bool = False,
+        **flags: bool,
+    ) -> None:
         """Map nr_pages pages of page_size bytes from gva on to gpa on (kernel: virt_map, __virt_pg_map).
 
         Raises InvalidState when an address is not aligned or cannot exist, or when any page is mapped already.
@@ -51,13 +67,17 @@ class PageTableBuilder:
         level = self._leaf_level(page_size)
         self._check_range(gva, nr_pages * page_size, page_size)
         if gpa < 0 or not is_aligned(gpa, page_size):
-            raise InvalidState(f"gpa {gpa:#x} is not aligned to the page size {page_size:#x}", gpa=gpa)
+            raise InvalidState(
+                f"gpa {gpa:#x} is not aligned to the page size {page_size:#x}", gpa=gpa
+            )
         mode.pa.put(gpa + (nr_pages - 1) * page_size)
         bits = mode.new_leaf(level, {"writable": writable, "user": user, "nx": nx, **flags})
         spans = list(self._spans(level, gva, nr_pages))
         for start, count in spans:
             self._check_free(level, start, count)
-        slots = [self._slot(level, start) for start, _ in spans]  # with no memory left for a table, nothing is mapped
+        slots = [
+            self._slot(level, start) for start, _ in spans
+        ]  # with no memory left for a table, nothing is mapped
         for (start, count), slot in zip(spans, slots, strict=True):
             frames = gpa + (start - gva) + np.arange(count, dtype=np.uint64) * np.uint64(page_size)
             entries = _shifted(frames, mode.pa.shift) | np.uint64(bits)
@@ -79,17 +99,32 @@ class PageTableBuilder:
             if level.leaf is not NONE and level.size == page_size:
                 return level
         sizes = " ".join(f"{size:#x}" for size in self.mode.page_sizes)
-        raise InvalidState(f"{self.mode.name} has no pages of {page_size:#x} bytes, only {sizes}", page_size=page_size)
+        raise InvalidState(
+            f"{self.mode.name} has no pages of {page_size:#x} bytes, only {sizes}",
+            page_size=page_size,
+        )
 
     def _check_range(self, gva: int, size: int, page_size: int) -> None:
         if size <= 0:
             raise InvalidState(f"gva {gva:#x}: wants at least one page", gva=gva)
         if not is_aligned(gva, page_size):
-            raise InvalidState(f"gva {gva:#x} is not aligned to the page size {page_size:#x}", gva=gva)
+            raise InvalidState(
+                f"gva {gva:#x} is not aligned to the page size {page_size:#x}", gva=gva
+            )
         last = gva + size - 1
-        if not (self.mode.canonical(gva) and self.mode.canonical(last) and (gva ^ last) >> (self.mode.va_bits - 1) == 0):
-            lower = "" if self.mode.signed or self.mode.canonical(gva) else ", whose table maps the lower half of the address space only"
-            raise InvalidState(f"gva {gva:#x}..{last:#x} is not canonical in {self.mode.name}{lower}", gva=gva)
+        if not (
+            self.mode.canonical(gva)
+            and self.mode.canonical(last)
+            and (gva ^ last) >> (self.mode.va_bits - 1) == 0
+        ):
+            lower = (
+                ""
+                if self.mode.signed or self.mode.canonical(gva)
+                else ", whose table maps the lower half of the address space only"
+            )
+            raise InvalidState(
+                f"gva {gva:#x}..{last:#x} is not canonical in {self.mode.name}{lower}", gva=gva
+            )
 
     def _spans(self, level: Level, gva: int, nr_pages: int) -> Iterator[tuple[int, int]]:
         """Cut a range into (gva, number of entries), one per table of level."""
@@ -114,13 +149,23 @@ class PageTableBuilder:
         step, entry_gpa, kind = self._descend(level, gva)
         if step is not level:
             if kind != "hole":
-                raise self._refusal("is mapped already" if kind == "leaf" else "cannot be mapped", gva, step, entry_gpa)
+                raise self._refusal(
+                    "is mapped already" if kind == "leaf" else "cannot be mapped",
+                    gva,
+                    step,
+                    entry_gpa,
+                )
             return
         entries = self._entries(entry_gpa, count)
         taken = np.flatnonzero(classify_all(self.mode, level, entries).present)
         if taken.size:
             first = int(taken[0])
-            raise self._refusal("is mapped already", gva + first * level.size, level, entry_gpa + first * self.mode.entry_size)
+            raise self._refusal(
+                "is mapped already",
+                gva + first * level.size,
+                level,
+                entry_gpa + first * self.mode.entry_size,
+            )
 
     def _slot(self, level: Level, gva: int) -> int:
         """The gpa of the entry of level for gva; makes the tables above it."""
@@ -142,8 +187,12 @@ class PageTableBuilder:
             if kind != "leaf":
                 raise self._refusal("is not mapped", gva, level, entry_gpa)
             if not is_aligned(gva, level.size) or end - gva < level.size:
-                raise self._refusal(f"is part of a page of {level.size:#x} bytes", gva, level, entry_gpa)
-            entries = self._entries(entry_gpa, min((end - gva) // level.size, level.nr_entries - level.index(gva)))
+                raise self._refusal(
+                    f"is part of a page of {level.size:#x} bytes", gva, level, entry_gpa
+                )
+            entries = self._entries(
+                entry_gpa, min((end - gva) // level.size, level.nr_entries - level.index(gva))
+            )
             leaf = classify_all(self.mode, level, entries).leaf
             count = len(entries) if leaf.all() else int(leaf.argmin())
             runs.append(_Run(level, gva, entry_gpa, entries[:count]))
@@ -153,11 +202,16 @@ class PageTableBuilder:
     def _refusal(self, what: str, gva: int, level: Level, entry_gpa: int) -> InvalidState:
         entry = self._load(entry_gpa)
         where = f"{level}[{level.index(gva):#x}] at gpa {entry_gpa:#x}"
-        return InvalidState(f"gva {gva:#x} {what}: {where} is {entry:#x}", gva=gva, entry=entry, entry_gpa=entry_gpa)
+        return InvalidState(
+            f"gva {gva:#x} {what}: {where} is {entry:#x}", gva=gva, entry=entry, entry_gpa=entry_gpa
+        )
 
     def _new_table(self, level: Level) -> int:
         table = self.alloc_table(level.table_size)
-        self.write(table, level.empty.to_bytes(self.mode.entry_size, self.mode.byteorder) * level.nr_entries)
+        self.write(
+            table,
+            level.empty.to_bytes(self.mode.entry_size, self.mode.byteorder) * level.nr_entries,
+        )
         return table
 
     def _load(self, entry_gpa: int) -> int:

@@ -33,15 +33,27 @@ def diff(before: PageTable, after: PageTable) -> pd.DataFrame:
     and dirty count). A page of another size is a "-" and a "+". Raises InvalidState between unlike formats.
     """
     import pandas as pd
+
     if before.mode != after.mode:
-        raise InvalidState(f"cannot compare {before.mode.name} with {after.mode.name}", before=before.mode, after=after.mode)
+        raise InvalidState(
+            f"cannot compare {before.mode.name} with {after.mode.name}",
+            before=before.mode,
+            after=after.mode,
+        )
     gva, size, old, new = _changes(before, after)
     sign = np.where(old.there, np.where(new.there, "~", "-"), "+")
     first, last = runs(gva, size, (old.gpa, new.gpa), (old.flags, new.flags, sign))
-    return pd.DataFrame({
-        "sign": sign[first], "gva": gva[first], "gva_end": gva[last] + (size[last] - np.uint64(1)), "nr_pages": last - first + 1,
-        "page_size": size[first], "before": _words(before, old, first), "after": _words(after, new, first),
-    })
+    return pd.DataFrame(
+        {
+            "sign": sign[first],
+            "gva": gva[first],
+            "gva_end": gva[last] + (size[last] - np.uint64(1)),
+            "nr_pages": last - first + 1,
+            "page_size": size[first],
+            "before": _words(before, old, first),
+            "after": _words(after, new, first),
+        }
+    )
 
 
 def _changes(before: PageTable, after: PageTable) -> tuple[U64, U64, _Side, _Side]:
@@ -51,8 +63,16 @@ def _changes(before: PageTable, after: PageTable) -> tuple[U64, U64, _Side, _Sid
     differs = (old.there != new.there) | (old.gpa != new.gpa) | (old.flags != new.flags)
     keys = keys[differs]
     shifts = np.array([level.shift for level in before.mode.levels], np.uint64)
-    gva, size = keys & np.uint64(-16 & (1 << 64) - 1), np.uint64(1) << shifts[(keys & np.uint64(15)).astype(np.intp)]
-    return gva, size, _Side(*(column[differs] for column in old)), _Side(*(column[differs] for column in new))
+    gva, size = (
+        keys & np.uint64(-16 & (1 << 64) - 1),
+        np.uint64(1) << shifts[(keys & np.uint64(15)).astype(np.intp)],
+    )
+    return (
+        gva,
+        size,
+        _Side(*(column[differs] for column in old)),
+        _Side(*(column[differs] for column in new)),
+    )
 
 
 def _keys(table: PageTable) -> U64:
@@ -68,8 +88,15 @@ def _side(table: PageTable, keys: U64) -> _Side:
     at = np.minimum(np.searchsorted(own, keys), len(own) - 1)
     there = own[at] == keys
     flags = table.rights & np.uint64(table.mode.flag_mask)
-    return _Side(there, np.where(there, table.gpa[at], gva), np.where(there, flags[at], np.uint64(0)))
+    return _Side(
+        there, np.where(there, table.gpa[at], gva), np.where(there, flags[at], np.uint64(0))
+    )
 
 
 def _words(table: PageTable, side: _Side, at: NDArray[np.intp]) -> list[str]:
-    return [f"gpa {int(side.gpa[i]):#x} P {table.mode.letters(int(side.flags[i]))}".rstrip() if side.there[i] else "" for i in at]
+    return [
+        f"gpa {int(side.gpa[i]):#x} P {table.mode.letters(int(side.flags[i]))}".rstrip()
+        if side.there[i]
+        else ""
+        for i in at
+    ]

@@ -64,7 +64,9 @@ def grants(mode: PagingMode, entries: U64, table: Bools) -> U64:
     return np.where(table, left, plain)
 
 
-def runs(gva: U64, size: U64, running: tuple[U64, ...], equal: tuple[NDArray[np.generic], ...]) -> tuple[Indices, Indices]:
+def runs(
+    gva: U64, size: U64, running: tuple[U64, ...], equal: tuple[NDArray[np.generic], ...]
+) -> tuple[Indices, Indices]:
     """First and last index of each run of neighbouring pages.
 
     Within a run gva and every running column advance by the page size; size and every equal column stay.

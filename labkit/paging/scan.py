@@ -76,32 +76,49 @@ class PageTable:
     def diff(self, other: PageTable) -> pd.DataFrame:
         """What changed from other (earlier) to this snapshot: sign (+ - ~), gva, gva_end, nr_pages, page_size, before, after."""
         from labkit.paging.diff import diff
+
         return diff(other, self)
 
     def flag(self, name: str) -> Bools:
         """One effective flag of every leaf."""
-        on: Bools = ((self.rights ^ np.uint64(self.mode.inverted)) & np.uint64(self.mode.flags[name])) != 0
+        on: Bools = (
+            (self.rights ^ np.uint64(self.mode.inverted)) & np.uint64(self.mode.flags[name])
+        ) != 0
         return on
 
     @cached_property
     def df(self) -> pd.DataFrame:
         """Ranges of neighbouring pages with equal flags: gva, gva_end, nr_pages, page_size, gpa, a bool column per flag, what."""
         import pandas as pd
+
         first, last = self.ranges()
         columns: dict[str, object] = {
-            "gva": self.gva[first], "gva_end": self.gva[last] + (self.size[last] - np.uint64(1)), "nr_pages": last - first + 1,
-            "page_size": self.size[first], "gpa": self.gpa[first],
+            "gva": self.gva[first],
+            "gva_end": self.gva[last] + (self.size[last] - np.uint64(1)),
+            "nr_pages": last - first + 1,
+            "page_size": self.size[first],
+            "gpa": self.gpa[first],
         }
         columns |= {name: self.flag(name)[first] for name in self.mode.flags}
-        columns["what"] = [self._what(int(low), int(high)) for low, high in zip(self.gva[first], self.gva[last], strict=True)]
+        columns["what"] = [
+            self._what(int(low), int(high))
+            for low, high in zip(self.gva[first], self.gva[last], strict=True)
+        ]
         return pd.DataFrame(columns)
 
     @cached_property
     def leaves(self) -> pd.DataFrame:
         """One row per leaf: gva, gpa, page_size, level, entry and a bool column per flag."""
         import pandas as pd
+
         names = np.array([level.name for level in self.mode.levels])
-        columns = {"gva": self.gva, "gpa": self.gpa, "page_size": self.size, "level": names[self.level], "entry": self.entry}
+        columns = {
+            "gva": self.gva,
+            "gpa": self.gpa,
+            "page_size": self.size,
+            "level": names[self.level],
+            "entry": self.entry,
+        }
         return pd.DataFrame(columns | {name: self.flag(name) for name in self.mode.flags})
 
     def ranges(self, ignore: tuple[str, ...] = ()) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -126,8 +143,14 @@ class PageTable:
             count = f"{high - low + 1} x {_bytes(size)}"
             flags = self.mode.letters(int(self.rights[low]) & ~unseen | self.mode.inverted & unseen)
             words = " ".join(filter(None, ["P", flags, self._what(start, last_page)]))
-            lines.append(f"{start:#018x}..{last_page + size - 1:#018x} {count:>10} -> {int(self.gpa[low]):#x} {words}")
-        return "\n".join(lines + ([f"... {len(first) - 40} more ranges"] if len(first) > 40 else []) + list(self.problems[:5]))
+            lines.append(
+                f"{start:#018x}..{last_page + size - 1:#018x} {count:>10} -> {int(self.gpa[low]):#x} {words}"
+            )
+        return "\n".join(
+            lines
+            + ([f"... {len(first) - 40} more ranges"] if len(first) > 40 else [])
+            + list(self.problems[:5])
+        )
 
     @property
     def status(self) -> str:
@@ -154,15 +177,21 @@ class PageTable:
         table = self._starts[at] if at >= 0 else 0
         if at < 0 or gpa + size > table + len(self.tables[table]):
             raise MemoryFault(f"gpa {gpa:#x} is in no table of this snapshot", gpa=gpa, size=size)
-        return self.tables[table][gpa - table:gpa - table + size]
+        return self.tables[table][gpa - table : gpa - table + size]
 
     @cached_property
     def _starts(self) -> list[int]:
         return sorted(self.tables)
 
 
-def scan(read: Read, mode: PagingMode, root_gpa: int, step: int | None = None, label: Label | None = None,
-         max_leaves: int = MAX_LEAVES) -> PageTable:
+def scan(
+    read: Read,
+    mode: PagingMode,
+    root_gpa: int,
+    step: int | None = None,
+    label: Label | None = None,
+    max_leaves: int = MAX_LEAVES,
+) -> PageTable:
     """Read every table below root_gpa (or raw CR3) and give a snapshot of all leaves; never raises.
 
     Without .truncated it holds exactly the translations that walk() finds; tables that loop or are very many
@@ -186,17 +215,38 @@ class _Scan:
     def run(self, root: int, step: int | None, label: Label | None) -> PageTable:
         """Go down level by level; a visit is a table as seen from one gva, with the rights granted so far."""
         mode = self.mode
-        visits = (np.zeros(1, np.uint64), np.array([root], np.uint64), np.array([mode.inherit], np.uint64))
+        visits = (
+            np.zeros(1, np.uint64),
+            np.array([root], np.uint64),
+            np.array([mode.inherit], np.uint64),
+        )
         for depth in range(len(mode.levels)):
             visits = self._level(depth, *visits)
-        parts = [np.concatenate(column) for column in zip(*self.leaves, strict=True)] or [np.empty(0, np.uint64)] * 6
+        parts = [np.concatenate(column) for column in zip(*self.leaves, strict=True)] or [
+            np.empty(0, np.uint64)
+        ] * 6
         if len(self.leaves) > 1:
             order = np.argsort(parts[0], kind="stable")
             parts = [part[order] for part in parts]
         gva, gpa, size, entry, rights, level = parts
         bad = np.concatenate([np.empty(0, np.uint64), *self.bad])
-        return PageTable(mode, root, step, self.tables, gva, gpa, size, entry, level.astype(np.uint8), rights,
-                         np.sort(bad)[:MAX_PROBLEMS], len(bad), frozenset(self.outside), self.truncated, label)
+        return PageTable(
+            mode,
+            root,
+            step,
+            self.tables,
+            gva,
+            gpa,
+            size,
+            entry,
+            level.astype(np.uint8),
+            rights,
+            np.sort(bad)[:MAX_PROBLEMS],
+            len(bad),
+            frozenset(self.outside),
+            self.truncated,
+            label,
+        )
 
     def _level(self, depth: int, base: U64, table: U64, rights: U64) -> tuple[U64, U64, U64]:
         below, nr_below = [(base[:0], table[:0], rights[:0])], 0
@@ -208,7 +258,9 @@ class _Scan:
             below.append(self._chunk(depth, base[part], table[part], rights[part]))
             nr_below += len(below[-1][0])
         self.truncated |= nr_below > self.max_visits
-        gva, gpa, acc = (np.concatenate(column)[:self.max_visits] for column in zip(*below, strict=True))
+        gva, gpa, acc = (
+            np.concatenate(column)[: self.max_visits] for column in zip(*below, strict=True)
+        )
         return gva, gpa, acc
 
     def _chunk(self, depth: int, base: U64, table: U64, rights: U64) -> tuple[U64, U64, U64]:
@@ -216,7 +268,10 @@ class _Scan:
         mode, level = self.mode, self.mode.levels[depth]
         tables = self.tables
         size = level.table_size
-        data = [raw if len(raw := tables.get(gpa, b"")) == size else self._table(gpa, size) for gpa in table.tolist()]
+        data = [
+            raw if len(raw := tables.get(gpa, b"")) == size else self._table(gpa, size)
+            for gpa in table.tolist()
+        ]
         if not all(data):
             there = np.array([bool(raw) for raw in data])
             self.bad.append(base[~there])
@@ -242,14 +297,25 @@ class _Scan:
     def _keep(self, depth: int, gva: U64, entry: U64, acc: U64) -> None:
         if len(gva) > self.left:
             self.truncated = True
-            gva, entry, acc = gva[:self.left], entry[:self.left], acc[:self.left]
+            gva, entry, acc = gva[: self.left], entry[: self.left], acc[: self.left]
         self.left -= len(gva)
         if not len(gva):
             return
         mode, size = self.mode, self.mode.levels[depth].size
         gpa = frames(mode.pa, entry) & np.uint64(-size & (1 << 64) - 1)
-        rights = (entry & np.uint64(~mode.inherit & (1 << 64) - 1)) | (acc ^ np.uint64(mode.flip & mode.inherit))
-        self.leaves.append((gva, gpa, np.full(len(gva), size, np.uint64), entry, rights, np.full(len(gva), depth, np.uint8)))
+        rights = (entry & np.uint64(~mode.inherit & (1 << 64) - 1)) | (
+            acc ^ np.uint64(mode.flip & mode.inherit)
+        )
+        self.leaves.append(
+            (
+                gva,
+                gpa,
+                np.full(len(gva), size, np.uint64),
+                entry,
+                rights,
+                np.full(len(gva), depth, np.uint8),
+            )
+        )
 
     def _table(self, gpa: int, size: int) -> bytes:
         """Read a table, b"" outside the memslots; each is read once, so loops see one state."""

@@ -42,9 +42,13 @@ class Walk:
     steps: tuple[WalkStep, ...]
     gpa: int | None = None
     page_size: int = 0  # bytes, 0 without a translation
-    flags: dict[str, bool] = field(default_factory=dict)  # effective rights: all levels together; empty without a translation
+    flags: dict[str, bool] = field(
+        default_factory=dict
+    )  # effective rights: all levels together; empty without a translation
     problem: str | None = None
-    page_table: Any = field(default=None, compare=False)  # the snapshot that was walked, when it was one
+    page_table: Any = field(
+        default=None, compare=False
+    )  # the snapshot that was walked, when it was one
 
     def require(self) -> int:
         """The gpa; raises PageFault with who, where and what was found when there is none."""
@@ -90,7 +94,11 @@ def classify(mode: PagingMode, level: Level, entry: int) -> Kind:
     if not level.must(entry) or (mode.bad is not None and mode.bad(entry)):
         return "reserved"
     if mode.table_at(level)(entry):
-        return "reserved" if level.leaf is LAST or entry & (mode.reserved | mode.table_reserved) else "table"
+        return (
+            "reserved"
+            if level.leaf is LAST or entry & (mode.reserved | mode.table_reserved)
+            else "table"
+        )
     return "reserved" if level.leaf is NONE or entry & mode.leaf_reserved(level) else "leaf"
 
 
@@ -115,7 +123,9 @@ def walk(read: Read, mode: PagingMode, root_gpa: int, gva: int) -> Walk:
         kind = classify(mode, level, entry)
         if kind == "table":
             table = mode.next_table(level).get(entry)
-        steps.append(WalkStep(level, index, entry_gpa, entry, kind, table if kind == "table" else None))
+        steps.append(
+            WalkStep(level, index, entry_gpa, entry, kind, table if kind == "table" else None)
+        )
         rights &= mode.grants(entry, kind == "table")
         if kind != "table":
             break
@@ -130,7 +140,9 @@ def _finish(mode: PagingMode, root: int, gva: int, steps: list[WalkStep], rights
     steps[-1] = replace(last, next_gpa=frame)
     effective = (last.entry & ~mode.inherit) | (rights ^ (mode.flip & mode.inherit))
     size = last.level.size
-    return Walk(mode, root, gva, tuple(steps), frame + (gva & (size - 1)), size, mode.rights(effective))
+    return Walk(
+        mode, root, gva, tuple(steps), frame + (gva & (size - 1)), size, mode.rights(effective)
+    )
 
 
 def _problem(mode: PagingMode, root: int, gva: int, last: WalkStep | None) -> str:
@@ -140,9 +152,15 @@ def _problem(mode: PagingMode, root: int, gva: int, last: WalkStep | None) -> st
     if last.kind == "hole":
         return f"{who} is not present (entry {last.entry:#x})"
     if last.kind == "outside":
-        return f"{who} points to gpa {last.next_gpa:#x}, outside guest memory (entry {last.entry:#x})"
+        return (
+            f"{who} points to gpa {last.next_gpa:#x}, outside guest memory (entry {last.entry:#x})"
+        )
     leaf = not mode.table_at(last.level)(last.entry)
-    why = f"is a leaf, which {last.level} may not hold" if leaf and last.level.leaf is NONE else "has reserved bits set"
+    why = (
+        f"is a leaf, which {last.level} may not hold"
+        if leaf and last.level.leaf is NONE
+        else "has reserved bits set"
+    )
     return f"{who} {why} (entry {last.entry:#x})"
 
 
@@ -155,7 +173,11 @@ def _not_canonical(mode: PagingMode, gva: int) -> str:
 
 def describe(mode: PagingMode, flags: dict[str, bool]) -> str:
     """Effective rights in words: "shared (C=0), writable, no execute"."""
-    words = [f"{'encrypted' if flags['c'] else 'shared'} ({mode.c_word(flags['c'])})"] if "c" in flags else []
+    words = (
+        [f"{'encrypted' if flags['c'] else 'shared'} ({mode.c_word(flags['c'])})"]
+        if "c" in flags
+        else []
+    )
     words.append("writable" if flags.get("writable") else "read only")
     if "nx" in flags:
         words.append("no execute" if flags["nx"] else "executable")

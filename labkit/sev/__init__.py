@@ -18,27 +18,62 @@ if TYPE_CHECKING:
 __all__ = ["PROTECTIONS", "SIMPLIFIED", "protection"]
 
 PROTECTIONS = (  # what `protect=` takes, and what the host loses by it
-    ("sev", "memory: the host reads ciphertext of every private page, and its page tables are such pages"),
-    ("sev-es", "memory and registers: exits become #VC in the guest, which tells its host what it wants through VMGEXIT"),
-    ("snp", "memory, registers and ownership: the RMP refuses the host's writes, the guest validates its pages"),
+    (
+        "sev",
+        "memory: the host reads ciphertext of every private page, and its page tables are such pages",
+    ),
+    (
+        "sev-es",
+        "memory and registers: exits become #VC in the guest, which tells its host what it wants through VMGEXIT",
+    ),
+    (
+        "snp",
+        "memory, registers and ownership: the RMP refuses the host's writes, the guest validates its pages",
+    ),
     ("tdx", "memory, with a shared bit in place of the C-bit"),
 )
 
 # What the model leaves out, and why; each file's docstring says the same about its own part
 SIMPLIFIED = (
-    ("tweak constants", "real ones differ per part and are secret; these are labkit's own, the algebra is the published one"),
-    ("certificates", "nobody signs for a Diffie-Hellman key, so a DOMAIN policy cannot be proven and forbids SEND"),
-    ("attestation reports and ID blocks", "they need AMD's signing keys; the launch digest and the measurement are real"),
-    ("WBINVD", "the model has no caches: one DF_FLUSH stands for what hardware needs WBINVD on every core for"),
-    ("VMPLs and huge RMP pages", "labkit's guests run at VMPL0 on 4 KiB pages, so there is no RMPADJUST and no PSMASH"),
-    ("VMSAs that the host wrote into", "a vCPU that loads garbage is no lesson; the write is refused, SNP's hardware refuses it too"),
-    ("starting APs, guest requests", "labkit's vCPUs begin at their entry and nobody signs reports, so those GHCB events are refused"),
-    ("TDX's module", "its pages are encrypted and measured by the secure processor's launch; registers stay open, there is no #VE"),
+    (
+        "tweak constants",
+        "real ones differ per part and are secret; these are labkit's own, the algebra is the published one",
+    ),
+    (
+        "certificates",
+        "nobody signs for a Diffie-Hellman key, so a DOMAIN policy cannot be proven and forbids SEND",
+    ),
+    (
+        "attestation reports and ID blocks",
+        "they need AMD's signing keys; the launch digest and the measurement are real",
+    ),
+    (
+        "WBINVD",
+        "the model has no caches: one DF_FLUSH stands for what hardware needs WBINVD on every core for",
+    ),
+    (
+        "VMPLs and huge RMP pages",
+        "labkit's guests run at VMPL0 on 4 KiB pages, so there is no RMPADJUST and no PSMASH",
+    ),
+    (
+        "VMSAs that the host wrote into",
+        "a vCPU that loads garbage is no lesson; the write is refused, SNP's hardware refuses it too",
+    ),
+    (
+        "starting APs, guest requests",
+        "labkit's vCPUs begin at their entry and nobody signs reports, so those GHCB events are refused",
+    ),
+    (
+        "TDX's module",
+        "its pages are encrypted and measured by the secure processor's launch; registers stay open, there is no #VE",
+    ),
     ("the CPUID page", "SNP's firmware compares it with the CPU; the model checks its count only"),
 )
 
 
-def protection(kind: str | None, policy: int | None = None, c_bit: int | None = None, launch: bool = True) -> MakeGuest | None:
+def protection(
+    kind: str | None, policy: int | None = None, c_bit: int | None = None, launch: bool = True
+) -> MakeGuest | None:
     """What makes a VM's encryption, None for a plain VM; raises InvalidState for one that has settings without being encrypted."""
     from labkit.sev.guest import ProtectedGuest
 
@@ -47,5 +82,7 @@ def protection(kind: str | None, policy: int | None = None, c_bit: int | None = 
     stray = {"policy": policy, "c_bit": c_bit, "launch": None if launch else False}
     if given := [f"{name}={value}" for name, value in stray.items() if value is not None]:
         kinds = ", ".join(repr(name) for name, _ in PROTECTIONS)
-        raise InvalidState(f"{' and '.join(given)}: only an encrypted guest has that, with protect={kinds}")
+        raise InvalidState(
+            f"{' and '.join(given)}: only an encrypted guest has that, with protect={kinds}"
+        )
     return None

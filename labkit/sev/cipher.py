@@ -19,20 +19,27 @@ from labkit.errors import InvalidState
 
 __all__ = ["BLOCK", "CONSTANTS", "MemoryCipher", "tweaks"]
 
-BLOCK, PAGE, CHUNK, LIMIT = 16, 4096, 16 * 4096, 1 << 52  # bytes; a chunk and its tweaks stay in the processor's cache
+BLOCK, PAGE, CHUNK, LIMIT = (
+    16,
+    4096,
+    16 * 4096,
+    1 << 52,
+)  # bytes; a chunk and its tweaks stay in the processor's cache
 Words = NDArray[np.uint64]  # blocks, two words each
 _LOW, _GROUPS, _BITS = 4, 6, 8  # address bits 4..51, looked up eight at a time
-CONSTANTS: Words = np.frombuffer(hashlib.shake_256(b"labkit's own tweak constants").digest(BLOCK * _GROUPS * _BITS), "<u8").reshape(-1, 2)
+CONSTANTS: Words = np.frombuffer(
+    hashlib.shake_256(b"labkit's own tweak constants").digest(BLOCK * _GROUPS * _BITS), "<u8"
+).reshape(-1, 2)
 
 
 def _table(constants: Words) -> Words:
     table = np.zeros((1 << _BITS, 2), np.uint64)
     for bit, constant in enumerate(constants):
-        table[1 << bit:2 << bit] = table[:1 << bit] ^ constant
+        table[1 << bit : 2 << bit] = table[: 1 << bit] ^ constant
     return table
 
 
-_TABLES = tuple(_table(CONSTANTS[_BITS * g:_BITS * (g + 1)]) for g in range(_GROUPS))
+_TABLES = tuple(_table(CONSTANTS[_BITS * g : _BITS * (g + 1)]) for g in range(_GROUPS))
 
 
 def tweaks(spas: Words) -> Words:
@@ -47,7 +54,9 @@ def tweaks(spas: Words) -> Words:
     return total
 
 
-_IN_CHUNK = tweaks(np.arange(0, CHUNK, BLOCK, dtype=np.uint64))  # of the first one: another differs from it by one constant
+_IN_CHUNK = tweaks(
+    np.arange(0, CHUNK, BLOCK, dtype=np.uint64)
+)  # of the first one: another differs from it by one constant
 
 
 @lru_cache(1 << 12)
@@ -63,11 +72,17 @@ class MemoryCipher:
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
         if len(key) != 16 or form not in ("XE", "XEX"):
-            raise InvalidState(f"a memory key has 16 bytes and the form is XE or XEX, not {len(key)} bytes and {form!r}")
+            raise InvalidState(
+                f"a memory key has 16 bytes and the form is XE or XEX, not {len(key)} bytes and {form!r}"
+            )
         self.key, self.form = bytes(key), form
-        ecb = Cipher(algorithms.AES(key), modes.ECB())  # ECB keeps no state: one context serves every call
+        ecb = Cipher(
+            algorithms.AES(key), modes.ECB()
+        )  # ECB keeps no state: one context serves every call
         self._encrypt, self._decrypt = ecb.encryptor(), ecb.decryptor()
-        self._tweak, self._mixed = np.empty((2, CHUNK // BLOCK, 2), np.uint64)  # buffers for one chunk: allocating costs more than AES
+        self._tweak, self._mixed = np.empty(
+            (2, CHUNK // BLOCK, 2), np.uint64
+        )  # buffers for one chunk: allocating costs more than AES
         self._done = bytearray(CHUNK + BLOCK)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MemoryCipher:
@@ -97,13 +112,19 @@ class MemoryCipher:
         source, target = memoryview(data).cast("B"), memoryview(out).cast("B")
         size = len(source)
         if not is_aligned(spa | size, BLOCK) or not 0 <= spa <= LIMIT - size or size != len(target):
-            raise InvalidState(f"encryption takes whole 16-byte blocks below 2^52: not {size:#x} bytes at spa {spa:#x}, "
-                               f"into {len(target):#x}", spa=spa, size=size)
+            raise InvalidState(
+                f"encryption takes whole 16-byte blocks below 2^52: not {size:#x} bytes at spa {spa:#x}, "
+                f"into {len(target):#x}",
+                spa=spa,
+                size=size,
+            )
         at = 0
         while at < size:
             chunk, skip = divmod(spa + at, CHUNK)
             end = min(size, at + CHUNK - skip)
-            blocks, made = (np.frombuffer(view[at:end], "<u8").reshape(-1, 2) for view in (source, target))
+            blocks, made = (
+                np.frombuffer(view[at:end], "<u8").reshape(-1, 2) for view in (source, target)
+            )
             self._crypt(encrypts, self._tweaks(chunk, skip // BLOCK, len(blocks)), blocks, made)
             at = end
 
@@ -111,13 +132,17 @@ class MemoryCipher:
         """Those of blocks inside one chunk, until it is called again."""
         tweak = self._tweak[:nr_blocks]
         tweak.view(np.complex128)[:] = _constant(chunk)
-        return np.bitwise_xor(tweak, _IN_CHUNK[first:first + nr_blocks], out=tweak)
+        return np.bitwise_xor(tweak, _IN_CHUNK[first : first + nr_blocks], out=tweak)
 
     def _crypt(self, encrypts: bool, tweak: Words, blocks: Words, out: Words) -> None:
         """XE is C = E(P ^ T), XEX is C = E(P ^ T) ^ T: only XE leaves out the XOR on the ciphertext's side."""
         both = self.form == "XEX"
         nr_bytes, engine = blocks.nbytes, self._encrypt if encrypts else self._decrypt
-        mixed = np.bitwise_xor(blocks, tweak, out=self._mixed[:len(blocks)]) if both or encrypts else np.ascontiguousarray(blocks)
+        mixed = (
+            np.bitwise_xor(blocks, tweak, out=self._mixed[: len(blocks)])
+            if both or encrypts
+            else np.ascontiguousarray(blocks)
+        )
         engine.update_into(mixed.data.cast("B"), self._done)
         done = np.frombuffer(self._done, "<u8", nr_bytes // 8).reshape(-1, 2)
         np.bitwise_xor(done, tweak if both or not encrypts else np.uint64(0), out=out)

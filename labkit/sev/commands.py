@@ -54,7 +54,9 @@ class Request:
     def __post_init__(self) -> None:
         for name, bits in (("policy", 32), ("handle", 32), ("asid", 32), ("spa", 52), ("size", 32)):
             if not 0 <= getattr(self, name) < 1 << bits:
-                raise InvalidState(f"{self.command}: {name} has {bits} bits in the command buffer, not {getattr(self, name):#x}")
+                raise InvalidState(
+                    f"{self.command}: {name} has {bits} bits in the command buffer, not {getattr(self, name):#x}"
+                )
 
     @property
     def length(self) -> int:
@@ -71,7 +73,11 @@ class Rule(NamedTuple):
 
 
 def _rule(states: str, to: int | None, checks: str) -> Rule:
-    return Rule(frozenset(GuestState(int(s)) for s in states), None if to is None else GuestState(to), tuple(checks.split()))
+    return Rule(
+        frozenset(GuestState(int(s)) for s in states),
+        None if to is None else GuestState(to),
+        tuple(checks.split()),
+    )
 
 
 _START, _UPDATE = "platform session", "platform guest state"

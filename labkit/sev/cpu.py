@@ -15,11 +15,15 @@ _EAX = (1, 3, 4)  # SEV, SEV-ES, SNP
 _COHERENT = 1 << 10
 
 
-def encryption_leaf(protect: str, c_bit: int, reduction: int = 0, nr_asids: int = 0, min_sev_asid: int = 0) -> tuple[int, int, int, int]:
+def encryption_leaf(
+    protect: str, c_bit: int, reduction: int = 0, nr_asids: int = 0, min_sev_asid: int = 0
+) -> tuple[int, int, int, int]:
     """CPUID 0x8000001F: features, C-bit position and address bits it costs, ASIDs, the least ASID of plain SEV."""
     if protect not in LEVELS or not 32 <= c_bit <= 63 or not 0 <= reduction < 64:
-        raise InvalidState(f"protect {protect!r}, C-bit {c_bit}, {reduction} address bits less: wants {', '.join(LEVELS)}, 32..63, 0..63")
-    eax = sum(1 << bit for bit in _EAX[:LEVELS[protect]]) | _COHERENT
+        raise InvalidState(
+            f"protect {protect!r}, C-bit {c_bit}, {reduction} address bits less: wants {', '.join(LEVELS)}, 32..63, 0..63"
+        )
+    eax = sum(1 << bit for bit in _EAX[: LEVELS[protect]]) | _COHERENT
     return eax, c_bit | reduction << 6, nr_asids, min_sev_asid
 
 

@@ -21,7 +21,9 @@ class Dram:
     would make VMRUN load garbage, which is refused instead.
     """
 
-    def __init__(self, memory: Memory, vmsa: Callable[[int], bytes | None], nested: Callable[[], NestedTable]) -> None:
+    def __init__(
+        self, memory: Memory, vmsa: Callable[[int], bytes | None], nested: Callable[[], NestedTable]
+    ) -> None:
         self.memory, self.vmsa, self.nested = memory, vmsa, nested
         self.pages: list[bytes] = []  # the VMSAs as hypervisor and firmware left them
 
@@ -35,7 +37,7 @@ class Dram:
         if spa < VMSA_AT:
             return b"".join(self.memory.read(gpa, count) for gpa, count in self._parts(spa, size))
         index, offset = self._place(spa, size)
-        return (self.vmsa(index) or self.pages[index])[offset:offset + size]
+        return (self.vmsa(index) or self.pages[index])[offset : offset + size]
 
     def write(self, spa: int, data: bytes, /) -> None:
         """Write it; raises MemoryFault for a hole, NotAvailable for a VMSA that belongs to its guest."""
@@ -46,17 +48,28 @@ class Dram:
             return
         index, offset = self._place(spa, len(data))
         if self.vmsa(index) is not None:
-            raise NotAvailable(f"spa {spa:#x} is the VMSA of vCPU {index}: a vCPU that would load garbage from it is not modelled")
-        self.pages[index] = self.pages[index][:offset] + data + self.pages[index][offset + len(data):]
+            raise NotAvailable(
+                f"spa {spa:#x} is the VMSA of vCPU {index}: a vCPU that would load garbage from it is not modelled"
+            )
+        self.pages[index] = (
+            self.pages[index][:offset] + data + self.pages[index][offset + len(data) :]
+        )
 
     def _parts(self, spa: int, size: int) -> list[tuple[int, int]]:
         """Where the guest has these bytes, as (gpa, bytes): all in a row until a host exchanges pages."""
         table = self.nested()
-        ends = [spa, *(range((spa & -PAGE) + PAGE, spa + size, PAGE) if table.pages else ()), spa + size]
+        ends = [
+            spa,
+            *(range((spa & -PAGE) + PAGE, spa + size, PAGE) if table.pages else ()),
+            spa + size,
+        ]
         return [(table.gpa(at & -PAGE) + at % PAGE, end - at) for at, end in pairwise(ends)]
 
     def _place(self, spa: int, size: int) -> tuple[int, int]:
         index, offset = divmod(spa - VMSA_AT, PAGE)
         if index >= len(self.pages) or offset + size > PAGE:
-            raise MemoryFault(f"{size} bytes at spa {spa:#x}: no DRAM there (VMSAs: {len(self.pages)} pages from {VMSA_AT:#x} on)", spa=spa)
+            raise MemoryFault(
+                f"{size} bytes at spa {spa:#x}: no DRAM there (VMSAs: {len(self.pages)} pages from {VMSA_AT:#x} on)",
+                spa=spa,
+            )
         return index, offset

@@ -42,9 +42,17 @@ C_BIT, TDX_SHARED_BIT = 51, 47  # Milan and later; a TD with 48 guest-physical a
 _TYPES = {"sev": VmType.SEV, "sev-es": VmType.SEV_ES, "snp": VmType.SNP, "tdx": VmType.SEV}
 _FACTS = ("policy", "measurement", "encrypted", "launched", "planned", "ghcbs", "jump_table")
 _SEALS = ("LAUNCH_UPDATE_VMSA", "SNP_LAUNCH_FINISH")  # commands before which KVM writes VMSAs
-_STARTS, _FINISHES = ("LAUNCH_START", "SNP_LAUNCH_START", "RECEIVE_START"), ("LAUNCH_FINISH", "SNP_LAUNCH_FINISH", "RECEIVE_FINISH")
+_STARTS, _FINISHES = (
+    ("LAUNCH_START", "SNP_LAUNCH_START", "RECEIVE_START"),
+    ("LAUNCH_FINISH", "SNP_LAUNCH_FINISH", "RECEIVE_FINISH"),
+)
 _SVME, _PAT, TSC_AUX = 1 << 12, 0x277, 0xC000_0103
-_POLICIES = {"sev": 0, "sev-es": int(Policy.ES), "snp": int(SnpPolicy.SMT | SnpPolicy.RESERVED_ONE), "tdx": 0}
+_POLICIES = {
+    "sev": 0,
+    "sev-es": int(Policy.ES),
+    "snp": int(SnpPolicy.SMT | SnpPolicy.RESERVED_ONE),
+    "tdx": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -63,22 +71,38 @@ class ProtectedGuest:
     It is the engine's cipher too: before LAUNCH_START there is no key, and private pages read as what lies in DRAM.
     """
 
-    def __init__(self, kind: str, memory: Memory, cpu: CpuModel, policy: int | None = None, c_bit: int | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        memory: Memory,
+        cpu: CpuModel,
+        policy: int | None = None,
+        c_bit: int | None = None,
+    ) -> None:
         if kind not in _TYPES:
             raise NotAvailable(f"protect={kind!r}: there are {', '.join(_TYPES)}", protect=kind)
-        self.kind, self.memory, self.cpu, self.policy = kind, memory, cpu, _POLICIES[kind] if policy is None else policy
+        self.kind, self.memory, self.cpu, self.policy = (
+            kind,
+            memory,
+            cpu,
+            _POLICIES[kind] if policy is None else policy,
+        )
         self.inverted = kind == "tdx"
         self.dram = Dram(memory, self._sealed_vmsa, lambda: self.nested)
         self.host = KvmHost(Psp(self.dram))
         self.vm = KvmVm(self.host, _TYPES[kind])
         self.protected = Sparsebit()  # pfns
-        self.planned: tuple[tuple[int, int], ...] = ()  # its ranges when the launch ended: a guest changes pages later
+        self.planned: tuple[
+            tuple[int, int], ...
+        ] = ()  # its ranges when the launch ended: a guest changes pages later
         self.done: list[Done] = []
         self.measurement = b""
         self.encrypted = self.launched = False
         self.on_encrypted: list[Callable[[str], None]] = []
         self.on_command: list[Callable[[], object]] = []  # called behind each one, refused or not
-        self._registers = list[Callable[[], Mapping[str, int]]]()  # of each vCPU, as only the CPU itself can tell
+        self._registers = list[
+            Callable[[], Mapping[str, int]]
+        ]()  # of each vCPU, as only the CPU itself can tell
         self._engine: ProtectingVm | None = None
         self.ghcbs = 0  # gva of the guest library's table of GHCBs
         self.registered: dict[int, int] = {}  # vCPU -> gpa of the GHCB that it registered (SNP)
@@ -92,18 +116,28 @@ class ProtectedGuest:
     def _announce(self, cpu: CpuModel, asked: int | None) -> int:
         """Let CPUID and the MSRs say what this VM is; a leaf that is there already says where the bit is."""
         if asked is not None and not 32 <= asked < 52:
-            raise InvalidState(f"c_bit={asked}: the encryption bit is one of the bits 32 to 51 of an entry", c_bit=asked)
+            raise InvalidState(
+                f"c_bit={asked}: the encryption bit is one of the bits 32 to 51 of an entry",
+                c_bit=asked,
+            )
         if self.kind == "tdx":
             return TDX_SHARED_BIT if asked is None else asked
         psp = self.host.psp
-        cpu.cpuid.setdefault((LEAF, 0), encryption_leaf(self.kind, C_BIT if asked is None else asked, 0, psp.nr_asids, psp.min_sev_asid))
+        cpu.cpuid.setdefault(
+            (LEAF, 0),
+            encryption_leaf(
+                self.kind, C_BIT if asked is None else asked, 0, psp.nr_asids, psp.min_sev_asid
+            ),
+        )
         highest = cpu.cpuid[0x8000_0000, 0]
         cpu.cpuid[0x8000_0000, 0] = (max(highest[0], LEAF), *highest[1:])
         cpu.msrs |= {SEV_STATUS_MSR: sev_status(self.kind), GHCB_MSR: 0}
         cpu.read_only_msrs |= {SEV_STATUS_MSR}
         c_bit = cpu.cpuid[LEAF, 0][1] & 0x3F
         if asked not in (None, c_bit):
-            raise InvalidState(f"c_bit={asked}, but CPUID {LEAF:#x} of the CPU model says {c_bit}", c_bit=asked)
+            raise InvalidState(
+                f"c_bit={asked}, but CPUID {LEAF:#x} of the CPU model says {c_bit}", c_bit=asked
+            )
         if self.level > 1:  # what KVM leaves there at reset
             cpu.msrs[GHCB_MSR] = msr_response("SEV_INFO", min=1, max=2, c_bit=c_bit)
         return c_bit
@@ -113,12 +147,18 @@ class ProtectedGuest:
         try:
             return mode.with_c_bit(self.c_bit, inverted=self.inverted)
         except InvalidState as err:
-            raise NotAvailable(f"protect={self.kind!r}: only x86-64 has it; {err}", protect=self.kind) from err
+            raise NotAvailable(
+                f"protect={self.kind!r}: only x86-64 has it; {err}", protect=self.kind
+            ) from err
 
     @property
     def why_sealed(self) -> str:
         """Why the host follows no page table of the guest any longer; "" before they are encrypted (is_pt_protected)."""
-        return f"its guest is encrypted ({self.kind}) since its launch, and its page tables are ciphertext" if self.encrypted else ""
+        return (
+            f"its guest is encrypted ({self.kind}) since its launch, and its page tables are ciphertext"
+            if self.encrypted
+            else ""
+        )
 
     @property
     def state(self) -> GuestState | SnpState:
@@ -155,12 +195,20 @@ class ProtectedGuest:
         try:
             if name in _SEALS:
                 self._save_registers()
-            self.vm.spa = lambda gpa: self.nested.spa(gpa)  # of this guest now: a snapshot may be another's
+            self.vm.spa = lambda gpa: self.nested.spa(
+                gpa
+            )  # of this guest now: a snapshot may be another's
             result = kvm_command(self.vm, name, **fields)
         except KvmError as err:
             status = err.facts.get("status")
-            found = getattr(err.__cause__, "facts", {}).get("found") or str(err).removeprefix(f"{name}: ")
-            self.done.append(Done(name, len(self.measured), found, status if isinstance(status, Status) else None))
+            found = getattr(err.__cause__, "facts", {}).get("found") or str(err).removeprefix(
+                f"{name}: "
+            )
+            self.done.append(
+                Done(
+                    name, len(self.measured), found, status if isinstance(status, Status) else None
+                )
+            )
             raise
         self.done.append(Done(name, len(self.measured)))
         return result
@@ -184,8 +232,16 @@ class ProtectedGuest:
     def save(self) -> dict[str, Any]:
         """All of it, for a snapshot."""
         facts = {name: getattr(self, name) for name in _FACTS}
-        return {**facts, "vm": deepcopy(self.vm), "protected": self.protected.copy(), "done": list(self.done), "nested": copy(self.nested),
-                "vmsas": list(self.dram.pages), "registered": dict(self.registered), "awaited": dict(self.awaited)}
+        return {
+            **facts,
+            "vm": deepcopy(self.vm),
+            "protected": self.protected.copy(),
+            "done": list(self.done),
+            "nested": copy(self.nested),
+            "vmsas": list(self.dram.pages),
+            "registered": dict(self.registered),
+            "awaited": dict(self.awaited),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Put `save` back; the key comes back with it, so memory has to be put back too."""
@@ -195,7 +251,11 @@ class ProtectedGuest:
         self.host = self.vm.host
         self.host.psp.memory, self.nested = self.dram, copy(state["nested"])
         self.protected.assign(state["protected"])
-        self.dram.pages, self.registered, self.awaited = list(state["vmsas"]), dict(state["registered"]), dict(state["awaited"])
+        self.dram.pages, self.registered, self.awaited = (
+            list(state["vmsas"]),
+            dict(state["registered"]),
+            dict(state["awaited"]),
+        )
         self.publish_owners()
 
     # --- vCPUs
@@ -231,8 +291,10 @@ class ProtectedGuest:
         (Documentation/virt/kvm/x86/amd-memory-encryption.rst; activate_common() and sev_mcmd_launch_finish() of AMD's firmware).
         """
         if not self.launched:
-            raise InvalidState(f"KVM_RUN of vCPU {index}: this {self.kind} guest is in state {self.state.name}, and no core runs its ASID "
-                               f"before {'SNP_' * (self.kind == 'snp')}LAUNCH_FINISH (VMRUN fails, KVM_EXIT_FAIL_ENTRY)")
+            raise InvalidState(
+                f"KVM_RUN of vCPU {index}: this {self.kind} guest is in state {self.state.name}, and no core runs its ASID "
+                f"before {'SNP_' * (self.kind == 'snp')}LAUNCH_FINISH (VMRUN fails, KVM_EXIT_FAIL_ENTRY)"
+            )
 
     def check_registers(self, index: int) -> None:
         """KVM_GET_REGS, KVM_SET_REGS: raises KvmError EINVAL once a vCPU's registers are encrypted."""
@@ -241,7 +303,11 @@ class ProtectedGuest:
 
     def sealed(self, index: int) -> str:
         """Why the host cannot see a vCPU's registers; "" when it can."""
-        return f"{self.kind.upper()} keeps them in an encrypted VMSA" if self.level > 1 and self.vm.vcpus[index].protected else ""
+        return (
+            f"{self.kind.upper()} keeps them in an encrypted VMSA"
+            if self.level > 1 and self.vm.vcpus[index].protected
+            else ""
+        )
 
     def _save_registers(self) -> None:
         """Write what is not encrypted yet into the VMSAs (sev_es_sync_vmsa())."""
@@ -251,11 +317,22 @@ class ProtectedGuest:
 
     def _vmsa(self, index: int) -> bytes:
         regs = dict(self._registers[index]())
-        return vmsa_page(regs | {"efer": regs["efer"] | _SVME, "g_pat": self.cpu.msrs.get(_PAT, 0), "sev_features": self.vm.features})
+        return vmsa_page(
+            regs
+            | {
+                "efer": regs["efer"] | _SVME,
+                "g_pat": self.cpu.msrs.get(_PAT, 0),
+                "sev_features": self.vm.features,
+            }
+        )
 
     def _sealed_vmsa(self, index: int) -> bytes | None:
         vcpu, cipher = self.vm.vcpus[index], self.vm.cipher
-        return cipher.encrypt(vcpu.vmsa_spa, self._vmsa(index)) if vcpu.protected and cipher is not None else None
+        return (
+            cipher.encrypt(vcpu.vmsa_spa, self._vmsa(index))
+            if vcpu.protected and cipher is not None
+            else None
+        )
 
     # --- who owns which page
 
@@ -273,9 +350,13 @@ class ProtectedGuest:
     def _tell_owners(self, gpa: int, size: int = PAGE) -> None:
         if self._engine is not None:
             entries = [self._entry(page) for page in range(gpa, gpa + size, PAGE)]
-            usable = [guest_access(entry, self.vm.asid, page, True, False) is None
-                      for entry, page in zip(entries, range(gpa, gpa + size, PAGE), strict=True)]
-            self._engine.own_pages(gpa, np.array([entry.assigned for entry in entries]), np.array(usable))
+            usable = [
+                guest_access(entry, self.vm.asid, page, True, False) is None
+                for entry, page in zip(entries, range(gpa, gpa + size, PAGE), strict=True)
+            ]
+            self._engine.own_pages(
+                gpa, np.array([entry.assigned for entry in entries]), np.array(usable)
+            )
 
     def _entry(self, gpa: int) -> RmpEntry:
         return self.host.rmp.entry(self.nested.spa(gpa))
@@ -296,7 +377,9 @@ class ProtectedGuest:
     def page_state_change(self, gfn: int, op: int) -> int:
         """The guest wants a page private (1) or shared (2): 0, or the error that it is told."""
         gpa = gfn * PAGE
-        if self.memory.slot(gpa) is None or self.host.rmp.page_state_change(self.nested.spa(gpa), self.vm.asid, gpa, op):
+        if self.memory.slot(gpa) is None or self.host.rmp.page_state_change(
+            self.nested.spa(gpa), self.vm.asid, gpa, op
+        ):
             return 1
         (self.protected.set if op == 1 else self.protected.clear)(gfn)
         return 0
@@ -323,23 +406,35 @@ class ProtectedGuest:
             return
         for page in range(gpa & -PAGE, gpa + size, PAGE):
             if (fault := host_access(self._entry(page), True)) is not None:
-                raise InvalidState(f"host write to gpa {max(page, gpa):#x}: {fault.why}", gpa=max(page, gpa), fault=fault)
+                raise InvalidState(
+                    f"host write to gpa {max(page, gpa):#x}: {fault.why}",
+                    gpa=max(page, gpa),
+                    fault=fault,
+                )
 
     # --- launch
 
     def set_private(self, gpa: int, size: int, private: bool = True) -> None:
         """Which pages the launch will encrypt (vm_mem_set_private, vm_mem_set_shared); raises InvalidState after it."""
         if self.launched:
-            raise InvalidState(f"gpa {gpa:#x}: after the launch only the guest changes what is private")
+            raise InvalidState(
+                f"gpa {gpa:#x}: after the launch only the guest changes what is private"
+            )
         if gpa % PAGE or size % PAGE or size <= 0:
-            raise InvalidState(f"gpa {gpa:#x}, {size:#x} bytes: private memory comes in whole pages")
+            raise InvalidState(
+                f"gpa {gpa:#x}, {size:#x} bytes: private memory comes in whole pages"
+            )
         if not all(map(self.memory.slot, range(gpa, gpa + size, PAGE))):
-            raise InvalidState(f"gpa {gpa:#x}, {size:#x} bytes: no memslot holds all of it, so nothing can be private there")
+            raise InvalidState(
+                f"gpa {gpa:#x}, {size:#x} bytes: no memslot holds all of it, so nothing can be private there"
+            )
         (self.protected.set if private else self.protected.clear)(gpa // PAGE, size // PAGE)
 
     def start(self) -> None:
         """LAUNCH_START: the guest gets its key and its ASID."""
-        self.command("SNP_LAUNCH_START" if self.kind == "snp" else "LAUNCH_START", policy=self.policy)
+        self.command(
+            "SNP_LAUNCH_START" if self.kind == "snp" else "LAUNCH_START", policy=self.policy
+        )
 
     def update(self) -> None:
         """Encrypt and measure every protected range, lowest first; the host follows no page table from then on (sev_vm_launch)."""
@@ -359,7 +454,9 @@ class ProtectedGuest:
         else:
             if self.kind == "sev-es":
                 self.command("LAUNCH_UPDATE_VMSA")
-            if self.state is not GuestState.LAUNCH_SECRET:  # its owner may have had it measured, to bring a secret in
+            if (
+                self.state is not GuestState.LAUNCH_SECRET
+            ):  # its owner may have had it measured, to bring a secret in
                 self.command("LAUNCH_MEASURE", size=MEASURE_SIZE)
             self.command("LAUNCH_FINISH")
         return self.measurement
@@ -371,9 +468,18 @@ class ProtectedGuest:
         """
         guest = self.host.psp.guests.get(self.vm.handle)
         if guest is None or not self.measurement:
-            raise InvalidState(f"a {self.kind} guest in state {self.state.name} has no measurement to compare with")
+            raise InvalidState(
+                f"a {self.kind} guest in state {self.state.name} has no measurement to compare with"
+            )
         psp, nonce = self.host.psp, self.measurement[32:]
-        return measurement(guest.keys.tik, psp.api, psp.build, self.policy if policy is None else policy, digest, nonce)
+        return measurement(
+            guest.keys.tik,
+            psp.api,
+            psp.build,
+            self.policy if policy is None else policy,
+            digest,
+            nonce,
+        )
 
     def wrap_secret(self, secret: bytes, iv: bytes = bytes(16)) -> dict[str, bytes]:
         """The owner's packet for LAUNCH_SECRET, as its fields `header` and `data`: nobody without the owner's keys can read or make it.
@@ -382,7 +488,9 @@ class ProtectedGuest:
         """
         guest = self.host.psp.guests.get(self.vm.handle)
         if guest is None or not guest.measure:
-            raise InvalidState(f"a {self.kind} guest in state {self.state.name} has no measurement that a secret could be for")
+            raise InvalidState(
+                f"a {self.kind} guest in state {self.state.name} has no measurement that a secret could be for"
+            )
         header, data = wrap(guest.keys, LAUNCH_SECRET, secret, iv, guest.measure)
         return {"header": header, "data": data}
 

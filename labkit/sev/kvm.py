@@ -20,8 +20,18 @@ from labkit.sev.rmp import Rmp, RmpEntry
 from labkit.sev.snp import PageType, SnpGuest
 from labkit.sev.vmsa import SNP_ACTIVE, VMSA_GPA
 
-__all__ = ["KVM_COMMANDS", "KvmHost", "KvmRule", "KvmVcpu", "KvmVm", "VmType", "check_register_access", "copy_context", "kvm_command",
-           "move_context"]
+__all__ = [
+    "KVM_COMMANDS",
+    "KvmHost",
+    "KvmRule",
+    "KvmVcpu",
+    "KvmVm",
+    "VmType",
+    "check_register_access",
+    "copy_context",
+    "kvm_command",
+    "move_context",
+]
 
 VMSA_FEATURES = 1 << 5  # what this host supports beside SNP: DEBUG_SWAP
 GHCB_VERSIONS = (1, 2)
@@ -103,21 +113,40 @@ class KvmRule(NamedTuple):
 
 
 KVM_COMMANDS = {
-    "INIT": KvmRule(0, ""), "ES_INIT": KvmRule(1, ""), "LAUNCH_START": KvmRule(2), "LAUNCH_UPDATE_DATA": KvmRule(3),
-    "LAUNCH_UPDATE_VMSA": KvmRule(4, "es", mirror=True), "LAUNCH_SECRET": KvmRule(5), "LAUNCH_MEASURE": KvmRule(6),
-    "LAUNCH_FINISH": KvmRule(7), "SEND_START": KvmRule(8), "SEND_UPDATE_DATA": KvmRule(9),
-    "SEND_UPDATE_VMSA": KvmRule(10, "absent", EINVAL), "SEND_FINISH": KvmRule(11), "RECEIVE_START": KvmRule(12),
-    "RECEIVE_UPDATE_DATA": KvmRule(13, "sev", EINVAL), "RECEIVE_UPDATE_VMSA": KvmRule(14, "absent", EINVAL), "RECEIVE_FINISH": KvmRule(15),
-    "GUEST_STATUS": KvmRule(16, mirror=True), "DBG_DECRYPT": KvmRule(17, mirror=True), "DBG_ENCRYPT": KvmRule(18, mirror=True),
-    "CERT_EXPORT": KvmRule(19, "absent", EINVAL), "SEND_CANCEL": KvmRule(21), "INIT2": KvmRule(22, ""),
-    "SNP_LAUNCH_START": KvmRule(100, "snp"), "SNP_LAUNCH_UPDATE": KvmRule(101, "snp", EINVAL), "SNP_LAUNCH_FINISH": KvmRule(102, "snp"),
+    "INIT": KvmRule(0, ""),
+    "ES_INIT": KvmRule(1, ""),
+    "LAUNCH_START": KvmRule(2),
+    "LAUNCH_UPDATE_DATA": KvmRule(3),
+    "LAUNCH_UPDATE_VMSA": KvmRule(4, "es", mirror=True),
+    "LAUNCH_SECRET": KvmRule(5),
+    "LAUNCH_MEASURE": KvmRule(6),
+    "LAUNCH_FINISH": KvmRule(7),
+    "SEND_START": KvmRule(8),
+    "SEND_UPDATE_DATA": KvmRule(9),
+    "SEND_UPDATE_VMSA": KvmRule(10, "absent", EINVAL),
+    "SEND_FINISH": KvmRule(11),
+    "RECEIVE_START": KvmRule(12),
+    "RECEIVE_UPDATE_DATA": KvmRule(13, "sev", EINVAL),
+    "RECEIVE_UPDATE_VMSA": KvmRule(14, "absent", EINVAL),
+    "RECEIVE_FINISH": KvmRule(15),
+    "GUEST_STATUS": KvmRule(16, mirror=True),
+    "DBG_DECRYPT": KvmRule(17, mirror=True),
+    "DBG_ENCRYPT": KvmRule(18, mirror=True),
+    "CERT_EXPORT": KvmRule(19, "absent", EINVAL),
+    "SEND_CANCEL": KvmRule(21),
+    "INIT2": KvmRule(22, ""),
+    "SNP_LAUNCH_START": KvmRule(100, "snp"),
+    "SNP_LAUNCH_UPDATE": KvmRule(101, "snp", EINVAL),
+    "SNP_LAUNCH_FINISH": KvmRule(102, "snp"),
 }
 
 
 _BYTES = ("header", "data", "pdh", "session", "host_data")
 _FIELDS = {  # of the commands that KVM itself carries out; the secure processor knows its own
-    **dict.fromkeys(("INIT", "ES_INIT", "INIT2"), ("flags", "vmsa_features", "ghcb_version")), "LAUNCH_UPDATE_VMSA": (),
-    "SNP_LAUNCH_START": ("policy", "flags"), "SNP_LAUNCH_UPDATE": ("gpa", "size", "type", "flags"),
+    **dict.fromkeys(("INIT", "ES_INIT", "INIT2"), ("flags", "vmsa_features", "ghcb_version")),
+    "LAUNCH_UPDATE_VMSA": (),
+    "SNP_LAUNCH_START": ("policy", "flags"),
+    "SNP_LAUNCH_UPDATE": ("gpa", "size", "type", "flags"),
     "SNP_LAUNCH_FINISH": ("flags", "host_data"),
 }
 
@@ -129,30 +158,52 @@ def kvm_command(vm: KvmVm, name: str, **fields: Any) -> Any:
     """
     _check_fields(name, fields)
     rule = KVM_COMMANDS.get(name, KvmRule(-1, "absent", EINVAL))
-    have = {"": True, "sev": vm.active, "es": vm.es, "snp": bool(vm.features & SNP_ACTIVE), "absent": False}
+    have = {
+        "": True,
+        "sev": vm.active,
+        "es": vm.es,
+        "snp": bool(vm.features & SNP_ACTIVE),
+        "absent": False,
+    }
     for wrong, errno, why in (
         (vm.dead, EIO, "the VM's encryption was moved away, it is dead"),
         (not vm.host.has_sev, ENOTTY, "this host has no SEV"),
         (vm.owner and not rule.mirror, EINVAL, "a mirror VM may not"),
         (have["snp"] and rule.id < 100, EPERM, "an SNP VM takes SNP commands only"),
-        (not have[rule.needs], rule.lacking, f"the VM is not {rule.needs}" if rule.needs != "absent" else "KVM has no such command"),
+        (
+            not have[rule.needs],
+            rule.lacking,
+            f"the VM is not {rule.needs}" if rule.needs != "absent" else "KVM has no such command",
+        ),
     ):
         if wrong:
             raise _error(errno, why, name)
     try:
         return _BODIES.get(name, _forward)(vm, name, fields)
     except PspError as err:
-        raise KvmError(f"{name}: EIO, the firmware says {err}", errno=EIO, command=name, status=err.status) from err
+        raise KvmError(
+            f"{name}: EIO, the firmware says {err}", errno=EIO, command=name, status=err.status
+        ) from err
 
 
 def _check_fields(name: str, fields: dict[str, Any]) -> None:
     for key, value in fields.items():
         if key not in _FIELDS.get(name, fields):
-            raise InvalidState(f"{name} has no field {key}, only {' '.join(_FIELDS[name]) or 'none at all'}", command=name, field=key)
-        fits = isinstance(value, bytes) if key in _BYTES else isinstance(value, int) and 0 <= value < 1 << 64
+            raise InvalidState(
+                f"{name} has no field {key}, only {' '.join(_FIELDS[name]) or 'none at all'}",
+                command=name,
+                field=key,
+            )
+        fits = (
+            isinstance(value, bytes)
+            if key in _BYTES
+            else isinstance(value, int) and 0 <= value < 1 << 64
+        )
         if not fits:
             wants = "bytes" if key in _BYTES else "64 bits"
-            raise InvalidState(f"{name}: {key} takes {wants}, not {str(value)[:40]!r}", command=name, field=key)
+            raise InvalidState(
+                f"{name}: {key} takes {wants}, not {str(value)[:40]!r}", command=name, field=key
+            )
 
 
 def check_register_access(vm: KvmVm, index: int) -> None:
@@ -163,18 +214,45 @@ def check_register_access(vm: KvmVm, index: int) -> None:
 
 def copy_context(mirror: KvmVm, source: KvmVm) -> None:
     """KVM_CAP_VM_COPY_ENC_CONTEXT_FROM: let a second VM run under the first one's key (sev_vm_copy_enc_context_from())."""
-    if mirror is source or mirror.active or not source.active or source.features & SNP_ACTIVE or source.owner or mirror.vcpus:
-        raise _error(EINVAL, "wants a VM without encryption and vCPUs, and a SEV or SEV-ES source that is no mirror", "COPY_ENC_CONTEXT")
+    if (
+        mirror is source
+        or mirror.active
+        or not source.active
+        or source.features & SNP_ACTIVE
+        or source.owner
+        or mirror.vcpus
+    ):
+        raise _error(
+            EINVAL,
+            "wants a VM without encryption and vCPUs, and a SEV or SEV-ES source that is no mirror",
+            "COPY_ENC_CONTEXT",
+        )
     mirror.owner, mirror.active, mirror.es = source, True, source.es
     mirror.asid, mirror.handle = source.asid, source.handle
 
 
 def move_context(target: KvmVm, source: KvmVm) -> None:
     """KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM: migrate inside the host; the source is dead afterwards (sev_vm_move_enc_context_from())."""
-    if target is source or target.type != source.type or target.active or not source.active or source.features & SNP_ACTIVE:
-        raise _error(EINVAL, "wants two VMs of one type, the source active, the target not, and no SNP", "MOVE_ENC_CONTEXT")
-    if source.es and (len(target.vcpus) != len(source.vcpus) or not all(vcpu.protected for vcpu in source.vcpus)):
-        raise _error(EINVAL, "wants as many vCPUs on both sides, and every VMSA of the source encrypted", "MOVE_ENC_CONTEXT")
+    if (
+        target is source
+        or target.type != source.type
+        or target.active
+        or not source.active
+        or source.features & SNP_ACTIVE
+    ):
+        raise _error(
+            EINVAL,
+            "wants two VMs of one type, the source active, the target not, and no SNP",
+            "MOVE_ENC_CONTEXT",
+        )
+    if source.es and (
+        len(target.vcpus) != len(source.vcpus) or not all(vcpu.protected for vcpu in source.vcpus)
+    ):
+        raise _error(
+            EINVAL,
+            "wants as many vCPUs on both sides, and every VMSA of the source encrypted",
+            "MOVE_ENC_CONTEXT",
+        )
     for name in ("active", "es", "features", "ghcb_version", "asid", "handle", "owner"):
         setattr(target, name, getattr(source, name))
     if source.es:
@@ -202,15 +280,24 @@ def _init(vm: KvmVm, name: str, fields: dict[str, Any]) -> None:
     old, kind = name != "INIT2", vm.type
     if name == "ES_INIT" and not vm.host.has_es:
         raise _error(ENOTTY, "this host has no SEV-ES", name)
-    flags, features, ghcb = (fields.get(key, 0) for key in ("flags", "vmsa_features", "ghcb_version"))
+    flags, features, ghcb = (
+        fields.get(key, 0) for key in ("flags", "vmsa_features", "ghcb_version")
+    )
     if old:
         kind, ghcb = (VmType.SEV, 0) if name == "INIT" else (VmType.SEV_ES, GHCB_VERSIONS[0])
     es = kind != VmType.SEV
     for wrong, why in (
-        ((vm.type != VmType.DEFAULT) if old else vm.type not in (VmType.SEV, VmType.SEV_ES, VmType.SNP), f"a VM of type {vm.type.name}"),
-        (vm.vcpus, "vCPUs exist already"), (flags, f"flags {flags:#x}"),
+        (
+            (vm.type != VmType.DEFAULT)
+            if old
+            else vm.type not in (VmType.SEV, VmType.SEV_ES, VmType.SNP),
+            f"a VM of type {vm.type.name}",
+        ),
+        (vm.vcpus, "vCPUs exist already"),
+        (flags, f"flags {flags:#x}"),
         (features & ~(VMSA_FEATURES if es else 0), f"vmsa_features {features:#x}"),
-        (ghcb > GHCB_VERSIONS[1] or (not es and ghcb), f"GHCB version {ghcb}"), (vm.active, "it is active already"),
+        (ghcb > GHCB_VERSIONS[1] or (not es and ghcb), f"GHCB version {ghcb}"),
+        (vm.active, "it is active already"),
     ):
         if wrong:
             raise _error(EINVAL, why, name)
@@ -246,14 +333,34 @@ def _update_vmsa(vm: KvmVm, name: str, fields: dict[str, Any]) -> None:
 
 def _snp_start(vm: KvmVm, name: str, fields: dict[str, Any]) -> None:
     policy, must = fields.get("policy", 0), SnpPolicy.RESERVED_ONE | SnpPolicy.SMT
-    if vm.snp or fields.get("flags") or policy >> 21 or policy & must != must or policy & SnpPolicy.SINGLE_SOCKET:
-        raise _error(EINVAL, f"policy {policy:#x}, flags {fields.get('flags', 0):#x}, or a second start", name)
+    if (
+        vm.snp
+        or fields.get("flags")
+        or policy >> 21
+        or policy & must != must
+        or policy & SnpPolicy.SINGLE_SOCKET
+    ):
+        raise _error(
+            EINVAL,
+            f"policy {policy:#x}, flags {fields.get('flags', 0):#x}, or a second start",
+            name,
+        )
     vm.snp = SnpGuest(vm.host.psp, vm.host.rmp, policy, vm.asid)
 
 
 def _snp_update(vm: KvmVm, name: str, fields: dict[str, Any]) -> None:
-    gpa, size, kind = fields.get("gpa", 0), fields.get("size", 0), fields.get("type", PageType.NORMAL)
-    if vm.snp is None or gpa % PAGE or size % PAGE or kind not in (1, 3, 4, 5, 6) or fields.get("flags"):
+    gpa, size, kind = (
+        fields.get("gpa", 0),
+        fields.get("size", 0),
+        fields.get("type", PageType.NORMAL),
+    )
+    if (
+        vm.snp is None
+        or gpa % PAGE
+        or size % PAGE
+        or kind not in (1, 3, 4, 5, 6)
+        or fields.get("flags")
+    ):
         raise _error(EINVAL, f"no launch, or {size:#x} bytes at gpa {gpa:#x} of type {kind}", name)
     done: list[int] = []
     for at in range(gpa, gpa + size, PAGE):
@@ -292,6 +399,13 @@ def _snp_finish(vm: KvmVm, name: str, fields: dict[str, Any]) -> None:
 
 
 _BODIES: dict[str, Callable[[KvmVm, str, dict[str, Any]], Any]] = {
-    "INIT": _init, "ES_INIT": _init, "INIT2": _init, "LAUNCH_START": _start, "RECEIVE_START": _start, "LAUNCH_UPDATE_VMSA": _update_vmsa,
-    "SNP_LAUNCH_START": _snp_start, "SNP_LAUNCH_UPDATE": _snp_update, "SNP_LAUNCH_FINISH": _snp_finish,
+    "INIT": _init,
+    "ES_INIT": _init,
+    "INIT2": _init,
+    "LAUNCH_START": _start,
+    "RECEIVE_START": _start,
+    "LAUNCH_UPDATE_VMSA": _update_vmsa,
+    "SNP_LAUNCH_START": _snp_start,
+    "SNP_LAUNCH_UPDATE": _snp_update,
+    "SNP_LAUNCH_FINISH": _snp_finish,
 }

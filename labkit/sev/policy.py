@@ -10,7 +10,15 @@ from enum import IntEnum, IntFlag
 
 from labkit.errors import PspError
 
-__all__ = ["Policy", "SnpPolicy", "Status", "policy_api", "refusal", "refuse_first", "snp_policy_api"]
+__all__ = [
+    "Policy",
+    "SnpPolicy",
+    "Status",
+    "policy_api",
+    "refusal",
+    "refuse_first",
+    "snp_policy_api",
+]
 
 
 class Policy(IntFlag):
@@ -98,7 +106,11 @@ class Status(IntEnum):
 
 def refusal(status: Status, found: str) -> PspError:
     """The error to raise for a status: its name, number and sentence, and what was found (facts: status, found)."""
-    return PspError(f"{status.name} ({status:#04x}): {status.sentence}; found {found}", status=status, found=found)
+    return PspError(
+        f"{status.name} ({status:#04x}): {status.sentence}; found {found}",
+        status=status,
+        found=found,
+    )
 
 
 def refuse_first(*checks: tuple[object, Status, str]) -> None:

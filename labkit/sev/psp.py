@@ -56,11 +56,18 @@ class Guest:
     measure: bytes = b""  # the MAC of LAUNCH_MEASURE, which a secret must be made for
     sending: TransportKeys | None = None
     measured: list[Measured] = field(default_factory=list)
-    unwrapped: list[tuple[int, int]] = field(default_factory=list)  # (spa, bytes) of packets: encrypted, never measured
+    unwrapped: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # (spa, bytes) of packets: encrypted, never measured
     content: Any = field(default_factory=hashlib.sha256, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guest:
-        return replace(self, measured=list(self.measured), unwrapped=list(self.unwrapped), content=self.content.copy())
+        return replace(
+            self,
+            measured=list(self.measured),
+            unwrapped=list(self.unwrapped),
+            content=self.content.copy(),
+        )
 
     @property
     def digest(self) -> bytes:
@@ -68,7 +75,9 @@ class Guest:
         return bytes(self.content.digest())
 
 
-def measurement(tik: bytes, api: tuple[int, int], build: int, policy: int, digest: bytes, nonce: bytes) -> bytes:
+def measurement(
+    tik: bytes, api: tuple[int, int], build: int, policy: int, digest: bytes, nonce: bytes
+) -> bytes:
     """The 48 bytes of LAUNCH_MEASURE: HMAC-SHA256(TIK, 04 || API || BUILD || POLICY || LD || MNONCE) || MNONCE (SEV API 6.5)."""
     message = bytes((4, *api, build)) + policy.to_bytes(4, "little") + digest + nonce
     return hmac.digest(tik, message, "sha256") + nonce
@@ -77,10 +86,20 @@ def measurement(tik: bytes, api: tuple[int, int], build: int, policy: int, diges
 class Psp:
     """One secure processor and the guests it knows; `command` is the only way in."""
 
-    def __init__(self, memory: RawMemory, seed: int = 0, api: tuple[int, int] = (1, 55), build: int = 24, nr_asids: int = 15,
-                 min_sev_asid: int = 8) -> None:
+    def __init__(
+        self,
+        memory: RawMemory,
+        seed: int = 0,
+        api: tuple[int, int] = (1, 55),
+        build: int = 24,
+        nr_asids: int = 15,
+        min_sev_asid: int = 8,
+    ) -> None:
         self.memory, self.seed, self.api, self.build = memory, seed, api, build
-        self.nr_asids, self.min_sev_asid = nr_asids, min_sev_asid  # CPUID 0x8000001F ECX, EDX: ASIDs below are for SEV-ES and SNP
+        self.nr_asids, self.min_sev_asid = (
+            nr_asids,
+            min_sev_asid,
+        )  # CPUID 0x8000001F ECX, EDX: ASIDs below are for SEV-ES and SNP
         self.initialised = self.es = False
         self.guests: dict[int, Guest] = {}
         self.used_asids: set[int] = set()  # deactivated since the last DF_FLUSH
@@ -149,13 +168,18 @@ class Psp:
 
 # What a check found wrong, as words; "" when it passes.
 
+
 def _address(psp: Psp, r: Request) -> str:
     return f"spa {r.spa:#x}, not a multiple of 16" if r.spa % BLOCK else psp.hole(r.spa, r.length)
 
 
 def _state(psp: Psp, r: Request) -> str:
     state, states = psp.guests[r.handle].state, RULES[r.command].states
-    return "" if state in states else f"{state.name}, not {' or '.join(s.name for s in sorted(states))}"
+    return (
+        ""
+        if state in states
+        else f"{state.name}, not {' or '.join(s.name for s in sorted(states))}"
+    )
 
 
 def _sharing(psp: Psp, r: Request) -> str:
@@ -172,7 +196,10 @@ def _not_sendable(psp: Psp, r: Request) -> str:
 
 def _owned(psp: Psp, r: Request) -> str:
     cipher = psp.guests[r.handle].cipher
-    other = next((g.handle for g in psp.guests.values() if g.asid == r.asid and g.cipher.key != cipher.key), 0)
+    other = next(
+        (g.handle for g in psp.guests.values() if g.asid == r.asid and g.cipher.key != cipher.key),
+        0,
+    )
     return f"ASID {r.asid} of another guest" if other or r.asid in psp.snp_asids else ""
 
 
@@ -181,28 +208,85 @@ def _if(wrong: Any, found: str) -> str:
 
 
 _CHECKS: dict[str, tuple[Status, Callable[[Psp, Request], str]]] = {
-    "platform": (S.INVALID_PLATFORM_STATE, lambda psp, r: _if(not psp.initialised, "a platform without INIT")),
-    "uninitialised": (S.INVALID_PLATFORM_STATE, lambda psp, r: _if(psp.initialised, "an initialised platform")),
+    "platform": (
+        S.INVALID_PLATFORM_STATE,
+        lambda psp, r: _if(not psp.initialised, "a platform without INIT"),
+    ),
+    "uninitialised": (
+        S.INVALID_PLATFORM_STATE,
+        lambda psp, r: _if(psp.initialised, "an initialised platform"),
+    ),
     "state": (S.INVALID_GUEST_STATE, _state),
-    "guest": (S.INVALID_GUEST, lambda psp, r: _if(r.handle not in psp.guests, f"handle {r.handle}")),
-    "sharer": (S.INVALID_GUEST, lambda psp, r: _if(r.handle and r.handle not in psp.guests, f"handle {r.handle} to share a key with")),
+    "guest": (
+        S.INVALID_GUEST,
+        lambda psp, r: _if(r.handle not in psp.guests, f"handle {r.handle}"),
+    ),
+    "sharer": (
+        S.INVALID_GUEST,
+        lambda psp, r: _if(
+            r.handle and r.handle not in psp.guests, f"handle {r.handle} to share a key with"
+        ),
+    ),
     "sharing": (S.POLICY_FAILURE, _sharing),
-    "version": (S.POLICY_FAILURE, lambda psp, r: _if(policy_api(r.policy) > psp.api, f"API {policy_api(r.policy)}, this is {psp.api}")),
-    "es_platform": (S.UNSUPPORTED, lambda psp, r: _if(r.policy & Policy.ES and not psp.es, "an ES policy, and INIT without ES")),
-    "es_guest": (S.UNSUPPORTED, lambda psp, r: _if(not psp.guests[r.handle].policy & Policy.ES, "a guest without the ES policy")),
-    "session": (S.INVALID_LEN, lambda psp, r: _if(len(r.session) not in (0, transport.SESSION_SIZE), f"{len(r.session)} bytes of session")),
+    "version": (
+        S.POLICY_FAILURE,
+        lambda psp, r: _if(
+            policy_api(r.policy) > psp.api, f"API {policy_api(r.policy)}, this is {psp.api}"
+        ),
+    ),
+    "es_platform": (
+        S.UNSUPPORTED,
+        lambda psp, r: _if(
+            r.policy & Policy.ES and not psp.es, "an ES policy, and INIT without ES"
+        ),
+    ),
+    "es_guest": (
+        S.UNSUPPORTED,
+        lambda psp, r: _if(
+            not psp.guests[r.handle].policy & Policy.ES, "a guest without the ES policy"
+        ),
+    ),
+    "session": (
+        S.INVALID_LEN,
+        lambda psp, r: _if(
+            len(r.session) not in (0, transport.SESSION_SIZE), f"{len(r.session)} bytes of session"
+        ),
+    ),
     "session_given": (S.INVALID_LEN, lambda psp, r: _if(not r.session, "no session")),
-    "header": (S.INVALID_LEN, lambda psp, r: _if(len(r.header) != transport.HEADER_SIZE, f"{len(r.header)} bytes of header")),
-    "blocks": (S.INVALID_LEN, lambda psp, r: _if(r.length <= 0 or r.length % BLOCK, f"{r.length:#x} bytes")),
-    "page": (S.INVALID_LEN, lambda psp, r: _if(r.length != PAGE, f"{r.length:#x} bytes, and a VMSA is one page")),
-    "room": (S.INVALID_LEN, lambda psp, r: _if(r.size < MEASURE_SIZE, f"{r.size} bytes of room, {MEASURE_SIZE} needed")),
+    "header": (
+        S.INVALID_LEN,
+        lambda psp, r: _if(
+            len(r.header) != transport.HEADER_SIZE, f"{len(r.header)} bytes of header"
+        ),
+    ),
+    "blocks": (
+        S.INVALID_LEN,
+        lambda psp, r: _if(r.length <= 0 or r.length % BLOCK, f"{r.length:#x} bytes"),
+    ),
+    "page": (
+        S.INVALID_LEN,
+        lambda psp, r: _if(r.length != PAGE, f"{r.length:#x} bytes, and a VMSA is one page"),
+    ),
+    "room": (
+        S.INVALID_LEN,
+        lambda psp, r: _if(r.size < MEASURE_SIZE, f"{r.size} bytes of room, {MEASURE_SIZE} needed"),
+    ),
     "address": (S.INVALID_ADDRESS, _address),
     "active": (S.INACTIVE, lambda psp, r: _if(not psp.guests[r.handle].asid, "ASID 0")),
-    "inactive": (S.ACTIVE, lambda psp, r: _if(psp.guests[r.handle].asid, f"ASID {psp.guests[r.handle].asid}")),
-    "asid": (S.INVALID_ASID, lambda psp, r: _if(r.asid not in psp.asids(_is_es(psp, r)), f"ASID {r.asid}")),
+    "inactive": (
+        S.ACTIVE,
+        lambda psp, r: _if(psp.guests[r.handle].asid, f"ASID {psp.guests[r.handle].asid}"),
+    ),
+    "asid": (
+        S.INVALID_ASID,
+        lambda psp, r: _if(r.asid not in psp.asids(_is_es(psp, r)), f"ASID {r.asid}"),
+    ),
     "owned": (S.ASID_OWNED, _owned),
     "flushed": (S.DFFLUSH_REQUIRED, lambda psp, r: _if(r.asid in psp.used_asids, f"ASID {r.asid}")),
-    "debug": (S.POLICY_FAILURE, lambda psp, r: _if(psp.guests[r.handle].policy & Policy.NODBG, "NODBG")),
+    "debug": (
+        S.POLICY_FAILURE,
+        lambda psp, r: _if(psp.guests[r.handle].policy & Policy.NODBG, "NODBG"),
+    ),
     "send": (S.POLICY_FAILURE, _not_sendable),
 }
 
@@ -212,6 +296,7 @@ def _is_es(psp: Psp, r: Request) -> bool:
 
 
 # What a command does once its checks have passed.
+
 
 def _init(psp: Psp, r: Request) -> None:
     psp.initialised, psp.es = True, r.es
@@ -243,19 +328,26 @@ def _update(command: str) -> Callable[[Psp, Request], None]:
             guest.content.update(plain)
             psp.encrypt_guest(guest, spa, plain)
         guest.measured.append(Measured(command, r.spa, r.size, guest.digest))
+
     return body
 
 
 def _measure(psp: Psp, r: Request) -> bytes:
     guest = psp.guests[r.handle]
-    blob = measurement(guest.keys.tik, psp.api, psp.build, guest.policy, guest.digest, psp.fresh(16))
+    blob = measurement(
+        guest.keys.tik, psp.api, psp.build, guest.policy, guest.digest, psp.fresh(16)
+    )
     guest.measure = blob[:32]
     return blob
 
 
 def _secret(psp: Psp, r: Request) -> None:
     guest = psp.guests[r.handle]
-    psp.encrypt_guest(guest, r.spa, transport.unwrap(guest.keys, transport.LAUNCH_SECRET, r.header, r.data, guest.measure))
+    psp.encrypt_guest(
+        guest,
+        r.spa,
+        transport.unwrap(guest.keys, transport.LAUNCH_SECRET, r.header, r.data, guest.measure),
+    )
     guest.unwrapped.append((r.spa, len(r.data)))
 
 
@@ -288,7 +380,10 @@ def _send(kind: int) -> Callable[[Psp, Request], tuple[bytes, bytes]]:
     def body(psp: Psp, r: Request) -> tuple[bytes, bytes]:
         guest = psp.guests[r.handle]
         assert guest.sending  # SEND_START made the keys
-        return transport.wrap(guest.sending, kind, psp.decrypt_guest(guest, r.spa, r.size), psp.fresh(16))
+        return transport.wrap(
+            guest.sending, kind, psp.decrypt_guest(guest, r.spa, r.size), psp.fresh(16)
+        )
+
     return body
 
 
@@ -297,6 +392,7 @@ def _receive(kind: int) -> Callable[[Psp, Request], None]:
         guest = psp.guests[r.handle]
         psp.encrypt_guest(guest, r.spa, transport.unwrap(guest.keys, kind, r.header, r.data))
         guest.unwrapped.append((r.spa, len(r.data)))
+
     return body
 
 
@@ -305,14 +401,35 @@ def _nothing(psp: Psp, r: Request) -> None:
 
 
 _BODIES: dict[str, Callable[[Psp, Request], Any]] = {
-    "INIT": _init, "SHUTDOWN": _shutdown, "DF_FLUSH": lambda psp, r: psp.used_asids.clear(),
-    "PLATFORM_STATUS": lambda psp, r: (psp.api, psp.build, psp.initialised, psp.es, len(psp.guests)),
-    "LAUNCH_START": _start, "LAUNCH_UPDATE_DATA": _update("DATA"), "LAUNCH_UPDATE_VMSA": _update("VMSA"), "LAUNCH_MEASURE": _measure,
-    "LAUNCH_SECRET": _secret, "LAUNCH_FINISH": _nothing, "GUEST_STATUS": _status, "ACTIVATE": _activate, "DEACTIVATE": _deactivate,
+    "INIT": _init,
+    "SHUTDOWN": _shutdown,
+    "DF_FLUSH": lambda psp, r: psp.used_asids.clear(),
+    "PLATFORM_STATUS": lambda psp, r: (
+        psp.api,
+        psp.build,
+        psp.initialised,
+        psp.es,
+        len(psp.guests),
+    ),
+    "LAUNCH_START": _start,
+    "LAUNCH_UPDATE_DATA": _update("DATA"),
+    "LAUNCH_UPDATE_VMSA": _update("VMSA"),
+    "LAUNCH_MEASURE": _measure,
+    "LAUNCH_SECRET": _secret,
+    "LAUNCH_FINISH": _nothing,
+    "GUEST_STATUS": _status,
+    "ACTIVATE": _activate,
+    "DEACTIVATE": _deactivate,
     "DECOMMISSION": _decommission,
     "DBG_DECRYPT": lambda psp, r: psp.decrypt_guest(psp.guests[r.handle], r.spa, r.size),
     "DBG_ENCRYPT": lambda psp, r: psp.encrypt_guest(psp.guests[r.handle], r.spa, r.data),
-    "SEND_START": _send_start, "SEND_UPDATE_DATA": _send(transport.SEND_DATA), "SEND_UPDATE_VMSA": _send(transport.SEND_VMSA),
-    "SEND_FINISH": _nothing, "SEND_CANCEL": _nothing, "RECEIVE_START": _start, "RECEIVE_UPDATE_DATA": _receive(transport.SEND_DATA),
-    "RECEIVE_UPDATE_VMSA": _receive(transport.SEND_VMSA), "RECEIVE_FINISH": _nothing,
+    "SEND_START": _send_start,
+    "SEND_UPDATE_DATA": _send(transport.SEND_DATA),
+    "SEND_UPDATE_VMSA": _send(transport.SEND_VMSA),
+    "SEND_FINISH": _nothing,
+    "SEND_CANCEL": _nothing,
+    "RECEIVE_START": _start,
+    "RECEIVE_UPDATE_DATA": _receive(transport.SEND_DATA),
+    "RECEIVE_UPDATE_VMSA": _receive(transport.SEND_VMSA),
+    "RECEIVE_FINISH": _nothing,
 }

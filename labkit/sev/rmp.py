@@ -15,7 +15,16 @@ from labkit.bits import bit
 from labkit.sev.cipher import PAGE
 from labkit.sev.vmsa import VMSA_GPA
 
-__all__ = ["PAGE_NOT_VALIDATED", "NestedTable", "Rmp", "RmpEntry", "RmpFault", "RmpStatus", "guest_access", "host_access"]
+__all__ = [
+    "PAGE_NOT_VALIDATED",
+    "NestedTable",
+    "Rmp",
+    "RmpEntry",
+    "RmpFault",
+    "RmpStatus",
+    "guest_access",
+    "host_access",
+]
 
 PAGE_NOT_VALIDATED = 0x404  # #VC error code
 _PRESENT, _WRITE, _RMP, _FINAL, _ENCRYPTED = bit(0), bit(1), bit(31), bit(32), bit(34)
@@ -39,7 +48,11 @@ class RmpEntry:
             return "HYPERVISOR"
         if not self.asid:
             return "FIRMWARE"
-        return ("PRE_SWAP" if self.validated else "PRE_GUEST") if self.immutable else ("GUEST_VALID" if self.validated else "GUEST_INVALID")
+        return (
+            ("PRE_SWAP" if self.validated else "PRE_GUEST")
+            if self.immutable
+            else ("GUEST_VALID" if self.validated else "GUEST_INVALID")
+        )
 
 
 @dataclass(frozen=True)
@@ -63,24 +76,44 @@ class RmpStatus(IntEnum):
 def host_access(entry: RmpEntry, is_write: bool) -> RmpFault | None:
     """What a host's access to the page meets: reads pass (and see ciphertext), writes only to its own pages."""
     if is_write and entry.assigned:
-        return RmpFault("#PF", _PRESENT | _WRITE | _RMP, f"host write to a page in state {entry.state} of ASID {entry.asid}")
+        return RmpFault(
+            "#PF",
+            _PRESENT | _WRITE | _RMP,
+            f"host write to a page in state {entry.state} of ASID {entry.asid}",
+        )
     return None
 
 
-def guest_access(entry: RmpEntry, asid: int, gpa: int, private: bool, is_write: bool) -> RmpFault | None:
+def guest_access(
+    entry: RmpEntry, asid: int, gpa: int, private: bool, is_write: bool
+) -> RmpFault | None:
     """What an access of an SNP guest meets, after its own and the nested tables said yes; `private` is C=1, fetch or page walk."""
     code = _PRESENT | _FINAL | _RMP | _WRITE * is_write | _ENCRYPTED * private
     gpa &= -PAGE
     if not private:
-        return RmpFault("#NPF", code, f"shared write to a page in state {entry.state}") if is_write and entry.assigned else None
+        return (
+            RmpFault("#NPF", code, f"shared write to a page in state {entry.state}")
+            if is_write and entry.assigned
+            else None
+        )
     if not entry.assigned or entry.asid != asid or entry.immutable:
-        return RmpFault("#NPF", code, f"private access of ASID {asid} to a page in state {entry.state} of ASID {entry.asid}")
+        return RmpFault(
+            "#NPF",
+            code,
+            f"private access of ASID {asid} to a page in state {entry.state} of ASID {entry.asid}",
+        )
     if entry.gpa != gpa:
-        return RmpFault("#NPF", code, f"the page belongs at gpa {entry.gpa:#x}, the nested table has it at {gpa:#x}")
+        return RmpFault(
+            "#NPF",
+            code,
+            f"the page belongs at gpa {entry.gpa:#x}, the nested table has it at {gpa:#x}",
+        )
     if entry.vmsa and is_write:
         return RmpFault("#NPF", code, "guest write to a VMSA")
     if not entry.validated:
-        return RmpFault("#VC", PAGE_NOT_VALIDATED, f"gpa {gpa:#x} was never validated, or was taken away since")
+        return RmpFault(
+            "#VC", PAGE_NOT_VALIDATED, f"gpa {gpa:#x} was never validated, or was taken away since"
+        )
     return None
 
 
@@ -89,7 +122,9 @@ class Rmp:
 
     def __init__(self) -> None:
         self.entries: dict[int, RmpEntry] = {}
-        self.on_change: Callable[[int], None] | None = None  # told of each page whose entry is another one now
+        self.on_change: Callable[[int], None] | None = (
+            None  # told of each page whose entry is another one now
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rmp:
         """For snapshots: whoever is told of changes is not part of the table."""
@@ -104,7 +139,13 @@ class Rmp:
     def update(self, spa: int, new: RmpEntry | None = None) -> RmpStatus:
         """RMPUPDATE: give the page away, or (None) take it back; what was validated no longer is."""
         new = new or RmpEntry()
-        if spa % PAGE or new.gpa % PAGE or new.validated or new.vmsa or (not new.assigned and (new.asid or new.gpa or new.immutable)):
+        if (
+            spa % PAGE
+            or new.gpa % PAGE
+            or new.validated
+            or new.vmsa
+            or (not new.assigned and (new.asid or new.gpa or new.immutable))
+        ):
             return RmpStatus.FAIL_INPUT
         if self.entry(spa).immutable:
             return RmpStatus.FAIL_PERMISSION
@@ -119,7 +160,9 @@ class Rmp:
         if self.on_change is not None:
             self.on_change(spa & -PAGE)
 
-    def pvalidate(self, spa: int, asid: int, gpa: int, validate: bool, size: int = PAGE) -> tuple[RmpStatus, bool] | RmpFault:
+    def pvalidate(
+        self, spa: int, asid: int, gpa: int, validate: bool, size: int = PAGE
+    ) -> tuple[RmpStatus, bool] | RmpFault:
         """PVALIDATE of a guest whose gpa the nested table has at spa: (EAX, CF = nothing changed), or the fault it meets instead."""
         if gpa % PAGE:
             return RmpStatus.FAIL_INPUT, False
@@ -135,7 +178,11 @@ class Rmp:
     def page_state_change(self, spa: int, asid: int, gpa: int, op: int) -> int:
         """A hypervisor's answer to a page-state request (1 private, 2 shared): 0, or the error for GHCBData[63:32]."""
         entry = self.entry(spa)
-        if op not in (1, 2) or gpa >= VMSA_GPA or (entry.assigned and (entry.asid, entry.gpa) != (asid, gpa)):
+        if (
+            op not in (1, 2)
+            or gpa >= VMSA_GPA
+            or (entry.assigned and (entry.asid, entry.gpa) != (asid, gpa))
+        ):
             return 1
         if op == 1 and entry.assigned:
             return 0  # private already: leaving it alone keeps what the guest validated

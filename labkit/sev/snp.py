@@ -20,10 +20,16 @@ from labkit.sev.rmp import Rmp, RmpEntry
 __all__ = ["DIGEST_SIZE", "PageType", "SnpGuest", "SnpMeasured", "SnpState", "extend"]
 
 DIGEST_SIZE = 48  # SHA-384
-_PAGE_INFO = Struct("<48s48sHBBBBBxQ")  # digest, contents, length, type, IMI, VMPL3..1 permissions, GPA
+_PAGE_INFO = Struct(
+    "<48s48sHBBBBBxQ"
+)  # digest, contents, length, type, IMI, VMPL3..1 permissions, GPA
 assert _PAGE_INFO.size == 0x70
 _MAX_CPUID = 64  # entries of the CPUID page
-_SECRETS_VERSION, _VMPCK_OFFSET, _VMPCK_SIZE = 3, 0x20, 4 * 32  # SNP ABI 8.17.2.5, PAGE_TYPE_SECRETS
+_SECRETS_VERSION, _VMPCK_OFFSET, _VMPCK_SIZE = (
+    3,
+    0x20,
+    4 * 32,
+)  # SNP ABI 8.17.2.5, PAGE_TYPE_SECRETS
 
 
 class PageType(IntEnum):
@@ -55,8 +61,14 @@ class SnpMeasured(NamedTuple):
 
 def extend(digest: bytes, kind: int, gpa: int, page: bytes = b"") -> bytes:
     """The launch digest after one more page: SHA-384 of PAGE_INFO; only NORMAL and VMSA pages bring their contents."""
-    contents = hashlib.sha384(page).digest() if kind in (PageType.NORMAL, PageType.VMSA) else bytes(DIGEST_SIZE)
-    return hashlib.sha384(_PAGE_INFO.pack(digest, contents, _PAGE_INFO.size, kind, 0, 0, 0, 0, gpa)).digest()
+    contents = (
+        hashlib.sha384(page).digest()
+        if kind in (PageType.NORMAL, PageType.VMSA)
+        else bytes(DIGEST_SIZE)
+    )
+    return hashlib.sha384(
+        _PAGE_INFO.pack(digest, contents, _PAGE_INFO.size, kind, 0, 0, 0, 0, gpa)
+    ).digest()
 
 
 class SnpGuest:
@@ -66,22 +78,46 @@ class SnpGuest:
         """SNP_LAUNCH_START and SNP_ACTIVATE; raises PspError for a platform, policy or ASID that does not fit."""
         refuse_first(
             (not psp.initialised, Status.INVALID_PLATFORM_STATE, "a platform without INIT"),
-            (not policy & SnpPolicy.RESERVED_ONE or policy >> 21, Status.INVALID_PARAM, f"policy {policy:#x}"),
-            (snp_policy_api(policy) > psp.api, Status.POLICY_FAILURE, f"ABI {snp_policy_api(policy)}, this is {psp.api}"),
-            (not policy & SnpPolicy.SMT, Status.POLICY_FAILURE, "a policy without SMT on a platform with SMT"),
+            (
+                not policy & SnpPolicy.RESERVED_ONE or policy >> 21,
+                Status.INVALID_PARAM,
+                f"policy {policy:#x}",
+            ),
+            (
+                snp_policy_api(policy) > psp.api,
+                Status.POLICY_FAILURE,
+                f"ABI {snp_policy_api(policy)}, this is {psp.api}",
+            ),
+            (
+                not policy & SnpPolicy.SMT,
+                Status.POLICY_FAILURE,
+                "a policy without SMT on a platform with SMT",
+            ),
             (asid not in psp.asids(True), Status.INVALID_ASID, f"ASID {asid}"),
-            (asid in psp.snp_asids or any(guest.asid == asid for guest in psp.guests.values()), Status.ASID_OWNED, f"ASID {asid}"),
+            (
+                asid in psp.snp_asids or any(guest.asid == asid for guest in psp.guests.values()),
+                Status.ASID_OWNED,
+                f"ASID {asid}",
+            ),
             (asid in psp.used_asids, Status.DFFLUSH_REQUIRED, f"ASID {asid}"),
         )
         self.psp, self.rmp, self.policy, self.asid = psp, rmp, policy, asid
-        self.cipher, self.state, self.digest = MemoryCipher(psp.fresh(16)), SnpState.LAUNCH, bytes(DIGEST_SIZE)
+        self.cipher, self.state, self.digest = (
+            MemoryCipher(psp.fresh(16)),
+            SnpState.LAUNCH,
+            bytes(DIGEST_SIZE),
+        )
         self.vmpcks, self.host_data = psp.fresh(_VMPCK_SIZE), bytes(32)
         self.measured: list[SnpMeasured] = []
         psp.snp_asids.add(asid)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SnpGuest:
         twin = memo[id(self)] = copy(self)
-        twin.psp, twin.rmp, twin.measured = deepcopy(self.psp, memo), deepcopy(self.rmp, memo), list(self.measured)
+        twin.psp, twin.rmp, twin.measured = (
+            deepcopy(self.psp, memo),
+            deepcopy(self.rmp, memo),
+            list(self.measured),
+        )
         return twin
 
     def update(self, spa: int, kind: int) -> None:
@@ -90,13 +126,27 @@ class SnpGuest:
         refuse_first(
             (self.state is not SnpState.LAUNCH, Status.INVALID_GUEST_STATE, self.state.name),
             (kind not in PageType.__members__.values(), Status.INVALID_PARAM, f"page type {kind}"),
-            (spa % PAGE or self.psp.hole(spa, PAGE), Status.INVALID_ADDRESS, f"spa {spa:#x}, misaligned or not memory"),
-            (entry.state != "PRE_GUEST", Status.INVALID_PAGE_STATE, f"spa {spa:#x} in state {entry.state}"),
-            (entry.asid != self.asid, Status.INVALID_PAGE_OWNER, f"spa {spa:#x} of ASID {entry.asid}"),
+            (
+                spa % PAGE or self.psp.hole(spa, PAGE),
+                Status.INVALID_ADDRESS,
+                f"spa {spa:#x}, misaligned or not memory",
+            ),
+            (
+                entry.state != "PRE_GUEST",
+                Status.INVALID_PAGE_STATE,
+                f"spa {spa:#x} in state {entry.state}",
+            ),
+            (
+                entry.asid != self.asid,
+                Status.INVALID_PAGE_OWNER,
+                f"spa {spa:#x} of ASID {entry.asid}",
+            ),
         )
         plain = self._contents(PageType(kind), self.psp.memory.read(spa, PAGE))
         self.psp.memory.write(spa, self.cipher.encrypt(spa, plain))
-        self.rmp.set(spa, RmpEntry(True, self.asid, entry.gpa, validated=True, vmsa=kind == PageType.VMSA))
+        self.rmp.set(
+            spa, RmpEntry(True, self.asid, entry.gpa, validated=True, vmsa=kind == PageType.VMSA)
+        )
         self.digest = extend(self.digest, kind, entry.gpa, plain)
         self.measured.append(SnpMeasured(PageType(kind), spa, entry.gpa, self.digest))
 
@@ -124,7 +174,12 @@ class SnpGuest:
         if kind is PageType.ZERO:
             return bytes(PAGE)
         if kind is PageType.SECRETS:
-            return (_SECRETS_VERSION.to_bytes(4, "little").ljust(_VMPCK_OFFSET, b"\0") + self.vmpcks).ljust(PAGE, b"\0")
+            return (
+                _SECRETS_VERSION.to_bytes(4, "little").ljust(_VMPCK_OFFSET, b"\0") + self.vmpcks
+            ).ljust(PAGE, b"\0")
         if kind is PageType.CPUID and int.from_bytes(page[:4], "little") > _MAX_CPUID:
-            raise refusal(Status.INVALID_PARAM, f"{int.from_bytes(page[:4], 'little')} entries in the CPUID page")
+            raise refusal(
+                Status.INVALID_PARAM,
+                f"{int.from_bytes(page[:4], 'little')} entries in the CPUID page",
+            )
         return page

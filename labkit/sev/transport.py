@@ -17,11 +17,24 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 __all__ = [
-    "HEADER_SIZE", "LAUNCH_SECRET", "SEND_DATA", "SEND_VMSA", "SESSION_SIZE", "TransportKeys", "make_session", "open_session",
-    "private_key", "public_bytes", "unwrap", "wrap",
+    "HEADER_SIZE",
+    "LAUNCH_SECRET",
+    "SEND_DATA",
+    "SEND_VMSA",
+    "SESSION_SIZE",
+    "TransportKeys",
+    "make_session",
+    "open_session",
+    "private_key",
+    "public_bytes",
+    "unwrap",
+    "wrap",
 ]
 
-SESSION_SIZE, HEADER_SIZE = 128, 52  # NONCE 16, WRAP_TK 32, WRAP_IV 16, WRAP_MAC 32, POLICY_MAC 32; FLAGS 4, IV 16, MAC 32
+SESSION_SIZE, HEADER_SIZE = (
+    128,
+    52,
+)  # NONCE 16, WRAP_TK 32, WRAP_IV 16, WRAP_MAC 32, POLICY_MAC 32; FLAGS 4, IV 16, MAC 32
 LAUNCH_SECRET, SEND_DATA, SEND_VMSA = 1, 2, 3  # the byte that a packet's MAC begins with
 P384_ORDER_BYTES = 48
 
@@ -48,7 +61,9 @@ def public_bytes(key: EllipticCurvePrivateKey) -> bytes:
     return key.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
 
 
-def make_session(own: EllipticCurvePrivateKey, peer: bytes, keys: TransportKeys, policy: int, fresh: bytes) -> bytes:
+def make_session(
+    own: EllipticCurvePrivateKey, peer: bytes, keys: TransportKeys, policy: int, fresh: bytes
+) -> bytes:
     """The 128 bytes that hand `keys` and the policy to the owner of `peer`; `fresh` is a nonce and an IV, 16 bytes each."""
     nonce, iv = fresh[:16], fresh[16:32]
     kek, kik = _session_keys(own, peer, nonce)
@@ -56,9 +71,13 @@ def make_session(own: EllipticCurvePrivateKey, peer: bytes, keys: TransportKeys,
     return nonce + wrapped + iv + _mac(kik, wrapped) + _mac(keys.tik, policy.to_bytes(4, "little"))
 
 
-def open_session(own: EllipticCurvePrivateKey, peer: bytes, policy: int, session: bytes) -> TransportKeys:
+def open_session(
+    own: EllipticCurvePrivateKey, peer: bytes, policy: int, session: bytes
+) -> TransportKeys:
     """The keys in a session; raises PspError BAD_MEASUREMENT when it is for another key, damaged, or of another policy."""
-    nonce, wrapped, iv, mac, policy_mac = (session[a:b] for a, b in ((0, 16), (16, 48), (48, 64), (64, 96), (96, 128)))
+    nonce, wrapped, iv, mac, policy_mac = (
+        session[a:b] for a, b in ((0, 16), (16, 48), (48, 64), (64, 96), (96, 128))
+    )
     kek, kik = _session_keys(own, peer, nonce)
     if not hmac.compare_digest(mac, _mac(kik, wrapped)):
         raise refusal(Status.BAD_MEASUREMENT, "a WRAP_MAC of another key, or a damaged session")
@@ -69,23 +88,33 @@ def open_session(own: EllipticCurvePrivateKey, peer: bytes, policy: int, session
     return keys
 
 
-def wrap(keys: TransportKeys, kind: int, plain: bytes, iv: bytes, measure: bytes = b"") -> tuple[bytes, bytes]:
+def wrap(
+    keys: TransportKeys, kind: int, plain: bytes, iv: bytes, measure: bytes = b""
+) -> tuple[bytes, bytes]:
     """(header, data) of a packet: AES-128-CTR under the TEK, HMAC-SHA256 under the TIK."""
     data = _ctr(keys.tek, iv, plain)
     return bytes(4) + iv + _packet_mac(keys, kind, bytes(4) + iv, data, measure), data
 
 
-def unwrap(keys: TransportKeys, kind: int, header: bytes, data: bytes, measure: bytes = b"") -> bytes:
+def unwrap(
+    keys: TransportKeys, kind: int, header: bytes, data: bytes, measure: bytes = b""
+) -> bytes:
     """The plaintext of a packet; raises PspError: BAD_MEASUREMENT for a wrong MAC, UNSUPPORTED for a compressed packet."""
     if not hmac.compare_digest(header[20:], _packet_mac(keys, kind, header[:20], data, measure)):
-        raise refusal(Status.BAD_MEASUREMENT, "a packet MAC of other keys, other bytes or another launch")
+        raise refusal(
+            Status.BAD_MEASUREMENT, "a packet MAC of other keys, other bytes or another launch"
+        )
     if any(header[:4]):
-        raise refusal(Status.UNSUPPORTED, f"packet flags {header[:4].hex()} (compression is not modelled)")
+        raise refusal(
+            Status.UNSUPPORTED, f"packet flags {header[:4].hex()} (compression is not modelled)"
+        )
     return _ctr(keys.tek, header[4:20], data)
 
 
 def _packet_mac(keys: TransportKeys, kind: int, head: bytes, data: bytes, measure: bytes) -> bytes:
-    length = len(data).to_bytes(4, "little")  # GUEST_LENGTH and TRANS_LENGTH agree without compression
+    length = len(data).to_bytes(
+        4, "little"
+    )  # GUEST_LENGTH and TRANS_LENGTH agree without compression
     return _mac(keys.tik, bytes([kind]) + head + length + length + data + measure)
 
 
@@ -101,7 +130,9 @@ def _ctr(key: bytes, iv: bytes, data: bytes) -> bytes:
 
 def _kdf(key: bytes, label: bytes, context: bytes = b"") -> bytes:
     """SP 800-108 in counter mode with one HMAC-SHA256, 128 bits out."""
-    return _mac(key, (1).to_bytes(4, "little") + label + b"\0" + context + (128).to_bytes(4, "little"))[:16]
+    return _mac(
+        key, (1).to_bytes(4, "little") + label + b"\0" + context + (128).to_bytes(4, "little")
+    )[:16]
 
 
 def _session_keys(own: EllipticCurvePrivateKey, peer: bytes, nonce: bytes) -> tuple[bytes, bytes]:
@@ -110,6 +141,8 @@ def _session_keys(own: EllipticCurvePrivateKey, peer: bytes, nonce: bytes) -> tu
     try:
         point = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP384R1(), peer)
     except ValueError as err:
-        raise refusal(Status.INVALID_CERTIFICATE, f"{len(peer)} bytes are no point of P-384: {err}") from err
+        raise refusal(
+            Status.INVALID_CERTIFICATE, f"{len(peer)} bytes are no point of P-384: {err}"
+        ) from err
     master = _kdf(own.exchange(ec.ECDH(), point), b"sev-master-secret", nonce)
     return _kdf(master, b"sev-kek"), _kdf(master, b"sev-kik")

@@ -12,15 +12,34 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from labkit.arch.x86_cpu import IA32_TSC, IA32_TSC_ADJUST
-from labkit.engines.base import Exit, HaltExit, HypercallExit, InternalErrorExit, MmioExit, PioExit, SystemEventExit, VmgexitExit
+from labkit.engines.base import (
+    Exit,
+    HaltExit,
+    HypercallExit,
+    InternalErrorExit,
+    MmioExit,
+    PioExit,
+    SystemEventExit,
+    VmgexitExit,
+)
 from labkit.errors import InvalidState
 from labkit.machine.memory import PAGE
 from labkit.sev.cpu import GHCB_MSR
 
 # isort: off
 from labkit.sev.ghcb import (
-    GHCB, KVM_SYSTEM_EVENT_SEV_TERM, GhcbReason, GhcbRequest, MsrHost, answer_ghcb, answer_msr, decode_io, parse_ghcb, parse_msr,
-    scratch_offset, term_text,
+    GHCB,
+    KVM_SYSTEM_EVENT_SEV_TERM,
+    GhcbReason,
+    GhcbRequest,
+    MsrHost,
+    answer_ghcb,
+    answer_msr,
+    decode_io,
+    parse_ghcb,
+    parse_msr,
+    scratch_offset,
+    term_text,
 )
 
 if TYPE_CHECKING:
@@ -32,11 +51,19 @@ __all__ = ["Awaited", "answer", "complete"]
 MSR = f"msr_{GHCB_MSR:#x}"
 FEATURES = 1 << 0  # of the hypervisor: SNP; KVM also offers bit 1, the starting of APs
 KVM_EPERM = -1 & (1 << 64) - 1
-_GP = 13 | 3 << 8 | 1 << 31  # exception 13, valid: the guest's #VC handler raises it (APM vol. 2 15.20)
+_GP = (
+    13 | 3 << 8 | 1 << 31
+)  # exception 13, valid: the guest's #VC handler raises it (APM vol. 2 15.20)
 _MASK32, _INT_MAX = 0xFFFF_FFFF, 0x7FFF_FFFF
 _PSC_MSR_ERROR = 1 << 31  # of GHCBData[63:32]
-_PSC_GENERIC, _PSC_HEADER, _PSC_ENTRY = 0x100 << 32, 1 << 32 | 1, 1 << 32 | 2  # of sw_exit_info_2 (asm/sev-common.h)
-Answer = Exit | dict[str, int] | GhcbReason  # for the host's user space; registers for the guest; or why not
+_PSC_GENERIC, _PSC_HEADER, _PSC_ENTRY = (
+    0x100 << 32,
+    1 << 32 | 1,
+    1 << 32 | 2,
+)  # of sw_exit_info_2 (asm/sev-common.h)
+Answer = (
+    Exit | dict[str, int] | GhcbReason
+)  # for the host's user space; registers for the guest; or why not
 
 
 @dataclass(frozen=True)
@@ -62,7 +89,9 @@ class _Call:
     port: int  # of ucalls
     ucall: int | None = None
     awaited: Awaited | None = None
-    edits: dict[int, bytes] = field(default_factory=dict)  # of the shared buffer, by offset in the page
+    edits: dict[int, bytes] = field(
+        default_factory=dict
+    )  # of the shared buffer, by offset in the page
 
     def reg(self, name: str) -> int:
         return self.request.regs.get(name, 0)
@@ -71,7 +100,9 @@ class _Call:
         return scratch_offset(self.gpa, self.request.scratch, size)
 
 
-def answer(guest: ProtectedGuest, index: int, vcpu: EngineVcpu, ghcb: int, port: int) -> tuple[Exit, int | None]:
+def answer(
+    guest: ProtectedGuest, index: int, vcpu: EngineVcpu, ghcb: int, port: int
+) -> tuple[Exit, int | None]:
     """What KVM makes of a VMGEXIT with this MSR: an exit for user space, and the hva when it is a ucall through the GHCB.
 
     A VmgexitExit with a request is one that was answered: the guest goes on.
@@ -80,11 +111,22 @@ def answer(guest: ProtectedGuest, index: int, vcpu: EngineVcpu, ghcb: int, port:
     name = parse_msr(ghcb).name
     if name == "GHCB":
         return _page(guest, index, vcpu, ghcb, port)
-    said = answer_msr(ghcb, MsrHost(guest.c_bit, lambda leaf, sub: guest.cpu.seen_by(index, vcpu.read_reg("cr4"), leaf, sub),
-                                    guest.level > 2, features=FEATURES,
-                                    page_state=lambda gfn, op: _PSC_MSR_ERROR if guest.page_state_change(gfn, op) else 0))
+    said = answer_msr(
+        ghcb,
+        MsrHost(
+            guest.c_bit,
+            lambda leaf, sub: guest.cpu.seen_by(index, vcpu.read_reg("cr4"), leaf, sub),
+            guest.level > 2,
+            features=FEATURES,
+            page_state=lambda gfn, op: _PSC_MSR_ERROR if guest.page_state_change(gfn, op) else 0,
+        ),
+    )
     if said is None:
-        why = term_text(ghcb) if name == "TERM" else f"KVM ends a guest that asks for {name} without SNP"
+        why = (
+            term_text(ghcb)
+            if name == "TERM"
+            else f"KVM ends a guest that asks for {name} without SNP"
+        )
         return SystemEventExit(KVM_SYSTEM_EVENT_SEV_TERM, (ghcb,), why), None
     if name == "REGISTER_GPA":
         guest.registered[index] = ghcb & -PAGE
@@ -92,17 +134,27 @@ def answer(guest: ProtectedGuest, index: int, vcpu: EngineVcpu, ghcb: int, port:
     return HaltExit() if name == "AP_RESET_HOLD" else VmgexitExit(ghcb, name, f"{said:#x}"), None
 
 
-def _page(guest: ProtectedGuest, index: int, vcpu: EngineVcpu, gpa: int, port: int) -> tuple[Exit, int | None]:
-    if not gpa or guest.memory.slot(gpa) is None or (guest.level > 2 and guest.host.rmp.entry(gpa).assigned):
-        return VmgexitExit(gpa, "GHCB", "no answer: KVM finds no page there that it may write"), None
+def _page(
+    guest: ProtectedGuest, index: int, vcpu: EngineVcpu, gpa: int, port: int
+) -> tuple[Exit, int | None]:
+    if (
+        not gpa
+        or guest.memory.slot(gpa) is None
+        or (guest.level > 2 and guest.host.rmp.entry(gpa).assigned)
+    ):
+        return VmgexitExit(
+            gpa, "GHCB", "no answer: KVM finds no page there that it may write"
+        ), None
     if guest.level > 2 and guest.registered.get(index) != gpa:
-        return InternalErrorExit(f"KVM_RUN: EINVAL, the GHCB at gpa {gpa:#x} was never registered", vcpu.read_reg("rip")), None
+        return InternalErrorExit(
+            f"KVM_RUN: EINVAL, the GHCB at gpa {gpa:#x} was never registered", vcpu.read_reg("rip")
+        ), None
     page = guest.memory.read(gpa, PAGE)
     call = _Call(guest, vcpu, index, gpa, page, parse_ghcb(page, guest.level > 2), port)
     said = call.request.refused or _ANSWERS.get(call.request.name, _unhandled)(call)
     reply = bytearray(page)
     for offset, data in call.edits.items():
-        reply[offset:offset + len(data)] = data
+        reply[offset : offset + len(data)] = data
     if isinstance(said, dict | GhcbReason) or call.awaited is not None or call.ucall is not None:
         GHCB.put(reply, "valid_bitmap", 0)
         refused = isinstance(said, GhcbReason)
@@ -112,7 +164,11 @@ def _page(guest: ProtectedGuest, index: int, vcpu: EngineVcpu, gpa: int, port: i
         guest.awaited[index] = call.awaited
     if isinstance(said, Exit):
         return said, call.ucall
-    words = f"refused: {said.name}" if isinstance(said, GhcbReason) else ", ".join(f"{k}={v:#x}" for k, v in said.items()) or "done"
+    words = (
+        f"refused: {said.name}"
+        if isinstance(said, GhcbReason)
+        else ", ".join(f"{k}={v:#x}" for k, v in said.items()) or "done"
+    )
     return VmgexitExit(gpa, call.request.name, words), call.ucall
 
 
@@ -126,12 +182,13 @@ def complete(guest: ProtectedGuest, index: int, value: int) -> bool:
     if to.offset is None:
         answer_ghcb(page, {"rax": to.keep | value})
     else:
-        page[to.offset:to.offset + to.size] = value.to_bytes(to.size, "little")
+        page[to.offset : to.offset + to.size] = value.to_bytes(to.size, "little")
     guest.memory.write(to.gpa, bytes(page))
     return True
 
 
 # --- one function an event
+
 
 def _io(call: _Call) -> Answer:
     port = decode_io(call.request.info_1)
@@ -139,11 +196,15 @@ def _io(call: _Call) -> Answer:
     if not port.size:
         return {} if not call.request.info_1 >> 4 & 7 else GhcbReason.INVALID_INPUT
     if size > _INT_MAX:
-        return InternalErrorExit(f"KVM_RUN: EINVAL, {size:#x} bytes of string I/O", call.vcpu.read_reg("rip"))
+        return InternalErrorExit(
+            f"KVM_RUN: EINVAL, {size:#x} bytes of string I/O", call.vcpu.read_reg("rip")
+        )
     if not size:
         return {}
     if port.is_string:
-        return _area(call, size, port.is_write, lambda data: PioExit(port.port, size, port.is_write, data))
+        return _area(
+            call, size, port.is_write, lambda data: PioExit(port.port, size, port.is_write, data)
+        )
     if port.port == call.port and "rax" in call.request.regs:
         call.ucall = call.reg("rax")
         return {}
@@ -159,11 +220,15 @@ def _area(call: _Call, size: int, is_write: bool, exit: Callable[[int], Exit]) -
     if offset is None:
         return GhcbReason.INVALID_SCRATCH_AREA
     call.awaited = Awaited(call.gpa, 0 if is_write else size, offset)
-    return exit(int.from_bytes(call.page[offset:offset + size], "little") if is_write else 0)
+    return exit(int.from_bytes(call.page[offset : offset + size], "little") if is_write else 0)
 
 
 def _mmio(call: _Call) -> Answer:
-    gpa, size, is_write = call.request.info_1, call.request.info_2, call.request.name == "MMIO_WRITE"
+    gpa, size, is_write = (
+        call.request.info_1,
+        call.request.info_2,
+        call.request.name == "MMIO_WRITE",
+    )
     if not size or size > 8:
         return GhcbReason.INVALID_INPUT if size else {}
     return _area(call, size, is_write, lambda data: MmioExit(gpa, size, is_write, data))
@@ -191,7 +256,10 @@ def _write_msr(call: _Call, index: int, value: int) -> None:
     if index in call.guest.cpu.read_only_msrs:
         raise InvalidState(f"MSR {index:#x} is read-only")
     regs = {f"msr_{index:#x}": value}
-    if index in (IA32_TSC, IA32_TSC_ADJUST):  # a guest's write to either moves both (SDM vol. 3B 18.17.3)
+    if index in (
+        IA32_TSC,
+        IA32_TSC_ADJUST,
+    ):  # a guest's write to either moves both (SDM vol. 3B 18.17.3)
         other = IA32_TSC ^ IA32_TSC_ADJUST ^ index
         by = value - call.vcpu.read_reg(f"msr_{index:#x}")
         regs[f"msr_{other:#x}"] = call.vcpu.read_reg(f"msr_{other:#x}") + by & (1 << 64) - 1
@@ -202,7 +270,9 @@ def _hypercall(call: _Call) -> Answer:
     if call.reg("cpl"):
         return {"rax": KVM_EPERM}
     call.awaited = Awaited(call.gpa, 8)
-    return HypercallExit(call.reg("rax"), tuple(call.reg(name) for name in ("rbx", "rcx", "rdx", "rsi")))
+    return HypercallExit(
+        call.reg("rax"), tuple(call.reg(name) for name in ("rbx", "rcx", "rdx", "rsi"))
+    )
 
 
 def _dr7(call: _Call) -> Answer:
@@ -226,25 +296,36 @@ def _page_states(call: _Call) -> Answer:
     offset = call.scratch(8)
     if offset is None:
         return GhcbReason.INVALID_SCRATCH_AREA
-    header, entries = call.page[offset:offset + 8], offset + 8
-    first, last = (int.from_bytes(header[at:at + 2], "little") for at in (0, 2))
+    header, entries = call.page[offset : offset + 8], offset + 8
+    first, last = (int.from_bytes(header[at : at + 2], "little") for at in (0, 2))
     if call.scratch(8 * (last + 2)) is None:
         return {"sw_exit_info_2": _PSC_HEADER}
     for at in range(first, last + 1):
         here = slice(entries + 8 * at, entries + 8 * at + 8)
         entry = int.from_bytes(call.page[here], "little")
-        done, gfn, op, nr_pages = entry & 0xFFF, entry >> 12 & (1 << 40) - 1, entry >> 52 & 0xF, 512 if entry >> 56 & 1 else 1
+        done, gfn, op, nr_pages = (
+            entry & 0xFFF,
+            entry >> 12 & (1 << 40) - 1,
+            entry >> 52 & 0xF,
+            512 if entry >> 56 & 1 else 1,
+        )
         if done > nr_pages or gfn % nr_pages:
             return {"sw_exit_info_2": _PSC_ENTRY}
-        if op in (1, 2) and any(call.guest.page_state_change(gfn + i, op) for i in range(done, nr_pages)):
+        if op in (1, 2) and any(
+            call.guest.page_state_change(gfn + i, op) for i in range(done, nr_pages)
+        ):
             return {"sw_exit_info_2": _PSC_GENERIC}
-        call.edits[here.start] = (entry & ~0xFFF | nr_pages).to_bytes(8, "little")  # the guest sees how far its host has come
+        call.edits[here.start] = (entry & ~0xFFF | nr_pages).to_bytes(
+            8, "little"
+        )  # the guest sees how far its host has come
         call.edits[offset] = (at + 1).to_bytes(2, "little")
     return {}
 
 
 def _term(call: _Call) -> Answer:
-    return SystemEventExit(KVM_SYSTEM_EVENT_SEV_TERM, (call.gpa,), "the guest asked to be terminated, through its GHCB")
+    return SystemEventExit(
+        KVM_SYSTEM_EVENT_SEV_TERM, (call.gpa,), "the guest asked to be terminated, through its GHCB"
+    )
 
 
 def _unhandled(call: _Call) -> Answer:
@@ -257,9 +338,19 @@ def _done(call: _Call) -> Answer:
 
 
 _ANSWERS: dict[str, Callable[[_Call], Answer]] = {
-    "IOIO": _io, "MMIO_READ": _mmio, "MMIO_WRITE": _mmio, "CPUID": _cpuid, "MSR": _msr, "VMMCALL": _hypercall, "READ_DR7": _dr7,
-    "WRITE_DR7": _dr7, "AP_JUMP_TABLE": _jump_table, "PAGE_STATE": _page_states, "TERM": _term,
-    "RDPMC": lambda call: {"sw_exit_info_1": 1, "sw_exit_info_2": _GP}, "AP_HLT_LOOP": lambda call: HaltExit(),
+    "IOIO": _io,
+    "MMIO_READ": _mmio,
+    "MMIO_WRITE": _mmio,
+    "CPUID": _cpuid,
+    "MSR": _msr,
+    "VMMCALL": _hypercall,
+    "READ_DR7": _dr7,
+    "WRITE_DR7": _dr7,
+    "AP_JUMP_TABLE": _jump_table,
+    "PAGE_STATE": _page_states,
+    "TERM": _term,
+    "RDPMC": lambda call: {"sw_exit_info_1": 1, "sw_exit_info_2": _GP},
+    "AP_HLT_LOOP": lambda call: HaltExit(),
     "HV_FEATURES": lambda call: {"sw_exit_info_2": FEATURES},
     **dict.fromkeys(("INVD", "WBINVD", "MONITOR", "MWAIT", "NMI_COMPLETE"), _done),
 }

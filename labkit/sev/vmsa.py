@@ -10,15 +10,35 @@ from dataclasses import dataclass
 
 from labkit.errors import InvalidState
 
-__all__ = ["SNP_ACTIVE", "VMSA", "VMSA_GPA", "VMSA_SIZE", "Hidden", "Layout", "vmsa_page", "vmsa_registers"]
+__all__ = [
+    "SNP_ACTIVE",
+    "VMSA",
+    "VMSA_GPA",
+    "VMSA_SIZE",
+    "Hidden",
+    "Layout",
+    "vmsa_page",
+    "vmsa_registers",
+]
 
 VMSA_SIZE, VMSA_GPA = 4096, 0xFFFF_FFFF_F000  # KVM's INITIAL_VMSA_GPA, which SNP measures
 SNP_ACTIVE = 1 << 0  # sev_features
-Hidden = tuple[int, int, int]  # a segment's base, limit and second descriptor word, as an engine keeps them
+Hidden = tuple[
+    int, int, int
+]  # a segment's base, limit and second descriptor word, as an engine keeps them
 _SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "gdtr", "ldtr", "idtr", "tr")
-_FLAT: dict[bool, Hidden] = {True: (0, 0xFFFFFFFF, 0x00AF9B00), False: (0, 0xFFFFFFFF, 0x00CF9300)}  # 64-bit code, data
-_NAMES = {"gdt_base": "gdtr_base", "gdt_limit": "gdtr_limit", "idt_base": "idtr_base", "idt_limit": "idtr_limit",
-          "tr": "tr_selector", "ldt": "ldtr_selector"}
+_FLAT: dict[bool, Hidden] = {
+    True: (0, 0xFFFFFFFF, 0x00AF9B00),
+    False: (0, 0xFFFFFFFF, 0x00CF9300),
+}  # 64-bit code, data
+_NAMES = {
+    "gdt_base": "gdtr_base",
+    "gdt_limit": "gdtr_limit",
+    "idt_base": "idtr_base",
+    "idt_limit": "idtr_limit",
+    "tr": "tr_selector",
+    "ldt": "ldtr_selector",
+}
 _SELECTORS = ("es", "cs", "ss", "ds", "fs", "gs")
 
 
@@ -32,34 +52,66 @@ class Layout:
     def get(self, page: bytes | bytearray, name: str) -> int:
         """One field's value."""
         offset, size = self.fields[name]
-        return int.from_bytes(page[offset:offset + size], "little")
+        return int.from_bytes(page[offset : offset + size], "little")
 
     def put(self, page: bytearray, name: str, value: int) -> None:
         """Set one field; raises InvalidState for a value that does not fit."""
         offset, size = self.fields[name]
         if not 0 <= value < 1 << 8 * size:
-            raise InvalidState(f"{name} has {8 * size} bits in this page, not {value:#x}", name=name, value=value)
-        page[offset:offset + size] = value.to_bytes(size, "little")
+            raise InvalidState(
+                f"{name} has {8 * size} bits in this page, not {value:#x}", name=name, value=value
+            )
+        page[offset : offset + size] = value.to_bytes(size, "little")
 
     @classmethod
     def of(cls, *rows: tuple[int, int, str]) -> Layout:
         """A layout from runs of fields of one size: (offset of the first, bytes of each, names)."""
-        fields = {name: (offset + size * i, size) for offset, size, names in rows for i, name in enumerate(names.split())}
+        fields = {
+            name: (offset + size * i, size)
+            for offset, size, names in rows
+            for i, name in enumerate(names.split())
+        }
         return cls(fields, max(offset + size for offset, size in fields.values()))
 
 
-_GPRS = ((0x1F8, 8, "rax"), (0x308, 8, "rcx rdx rbx"), (0x328, 8, "rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15"))
-_PARTS = tuple((16 * i + at, size, f"{name}_{part}") for i, name in enumerate(_SEGMENTS)
-               for at, size, part in ((0, 2, "selector"), (2, 2, "attrib"), (4, 4, "limit"), (8, 8, "base")))
+_GPRS = (
+    (0x1F8, 8, "rax"),
+    (0x308, 8, "rcx rdx rbx"),
+    (0x328, 8, "rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15"),
+)
+_PARTS = tuple(
+    (16 * i + at, size, f"{name}_{part}")
+    for i, name in enumerate(_SEGMENTS)
+    for at, size, part in ((0, 2, "selector"), (2, 2, "attrib"), (4, 4, "limit"), (8, 8, "base"))
+)
 VMSA = Layout.of(
-    *_PARTS, *_GPRS, (0xA0, 8, "vmpl0_ssp vmpl1_ssp vmpl2_ssp vmpl3_ssp u_cet"), (0xCA, 1, "vmpl cpl"), (0xD0, 8, "efer"),
-    (0x140, 8, "xss cr4 cr3 cr0 dr7 dr6 rflags rip dr0 dr1 dr2 dr3 dr0_addr_mask dr1_addr_mask dr2_addr_mask dr3_addr_mask"),
-    (0x1D8, 8, "rsp s_cet ssp isst_addr"), (0x200, 8, "star lstar cstar sfmask kernel_gs_base sysenter_cs sysenter_esp sysenter_eip cr2"),
-    (0x268, 8, "g_pat dbgctl br_from br_to last_excp_from last_excp_to"), (0x2E8, 4, "pkru tsc_aux"),
-    (0x390, 8, "guest_exit_info_1 guest_exit_info_2 guest_exit_int_info guest_nrip sev_features vintr_ctrl guest_exit_code virtual_tom "
-               "tlb_id pcpu_id event_inj xcr0"),
-    (0x400, 8, "x87_dp"), (0x408, 4, "mxcsr"), (0x40C, 2, "x87_ftw x87_fsw x87_fcw x87_fop x87_ds x87_cs"), (0x418, 8, "x87_rip"),
-    (0x420, 80, "fpreg_x87"), (0x470, 16, " ".join(f"xmm{i}" for i in range(16))), (0x570, 256, "fpreg_ymm"),
+    *_PARTS,
+    *_GPRS,
+    (0xA0, 8, "vmpl0_ssp vmpl1_ssp vmpl2_ssp vmpl3_ssp u_cet"),
+    (0xCA, 1, "vmpl cpl"),
+    (0xD0, 8, "efer"),
+    (
+        0x140,
+        8,
+        "xss cr4 cr3 cr0 dr7 dr6 rflags rip dr0 dr1 dr2 dr3 dr0_addr_mask dr1_addr_mask dr2_addr_mask dr3_addr_mask",
+    ),
+    (0x1D8, 8, "rsp s_cet ssp isst_addr"),
+    (0x200, 8, "star lstar cstar sfmask kernel_gs_base sysenter_cs sysenter_esp sysenter_eip cr2"),
+    (0x268, 8, "g_pat dbgctl br_from br_to last_excp_from last_excp_to"),
+    (0x2E8, 4, "pkru tsc_aux"),
+    (
+        0x390,
+        8,
+        "guest_exit_info_1 guest_exit_info_2 guest_exit_int_info guest_nrip sev_features vintr_ctrl guest_exit_code virtual_tom "
+        "tlb_id pcpu_id event_inj xcr0",
+    ),
+    (0x400, 8, "x87_dp"),
+    (0x408, 4, "mxcsr"),
+    (0x40C, 2, "x87_ftw x87_fsw x87_fcw x87_fop x87_ds x87_cs"),
+    (0x418, 8, "x87_rip"),
+    (0x420, 80, "fpreg_x87"),
+    (0x470, 16, " ".join(f"xmm{i}" for i in range(16))),
+    (0x570, 256, "fpreg_ymm"),
 )
 assert VMSA.size == 0x670  # EXPECTED_SEV_ES_SAVE_AREA_SIZE
 
@@ -86,7 +138,12 @@ def vmsa_page(regs: Mapping[str, int], hidden: Mapping[str, Hidden] | None = Non
 
 def _put_segment(page: bytearray, name: str, selector: int, hidden: Hidden) -> None:
     base, limit, word = hidden
-    for part, value in (("selector", selector), ("attrib", word >> 8 & 0xFF | word >> 12 & 0xF00), ("limit", limit), ("base", base)):
+    for part, value in (
+        ("selector", selector),
+        ("attrib", word >> 8 & 0xFF | word >> 12 & 0xF00),
+        ("limit", limit),
+        ("base", base),
+    ):
         VMSA.put(page, f"{name}_{part}", value)
 
 
@@ -94,5 +151,7 @@ def vmsa_registers(page: bytes) -> dict[str, int]:
     """The registers in a plaintext page, by labkit's names."""
     if len(page) != VMSA_SIZE:
         raise InvalidState(f"a VMSA is one page, not {len(page)} bytes")
-    back = {field: name for name, field in _NAMES.items()} | {f"{name}_selector": name for name in _SELECTORS}
+    back = {field: name for name, field in _NAMES.items()} | {
+        f"{name}_selector": name for name in _SELECTORS
+    }
     return {back.get(field, field): VMSA.get(page, field) for field in VMSA.fields}

@@ -10,9 +10,26 @@ from enum import IntEnum
 import numpy as np
 
 __all__ = [
-    "BITMAP_BYTES", "GUEST_ERROR_STRING", "GUEST_FILE", "GUEST_LINE", "GUEST_UCALL_FAILED", "HEADER", "HEADER_SIZE", "NR_SLOTS",
-    "OFFSET_ARGS", "OFFSET_BUFFER", "OFFSET_HVA", "UCALL", "UCALL_BUFFER_LEN", "UCALL_MAX_ARGS", "UCALL_PIO_PORT", "UCALL_SIZE",
-    "UcallCmd", "cmd_name", "decode_text", "has_text",
+    "BITMAP_BYTES",
+    "GUEST_ERROR_STRING",
+    "GUEST_FILE",
+    "GUEST_LINE",
+    "GUEST_UCALL_FAILED",
+    "HEADER",
+    "HEADER_SIZE",
+    "NR_SLOTS",
+    "OFFSET_ARGS",
+    "OFFSET_BUFFER",
+    "OFFSET_HVA",
+    "UCALL",
+    "UCALL_BUFFER_LEN",
+    "UCALL_MAX_ARGS",
+    "UCALL_PIO_PORT",
+    "UCALL_SIZE",
+    "UcallCmd",
+    "cmd_name",
+    "decode_text",
+    "has_text",
 ]
 
 UCALL_MAX_ARGS = 7
@@ -22,8 +39,17 @@ GUEST_UCALL_FAILED = 2**64 - 1  # (u64)-1 instead of an hva: the pool is exhaust
 UCALL_PIO_PORT = 0x1000
 GUEST_ERROR_STRING, GUEST_FILE, GUEST_LINE = range(3)  # args of an ABORT: two gvas and a number
 
-UCALL = np.dtype([("cmd", "<u8"), ("args", "<u8", UCALL_MAX_ARGS), ("buffer", "V", UCALL_BUFFER_LEN), ("hva", "<u8")])
-HEADER = np.dtype([("in_use", "u1", NR_SLOTS // 8), ("ucalls", UCALL, NR_SLOTS)])  # struct ucall_header, little-endian
+UCALL = np.dtype(
+    [
+        ("cmd", "<u8"),
+        ("args", "<u8", UCALL_MAX_ARGS),
+        ("buffer", "V", UCALL_BUFFER_LEN),
+        ("hva", "<u8"),
+    ]
+)
+HEADER = np.dtype(
+    [("in_use", "u1", NR_SLOTS // 8), ("ucalls", UCALL, NR_SLOTS)]
+)  # struct ucall_header, little-endian
 UCALL_SIZE, HEADER_SIZE, BITMAP_BYTES = UCALL.itemsize, HEADER.itemsize, NR_SLOTS // 8
 OFFSET_ARGS, OFFSET_BUFFER, OFFSET_HVA = 8, 64, 1088
 assert (UCALL_SIZE, HEADER_SIZE) == (1096, 561216)

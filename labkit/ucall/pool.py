@@ -16,19 +16,44 @@ from labkit.machine.memory import Memory
 from labkit.machine.space import AddressSpace
 from labkit.shown import mimebundle
 from labkit.ucall import abi
-from labkit.ucall.abi import BITMAP_BYTES, HEADER_SIZE, NR_SLOTS, UCALL_MAX_ARGS, UCALL_SIZE, UcallCmd, cmd_name, decode_text, has_text
+from labkit.ucall.abi import (
+    BITMAP_BYTES,
+    HEADER_SIZE,
+    NR_SLOTS,
+    UCALL_MAX_ARGS,
+    UCALL_SIZE,
+    UcallCmd,
+    cmd_name,
+    decode_text,
+    has_text,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["BadUcallExit", "Fields", "Pool", "PoolSnapshot", "Slot", "SlotState", "Strings", "Ucall"]
+__all__ = [
+    "BadUcallExit",
+    "Fields",
+    "Pool",
+    "PoolSnapshot",
+    "Slot",
+    "SlotState",
+    "Strings",
+    "Ucall",
+]
 
 SlotState = Literal["free", "held", "done", "leaked"]
-Strings = Callable[[int], str | None]  # gva of a string constant -> its text, from the program and not from the guest
+Strings = Callable[
+    [int], str | None
+]  # gva of a string constant -> its text, from the program and not from the guest
 _NAMES = {int(cmd): cmd.name for cmd in UcallCmd}
 _WITH_TEXT = frozenset(int(cmd) for cmd in UcallCmd if has_text(cmd))
-_SLOTS = {BITMAP_BYTES + UCALL_SIZE * index: index for index in range(NR_SLOTS)}  # by offset from the header
-_TUPLE = tuple.__new__  # a NamedTuple's own constructor is a Python function, which costs more than the tuple
+_SLOTS = {
+    BITMAP_BYTES + UCALL_SIZE * index: index for index in range(NR_SLOTS)
+}  # by offset from the header
+_TUPLE = (
+    tuple.__new__
+)  # a NamedTuple's own constructor is a Python function, which costs more than the tuple
 _SWAP, _WORDS = Struct(f"<{BITMAP_BYTES // 8}Q").pack, Struct(f">{BITMAP_BYTES // 8}Q").unpack
 
 
@@ -68,19 +93,27 @@ class Fields:
     """How one struct ucall is read, in a guest's byte order; what is in it is believed by nobody yet."""
 
     def __init__(self, byteorder: Literal["little", "big"] = "little") -> None:
-        self._unpack = Struct(f"{'>' if byteorder == 'big' else '<'}{1 + UCALL_MAX_ARGS}Q").unpack_from
+        self._unpack = Struct(
+            f"{'>' if byteorder == 'big' else '<'}{1 + UCALL_MAX_ARGS}Q"
+        ).unpack_from
 
-    def ucall(self, data: Any, at: int, vcpu: int, slot: int | None, step: int, strings: Strings) -> Ucall:
+    def ucall(
+        self, data: Any, at: int, vcpu: int, slot: int | None, step: int, strings: Strings
+    ) -> Ucall:
         """The ucall at an offset; strings finds the texts that an ABORT only points to."""
         fields = self._unpack(data, at)
         cmd, args = fields[0], fields[1:]
         name = _NAMES.get(cmd) or cmd_name(cmd)
         if cmd not in _WITH_TEXT:
             return _TUPLE(Ucall, (name, args, None, vcpu, slot, step, None, None, None))
-        text = decode_text(data[at + abi.OFFSET_BUFFER:at + abi.OFFSET_BUFFER + abi.UCALL_BUFFER_LEN])
+        text = decode_text(
+            data[at + abi.OFFSET_BUFFER : at + abi.OFFSET_BUFFER + abi.UCALL_BUFFER_LEN]
+        )
         if cmd != UcallCmd.ABORT:
             return Ucall(name, args, text, vcpu, slot, step)
-        file, line, expr = (args[i] for i in (abi.GUEST_FILE, abi.GUEST_LINE, abi.GUEST_ERROR_STRING))
+        file, line, expr = (
+            args[i] for i in (abi.GUEST_FILE, abi.GUEST_LINE, abi.GUEST_ERROR_STRING)
+        )
         return Ucall(name, args, text, vcpu, slot, step, strings(file), line, strings(expr))
 
 
@@ -151,12 +184,25 @@ class PoolSnapshot:
 
     def _never_used(self, index: int) -> Slot:
         offset = self.slots_offset + self.slot_size * index
-        return Slot(index, "free", None, None, "NONE", (0,) * UCALL_MAX_ARGS, None, self.gva + offset, self.gpa + offset,
-                    self.hva + offset, True)
+        return Slot(
+            index,
+            "free",
+            None,
+            None,
+            "NONE",
+            (0,) * UCALL_MAX_ARGS,
+            None,
+            self.gva + offset,
+            self.gpa + offset,
+            self.hva + offset,
+            True,
+        )
 
     def __repr__(self) -> str:
-        return (f"<PoolSnapshot step {self.step}: {int(self.in_use.sum())} of {self.nr_slots} slots in use, "
-                f"{int(self.leaked.sum())} leaked>")
+        return (
+            f"<PoolSnapshot step {self.step}: {int(self.in_use.sum())} of {self.nr_slots} slots in use, "
+            f"{int(self.leaked.sum())} leaked>"
+        )
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
         return mimebundle(self)
@@ -165,12 +211,16 @@ class PoolSnapshot:
 class Pool:
     """The host's side of one VM's pool: makes it, looks up what a guest hands over, and keeps the history of its bits."""
 
-    def __init__(self, memory: Memory, gpa: int, gva: int, byteorder: Literal["little", "big"] = "little") -> None:
+    def __init__(
+        self, memory: Memory, gpa: int, gva: int, byteorder: Literal["little", "big"] = "little"
+    ) -> None:
         self._big = byteorder == "big"
         self._fields = Fields(byteorder)
         self._header = abi.HEADER.newbyteorder(">" if self._big else "<")
         self.memory, self.gpa, self.gva = memory, gpa, gva
-        self.hva = memory.hva(gpa)  # of the header, as written into the guest; a forked VM keeps its parent's
+        self.hva = memory.hva(
+            gpa
+        )  # of the header, as written into the guest; a forked VM keeps its parent's
         slot = memory.slot(gpa)
         assert slot is not None
         self._data, self._offset = slot.data, gpa - slot.gpa
@@ -180,16 +230,22 @@ class Pool:
         self.uses = [0] * NR_SLOTS
         self.done = [False] * NR_SLOTS
         self._seen = bytes(BITMAP_BYTES)  # the bitmap when the host last looked
-        self._heard: dict[int, int] = {}  # vCPU -> slot of its last ucall, as long as it has not given it back
+        self._heard: dict[
+            int, int
+        ] = {}  # vCPU -> slot of its last ucall, as long as it has not given it back
 
     @classmethod
     def make(cls, space: AddressSpace) -> Pool:
         """Allocate a VM's pool, in memory that is never encrypted, and tell every slot its own address (ucall_init() in C)."""
         gva = space.alloc(HEADER_SIZE, "ucall pool", protected=False)
         pool = cls(space.memory, space.walk(gva).require(), gva, space.mode.byteorder)
-        with space.memory.view(pool.gpa, HEADER_SIZE) as raw:  # in place: a copy of half a megabyte of zeros takes longer than the VM
+        with space.memory.view(
+            pool.gpa, HEADER_SIZE
+        ) as raw:  # in place: a copy of half a megabyte of zeros takes longer than the VM
             header = np.frombuffer(raw, pool._header)
-            header["ucalls"]["hva"] = pool.hva + BITMAP_BYTES + UCALL_SIZE * np.arange(NR_SLOTS, dtype=np.uint64)
+            header["ucalls"]["hva"] = (
+                pool.hva + BITMAP_BYTES + UCALL_SIZE * np.arange(NR_SLOTS, dtype=np.uint64)
+            )
             del header
         return pool
 
@@ -206,9 +262,16 @@ class Pool:
         if self.memory.on_look:
             self.memory.looked_at(self.gpa, HEADER_SIZE, False)
         now = self._bitmap()
-        if locked >= 0 and (index := self._heard.pop(vcpu, -1)) >= 0 and now[index >> 3] >> (index & 7) & 1 \
-                and self.owner[index] == vcpu and not self.done[index]:
-            self._taken(index, vcpu, locked)  # it gave the slot back with a locked instruction, and has it again
+        if (
+            locked >= 0
+            and (index := self._heard.pop(vcpu, -1)) >= 0
+            and now[index >> 3] >> (index & 7) & 1
+            and self.owner[index] == vcpu
+            and not self.done[index]
+        ):
+            self._taken(
+                index, vcpu, locked
+            )  # it gave the slot back with a locked instruction, and has it again
         if now == self._seen:
             return now
         step = locked if locked >= 0 else step
@@ -237,7 +300,9 @@ class Pool:
         self.owner[index], self.since[index], self.done[index] = vcpu, step, False
         self.uses[index] += 1
 
-    def take(self, value: int, vcpu: int, step: int, locked: int, strings: Strings) -> Ucall | BadUcallExit:
+    def take(
+        self, value: int, vcpu: int, step: int, locked: int, strings: Strings
+    ) -> Ucall | BadUcallExit:
         """The ucall behind the value that a guest left in its register at `step`, or what is wrong with that value.
 
         `locked` is the step of the vCPU's last locked instruction, -1 when it ran none since it last came back.
@@ -248,9 +313,16 @@ class Pool:
         if index < 0:
             return self._refuse(value, vcpu)
         if not self.saw(vcpu, locked, step)[index >> 3] >> (index & 7) & 1:
-            return BadUcallExit(value, "stale", f"slot {index} is not in use: its bit in in_use is clear", vcpu)
-        self._heard[vcpu], self.owner[index] = index, vcpu  # the owner: where vCPUs run at once, another one may have come back first
-        found = self._fields.ucall(self._data, self._offset + BITMAP_BYTES + UCALL_SIZE * index, vcpu, index, step, strings)
+            return BadUcallExit(
+                value, "stale", f"slot {index} is not in use: its bit in in_use is clear", vcpu
+            )
+        self._heard[vcpu], self.owner[index] = (
+            index,
+            vcpu,
+        )  # the owner: where vCPUs run at once, another one may have come back first
+        found = self._fields.ucall(
+            self._data, self._offset + BITMAP_BYTES + UCALL_SIZE * index, vcpu, index, step, strings
+        )
         if found.cmd == "DONE":
             self.done[index] = True
         return found
@@ -258,44 +330,94 @@ class Pool:
     def _refuse(self, value: int, vcpu: int) -> Ucall | BadUcallExit:
         if value == abi.GUEST_UCALL_FAILED:
             taken = int(self.bits().sum())
-            return BadUcallExit(value, "exhausted", f"the guest found no free slot ({taken} of {NR_SLOTS} are in use) "
-                                                    f"and handed over the kernel's magic -1", vcpu)
+            return BadUcallExit(
+                value,
+                "exhausted",
+                f"the guest found no free slot ({taken} of {NR_SLOTS} are in use) "
+                f"and handed over the kernel's magic -1",
+                vcpu,
+            )
         index, rest = divmod(value - self.hva - BITMAP_BYTES, UCALL_SIZE)
         if 0 <= index < NR_SLOTS:
-            return BadUcallExit(value, "unaligned", f"{value:#x} lies {rest} bytes behind the start of slot {index}", vcpu)
+            return BadUcallExit(
+                value,
+                "unaligned",
+                f"{value:#x} lies {rest} bytes behind the start of slot {index}",
+                vcpu,
+            )
         try:
             where = f"this VM's guest memory (gpa {self.memory.gpa(value):#x}), but not a slot"
         except MemoryFault:
             where = "no memory of this VM: forged, or another VM's"
         end = self.hva + HEADER_SIZE - 1
-        return BadUcallExit(value, "foreign", f"{value:#x} is {where}; this VM's pool is at hva {self.hva:#x} to {end:#x}", vcpu)
+        return BadUcallExit(
+            value,
+            "foreign",
+            f"{value:#x} is {where}; this VM's pool is at hva {self.hva:#x} to {end:#x}",
+            vcpu,
+        )
 
     def bits(self) -> NDArray[np.bool_]:
         """in_use, one bool a slot, as it lies in memory now."""
         raw = np.frombuffer(self._bitmap(), np.uint8)
         return np.unpackbits(raw, bitorder="little").astype(np.bool_)
 
-    def snapshot(self, step: int, finished: frozenset[int], seen: PoolSnapshot | None = None) -> PoolSnapshot:
+    def snapshot(
+        self, step: int, finished: frozenset[int], seen: PoolSnapshot | None = None
+    ) -> PoolSnapshot:
         """The pool now; `finished` are the vCPUs at their DONE, `seen` the state that changes are marked against."""
         self.saw(-1, -1, step)  # what nobody came back with was written by the host
-        in_use, owner, uses = self.bits(), np.array(self.owner, np.int16), np.array(self.uses, np.int32)
+        in_use, owner, uses = (
+            self.bits(),
+            np.array(self.owner, np.int16),
+            np.array(self.uses, np.int32),
+        )
         done = np.array(self.done, np.bool_) & in_use
         leaked = in_use & ~done & np.isin(owner, list(finished))
         indices = np.flatnonzero(in_use | (uses > 0)).tolist()
         header = np.frombuffer(self.memory.read(self.gpa, HEADER_SIZE), self._header)[0]
-        slots = tuple(self._slot(i, header["ucalls"][i], bool(in_use[i]), bool(done[i]), bool(leaked[i])) for i in indices)
+        slots = tuple(
+            self._slot(i, header["ucalls"][i], bool(in_use[i]), bool(done[i]), bool(leaked[i]))
+            for i in indices
+        )
         changed = np.zeros(NR_SLOTS, np.bool_) if seen is None else in_use ^ seen.in_use
         return PoolSnapshot(
-            step, NR_SLOTS, self.gva, self.gpa, UCALL_SIZE, BITMAP_BYTES, -(-HEADER_SIZE // 4096), in_use, owner,
-            np.array(self.since, np.int64), done, leaked, changed, None if seen is None else seen.step, uses, slots, self.hva)
+            step,
+            NR_SLOTS,
+            self.gva,
+            self.gpa,
+            UCALL_SIZE,
+            BITMAP_BYTES,
+            -(-HEADER_SIZE // 4096),
+            in_use,
+            owner,
+            np.array(self.since, np.int64),
+            done,
+            leaked,
+            changed,
+            None if seen is None else seen.step,
+            uses,
+            slots,
+            self.hva,
+        )
 
     def _slot(self, index: int, raw: np.void, in_use: bool, done: bool, leaked: bool) -> Slot:
         offset = BITMAP_BYTES + UCALL_SIZE * index
         cmd, hva, owner = int(raw["cmd"]), int(raw["hva"]), int(self.owner[index])
         state: SlotState = "done" if done else "leaked" if leaked else "held" if in_use else "free"
-        return Slot(index, state, owner if owner >= 0 else None, int(self.since[index]) if in_use else None, cmd_name(cmd),
-                    tuple(int(a) for a in raw["args"]), decode_text(raw["buffer"].tobytes()) if has_text(cmd) else None,
-                    self.gva + offset, self.gpa + offset, hva, hva == self.hva + offset)
+        return Slot(
+            index,
+            state,
+            owner if owner >= 0 else None,
+            int(self.since[index]) if in_use else None,
+            cmd_name(cmd),
+            tuple(int(a) for a in raw["args"]),
+            decode_text(raw["buffer"].tobytes()) if has_text(cmd) else None,
+            self.gva + offset,
+            self.gpa + offset,
+            hva,
+            hva == self.hva + offset,
+        )
 
     def state(self) -> dict[str, object]:
         """What the host knows beyond guest memory, for a snapshot."""

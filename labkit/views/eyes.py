@@ -7,14 +7,33 @@ from dataclasses import replace
 
 import numpy as np
 
-from labkit.explore.eyes import BLOCK, Eye, PageEyes
-from labkit.explore.inspect import Selection
+from labkit.look.eyes import BLOCK, Eye, PageEyes
+from labkit.look.snapshots import Selection
 from labkit.views.show import View, columns, header, pane, rail, status_line
 
 # isort: off
 from labkit.views.draw import (
-    Cell, Html, Lattice, Row, bar, cat, el, grid, hx, key, label, num, path, plain, rect, select, squares, svg,
-    swatch, table, text,
+    Cell,
+    Html,
+    Lattice,
+    Row,
+    bar,
+    cat,
+    el,
+    grid,
+    hx,
+    key,
+    label,
+    num,
+    path,
+    plain,
+    rect,
+    select,
+    squares,
+    svg,
+    swatch,
+    table,
+    text,
 )
 
 __all__ = ["SIDES", "render"]
@@ -25,30 +44,54 @@ SIDES = columns("eyes", pane("dump"), el("div", pane("blocks"), pane("words"), c
 LAYOUT = cat([pane("title"), SIDES, pane("rail"), pane("status")])
 
 
-def render(page: PageEyes, previous: PageEyes | None = None, *, width: float = 940, selection: Selection | None = None) -> View:
+def render(
+    page: PageEyes,
+    previous: PageEyes | None = None,
+    *,
+    width: float = 940,
+    selection: Selection | None = None,
+) -> View:
     """The page as a view; changes are marked against previous, else against the bytes that it brings along; rows follow the selection."""
     if previous is not None and (previous.gpa, len(previous.host)) == (page.gpa, len(page.host)):
-        page = replace(page, previous_host=previous.host, previous_guest=previous.guest, since=previous.step)
+        page = replace(
+            page, previous_host=previous.host, previous_guest=previous.guest, since=previous.step
+        )
     host, guest = page.eyes
     offset = None if selection is None or selection.gpa is None else selection.gpa - page.gpa
     chosen = None if offset is None or not 0 <= offset < len(page.host) else offset // BLOCK
     since = "" if page.since is None else f", since step {num(page.since)}"
     said, marked = plain(page.status, 300), bool(host.changed.any() or guest.changed.any())
     facts = [*map(plain, filter(None, (page.what,))), el("span", f"gpa {hx(page.gpa)}", cls="mono")]
-    facts += [swatch(page.private, clear="plaintext")] + [f"the guest looks with {plain(page.word, 12)}"] * bool(page.word)
+    facts += [swatch(page.private, clear="plaintext")] + [
+        f"the guest looks with {plain(page.word, 12)}"
+    ] * bool(page.word)
     if page.gva is not None:
         facts.insert(len(page.what) > 0, el("span", f"gva {hx(page.gva)}", cls="mono"))
     rows, narrow = _rows(host, guest, chosen), width < 700
     name = f"Page {hx(page.gpa)}{', ' * bool(page.what)}{plain(page.what, 40)}"
     panes = {
         "title": header("One page, two eyes", facts, page.step),
-        "dump": label(name, f"each row is one 16-byte cipher block{since}") + _dump(page, rows, chosen, narrow),
-        "blocks": label("The page", f"{num(len(host.blocks))} blocks, to choose from") + _maps(page, rows, chosen, 6 if width < 1100 else 9)
-        + key(("k-enc", "not zero") if page.private else ("k-shr", "not zero"), ("k-tint", "all zero"),
-              ("k-chg", "changed") if marked else None, ("k-sel", "shown")),
-        "words": _words(page), "rail": rail(selection, page.private), "status": status_line(said),
+        "dump": label(name, f"each row is one 16-byte cipher block{since}")
+        + _dump(page, rows, chosen, narrow),
+        "blocks": label("The page", f"{num(len(host.blocks))} blocks, to choose from")
+        + _maps(page, rows, chosen, 6 if width < 1100 else 9)
+        + key(
+            ("k-enc", "not zero") if page.private else ("k-shr", "not zero"),
+            ("k-tint", "all zero"),
+            ("k-chg", "changed") if marked else None,
+            ("k-sel", "shown"),
+        ),
+        "words": _words(page),
+        "rail": rail(selection, page.private),
+        "status": status_line(said),
     }
-    return View(f"page {hx(page.gpa)} through two eyes, step {num(page.step)}", said, panes, LAYOUT, lambda: _lines(page, rows))
+    return View(
+        f"page {hx(page.gpa)} through two eyes, step {num(page.step)}",
+        said,
+        panes,
+        LAYOUT,
+        lambda: _lines(page, rows),
+    )
 
 
 def _rows(host: Eye, guest: Eye, chosen: int | None) -> list[int]:
@@ -61,28 +104,49 @@ def _rows(host: Eye, guest: Eye, chosen: int | None) -> list[int]:
         return list(range(first, min(first + ROWS, nr)))
     near = next((near for near in (3, 2, 1) if len(_around(changed, near, nr)) <= ROWS), 0)
     rows = _around(changed, near, nr)[:ROWS]
-    while len(rows) < min(ROWS, nr) and rows[-1] - rows[0] < nr - 1:  # room left: more of the page around them
+    while (
+        len(rows) < min(ROWS, nr) and rows[-1] - rows[0] < nr - 1
+    ):  # room left: more of the page around them
         rows = sorted({*rows, *([rows[-1] + 1] if rows[-1] + 1 < nr else [rows[0] - 1])})
     return rows
 
 
 def _around(blocks: list[int], near: int, nr: int) -> list[int]:
-    return sorted({at for block in blocks for at in range(max(block - near, 0), min(block + near, nr - 1) + 1)})
+    return sorted(
+        {
+            at
+            for block in blocks
+            for at in range(max(block - near, 0), min(block + near, nr - 1) + 1)
+        }
+    )
 
 
 def _dump(page: PageEyes, rows: list[int], chosen: int | None, narrow: bool) -> Html:
     host, guest = page.eyes
-    tint = ("eh" if page.private else "es")
+    tint = "eh" if page.private else "es"
     out, last = list[Row](), None
     for at in rows:
         if last is not None and at != last + 1:
             out.append((("", ("d", f"… {num(at - last - 1)} blocks as before"), "", ""), {}))
         last = at
-        cells = [("ad", f"{page.gpa + at * BLOCK & 0xFFF:03x}"), (_mark(host, at, tint), _hex(host, at, narrow)),
-                 (_mark(guest, at, "eg"), _hex(guest, at, narrow)), ("hn", _ascii(guest, at))]
-        kind, value = ("page", str(page.gpa >> 12)) if page.gva is None else ("byte", hx(page.gva + at * BLOCK))
+        cells = [
+            ("ad", f"{page.gpa + at * BLOCK & 0xFFF:03x}"),
+            (_mark(host, at, tint), _hex(host, at, narrow)),
+            (_mark(guest, at, "eg"), _hex(guest, at, narrow)),
+            ("hn", _ascii(guest, at)),
+        ]
+        kind, value = (
+            ("page", str(page.gpa >> 12))
+            if page.gva is None
+            else ("byte", hx(page.gva + at * BLOCK))
+        )
         out.append((cells, select(kind, value, "sel" if at == chosen else None)))
-    head: list[Cell] = ["", ("et" if page.private else "st", plain(host.name, 40)), plain(guest.name, 40), ("hn", "as text")]
+    head: list[Cell] = [
+        "",
+        ("et" if page.private else "st", plain(host.name, 40)),
+        plain(guest.name, 40),
+        ("hn", "as text"),
+    ]
     return el("div", table("bytes as host and guest see them", out, head, cls="hex"), cls="tbx")
 
 
@@ -103,10 +167,16 @@ def _runs(eye: Eye, at: int) -> Iterator[tuple[str, int, int]]:
 
 def _hex(eye: Eye, at: int, narrow: bool) -> Html:
     def digits(first: int, end: int) -> str:
-        return "".join(f"{eye.blocks[at][i]:02x}" + " " * (i % 4 == 3 and i < BLOCK - 1 and not narrow) for i in range(first, end))
+        return "".join(
+            f"{eye.blocks[at][i]:02x}" + " " * (i % 4 == 3 and i < BLOCK - 1 and not narrow)
+            for i in range(first, end)
+        )
+
     if eye.changed[at].all():  # a whole block: one mark, not sixteen
         return el("span", digits(0, BLOCK), cls="cb")
-    return cat(el("span", digits(first, end), cls=cls or None) for cls, first, end in _runs(eye, at))
+    return cat(
+        el("span", digits(first, end), cls=cls or None) for cls, first, end in _runs(eye, at)
+    )
 
 
 def _ascii(eye: Eye, at: int) -> Html:
@@ -121,19 +191,45 @@ def _maps(page: PageEyes, rows: list[int], chosen: int | None, pitch: float) -> 
     for column, eye in enumerate(page.eyes):
         lattice = Lattice(column * apart, 16, COLS, pitch, pitch)
         full = eye.blocks.any(axis=1)
-        inset, side = (0, pitch - 1) if page.private else (.6, pitch - 2.2)
-        cells = path(squares((lattice.at(i) for i in np.flatnonzero(~full).tolist()), pitch - 1, pitch - 1), "c-pale")
-        cells += path(squares((lattice.at(i, inset) for i in np.flatnonzero(full).tolist()), side, side),
-                      "c-enc" if page.private else "c-shr thin")
+        inset, side = (0, pitch - 1) if page.private else (0.6, pitch - 2.2)
+        cells = path(
+            squares((lattice.at(i) for i in np.flatnonzero(~full).tolist()), pitch - 1, pitch - 1),
+            "c-pale",
+        )
+        cells += path(
+            squares((lattice.at(i, inset) for i in np.flatnonzero(full).tolist()), side, side),
+            "c-enc" if page.private else "c-shr thin",
+        )
         spots = [lattice.at(i) for i in np.flatnonzero(eye.changed.any(axis=1)).tolist()]
         cells += bar(((x, y + pitch - 1) for x, y in spots), pitch - 1, 2)
-        cells += path("".join(_outline(lattice, first, count, pitch) for first, count in _spans(rows)), "c-sel")
+        cells += path(
+            "".join(_outline(lattice, first, count, pitch) for first, count in _spans(rows)),
+            "c-sel",
+        )
         if chosen is not None:
             cells += rect(*lattice.at(chosen, -1.5), pitch + 2, pitch + 2, "c-sel")
         out += text(lattice.x, 9, "host" if not column else "guest", "s d") + grid(
-            "block", f"Blocks for the {('host', 'guest')[column]}", cells, column, rows=lattice.rows(nr), x=lattice.x, pitch=pitch,
-            h=pitch - 1, at=chosen, each="Block {i}", none="Block {i} at {a}", values=[], base=page.gpa, size=BLOCK)
-    return svg(2 * apart - 18, tall + 2, out, "The page as cipher blocks: " + "; ".join(_about(eye) for eye in page.eyes))
+            "block",
+            f"Blocks for the {('host', 'guest')[column]}",
+            cells,
+            column,
+            rows=lattice.rows(nr),
+            x=lattice.x,
+            pitch=pitch,
+            h=pitch - 1,
+            at=chosen,
+            each="Block {i}",
+            none="Block {i} at {a}",
+            values=[],
+            base=page.gpa,
+            size=BLOCK,
+        )
+    return svg(
+        2 * apart - 18,
+        tall + 2,
+        out,
+        "The page as cipher blocks: " + "; ".join(_about(eye) for eye in page.eyes),
+    )
 
 
 def _spans(rows: list[int]) -> Iterator[tuple[int, int]]:
@@ -162,12 +258,35 @@ def _about(eye: Eye) -> str:
 
 def _words(page: PageEyes) -> Html:
     host, guest = page.eyes
-    lines = [el("div", el("b", f"{eye.entropy:.2f}"), f" of 8 bits a byte for the {who}, ", el("b", num(eye.nr_different)),
-                f" different block{'s' * (eye.nr_different != 1)}") for who, eye in (("host", host), ("guest", guest))]
+    lines = [
+        el(
+            "div",
+            el("b", f"{eye.entropy:.2f}"),
+            f" of 8 bits a byte for the {who}, ",
+            el("b", num(eye.nr_different)),
+            f" different block{'s' * (eye.nr_different != 1)}",
+        )
+        for who, eye in (("host", host), ("guest", guest))
+    ]
     if guest.changed.any() or host.changed.any():
-        lines += [el("div", "The guest sees ", el("b", num(nr := int(guest.changed.sum())), cls="ct"), f" byte{'s' * (nr != 1)} changed,"),
-                  el("div", "the host ", el("b", num(seen := int(host.changed.sum())), cls="ct"),
-                     ": the same." if (host.changed == guest.changed).all() else ": whole blocks." if seen > nr else ".")]
+        lines += [
+            el(
+                "div",
+                "The guest sees ",
+                el("b", num(nr := int(guest.changed.sum())), cls="ct"),
+                f" byte{'s' * (nr != 1)} changed,",
+            ),
+            el(
+                "div",
+                "the host ",
+                el("b", num(seen := int(host.changed.sum())), cls="ct"),
+                ": the same."
+                if (host.changed == guest.changed).all()
+                else ": whole blocks."
+                if seen > nr
+                else ".",
+            ),
+        ]
     return el("div", *lines, cls="say")
 
 
@@ -179,7 +298,12 @@ def _lines(page: PageEyes, rows: list[int]) -> list[str]:
             out.append(f"      ... {num(at - last - 1)} blocks as before")
         last = at
         mark = "*" if host.changed[at].any() or guest.changed[at].any() else " "
-        both = "  ".join(" ".join(eye.blocks[at][i:i + 4].tobytes().hex() for i in range(0, BLOCK, 4)) for eye in (host, guest))
-        words = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in guest.blocks[at].tolist())
+        both = "  ".join(
+            " ".join(eye.blocks[at][i : i + 4].tobytes().hex() for i in range(0, BLOCK, 4))
+            for eye in (host, guest)
+        )
+        words = "".join(
+            chr(byte) if 32 <= byte < 127 else "." for byte in guest.blocks[at].tolist()
+        )
         out.append(f"{mark} {page.gpa + at * BLOCK & 0xFFF:03x} {both}  {words}")
     return [*out, *map(_about, (host, guest))]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
-from labkit.explore.inspect import VmSnapshot
+from labkit.look.snapshots import VmSnapshot
 
 __all__ = ["Controller", "Hub", "Publisher"]
 
@@ -45,7 +45,9 @@ class Publisher:
     A paint that takes long makes the next ones rarer, so that a running guest keeps most of the time.
     """
 
-    def __init__(self, publish: Callable[[], int], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, publish: Callable[[], int], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.publish, self.clock = publish, clock  # publish() returns how many messages it sent
         self.dirty = False
         self._next = 0.0
@@ -58,7 +60,9 @@ class Publisher:
         if now >= self._next:
             self.flush()
         elif self._timer is None:
-            with suppress(RuntimeError):  # without a loop the next poke or flush paints; a notebook's runs when the cell ends
+            with suppress(
+                RuntimeError
+            ):  # without a loop the next poke or flush paints; a notebook's runs when the cell ends
                 self._timer = asyncio.get_running_loop().call_later(self._next - now, self.flush)
 
     def flush(self) -> None:
@@ -79,7 +83,9 @@ class Hub:
 
     def __init__(self, controller: Controller) -> None:
         self.controller = controller
-        self.shown = self._seen = controller.snapshot()  # painted last; painted when the last cell or action ended
+        self.shown = self._seen = (
+            controller.snapshot()
+        )  # painted last; painted when the last cell or action ended
         self._base: VmSnapshot | None = None
         self.memo: dict[str, Any] = {}  # parts that several widgets show are drawn once
         self.painters: list[Callable[[int], None]] = []  # of the widgets that somebody may see
@@ -134,5 +140,10 @@ class Hub:
 def _happened(now: VmSnapshot, then: VmSnapshot) -> bool:
     """Whether the guest went on between two snapshots, or the host changed the page that both show: more than another selection."""
     eye, before = now.eyes, then.eyes
-    same = eye is None or before is None or eye.gpa != before.gpa or (eye.host, eye.guest) == (before.host, before.guest)
+    same = (
+        eye is None
+        or before is None
+        or eye.gpa != before.gpa
+        or (eye.host, eye.guest) == (before.host, before.guest)
+    )
     return now.step != then.step or not same

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from labkit.explore.inspect import Selection
+from labkit.look.snapshots import Selection
 from labkit.views.draw import Html, cat, el, esc, hx, num, plain, swatch
 from labkit.views.style import css, inline_styles, svg_css
 
@@ -32,7 +32,9 @@ class View:
     @cached_property
     def html(self) -> Html:
         """The live view: themable HTML with inline drawings, to be used with labkit.views.style.css()."""
-        body = re.sub(r'data-pane="(\w+)">', lambda hit: hit[0] + self.panes.get(hit[1], ""), self.layout)
+        body = re.sub(
+            r'data-pane="(\w+)">', lambda hit: hit[0] + self.panes.get(hit[1], ""), self.layout
+        )
         return el("section", Html(body), cls="lk", aria_label=self.title)
 
     @cached_property
@@ -54,8 +56,10 @@ class View:
     def page(self, theme: str = "light") -> str:
         """A whole HTML document, to be saved or photographed."""
         light, ground = ("true", "#fff") if theme == "light" else ("false", "#111")
-        return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{esc(self.title)}</title><style>{css()}</style>'
-                f'<body data-jp-theme-light="{light}" style="margin:16px 20px;background:{ground}">{self.html}</body></html>')
+        return (
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{esc(self.title)}</title><style>{css()}</style>'
+            f'<body data-jp-theme-light="{light}" style="margin:16px 20px;background:{ground}">{self.html}</body></html>'
+        )
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Bundle:
         return mimebundle(self)
@@ -85,7 +89,13 @@ def header(title: str, facts: Iterable[str], step: int | None = None, counts: st
     """Title, what it is a view of, and at the right counts or the step."""
     said = cat(Html(" · " if i else "") + fact for i, fact in enumerate(facts))
     right = counts or (el("span", "step ", el("b", num(step))) if step is not None else "")
-    return el("div", el("h3", title), el("span", said, cls="facts"), el("span", right, cls="right") if right else "", cls="hd")
+    return el(
+        "div",
+        el("h3", title),
+        el("span", said, cls="facts"),
+        el("span", right, cls="right") if right else "",
+        cls="hd",
+    )
 
 
 def status_line(words: str, cls: str = "status") -> Html:
@@ -101,20 +111,39 @@ def rail(chosen: Selection | None, secret: bool | None = None) -> Html:
     parts = [el("span", el("b", head), " " + plain(chosen.label, 80))]
     if chosen.gva is not None:
         parts.append(el("span", f"gva {hx(chosen.gva)}", cls="mono"))
-    parts += [el("span", " ".join(plain(part, 40) for part in chosen.path), cls="mono")] * bool(chosen.path)
+    parts += [el("span", " ".join(plain(part, 40) for part in chosen.path), cls="mono")] * bool(
+        chosen.path
+    )
     if chosen.gpa is not None:
-        parts.append(el("span", f"gpa {hx(chosen.gpa)}", "" if secret is None else Html(" ") + swatch(secret), cls="mono"))
+        parts.append(
+            el(
+                "span",
+                f"gpa {hx(chosen.gpa)}",
+                "" if secret is None else Html(" ") + swatch(secret),
+                cls="mono",
+            )
+        )
     if chosen.hva is not None:
         parts.append(el("span", f"hva {hx(chosen.hva)}", cls="mono"))
-    return el("div", Html('<span class="d"> → </span>'.join(parts)), cls="rail", role="group", aria_label="selection")
+    return el(
+        "div",
+        Html('<span class="d"> → </span>'.join(parts)),
+        cls="rail",
+        role="group",
+        aria_label="selection",
+    )
 
 
 def _standalone(drawing: str) -> str:
     """A drawing as a document: its own style sheet and ground, no attributes that only a script reads."""
     w, h = (float(size) + 6 for size in re.findall(r' (?:width|height)="([\d.]+)"', drawing)[:2])
-    opening = (f'<svg xmlns="http://www.w3.org/2000/svg" class="lk-d" width="{w:g}" height="{h:g}" viewBox="-3 -3 {w:g} {h:g}">'
-               f'<style>{svg_css()}</style><rect x="-3" y="-3" width="{w:g}" height="{h:g}" class="c-bg"/>')
-    return opening + re.sub(r' (?:data-[\w-]+|tabindex)="[^"]*"', "", drawing[drawing.index(">") + 1:])
+    opening = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="lk-d" width="{w:g}" height="{h:g}" viewBox="-3 -3 {w:g} {h:g}">'
+        f'<style>{svg_css()}</style><rect x="-3" y="-3" width="{w:g}" height="{h:g}" class="c-bg"/>'
+    )
+    return opening + re.sub(
+        r' (?:data-[\w-]+|tabindex)="[^"]*"', "", drawing[drawing.index(">") + 1 :]
+    )
 
 
 def _static(page: str, status: str) -> Html:
@@ -127,7 +156,14 @@ def _static(page: str, status: str) -> Html:
         return f'<img src="data:image/svg+xml;base64,{base64.b64encode(_standalone(hit[0]).encode()).decode()}" alt="{alt}">'
 
     def tag(hit: re.Match[str]) -> str:
-        names = [hit[1], *(f".{name}" for names in re.findall(r'class="([^"]*)"', hit[2]) for name in names.split())]
+        names = [
+            hit[1],
+            *(
+                f".{name}"
+                for names in re.findall(r'class="([^"]*)"', hit[2])
+                for name in names.split()
+            ),
+        ]
         style = ";".join(styles[name] for name in names if name in styles)
         kept = re.sub(r' (?:class|tabindex|data-[\w-]+)="[^"]*"', "", hit[2])
         return f"<{hit[1]}{kept}" + (f' style="{esc(style)}">' if style else ">")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from labkit.explore.inspect import EventMark, VmSnapshot
+from labkit.look.snapshots import EventMark, VmSnapshot
 from labkit.views.draw import Html, cat, el, num, path, plain, svg, text
 
 __all__ = ["draw"]
@@ -12,14 +12,22 @@ __all__ = ["draw"]
 LEFT, LANE, TOP = 66, 20, 30
 APART = 13  # pixels between two marks with a letter; what is nearer becomes a tick
 MAX_MARKS = 4000  # the newest ones
-SHAPES = {"S": "m-6.5 0a6.5 6.5 0 1 0 13 0a6.5 6.5 0 1 0 -13 0z", "P": "m-6.5 -6.5h13v13h-13z",
-          "D": "m0 -8.5l8.5 8.5l-8.5 8.5l-8.5 -8.5z", "A": "m0 -8.5l8.5 15h-17z"}  # a ucall; any other exit is an upright bar
+SHAPES = {
+    "S": "m-6.5 0a6.5 6.5 0 1 0 13 0a6.5 6.5 0 1 0 -13 0z",
+    "P": "m-6.5 -6.5h13v13h-13z",
+    "D": "m0 -8.5l8.5 8.5l-8.5 8.5l-8.5 -8.5z",
+    "A": "m0 -8.5l8.5 15h-17z",
+}  # a ucall; any other exit is an upright bar
 
 
 def draw(vm: VmSnapshot, width: float) -> Html:
     """The lanes of all vCPUs up to now; the axis ends at a round number, so that nothing moves on a step."""
     step = max(vm.step, 100)
-    end = next(end for end in (int(10 ** (len(str(step)) - 1) * times) for times in (1, 2, 3, 5, 7.5, 10)) if end >= step)
+    end = next(
+        end
+        for end in (int(10 ** (len(str(step)) - 1) * times) for times in (1, 2, 3, 5, 7.5, 10))
+        if end >= step
+    )
     scale, bottom = (width - 12 - LEFT) / end, TOP + LANE * len(vm.vcpus)
     out, now = Html(), LEFT + vm.step * scale
     for at in (end * i // 5 for i in range(5)):
@@ -30,10 +38,17 @@ def draw(vm: VmSnapshot, width: float) -> Html:
         y = TOP + lane * LANE + LANE / 2
         out += text(0, y + 4, f"vCPU {vcpu.index}", "b" if vcpu.index == vm.vcpu else None)
         out += path(f"M{LEFT} {y}H{now:.1f}", "c-lane")
-        out += _marks((mark for mark in reversed(vm.events[-MAX_MARKS:]) if mark.vcpu == vcpu.index), y, scale)
+        out += _marks(
+            (mark for mark in reversed(vm.events[-MAX_MARKS:]) if mark.vcpu == vcpu.index), y, scale
+        )
     out += path(f"M{now:.1f} {TOP - 4}V{bottom}", "c-now")
     out += path(f"M{now - 5.5:.1f} {TOP - 15}h11v6l-5.5 5.5l-5.5 -5.5z", "c-flag")
-    return svg(width, bottom + 2, out, f"Timeline up to step {vm.step}: {len(vm.events)} exits on {len(vm.vcpus)} vCPUs")
+    return svg(
+        width,
+        bottom + 2,
+        out,
+        f"Timeline up to step {vm.step}: {len(vm.events)} exits on {len(vm.vcpus)} vCPUs",
+    )
 
 
 def _marks(newest_first: Iterable[EventMark], y: float, scale: float) -> Html:
@@ -46,5 +61,11 @@ def _marks(newest_first: Iterable[EventMark], y: float, scale: float) -> Html:
         last, ucall = x, letter in SHAPES
         shape = path(f"M{x:.1f} {y:g}{SHAPES.get(letter, 'm-2 -8h4v16h-4z')}", "c-past")
         shape += text(x, y + 3.5, letter if ucall else "", "mk", "middle")
-        out.append(el("g", shape, data_say=f"Step {num(mark.step)}, vCPU {mark.vcpu}: {plain(mark.text, 80)}"))
+        out.append(
+            el(
+                "g",
+                shape,
+                data_say=f"Step {num(mark.step)}, vCPU {mark.vcpu}: {plain(mark.text, 80)}",
+            )
+        )
     return path("".join(f"M{x} {y - 4:g}v8" for x in sorted(ticks)), "c-exit") + cat(reversed(out))

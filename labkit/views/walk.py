@@ -13,7 +13,25 @@ from labkit.arch.desc import Level, PagingMode
 from labkit.paging.entries import classify_all
 from labkit.paging.scan import PageTable
 from labkit.paging.walk import Walk, WalkStep
-from labkit.views.draw import Html, Lattice, Point, bar, cat, cross, dashes, grid, hx, key, num, path, plain, rect, squares, svg, text
+from labkit.views.draw import (
+    Html,
+    Lattice,
+    Point,
+    bar,
+    cat,
+    cross,
+    dashes,
+    grid,
+    hx,
+    key,
+    num,
+    path,
+    plain,
+    rect,
+    squares,
+    svg,
+    text,
+)
 
 __all__ = ["PageObject", "draw", "size_name", "walk_key"]
 
@@ -72,13 +90,22 @@ def size_name(size: int) -> str:
     return f"{size >> 10 * unit} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[unit]}"
 
 
-def draw(walk: Walk, found: PageTable | None, width: float, *, before: PageTable | None = None,
-         objects: Iterable[PageObject] = (), name: str = "") -> Html:
+def draw(
+    walk: Walk,
+    found: PageTable | None,
+    width: float,
+    *,
+    before: PageTable | None = None,
+    objects: Iterable[PageObject] = (),
+    name: str = "",
+) -> Html:
     """The picture; entries beside the walked ones need the table, change bars the table as it was before."""
     plan, mode = _plan(width, len(walk.mode.levels)), walk.mode
     out = text(0, 11, "gva", "d") + text(26, 11, hx(walk.gva, 16), "m b")
     if not plan.narrow:
-        rest = f"bits 63:{mode.va_bits} {f'repeat bit {mode.va_bits - 1}' if mode.signed else 'are 0'}"
+        rest = (
+            f"bits 63:{mode.va_bits} {f'repeat bit {mode.va_bits - 1}' if mode.signed else 'are 0'}"
+        )
         upper = f"{rest}: canonical" if mode.va_bits < 64 else "all bits translated"
         out += text(176, 11, plain(name, 60), "m d")
         out += text(width, 11, upper if mode.canonical(walk.gva) else "not canonical", "s d", "end")
@@ -89,7 +116,17 @@ def draw(walk: Walk, found: PageTable | None, width: float, *, before: PageTable
         if step is not None:
             gpa = step.entry_gpa - step.index * mode.entry_size
             now, old = (_entries(mode, level, table, gpa) for table in (found, before))
-            out += _table(plan, mode, column, level, gpa, step.index, step.entry, now, old if before is not None else now)
+            out += _table(
+                plan,
+                mode,
+                column,
+                level,
+                gpa,
+                step.index,
+                step.entry,
+                now,
+                old if before is not None else now,
+            )
     if walk.gpa is not None:
         out += _page(plan, walk, objects)
     links = cat(_link(plan, column, step) for column, step in enumerate(walk.steps))
@@ -99,9 +136,17 @@ def draw(walk: Walk, found: PageTable | None, width: float, *, before: PageTable
 def _bits(plan: _Plan, column: int, level: Level, gva: int, unread: bool) -> Html:
     x, digits = plan.x(column), f"{level.index(gva):0{level.bits}b}"
     if not plan.narrow:
-        digits = " ".join(digits[max(at - 4, 0):at] for at in range(len(digits) % 4 or 4, len(digits) + 1, 4))
-    out = rect(x, 20, plan.table, 4, f"l{min(level.shift // 9, 5)}") + text(x, 37, digits, "m d" if unread else "m")
-    place = "" if plan.narrow or 7 * len(digits) + 30 > plan.table else f"{level.shift + level.bits - 1}:{level.shift}"
+        digits = " ".join(
+            digits[max(at - 4, 0) : at] for at in range(len(digits) % 4 or 4, len(digits) + 1, 4)
+        )
+    out = rect(x, 20, plan.table, 4, f"l{min(level.shift // 9, 5)}") + text(
+        x, 37, digits, "m d" if unread else "m"
+    )
+    place = (
+        ""
+        if plan.narrow or 7 * len(digits) + 30 > plan.table
+        else f"{level.shift + level.bits - 1}:{level.shift}"
+    )
     out += text(x + plan.table, 37, place, "s d", "end")
     return out + text(x, 64, level.name if unread else "", "d")
 
@@ -112,9 +157,26 @@ def _entries(mode: PagingMode, level: Level, found: PageTable | None, gpa: int) 
     return data[:size] if len(data) >= size else b""
 
 
-@lru_cache(maxsize=64)  # of all that is painted this takes longest, and from step to step most tables stay what they are
-def _table(plan: _Plan, mode: PagingMode, column: int, level: Level, gpa: int, index: int, entry: int, now: bytes, before: bytes) -> Html:
-    x, nr, size, where = plan.x(column), level.nr_entries, size_name(level.size), f"[{hx(index, 3)}]"
+@lru_cache(
+    maxsize=64
+)  # of all that is painted this takes longest, and from step to step most tables stay what they are
+def _table(
+    plan: _Plan,
+    mode: PagingMode,
+    column: int,
+    level: Level,
+    gpa: int,
+    index: int,
+    entry: int,
+    now: bytes,
+    before: bytes,
+) -> Html:
+    x, nr, size, where = (
+        plan.x(column),
+        level.nr_entries,
+        size_name(level.size),
+        f"[{hx(index, 3)}]",
+    )
     lattice = Lattice(x, TOP, COLS, plan.pitch, plan.tall / nr * COLS)
     known = np.frombuffer(now, mode.dtype).astype(np.uint64) if now else None
     entries, changed = np.zeros(nr, np.uint64) if known is None else known, list[int]()
@@ -129,16 +191,41 @@ def _table(plan: _Plan, mode: PagingMode, column: int, level: Level, gpa: int, i
     if plan.narrow:
         out += text(x, 52, where, "m s") + text(x, 78, hx(gpa), "m s d")
     else:
-        out += text(x + 8 * len(level.name) + 8, 64, where, "m") + text(x, 78, f"gpa {hx(gpa)}", "m s d")
-        out += cat(text(x - 12, y + 8, f"{first:03x}", "m s d", "end") for y, first, _ in lattice.rows(nr)[::8] if not column)
-    cells, words = _cells(mode, level, entries, lattice, changed), f"{level.name} at gpa {hx(gpa)}, {len(present)} present"
-    return out + text(x, TOP + plan.tall + 13, foot, "s d") + grid(
-        "entry", words, cells, column, rows=lattice.rows(nr), x=x, pitch=plan.pitch, h=lattice.tall, at=index,
-        each=f"{level.name}[{{h}}] = {{v}}", none=f"{level.name}[{{h}}]: not present",
-        values=[(i, 1, hx(int(entries[i]))) for i in present])
+        out += text(x + 8 * len(level.name) + 8, 64, where, "m") + text(
+            x, 78, f"gpa {hx(gpa)}", "m s d"
+        )
+        out += cat(
+            text(x - 12, y + 8, f"{first:03x}", "m s d", "end")
+            for y, first, _ in lattice.rows(nr)[::8]
+            if not column
+        )
+    cells, words = (
+        _cells(mode, level, entries, lattice, changed),
+        f"{level.name} at gpa {hx(gpa)}, {len(present)} present",
+    )
+    return (
+        out
+        + text(x, TOP + plan.tall + 13, foot, "s d")
+        + grid(
+            "entry",
+            words,
+            cells,
+            column,
+            rows=lattice.rows(nr),
+            x=x,
+            pitch=plan.pitch,
+            h=lattice.tall,
+            at=index,
+            each=f"{level.name}[{{h}}] = {{v}}",
+            none=f"{level.name}[{{h}}]: not present",
+            values=[(i, 1, hx(int(entries[i]))) for i in present],
+        )
+    )
 
 
-def _cells(mode: PagingMode, level: Level, entries: Entries, lattice: Lattice, changed: list[int]) -> Html:
+def _cells(
+    mode: PagingMode, level: Level, entries: Entries, lattice: Lattice, changed: list[int]
+) -> Html:
     w, h, kinds = lattice.pitch - 1, lattice.tall - 1, classify_all(mode, level, entries)
     secret = (entries ^ np.uint64(mode.inverted)) & np.uint64(mode.flags.get("c", 0)) != 0
     bad = kinds.present & ~kinds.table & ~kinds.leaf
@@ -163,15 +250,18 @@ def _link(plan: _Plan, column: int, step: WalkStep) -> Html:
     left, tall = plan.x(column), plan.tall / step.level.nr_entries * COLS
     x, y = Lattice(left, TOP, COLS, plan.pitch, tall).at(step.index)
     middle, start, edge = y + tall / 2, x + plan.pitch + 1, left + plan.table
-    out = path(f"M{left:.1f} 22H{left - 7:.1f}V{middle:.1f}H{x - 2:.1f}", f"c-ruler r{min(step.level.shift // 9, 5)}")
+    out = path(
+        f"M{left:.1f} 22H{left - 7:.1f}V{middle:.1f}H{x - 2:.1f}",
+        f"c-ruler r{min(step.level.shift // 9, 5)}",
+    )
     out += rect(x - 2, y - 2, plan.pitch + 3, tall + 3, "c-sel")
     if step.kind in ("table", "leaf"):
         end, top = plan.x(column + 1) - (11 if step.kind == "table" else 4), 74
-        bend, rise = edge + plan.gap * .55, edge + plan.gap * .15
+        bend, rise = edge + plan.gap * 0.55, edge + plan.gap * 0.15
         curve = f"M{start:.1f} {middle:.1f}C{bend:.1f} {middle:.1f} {rise:.1f} {top} {end - 4:.1f} {top}"
         tip = path(f"M{end + 1:.1f} {top}l-7 -3.5v7z", "c-ink")
     else:
-        end = edge + min(plan.gap * .5, 20)
+        end = edge + min(plan.gap * 0.5, 20)
         curve = f"M{start:.1f} {middle:.1f}H{end - 5:.1f}"
         tip = path(f"M{end - 5:.1f} {middle - 5:.1f}l10 10m0 -10l-10 10", "c-cross")
     return out + path(curve, "c-halo") + path(curve, "c-walk") + tip
@@ -179,12 +269,25 @@ def _link(plan: _Plan, column: int, step: WalkStep) -> Html:
 
 def _page(plan: _Plan, walk: Walk, objects: Iterable[PageObject]) -> Html:
     """The page with the objects in it; the one that holds the address is outlined, or a line marks the address."""
-    x, w, size, offset = plan.x(len(walk.steps)), plan.page, walk.page_size, walk.gva & (walk.page_size - 1)
+    x, w, size, offset = (
+        plan.x(len(walk.steps)),
+        plan.page,
+        walk.page_size,
+        walk.gva & (walk.page_size - 1),
+    )
     bits, scale, base = size.bit_length() - 1, plan.tall / size, hx((walk.gpa or 0) & -size)
-    digits = hx(offset, bits // 4) if plan.narrow or bits > 12 else " ".join(f"{offset:012b}"[at:at + 4] for at in (0, 4, 8))
-    out = rect(x + 0.5, 20.5, w - 1, 3, "c-off") + text(x, 37, digits, "m") + text(x, 64, "page", "b")
+    digits = (
+        hx(offset, bits // 4)
+        if plan.narrow or bits > 12
+        else " ".join(f"{offset:012b}"[at : at + 4] for at in (0, 4, 8))
+    )
+    out = (
+        rect(x + 0.5, 20.5, w - 1, 3, "c-off") + text(x, 37, digits, "m") + text(x, 64, "page", "b")
+    )
     if not plan.narrow:
-        out += text(x + 36, 64, f"+{hx(offset, 3)}", "m") + text(x + w, 37, f"{bits - 1}:0" if w >= 150 else "", "s d", "end")
+        out += text(x + 36, 64, f"+{hx(offset, 3)}", "m") + text(
+            x + w, 37, f"{bits - 1}:0" if w >= 150 else "", "s d", "end"
+        )
     out += text(x, 78, base if plan.narrow else f"gpa {base}", "m s d")
     fill = {None: "c-page", True: "c-epage", False: "c-shr"}[walk.flags.get("c")]
     out += rect(x + 0.75, TOP + 0.75, w - 1.5, plan.tall - 1.5, fill)
@@ -201,8 +304,13 @@ def _page(plan: _Plan, walk: Walk, objects: Iterable[PageObject]) -> Html:
 
 def walk_key(walk: Walk, found: PageTable | None, changed_since: int | None = None) -> Html:
     """The key of the picture."""
-    secret = [("k-enc", f"leaf, {walk.mode.c_word(True)} encrypted"), ("k-shr", f"leaf, {walk.mode.c_word(False)} shared")]
+    secret = [
+        ("k-enc", f"leaf, {walk.mode.c_word(True)} encrypted"),
+        ("k-shr", f"leaf, {walk.mode.c_word(False)} shared"),
+    ]
     leaf = [("k-mem", "maps a page")] if walk.mode.c_bit is None else secret
-    changed = None if changed_since is None else ("k-chg", f"changed since step {num(changed_since)}")
+    changed = (
+        None if changed_since is None else ("k-chg", f"changed since step {num(changed_since)}")
+    )
     dot = None if found is None else ("k-dot", "not present")
     return key(("k-tab", "points to a table"), *leaf, dot, ("k-sel", "on the walk"), changed)

@@ -9,7 +9,7 @@ import anywidget
 import traitlets
 
 from labkit.errors import InvalidState, LabError
-from labkit.explore.eyes import BLOCK
+from labkit.look.eyes import BLOCK
 from labkit.views import dashboard, pages
 from labkit.views.live import Hub
 from labkit.views.show import Bundle, View, mimebundle, status_line
@@ -26,7 +26,9 @@ class _Panes(anywidget.AnyWidget):
     layout_html = traitlets.Unicode().tag(sync=True)
     step = traitlets.Int().tag(sync=True)
     width = traitlets.Int(940).tag(sync=True)  # measured by the browser
-    batch = traitlets.List(traitlets.Int(), [0, 1]).tag(sync=True)  # its number, and how many messages it has: painted together
+    batch = traitlets.List(traitlets.Int(), [0, 1]).tag(
+        sync=True
+    )  # its number, and how many messages it has: painted together
     acks = traitlets.Int().tag(sync=True)  # actions done so far
     vars().update({f"pane_{name}": traitlets.Unicode().tag(sync=True) for name in dashboard.PANES})
 
@@ -36,11 +38,15 @@ class LabWidget(_Panes):
 
     def __init__(self, hub: Hub, kind: str = "vm") -> None:
         if kind not in dashboard.VIEWS:
-            raise InvalidState(f"there is no view {kind!r}, only {', '.join(dashboard.VIEWS)}", kind=kind)
+            raise InvalidState(
+                f"there is no view {kind!r}, only {', '.join(dashboard.VIEWS)}", kind=kind
+            )
         self._hub, self._kind, self._nr_views = hub, kind, 0
         self._pinned: int | None = None
         hub.refresh()
-        super().__init__(layout_html=str(self.view().layout), step=hub.shown.step, **self._drawn(940))
+        super().__init__(
+            layout_html=str(self.view().layout), step=hub.shown.step, **self._drawn(940)
+        )
         hub.watch(self.paint, True)  # until the last browser that showed it says bye
         self.on_msg(self._receive)
         self.observe(lambda _change: self.paint(), "width")
@@ -48,8 +54,15 @@ class LabWidget(_Panes):
     def view(self, width: int = 940) -> View:
         """The same picture as a View, for a notebook without kernel and for a terminal."""
         hub = self._hub
-        return dashboard.render(hub.shown, hub.before, width=width, kind=self._kind, actions=hub.controller.actions,
-                                pinned=self._pinned, memo=hub.memo)
+        return dashboard.render(
+            hub.shown,
+            hub.before,
+            width=width,
+            kind=self._kind,
+            actions=hub.controller.actions,
+            pinned=self._pinned,
+            memo=hub.memo,
+        )
 
     def paint(self, messages: int = 1) -> None:
         """Draw the hub's snapshot and send the panes that changed, as one message of so many that the browser paints together."""
@@ -109,7 +122,9 @@ class LabWidget(_Panes):
             return {"kind": kind, "value": None if kind == "none" else str(value)[:200]}
         number, shown = _number(value), self._hub.shown
         if kind == "entry":
-            number = pages.gva_of(shown.page_table, dashboard.walked(shown).gva, _number(content.get("arg")), number)
+            number = pages.gva_of(
+                shown.page_table, dashboard.walked(shown).gva, _number(content.get("arg")), number
+            )
         if kind == "block":
             number = 0 if shown.eyes is None else shown.eyes.gpa + BLOCK * number
         return {"kind": kind, "value": number * 4096 if kind == "page" else number}

@@ -12,7 +12,7 @@ sys.path[:0] = [str(REPO), str(REPO / "tests"), str(Path(__file__).parent)]
 from shoot import ACTIONS, shoot  # noqa: E402
 
 import labkit as lk  # noqa: E402
-from labkit.explore.controller import VmController  # noqa: E402
+from labkit.hosts.buttons import VmController  # noqa: E402
 from labkit.views import dashboard  # noqa: E402
 
 WIDTH, HEIGHT = 1000, 1600
@@ -20,8 +20,12 @@ WIDTH, HEIGHT = 1000, 1600
 
 def moment() -> VmController:
     """Four vCPUs, one of them done, and another about to take a slot."""
-    vm = lk.Vm.create(lk.Program.load(REPO / "data" / "guests" / "two_vcpus.elf"), nr_vcpus=4, schedule="round_robin:40",
-                      name="two_vcpus")
+    vm = lk.Vm.create(
+        lk.Program.load(REPO / "data" / "guests" / "two_vcpus.elf"),
+        nr_vcpus=4,
+        schedule="round_robin:40",
+        name="two_vcpus",
+    )
     while vm.vcpus[0].state != "done":
         vm.run()
     controller = VmController(vm)

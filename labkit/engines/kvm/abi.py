@@ -16,17 +16,34 @@ from ctypes import c_uint64 as u64
 from functools import cache
 from typing import Any
 
-__all__ = ["CAPS", "CONSTANTS", "EXITS", "IOCTLS", "MEMBERS", "STRUCTS", "Struct", "call", "cpuid2", "enter", "msrs", "struct"]
+__all__ = [
+    "CAPS",
+    "CONSTANTS",
+    "EXITS",
+    "IOCTLS",
+    "MEMBERS",
+    "STRUCTS",
+    "Struct",
+    "call",
+    "cpuid2",
+    "enter",
+    "msrs",
+    "struct",
+]
 
 Struct = ctypes.Structure
 enter = fcntl.ioctl  # for KVM_RUN and numbers: it releases the GIL and is the fastest way in
-_SEGMENT = "base:Q limit:I selector:H type:B present:B dpl:B db:B s:B l:B g:B avl:B unusable:B padding:B"
+_SEGMENT = (
+    "base:Q limit:I selector:H type:B present:B dpl:B db:B s:B l:B g:B avl:B unusable:B padding:B"
+)
 _LAYOUT = {
     "kvm_regs": "rax:Q rbx:Q rcx:Q rdx:Q rsi:Q rdi:Q rsp:Q rbp:Q r8:Q r9:Q r10:Q r11:Q r12:Q r13:Q r14:Q r15:Q rip:Q rflags:Q",
     "kvm_segment": _SEGMENT,
     "kvm_dtable": "base:Q limit:H padding:H*3",
-    "kvm_sregs": " ".join(f"{name}:kvm_segment" for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt"))
-                 + " gdt:kvm_dtable idt:kvm_dtable cr0:Q cr2:Q cr3:Q cr4:Q cr8:Q efer:Q apic_base:Q interrupt_bitmap:Q*4",
+    "kvm_sregs": " ".join(
+        f"{name}:kvm_segment" for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
+    )
+    + " gdt:kvm_dtable idt:kvm_dtable cr0:Q cr2:Q cr3:Q cr4:Q cr8:Q efer:Q apic_base:Q interrupt_bitmap:Q*4",
     "kvm_fpu": "fpr:B*128 fcw:H fsw:H ftwx:B pad1:B last_opcode:H last_ip:Q last_dp:Q xmm:B*256 mxcsr:I pad2:I",
     "kvm_debugregs": "db:Q*4 dr6:Q dr7:Q flags:Q reserved:Q*9",
     "kvm_vcpu_events": "raw:Q*8",
@@ -47,7 +64,7 @@ _LAYOUT = {
     "kvm_device_attr": "flags:I group:I attr:Q addr:Q",
     "kvm_sync_regs": "regs:kvm_regs sregs:kvm_sregs events:kvm_vcpu_events",
     "kvm_run": "request_interrupt_window:B immediate_exit:B padding1:B*6 exit_reason:I ready_for_interrupt_injection:B if_flag:B flags:H "
-               "cr8:Q apic_base:Q padding:B*256 kvm_valid_regs:Q kvm_dirty_regs:Q s:kvm_sync_regs",
+    "cr8:Q apic_base:Q padding:B*256 kvm_valid_regs:Q kvm_dirty_regs:Q s:kvm_sync_regs",
 }
 # The members of the union in struct kvm_run, from where it begins (kvm_run.padding)
 _MEMBERS = {
@@ -85,40 +102,86 @@ def _number(nr: int, direction: int = _NONE, name: str = "") -> int:
 
 
 IOCTLS = {
-    "KVM_GET_API_VERSION": _number(0), "KVM_CREATE_VM": _number(1), "KVM_CHECK_EXTENSION": _number(3),
+    "KVM_GET_API_VERSION": _number(0),
+    "KVM_CREATE_VM": _number(1),
+    "KVM_CHECK_EXTENSION": _number(3),
     "KVM_GET_MSR_INDEX_LIST": _number(2, _R | _W, "kvm_msr_list"),
-    "KVM_GET_VCPU_MMAP_SIZE": _number(4), "KVM_GET_SUPPORTED_CPUID": _number(5, _R | _W, "kvm_cpuid2"),
-    "KVM_CREATE_VCPU": _number(0x41), "KVM_GET_DIRTY_LOG": _number(0x42, _W, "kvm_dirty_log"),
-    "KVM_SET_USER_MEMORY_REGION": _number(0x46, _W, "kvm_userspace_memory_region"), "KVM_SET_TSS_ADDR": _number(0x47),
-    "KVM_RUN": _number(0x80), "KVM_GET_REGS": _number(0x81, _R, "kvm_regs"), "KVM_SET_REGS": _number(0x82, _W, "kvm_regs"),
-    "KVM_GET_SREGS": _number(0x83, _R, "kvm_sregs"), "KVM_SET_SREGS": _number(0x84, _W, "kvm_sregs"),
+    "KVM_GET_VCPU_MMAP_SIZE": _number(4),
+    "KVM_GET_SUPPORTED_CPUID": _number(5, _R | _W, "kvm_cpuid2"),
+    "KVM_CREATE_VCPU": _number(0x41),
+    "KVM_GET_DIRTY_LOG": _number(0x42, _W, "kvm_dirty_log"),
+    "KVM_SET_USER_MEMORY_REGION": _number(0x46, _W, "kvm_userspace_memory_region"),
+    "KVM_SET_TSS_ADDR": _number(0x47),
+    "KVM_RUN": _number(0x80),
+    "KVM_GET_REGS": _number(0x81, _R, "kvm_regs"),
+    "KVM_SET_REGS": _number(0x82, _W, "kvm_regs"),
+    "KVM_GET_SREGS": _number(0x83, _R, "kvm_sregs"),
+    "KVM_SET_SREGS": _number(0x84, _W, "kvm_sregs"),
     "KVM_TRANSLATE": _number(0x85, _R | _W, "kvm_translation"),
-    "KVM_GET_MSRS": _number(0x88, _R | _W, "kvm_msrs"), "KVM_SET_MSRS": _number(0x89, _W, "kvm_msrs"),
-    "KVM_GET_FPU": _number(0x8C, _R, "kvm_fpu"), "KVM_SET_FPU": _number(0x8D, _W, "kvm_fpu"),
-    "KVM_SET_CPUID2": _number(0x90, _W, "kvm_cpuid2"), "KVM_SET_GUEST_DEBUG": _number(0x9B, _W, "kvm_guest_debug"),
-    "KVM_GET_MP_STATE": _number(0x98, _R, "kvm_mp_state"), "KVM_SET_MP_STATE": _number(0x99, _W, "kvm_mp_state"),
-    "KVM_GET_VCPU_EVENTS": _number(0x9F, _R, "kvm_vcpu_events"), "KVM_SET_VCPU_EVENTS": _number(0xA0, _W, "kvm_vcpu_events"),
-    "KVM_GET_DEBUGREGS": _number(0xA1, _R, "kvm_debugregs"), "KVM_SET_DEBUGREGS": _number(0xA2, _W, "kvm_debugregs"),
-    "KVM_ENABLE_CAP": _number(0xA3, _W, "kvm_enable_cap"), "KVM_SET_TSC_KHZ": _number(0xA2), "KVM_GET_TSC_KHZ": _number(0xA3),
-    "KVM_GET_XSAVE": _number(0xA4, _R, "kvm_xsave"), "KVM_SET_XSAVE": _number(0xA5, _W, "kvm_xsave"),
-    "KVM_GET_XCRS": _number(0xA6, _R, "kvm_xcrs"), "KVM_SET_XCRS": _number(0xA7, _W, "kvm_xcrs"),
-    "KVM_SET_DEVICE_ATTR": _number(0xE1, _W, "kvm_device_attr"), "KVM_GET_DEVICE_ATTR": _number(0xE2, _W, "kvm_device_attr"),
+    "KVM_GET_MSRS": _number(0x88, _R | _W, "kvm_msrs"),
+    "KVM_SET_MSRS": _number(0x89, _W, "kvm_msrs"),
+    "KVM_GET_FPU": _number(0x8C, _R, "kvm_fpu"),
+    "KVM_SET_FPU": _number(0x8D, _W, "kvm_fpu"),
+    "KVM_SET_CPUID2": _number(0x90, _W, "kvm_cpuid2"),
+    "KVM_SET_GUEST_DEBUG": _number(0x9B, _W, "kvm_guest_debug"),
+    "KVM_GET_MP_STATE": _number(0x98, _R, "kvm_mp_state"),
+    "KVM_SET_MP_STATE": _number(0x99, _W, "kvm_mp_state"),
+    "KVM_GET_VCPU_EVENTS": _number(0x9F, _R, "kvm_vcpu_events"),
+    "KVM_SET_VCPU_EVENTS": _number(0xA0, _W, "kvm_vcpu_events"),
+    "KVM_GET_DEBUGREGS": _number(0xA1, _R, "kvm_debugregs"),
+    "KVM_SET_DEBUGREGS": _number(0xA2, _W, "kvm_debugregs"),
+    "KVM_ENABLE_CAP": _number(0xA3, _W, "kvm_enable_cap"),
+    "KVM_SET_TSC_KHZ": _number(0xA2),
+    "KVM_GET_TSC_KHZ": _number(0xA3),
+    "KVM_GET_XSAVE": _number(0xA4, _R, "kvm_xsave"),
+    "KVM_SET_XSAVE": _number(0xA5, _W, "kvm_xsave"),
+    "KVM_GET_XCRS": _number(0xA6, _R, "kvm_xcrs"),
+    "KVM_SET_XCRS": _number(0xA7, _W, "kvm_xcrs"),
+    "KVM_SET_DEVICE_ATTR": _number(0xE1, _W, "kvm_device_attr"),
+    "KVM_GET_DEVICE_ATTR": _number(0xE2, _W, "kvm_device_attr"),
 }
 EXITS = {
-    "KVM_EXIT_UNKNOWN": 0, "KVM_EXIT_IO": 2, "KVM_EXIT_DEBUG": 4, "KVM_EXIT_HLT": 5, "KVM_EXIT_MMIO": 6, "KVM_EXIT_SHUTDOWN": 8,
-    "KVM_EXIT_FAIL_ENTRY": 9, "KVM_EXIT_INTR": 10, "KVM_EXIT_INTERNAL_ERROR": 17, "KVM_EXIT_SYSTEM_EVENT": 24,
-    "KVM_EXIT_X86_RDMSR": 29, "KVM_EXIT_X86_WRMSR": 30,
+    "KVM_EXIT_UNKNOWN": 0,
+    "KVM_EXIT_IO": 2,
+    "KVM_EXIT_DEBUG": 4,
+    "KVM_EXIT_HLT": 5,
+    "KVM_EXIT_MMIO": 6,
+    "KVM_EXIT_SHUTDOWN": 8,
+    "KVM_EXIT_FAIL_ENTRY": 9,
+    "KVM_EXIT_INTR": 10,
+    "KVM_EXIT_INTERNAL_ERROR": 17,
+    "KVM_EXIT_SYSTEM_EVENT": 24,
+    "KVM_EXIT_X86_RDMSR": 29,
+    "KVM_EXIT_X86_WRMSR": 30,
 }
 CAPS = {
-    "KVM_CAP_USER_MEMORY": 3, "KVM_CAP_SET_GUEST_DEBUG": 23, "KVM_CAP_VCPU_EVENTS": 41, "KVM_CAP_DEBUGREGS": 50, "KVM_CAP_XSAVE": 55,
-    "KVM_CAP_XCRS": 56, "KVM_CAP_TSC_CONTROL": 60, "KVM_CAP_MAX_VCPUS": 66, "KVM_CAP_SYNC_REGS": 74, "KVM_CAP_VCPU_ATTRIBUTES": 127,
-    "KVM_CAP_IMMEDIATE_EXIT": 136, "KVM_CAP_X86_USER_SPACE_MSR": 188,
+    "KVM_CAP_USER_MEMORY": 3,
+    "KVM_CAP_SET_GUEST_DEBUG": 23,
+    "KVM_CAP_VCPU_EVENTS": 41,
+    "KVM_CAP_DEBUGREGS": 50,
+    "KVM_CAP_XSAVE": 55,
+    "KVM_CAP_XCRS": 56,
+    "KVM_CAP_TSC_CONTROL": 60,
+    "KVM_CAP_MAX_VCPUS": 66,
+    "KVM_CAP_SYNC_REGS": 74,
+    "KVM_CAP_VCPU_ATTRIBUTES": 127,
+    "KVM_CAP_IMMEDIATE_EXIT": 136,
+    "KVM_CAP_X86_USER_SPACE_MSR": 188,
 }
 CONSTANTS = {
-    "KVM_API_VERSION": 12, "KVM_MEM_LOG_DIRTY_PAGES": 1, "KVM_SYNC_X86_REGS": 1, "KVM_SYNC_X86_SREGS": 2,
-    "KVM_CPUID_FLAG_SIGNIFCANT_INDEX": 1, "KVM_GUESTDBG_ENABLE": 1, "KVM_GUESTDBG_SINGLESTEP": 2, "KVM_GUESTDBG_USE_HW_BP": 0x20000,
-    "KVM_MSR_EXIT_REASON_INVAL": 1, "KVM_MSR_EXIT_REASON_UNKNOWN": 2, "KVM_INTERNAL_ERROR_EMULATION": 1,
-    "KVM_VCPU_TSC_CTRL": 0, "KVM_VCPU_TSC_OFFSET": 0,
+    "KVM_API_VERSION": 12,
+    "KVM_MEM_LOG_DIRTY_PAGES": 1,
+    "KVM_SYNC_X86_REGS": 1,
+    "KVM_SYNC_X86_SREGS": 2,
+    "KVM_CPUID_FLAG_SIGNIFCANT_INDEX": 1,
+    "KVM_GUESTDBG_ENABLE": 1,
+    "KVM_GUESTDBG_SINGLESTEP": 2,
+    "KVM_GUESTDBG_USE_HW_BP": 0x20000,
+    "KVM_MSR_EXIT_REASON_INVAL": 1,
+    "KVM_MSR_EXIT_REASON_UNKNOWN": 2,
+    "KVM_INTERNAL_ERROR_EMULATION": 1,
+    "KVM_VCPU_TSC_CTRL": 0,
+    "KVM_VCPU_TSC_OFFSET": 0,
 }
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -127,7 +190,9 @@ _LIBC.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 
 def call(fd: int, name: str, argument: ctypes.Structure | int) -> int:
     """An ioctl on a structure of any size, or a number, without the GIL; raises OSError with the ioctl's name."""
-    done: int = _LIBC.ioctl(fd, IOCTLS[name], argument if isinstance(argument, int) else ctypes.addressof(argument))
+    done: int = _LIBC.ioctl(
+        fd, IOCTLS[name], argument if isinstance(argument, int) else ctypes.addressof(argument)
+    )
     if done < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
@@ -143,7 +208,11 @@ def struct(name: str, **fields: int) -> Any:
 def _table(head: str, count: int) -> type[Struct]:
     """A structure with a flexible array, of this length; its ioctl number has the size of the head alone."""
     entry = STRUCTS[{"kvm_cpuid2": "kvm_cpuid_entry2", "kvm_msrs": "kvm_msr_entry"}[head]]
-    return type(f"{head}_{count}", (Struct,), {"_fields_": [("count", u32), ("padding", u32), ("entries", entry * count)]})
+    return type(
+        f"{head}_{count}",
+        (Struct,),
+        {"_fields_": [("count", u32), ("padding", u32), ("entries", entry * count)]},
+    )
 
 
 def cpuid2(entries: Sequence[tuple[int, ...]]) -> Any:
@@ -153,4 +222,6 @@ def cpuid2(entries: Sequence[tuple[int, ...]]) -> Any:
 
 def msrs(values: Mapping[int, int]) -> Any:
     """struct kvm_msrs of these indices and values."""
-    return _table("kvm_msrs", len(values))(len(values), 0, tuple((index, 0, value) for index, value in values.items()))
+    return _table("kvm_msrs", len(values))(
+        len(values), 0, tuple((index, 0, value) for index, value in values.items())
+    )

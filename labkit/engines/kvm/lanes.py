@@ -27,7 +27,9 @@ class _Lane:
         self.vcpu, self.post = vcpu, post
         self._go, self._parked = threading.Semaphore(0), threading.Event()
         self._end = self.running = False
-        self.thread = threading.Thread(target=self._loop, name=f"labkit-vcpu-{vcpu.index}", daemon=True)
+        self.thread = threading.Thread(
+            target=self._loop, name=f"labkit-vcpu-{vcpu.index}", daemon=True
+        )
         self.thread.start()
 
     def go(self) -> None:
@@ -75,8 +77,12 @@ class Lanes:
     def __init__(self, vm: KvmVm) -> None:
         self.vm = vm
         self.lanes: dict[int, _Lane] = {}
-        self.arrivals: queue.Queue[int] = queue.Queue()  # a SimpleQueue waits for ever if a signal comes as its time ends
-        self.posted: dict[int, Came] = {}  # what nobody has taken yet; an exit lies with its vCPU too, as a part of its state
+        self.arrivals: queue.Queue[int] = (
+            queue.Queue()
+        )  # a SimpleQueue waits for ever if a signal comes as its time ends
+        self.posted: dict[
+            int, Came
+        ] = {}  # what nobody has taken yet; an exit lies with its vCPU too, as a part of its state
 
     def _post(self, index: int, came: Came) -> None:
         if isinstance(came, Exit):
@@ -91,7 +97,9 @@ class Lanes:
                 if index not in self.lanes:
                     self.vm.vcpus[index].mine()
                     self.lanes[index] = _Lane(self.vm.vcpus[index], self._post)
-                if not self.lanes[index].running and index not in self.posted:  # asked in this order: it posts, then stops running
+                if (
+                    not self.lanes[index].running and index not in self.posted
+                ):  # asked in this order: it posts, then stops running
                     self.lanes[index].go()
         index, came = self._next()
         if isinstance(came, BaseException):
@@ -109,10 +117,14 @@ class Lanes:
                     if shield.interrupted:
                         return next(iter(self.lanes)), InterruptExit()
                     continue
-                if (came := self.posted.pop(index, None)) is not None:  # None: another state was put there, or somebody took it
+                if (
+                    came := self.posted.pop(index, None)
+                ) is not None:  # None: another state was put there, or somebody took it
                     if index in self.lanes:
-                        self.lanes[index].pause()  # it is about to park, and must have before it can be told to go on
-                    del self.vm.vcpus[index].queue[:isinstance(came, Exit)]
+                        self.lanes[
+                            index
+                        ].pause()  # it is about to park, and must have before it can be told to go on
+                    del self.vm.vcpus[index].queue[: isinstance(came, Exit)]
                     return index, came
         finally:
             shield.leave()
@@ -121,8 +133,10 @@ class Lanes:
         """Bring one vCPU out of the guest because its owner wants to touch it; any other thread is refused."""
         lane = self.lanes.get(vcpu.index)
         if lane is None or threading.get_ident() != vcpu.home[0]:
-            raise InvalidState(f"vCPU {vcpu.index} belongs to thread {vcpu.owner:#x}, which alone may touch it; this is thread "
-                               f"{threading.get_ident():#x}: make the VM where it is used, or hand over what you need as data")
+            raise InvalidState(
+                f"vCPU {vcpu.index} belongs to thread {vcpu.owner:#x}, which alone may touch it; this is thread "
+                f"{threading.get_ident():#x}: make the VM where it is used, or hand over what you need as data"
+            )
         with self.vm.shield.held():
             lane.pause()
 

@@ -21,20 +21,74 @@ SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8")
 _DEBUG = ("dr0", "dr1", "dr2", "dr3", "dr6", "dr7")
 NAMED_MSRS = {
-    "star": 0xC000_0081, "lstar": 0xC000_0082, "cstar": 0xC000_0083, "sfmask": 0xC000_0084, "kernel_gs_base": 0xC000_0102,
-    "sysenter_cs": 0x174, "sysenter_esp": 0x175, "sysenter_eip": 0x176, "tsc_adjust": 0x3B,
+    "star": 0xC000_0081,
+    "lstar": 0xC000_0082,
+    "cstar": 0xC000_0083,
+    "sfmask": 0xC000_0084,
+    "kernel_gs_base": 0xC000_0102,
+    "sysenter_cs": 0x174,
+    "sysenter_esp": 0x175,
+    "sysenter_eip": 0x176,
+    "tsc_adjust": 0x3B,
 }
-SAVED_MSRS = (*NAMED_MSRS.values(), 0xC000_0103, 0x1A0, 0x277, 0x10)  # TSC_AUX, MISC_ENABLE, PAT; the TSC last: others move it
+SAVED_MSRS = (
+    *NAMED_MSRS.values(),
+    0xC000_0103,
+    0x1A0,
+    0x277,
+    0x10,
+)  # TSC_AUX, MISC_ENABLE, PAT; the TSC last: others move it
 _XMM = tuple(f"xmm{i}" for i in range(16))
 # Where a name lies in struct kvm_sregs: (member, its member)
-_SREGS = {**{name: (name, "selector") for name in (*SEGMENTS, "tr", "ldt")}, **{name: (name, "") for name in (*_CONTROL, "efer")},
-          **{f"{table}_{part}": (table, part) for table in ("gdt", "idt", "tr", "ldt") for part in ("base", "limit")},
-          "fs_base": ("fs", "base"), "gs_base": ("gs", "base")}
-_WIDTHS = {**dict.fromkeys((*SEGMENTS, "tr", "ldt", "gdt_limit", "idt_limit"), 16), **dict.fromkeys(("tr_limit", "ldt_limit", "mxcsr"), 32),
-           **dict.fromkeys(_XMM, 128)}
-NAMES = (*GPR, *SEGMENTS, *_CONTROL, *_DEBUG, "fs_base", "gs_base", "mxcsr", "gdt_base", "gdt_limit", "idt_base", "idt_limit", "tr",
-         "tr_base", "tr_limit", "ldt", "efer", *NAMED_MSRS, *_XMM, "xcr0", "tsc_offset")
-_BUSY_TSS = {"type": 11, "present": 1, "dpl": 0, "db": 0, "s": 0, "l": 0, "g": 0, "avl": 0, "unusable": 0}
+_SREGS = {
+    **{name: (name, "selector") for name in (*SEGMENTS, "tr", "ldt")},
+    **{name: (name, "") for name in (*_CONTROL, "efer")},
+    **{
+        f"{table}_{part}": (table, part)
+        for table in ("gdt", "idt", "tr", "ldt")
+        for part in ("base", "limit")
+    },
+    "fs_base": ("fs", "base"),
+    "gs_base": ("gs", "base"),
+}
+_WIDTHS = {
+    **dict.fromkeys((*SEGMENTS, "tr", "ldt", "gdt_limit", "idt_limit"), 16),
+    **dict.fromkeys(("tr_limit", "ldt_limit", "mxcsr"), 32),
+    **dict.fromkeys(_XMM, 128),
+}
+NAMES = (
+    *GPR,
+    *SEGMENTS,
+    *_CONTROL,
+    *_DEBUG,
+    "fs_base",
+    "gs_base",
+    "mxcsr",
+    "gdt_base",
+    "gdt_limit",
+    "idt_base",
+    "idt_limit",
+    "tr",
+    "tr_base",
+    "tr_limit",
+    "ldt",
+    "efer",
+    *NAMED_MSRS,
+    *_XMM,
+    "xcr0",
+    "tsc_offset",
+)
+_BUSY_TSS = {
+    "type": 11,
+    "present": 1,
+    "dpl": 0,
+    "db": 0,
+    "s": 0,
+    "l": 0,
+    "g": 0,
+    "avl": 0,
+    "unusable": 0,
+}
 
 
 class Registers:
@@ -56,7 +110,9 @@ class Registers:
         try:
             call(self.fd, f"KVM_SET_{what}", self.kept[what])
         except OSError as err:
-            raise InvalidState(f"vCPU {self.vcpu.index}: KVM does not take this state: {err.strerror}") from err
+            raise InvalidState(
+                f"vCPU {self.vcpu.index}: KVM does not take this state: {err.strerror}"
+            ) from err
         finally:
             del self.kept[what]
 
@@ -81,7 +137,7 @@ class Registers:
             return int(regs.db[int(name[2])] if name < "dr4" else getattr(regs, name))
         if name in _XMM:
             at = 16 * int(name[3:])
-            return int.from_bytes(bytes(self.get("FPU").xmm[at:at + 16]), "little")
+            return int.from_bytes(bytes(self.get("FPU").xmm[at : at + 16]), "little")
         if name == "mxcsr":
             return int(self.get("FPU").mxcsr)
         if name == "xcr0":
@@ -100,7 +156,9 @@ class Registers:
         if self.vcpu.vm.has("KVM_CAP_VCPU_ATTRIBUTES"):
             call(self.fd, "KVM_GET_DEVICE_ATTR" if value is None else "KVM_SET_DEVICE_ATTR", wish)
         elif value:
-            raise InvalidState("this KVM does not let the TSC's offset be set", name="tsc_offset", value=value)
+            raise InvalidState(
+                "this KVM does not let the TSC's offset be set", name="tsc_offset", value=value
+            )
         return int(place.value)
 
     def _numbered(self, name: str) -> int:
@@ -129,15 +187,22 @@ class Registers:
         """Set an MSR by number; raises InvalidState when this CPU has none or does not take the value, NotAvailable for a fixed TSC."""
         if index == IA32_TSC:
             need(self.vcpu.vm, "tsc")
-        if call(self.fd, "KVM_SET_MSRS", msrs({index: value})) != 1 and not self.vcpu.set_host_msr(index, value):
-            raise InvalidState(f"this CPU has no MSR '{index:#x}', or it does not take {value:#x}", name=f"msr_{index:#x}")
+        if call(self.fd, "KVM_SET_MSRS", msrs({index: value})) != 1 and not self.vcpu.set_host_msr(
+            index, value
+        ):
+            raise InvalidState(
+                f"this CPU has no MSR '{index:#x}', or it does not take {value:#x}",
+                name=f"msr_{index:#x}",
+            )
 
     def write_many(self, regs: Mapping[str, int]) -> None:
         """Set several registers at once; tables and paging first, then segments, which are looked up in them."""
         for name, value in regs.items():
             width = _WIDTHS.get(name, 64)
             if not 0 <= value < 1 << width:
-                raise InvalidState(f"{name} takes {width} bits, not {value:#x}", name=name, value=value)
+                raise InvalidState(
+                    f"{name} takes {width} bits, not {value:#x}", name=name, value=value
+                )
             if name not in GPR and name not in _WRITERS and name not in _SREGS:
                 self.read(name)  # InvalidState for a name that does not exist
         groups: dict[str, dict[str, int]] = {}
@@ -187,7 +252,7 @@ class Registers:
                 setattr(state, name, value)
         elif name in _XMM:
             at = 16 * int(name[3:])
-            state.xmm[at:at + 16] = list(value.to_bytes(16, "little"))
+            state.xmm[at : at + 16] = list(value.to_bytes(16, "little"))
         elif name == "mxcsr":
             state.mxcsr = value
         else:
@@ -202,15 +267,32 @@ class Registers:
         table = state.ldt if selector & 4 else state.gdt
         at = table.base + (selector & ~7)
         raw = self.vcpu.fetch(at, 8) if selector | 7 <= table.limit else b""
-        call(self.fd, "KVM_TRANSLATE", struct("kvm_translation", linear_address=at))  # it leaves the accessed bits of a CPU's own look-up
+        call(
+            self.fd, "KVM_TRANSLATE", struct("kvm_translation", linear_address=at)
+        )  # it leaves the accessed bits of a CPU's own look-up
         word = int.from_bytes(raw, "little")
         if len(raw) < 8 or (name == "cs" and not word >> 53 & 1):  # L
-            raise InvalidState(f"{name} = {selector:#x}: the {'LDT' if selector & 4 else 'GDT'} has no such segment", name=name)
+            raise InvalidState(
+                f"{name} = {selector:#x}: the {'LDT' if selector & 4 else 'GDT'} has no such segment",
+                name=name,
+            )
         limit, granular = word & 0xFFFF | word >> 32 & 0xF0000, word >> 55 & 1
         segment.base, segment.selector = word >> 16 & 0xFFFFFF | word >> 32 & 0xFF000000, selector
         segment.limit = limit << 12 | 0xFFF if granular else limit
-        _fill(segment, {"type": word >> 40 & 15, "s": word >> 44 & 1, "dpl": word >> 45 & 3, "present": word >> 47 & 1,
-                        "avl": word >> 52 & 1, "l": word >> 53 & 1, "db": word >> 54 & 1, "g": granular, "unusable": 0})
+        _fill(
+            segment,
+            {
+                "type": word >> 40 & 15,
+                "s": word >> 44 & 1,
+                "dpl": word >> 45 & 3,
+                "present": word >> 47 & 1,
+                "avl": word >> 52 & 1,
+                "l": word >> 53 & 1,
+                "db": word >> 54 & 1,
+                "g": granular,
+                "unusable": 0,
+            },
+        )
 
 
 def _fill(segment: Any, values: Mapping[str, int]) -> None:
@@ -218,8 +300,12 @@ def _fill(segment: Any, values: Mapping[str, int]) -> None:
         setattr(segment, name, value)
 
 
-_WRITERS = {**dict.fromkeys(SEGMENTS, "segments"), **dict.fromkeys(_DEBUG, "DEBUGREGS"), **dict.fromkeys((*_XMM, "mxcsr"), "FPU"),
-            "xcr0": "XCRS"}
+_WRITERS = {
+    **dict.fromkeys(SEGMENTS, "segments"),
+    **dict.fromkeys(_DEBUG, "DEBUGREGS"),
+    **dict.fromkeys((*_XMM, "mxcsr"), "FPU"),
+    "xcr0": "XCRS",
+}
 
 
 def _group(name: str) -> str:

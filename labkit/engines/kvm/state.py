@@ -28,12 +28,24 @@ _SIZES = {name: ctypes.sizeof(STRUCTS[f"kvm_{name.lower()}"]) for name in _PARTS
 def save(vcpu: KvmVcpu) -> bytes:
     """The state of a vCPU whose instruction is settled, or waits for a read from a hole."""
     replay, size = list(vcpu.replay), vcpu.replay_size
-    if vcpu.pending == "read" and vcpu.awaits is not None:  # KVM keeps what it has read so far to itself: the instruction begins again
+    if (
+        vcpu.pending == "read" and vcpu.awaits is not None
+    ):  # KVM keeps what it has read so far to itself: the instruction begins again
         at, size = vcpu.awaits
-        replay = [*vcpu.answers, (vcpu.u64[at // 8 - 1], int.from_bytes(vcpu.u8[at:at + size], "little"))]
-    facts = {"insns": vcpu.insns, "exact": vcpu.exact, "msrs": {str(k): v for k, v in vcpu.msrs.items()}, "replay": replay, "size": size,
-             "queue": [(type(exit).__name__, repr((*vars(exit).values(),))) for exit in vcpu.queue],
-             "awaits": None if vcpu.pending else vcpu.awaits, "wrote": vcpu.wrote}
+        replay = [
+            *vcpu.answers,
+            (vcpu.u64[at // 8 - 1], int.from_bytes(vcpu.u8[at : at + size], "little")),
+        ]
+    facts = {
+        "insns": vcpu.insns,
+        "exact": vcpu.exact,
+        "msrs": {str(k): v for k, v in vcpu.msrs.items()},
+        "replay": replay,
+        "size": size,
+        "queue": [(type(exit).__name__, repr((*vars(exit).values(),))) for exit in vcpu.queue],
+        "awaits": None if vcpu.pending else vcpu.awaits,
+        "wrote": vcpu.wrote,
+    }
     text = json.dumps(facts).encode()
     parts = [bytes(vcpu.gprs)]
     for name in _PARTS:
@@ -54,13 +66,13 @@ def restore(vcpu: KvmVcpu, state: bytes) -> None:
     if len(state) < _HEADER.size or state[:4] != _MAGIC:
         raise InvalidState("not a CPU state of the kvm engine")
     at = _HEADER.size + _HEADER.unpack_from(state)[1]
-    facts = json.loads(state[_HEADER.size:at])
+    facts = json.loads(state[_HEADER.size : at])
     vcpu.insns, vcpu.exact = facts["insns"], facts["exact"]
     vcpu.msrs = {int(k): v for k, v in facts["msrs"].items()}
     vcpu.replay, vcpu.replay_size = [(gpa, value) for gpa, value in facts["replay"]], facts["size"]
     vcpu.queue[:] = (getattr(base, name)(*literal_eval(values)) for name, values in facts["queue"])
     vcpu.awaits, vcpu.wrote = facts["awaits"], facts["wrote"]
-    vcpu.gprs[:] = memoryview(state[at:at + 8 * len(GPR)]).cast("Q")
+    vcpu.gprs[:] = memoryview(state[at : at + 8 * len(GPR)]).cast("Q")
     vcpu.run_page.kvm_dirty_regs |= 1
     vcpu.regs.kept.clear()
     at += 8 * len(GPR)
@@ -72,6 +84,12 @@ def restore(vcpu: KvmVcpu, state: bytes) -> None:
             vcpu.run_page.cr8 = part.cr8
     table = _read_msrs(vcpu)
     was = type(table).from_buffer_copy(state, at)
-    wrong = {old.index: old.data for old, now in zip(was.entries, table.entries, strict=True) if old.data != now.data}
+    wrong = {
+        old.index: old.data
+        for old, now in zip(was.entries, table.entries, strict=True)
+        if old.data != now.data
+    }
     if wrong and call(vcpu.fd, "KVM_SET_MSRS", msrs(wrong)) != len(wrong):
-        raise InvalidState(f"vCPU {vcpu.index}: KVM does not take back MSRs {', '.join(map(hex, wrong))}")
+        raise InvalidState(
+            f"vCPU {vcpu.index}: KVM does not take back MSRs {', '.join(map(hex, wrong))}"
+        )

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["ENABLE", "HW_BP", "HW_BREAKPOINTS", "Kind", "Stepper", "kind_of"]
 
 DEBUG = EXITS["KVM_EXIT_DEBUG"]
-ENABLE, STEP, HW_BP = (CONSTANTS[f"KVM_GUESTDBG_{name}"] for name in ("ENABLE", "SINGLESTEP", "USE_HW_BP"))
+ENABLE, STEP, HW_BP = (
+    CONSTANTS[f"KVM_GUESTDBG_{name}"] for name in ("ENABLE", "SINGLESTEP", "USE_HW_BP")
+)
 SYNC_REGS, SYNC_SREGS = CONSTANTS["KVM_SYNC_X86_REGS"], CONSTANTS["KVM_SYNC_X86_SREGS"]
 HW_BREAKPOINTS = 4
 RIP, RCX, RSP, FLAGS = (GPR[name] for name in ("rip", "rcx", "rsp", "rflags"))
@@ -36,7 +38,9 @@ _PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 _STRINGS = frozenset(b"\x6c\x6d\x6e\x6f\xa4\xa5\xa6\xa7\xaa\xab\xac\xad\xae\xaf")
 _COMPARES = frozenset(b"\xa6\xa7\xae\xaf")
 _LATE = (b"\x01", b"\x1e", b"\xae", b"\xc7")  # behind 0F
-_FAR = frozenset(b"\xca\xcb\xcf")  # RET to another segment, IRET: RIP lies on top of the stack, CS behind it
+_FAR = frozenset(
+    b"\xca\xcb\xcf"
+)  # RET to another segment, IRET: RIP lies on top of the stack, CS behind it
 
 
 class Kind(NamedTuple):
@@ -65,19 +69,42 @@ def kind_of(code: bytes) -> Kind:
     """From the first bytes of an instruction."""
     rep, at, narrow, wide = 0, 0, False, 4
     while at < len(code) - 1 and code[at] in _PREFIXES:
-        rep, narrow, at = code[at] if code[at] in (0xF2, 0xF3) else rep, narrow or code[at] == 0x67, at + 1
+        rep, narrow, at = (
+            code[at] if code[at] in (0xF2, 0xF3) else rep,
+            narrow or code[at] == 0x67,
+            at + 1,
+        )
         wide = 2 if code[at - 1] == 0x66 else wide
     if at < len(code) - 1 and code[at] >> 4 == 4:  # REX
         wide = 8 if code[at] & 8 else wide
         at += 1
-    opcode, second = code[at] if code else 0, code[at + 1:at + 2]
+    opcode, second = code[at] if code else 0, code[at + 1 : at + 2]
     string = opcode in _STRINGS
-    selector = wide if opcode in _FAR else 0 if opcode == 0x0F and second in (b"\x07", b"\x35") else -1  # SYSRET, SYSEXIT
+    selector = (
+        wide if opcode in _FAR else 0 if opcode == 0x0F and second in (b"\x07", b"\x35") else -1
+    )  # SYSRET, SYSEXIT
     shadow = opcode == 0x8E and bool(second) and second[0] & 0x38 == 0x10
-    insn = next(disassemble("x86_64", code, 0), None) if shadow or (opcode == 0x0F and second in _LATE) else None
-    locked = 0xF0 in code[:at] or (opcode in (0x86, 0x87) and bool(second) and second[0] < 0xC0)  # XCHG with memory
-    return Kind(at + 1, opcode == 0xF4, string, rep if string else 0, opcode in _COMPARES, narrow, _vector(opcode, second), selector,
-                insn.size if insn else 0, shadow, locked)
+    insn = (
+        next(disassemble("x86_64", code, 0), None)
+        if shadow or (opcode == 0x0F and second in _LATE)
+        else None
+    )
+    locked = 0xF0 in code[:at] or (
+        opcode in (0x86, 0x87) and bool(second) and second[0] < 0xC0
+    )  # XCHG with memory
+    return Kind(
+        at + 1,
+        opcode == 0xF4,
+        string,
+        rep if string else 0,
+        opcode in _COMPARES,
+        narrow,
+        _vector(opcode, second),
+        selector,
+        insn.size if insn else 0,
+        shadow,
+        locked,
+    )
 
 
 def _vector(opcode: int, second: bytes) -> int:
@@ -135,15 +162,25 @@ class Stepper:
         exit, before = None, self.vcpu.insns
         if self.vcpu.gprs[RIP] in gvas:
             with closing(self.steps()) as steps:
-                exit = next(exit for exit in steps if exit is not None or (self.vcpu.insns > before and not self.inside))
+                exit = next(
+                    exit
+                    for exit in steps
+                    if exit is not None or (self.vcpu.insns > before and not self.inside)
+                )
         self.debug(ENABLE | HW_BP if gvas else 0, gvas)
         return exit
 
     def steps(self) -> Generator[Exit | None, None, None]:
         """One step after the other: an exit, or None for a step that is over or interrupted by somebody who wants a look around."""
         vcpu = self.vcpu
-        ctypes.memmove(ctypes.addressof(self.sregs), ctypes.addressof(vcpu.regs.get("SREGS")), ctypes.sizeof(self.sregs))
-        vcpu.run_page.kvm_valid_regs = SYNC_REGS | SYNC_SREGS  # KVM keeps the special registers in the run page too
+        ctypes.memmove(
+            ctypes.addressof(self.sregs),
+            ctypes.addressof(vcpu.regs.get("SREGS")),
+            ctypes.sizeof(self.sregs),
+        )
+        vcpu.run_page.kvm_valid_regs = (
+            SYNC_REGS | SYNC_SREGS
+        )  # KVM keeps the special registers in the run page too
         self._pages.clear()
         try:
             while True:
@@ -177,7 +214,11 @@ class Stepper:
         for gva in (rsp, rsp + 8):  # RIP, CS and RFLAGS lie above an error code, or alone
             pushed = self.vcpu.fetch(gva, 24)
             rip = int.from_bytes(pushed[:8], "little")
-            if len(pushed) == 24 and start <= rip < start + 16 and pushed[8:16] == cs.to_bytes(8, "little"):
+            if (
+                len(pushed) == 24
+                and start <= rip < start + 16
+                and pushed[8:16] == cs.to_bytes(8, "little")
+            ):
                 ctypes.memset(self.vcpu.hva(gva + 17), pushed[17] & ~1, 1)
                 return
 
@@ -186,10 +227,12 @@ class Stepper:
         rip, rsp = self.vcpu.gprs[RIP], self.vcpu.gprs[RSP]
         if kind.behind and not kind.shadow:
             return self._elsewhere(rip + kind.behind, *self._handlers(PF, GP, UD))
-        target = self._peek(rsp)[:kind.selector] if kind.selector > 0 else b""
+        target = self._peek(rsp)[: kind.selector] if kind.selector > 0 else b""
         if target:
             return self._elsewhere(int.from_bytes(target, "little"), *self._handlers(PF, GP, NP))
-        return self._elsewhere(*self._handlers(PF, GP, UD, SS if kind.selector > 0 else kind.vector))
+        return self._elsewhere(
+            *self._handlers(PF, GP, UD, SS if kind.selector > 0 else kind.vector)
+        )
 
     def _elsewhere(self, *gvas: int) -> tuple[int, ...]:
         """Without repetition, and without where the guest is: KVM would stop there at once, whatever RF says."""

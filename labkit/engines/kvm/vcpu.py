@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 from labkit.arch.desc import LAST
 from labkit.arch.x86 import X86_PXXV48_4K as MODE
 from labkit.engines import need
-from labkit.engines.base import BudgetExit, DeadlineExit, DebugExit, Exit, InterruptExit, Regs, Trace
+from labkit.engines.base import (
+    BudgetExit,
+    DeadlineExit,
+    DebugExit,
+    Exit,
+    InterruptExit,
+    Regs,
+    Trace,
+)
 from labkit.engines.kvm.abi import CONSTANTS, EXITS, IOCTLS, STRUCTS, call, enter, struct
 from labkit.engines.kvm.exits import HANDLERS, on_io
 from labkit.engines.kvm.regs import GPR, Registers
@@ -49,18 +57,33 @@ class KvmVcpu:
         self.run_page: Any = STRUCTS["kvm_run"].from_buffer(self.page)
         view = memoryview(self.page)
         self.u8, self.u32, self.u64 = view, view.cast("I"), view.cast("Q")
-        self.gprs = self.u64[_GPRS // 8:_GPRS // 8 + len(GPR)]
+        self.gprs = self.u64[_GPRS // 8 : _GPRS // 8 + len(GPR)]
         self.regs = Registers(self)
         self.msrs: dict[int, int] = {}  # MSRs that KVM lacks and the VM's table has, as written
-        self.pending = ""  # what the next KVM_RUN completes first: "", "pio", "string", "read", "write"
-        self.awaits: tuple[int, int] | None = None  # (place in the run page, bytes) that complete() sets
-        self.wrote: int | None = None  # gva that an INS was settled to, whose value complete() still may change
-        self.took_many = False  # KVM has read ahead elements of a REP INS, of which only one is done
+        self.pending = (
+            ""  # what the next KVM_RUN completes first: "", "pio", "string", "read", "write"
+        )
+        self.awaits: tuple[int, int] | None = (
+            None  # (place in the run page, bytes) that complete() sets
+        )
+        self.wrote: int | None = (
+            None  # gva that an INS was settled to, whose value complete() still may change
+        )
+        self.took_many = (
+            False  # KVM has read ahead elements of a REP INS, of which only one is done
+        )
         self.queue: list[Exit] = []  # exits that came in one with another
-        self.answers: list[tuple[int, int]] = []  # (gpa, value) of the reads that the present instruction has had
-        self.replay: list[tuple[int, int]] = []  # the same, for an instruction that a restored state begins again
+        self.answers: list[
+            tuple[int, int]
+        ] = []  # (gpa, value) of the reads that the present instruction has had
+        self.replay: list[
+            tuple[int, int]
+        ] = []  # the same, for an instruction that a restored state begins again
         self.replay_size = 0  # bytes of the last of them
-        self.read_at, self.wrote_at = (-1, 0), -1  # RIP at the last access to a hole, for a read with RCX
+        self.read_at, self.wrote_at = (
+            (-1, 0),
+            -1,
+        )  # RIP at the last access to a hole, for a read with RCX
         self.breakpoints: frozenset[int] = frozenset()
         self._until, self.pausing = float("inf"), False
         self._setup()
@@ -71,7 +94,10 @@ class KvmVcpu:
         call(self.fd, "KVM_SET_CPUID2", self.vm.cpuid(self.index))
         regs = struct("kvm_regs")
         call(self.fd, "KVM_GET_REGS", regs)
-        self.gprs[RIP], self.gprs[GPR["rflags"]] = regs.rip, regs.rflags  # the others are 0, RDX too, which says who made the CPU
+        self.gprs[RIP], self.gprs[GPR["rflags"]] = (
+            regs.rip,
+            regs.rflags,
+        )  # the others are 0, RDX too, which says who made the CPU
         self.run_page.kvm_dirty_regs = self.run_page.kvm_valid_regs = CONSTANTS["KVM_SYNC_X86_REGS"]
         self.cpuid_given = dict(self.vm.cpu.cpuid)
         self.started = False
@@ -99,7 +125,9 @@ class KvmVcpu:
 
     def read_reg(self, name: str) -> int:
         """One register."""
-        if self.pending == "pio" and name == "rdi":  # what every ucall asks for; the pending IN does not change it
+        if (
+            self.pending == "pio" and name == "rdi"
+        ):  # what every ucall asks for; the pending IN does not change it
             self.mine()
             return int(self.gprs[RDI])
         self.settle()
@@ -159,7 +187,9 @@ class KvmVcpu:
             del self.run_page, self.stepper
             for view in (self.gprs, self.u32, self.u64, self.u8):
                 view.release()
-            with suppress(BufferError):  # somebody still holds a part of it, such as the frame of an exception; it goes with that
+            with suppress(
+                BufferError
+            ):  # somebody still holds a part of it, such as the frame of an exception; it goes with that
                 self.page.close()
             os.close(self.fd)
             self.fd = -1
@@ -185,11 +215,13 @@ class KvmVcpu:
             self.replay[-1] = self.replay[-1][0], value & (1 << 8 * self.replay_size) - 1
             return
         if self.awaits is None:
-            raise InvalidState(f"vCPU {self.index}: the last exit reads nothing, so there is nothing to complete")
+            raise InvalidState(
+                f"vCPU {self.index}: the last exit reads nothing, so there is nothing to complete"
+            )
         at, size = self.awaits
         data = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
         if self.pending:
-            self.u8[at:at + size] = data
+            self.u8[at : at + size] = data
             if self.pending == "pio" and kind_of(self.fetch(int(self.gprs[RIP]), 15)).string:
                 self.settle()  # INS: what was read lies in memory from now on
         elif self.wrote is not None:
@@ -240,7 +272,9 @@ class KvmVcpu:
         """The guest goes on: what was pending is completed with what the run page holds."""
         if self.pending == "read" and self.awaits is not None:
             at, size = self.awaits
-            self.answers.append((self.u64[at // 8 - 1], int.from_bytes(self.u8[at:at + size], "little")))
+            self.answers.append(
+                (self.u64[at // 8 - 1], int.from_bytes(self.u8[at : at + size], "little"))
+            )
         self.pending, self.awaits = "", None
 
     def _enter(self) -> int:
@@ -257,7 +291,9 @@ class KvmVcpu:
             self.u8[1] = 0
             return INTR
         except OSError as err:
-            raise InvalidState(f"vCPU {self.index}: KVM cannot run this state: {err.strerror}", pc=self.gprs[RIP]) from err
+            raise InvalidState(
+                f"vCPU {self.index}: KVM cannot run this state: {err.strerror}", pc=self.gprs[RIP]
+            ) from err
         finally:
             self.entered = 0
 
@@ -277,7 +313,10 @@ class KvmVcpu:
     def _meet(self, reason: int) -> Exit | None:
         handler = HANDLERS.get(reason)
         if handler is None:
-            raise LabError(f"vCPU {self.index}: KVM came back with exit reason {reason}, which labkit does not know", reason=reason)
+            raise LabError(
+                f"vCPU {self.index}: KVM came back with exit reason {reason}, which labkit does not know",
+                reason=reason,
+            )
         return handler(self)
 
     def stay(self) -> Exit | None:
@@ -300,7 +339,11 @@ class KvmVcpu:
         start = self.insns
         with closing(self.stepper.steps()) as steps:
             while insns is None or self.insns - start < insns:
-                if self.insns > start and self.gprs[RIP] in self.breakpoints and not self.stepper.inside:
+                if (
+                    self.insns > start
+                    and self.gprs[RIP] in self.breakpoints
+                    and not self.stepper.inside
+                ):
                     return DebugExit(int(self.gprs[RIP]))
                 if (exit := next(steps) or self.asked(insns is None)) is not None:
                     return exit
@@ -343,7 +386,9 @@ class KvmVcpu:
 
     def asked(self, in_time: bool) -> Exit | None:
         """What somebody asked of this run meanwhile; counted runs end by themselves and may take their time."""
-        if self.pausing or (self.vm.shield.interrupted and threading.current_thread() is threading.main_thread()):
+        if self.pausing or (
+            self.vm.shield.interrupted and threading.current_thread() is threading.main_thread()
+        ):
             return InterruptExit()
         if in_time and time.monotonic() > self._until:
             return DeadlineExit(self.vm.deadline, int(self.gprs[RIP]))

@@ -21,7 +21,16 @@ __all__ = ["KvmVm"]
 
 DEVICE = "/dev/kvm"
 DEADLINE = 20.0  # seconds; a run that lasts longer ends in a DeadlineExit and can go on
-NEEDED = ("USER_MEMORY", "SYNC_REGS", "IMMEDIATE_EXIT", "SET_GUEST_DEBUG", "VCPU_EVENTS", "DEBUGREGS", "XSAVE", "XCRS")
+NEEDED = (
+    "USER_MEMORY",
+    "SYNC_REGS",
+    "IMMEDIATE_EXIT",
+    "SET_GUEST_DEBUG",
+    "VCPU_EVENTS",
+    "DEBUGREGS",
+    "XSAVE",
+    "XCRS",
+)
 _INDEXED = (4, 7, 0xB, 0xD)  # CPUID leaves with subleaves
 _TSS_ADDR = 0xFFFB_D000  # three pages that VMX without unrestricted guests keeps for itself; above all memory of ours
 _FOUND: dict[str, str] = {}  # device -> what it lacks
@@ -32,10 +41,15 @@ class KvmVm:
 
     name = "kvm"
 
-    def __init__(self, arch: str, cpu: CpuModel, capabilities: tuple[Capability, ...] | None = None) -> None:
+    def __init__(
+        self, arch: str, cpu: CpuModel, capabilities: tuple[Capability, ...] | None = None
+    ) -> None:
         if arch != os.uname().machine or arch != "x86_64":
-            raise NotAvailable(f"the kvm engine runs guests of its own machine, which is {os.uname().machine}; labkit knows x86_64 there, "
-                               f"not {arch}", arch=arch)
+            raise NotAvailable(
+                f"the kvm engine runs guests of its own machine, which is {os.uname().machine}; labkit knows x86_64 there, "
+                f"not {arch}",
+                arch=arch,
+            )
         self.arch, self.cpu, self.shield, self.deadline = arch, cpu, shield(), DEADLINE
         self.slots: list[tuple[int, int, int]] = []
         self._logs: list[ctypes.Array[ctypes.c_uint64]] = []  # a bit a page for each slot
@@ -74,13 +88,29 @@ class KvmVm:
         for (leaf, sub), (a, b, c, d) in sorted(self.cpu.cpuid.items()):
             if leaf == 1:
                 b = b & 0x00FFFFFF | index << 24
-            entries.append((leaf, sub, CONSTANTS["KVM_CPUID_FLAG_SIGNIFCANT_INDEX"] if leaf in _INDEXED else 0, a, b, c, d))
+            entries.append(
+                (
+                    leaf,
+                    sub,
+                    CONSTANTS["KVM_CPUID_FLAG_SIGNIFCANT_INDEX"] if leaf in _INDEXED else 0,
+                    a,
+                    b,
+                    c,
+                    d,
+                )
+            )
         return cpuid2(entries)  # type: ignore[no-any-return]
 
     def add_memslot(self, gpa: int, hva: int, size: int) -> None:
         """Let the guest see host memory at `gpa`; the caller keeps it alive."""
-        region = struct("kvm_userspace_memory_region", slot=len(self.slots), flags=CONSTANTS["KVM_MEM_LOG_DIRTY_PAGES"],
-                        guest_phys_addr=gpa, memory_size=size, userspace_addr=hva)
+        region = struct(
+            "kvm_userspace_memory_region",
+            slot=len(self.slots),
+            flags=CONSTANTS["KVM_MEM_LOG_DIRTY_PAGES"],
+            guest_phys_addr=gpa,
+            memory_size=size,
+            userspace_addr=hva,
+        )
         call(self.fd, "KVM_SET_USER_MEMORY_REGION", region)
         self._logs.append((ctypes.c_uint64 * -(-size // (64 * 4096)))())
         self.slots.append((gpa, hva, size))
@@ -100,7 +130,11 @@ class KvmVm:
         pages: list[int] = []
         for slot, (gpa, _, _) in enumerate(self.slots):
             log = self._logs[slot]
-            call(self.fd, "KVM_GET_DIRTY_LOG", struct("kvm_dirty_log", slot=slot, dirty_bitmap=ctypes.addressof(log)))
+            call(
+                self.fd,
+                "KVM_GET_DIRTY_LOG",
+                struct("kvm_dirty_log", slot=slot, dirty_bitmap=ctypes.addressof(log)),
+            )
             for i, word in enumerate(log):
                 while word:
                     low = word & -word
@@ -127,12 +161,21 @@ class KvmVm:
         """The MSRs of a snapshot: those of the names, and others that guests change, as far as this KVM has them."""
         if not self._saved:
             fd = self.vcpus[0].fd
-            self._saved = {index: 0 for index in SAVED_MSRS if call(fd, "KVM_GET_MSRS", msrs({index: 0})) == 1}
+            self._saved = {
+                index: 0 for index in SAVED_MSRS if call(fd, "KVM_GET_MSRS", msrs({index: 0})) == 1
+            }
         return self._saved
 
     def hva(self, gpa: int) -> int:
         """The host address of a gpa, 0 for a hole."""
-        return next((hva + gpa - start for start, hva, length in self.slots if start <= gpa < start + length), 0)
+        return next(
+            (
+                hva + gpa - start
+                for start, hva, length in self.slots
+                if start <= gpa < start + length
+            ),
+            0,
+        )
 
     def check_interrupt(self) -> None:
         """Raise the KeyboardInterrupt that a run held back until its exit was recorded."""
@@ -149,7 +192,9 @@ class KvmVm:
     def close(self) -> None:
         """Release every vCPU and the VM; a second call does nothing. Raises InvalidState while another thread runs it."""
         if any(vcpu.entered and vcpu.home[0] != threading.get_ident() for vcpu in self.vcpus):
-            raise InvalidState("this VM runs on another thread, which alone may close it: give it a shorter deadline, or wait for it")
+            raise InvalidState(
+                "this VM runs on another thread, which alone may close it: give it a shorter deadline, or wait for it"
+            )
         with self.shield.held():
             self.pause()
             for vcpu in self.vcpus:
@@ -170,15 +215,24 @@ def _open() -> int:
     try:
         device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise NotAvailable(f"there is no {DEVICE}: load kvm_intel, kvm_amd or kvm_pvm, or give the container the device "
-                           f"(--device {DEVICE}); the default engine needs none of this", backend="kvm") from None
+        raise NotAvailable(
+            f"there is no {DEVICE}: load kvm_intel, kvm_amd or kvm_pvm, or give the container the device "
+            f"(--device {DEVICE}); the default engine needs none of this",
+            backend="kvm",
+        ) from None
     except OSError as err:
-        advice = ": add yourself to the group kvm (usermod -aG kvm USER), log in again" * isinstance(err, PermissionError)
+        advice = (
+            ": add yourself to the group kvm (usermod -aG kvm USER), log in again"
+            * isinstance(err, PermissionError)
+        )
         raise NotAvailable(f"{DEVICE}: {err.strerror}{advice}", backend="kvm") from err
     if device_lacks := _lacking(device):
         os.close(device)
-        raise NotAvailable(f"{DEVICE} {device_lacks}: labkit needs KVM's API version {CONSTANTS['KVM_API_VERSION']} with "
-                           f"{', '.join(NEEDED)}, which Linux has had since 4.19", backend="kvm")
+        raise NotAvailable(
+            f"{DEVICE} {device_lacks}: labkit needs KVM's API version {CONSTANTS['KVM_API_VERSION']} with "
+            f"{', '.join(NEEDED)}, which Linux has had since 4.19",
+            backend="kvm",
+        )
     return device
 
 
@@ -187,7 +241,11 @@ def _lacking(device: int) -> str:
     if _FOUND.get(DEVICE) is None:
         try:
             version = enter(device, IOCTLS["KVM_GET_API_VERSION"], 0)
-            missing = [name for name in NEEDED if not enter(device, IOCTLS["KVM_CHECK_EXTENSION"], CAPS[f"KVM_CAP_{name}"])]
+            missing = [
+                name
+                for name in NEEDED
+                if not enter(device, IOCTLS["KVM_CHECK_EXTENSION"], CAPS[f"KVM_CAP_{name}"])
+            ]
         except OSError as err:
             return f"is no KVM ({err.strerror})"
         if version != CONSTANTS["KVM_API_VERSION"]:

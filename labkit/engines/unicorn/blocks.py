@@ -16,14 +16,17 @@ from labkit.engines.disasm import Decoded, branch_target, disassemble
 __all__ = ["can_begin_anew", "hops", "is_over", "jump"]
 
 _HOPS = {  # jumps to where a register or memory says; a return leads to where a call was, and calls are looked at
-    "x86_64": re.compile(r"(notrack )?jmp"), "arm64": re.compile(r"br "), "riscv64": re.compile(r"(c\.)?jr (?!ra)"),
+    "x86_64": re.compile(r"(notrack )?jmp"),
+    "arm64": re.compile(r"br "),
+    "riscv64": re.compile(r"(c\.)?jr (?!ra)"),
     "s390x": re.compile(r"br %r(?!14)"),
 }
 _MEMORY = re.compile(r"[\[(]")
 _PLAIN = {  # loads and stores that can begin anew; of s390x, which loads into its registers one by one, none is taken to be one
     "x86_64": re.compile(r"lea|nop|\w+ \w+,.*\[|(mov|movabs|mov[au]ps|movdq[au]|cmp|test) \w+ ptr"),
     "arm64": re.compile(r"(ldu?r|stu?r|ldn?p|stn?p|prfm)(s?[bhw])? "),
-    "riscv64": re.compile(r"(c\.)?f?[ls][bhwdq]u?(sp)? "), "s390x": re.compile(r"lay? "),
+    "riscv64": re.compile(r"(c\.)?f?[ls][bhwdq]u?(sp)? "),
+    "s390x": re.compile(r"lay? "),
 }
 _LOAD = re.compile(r"ldu?r[bh]?$")
 _NUMBER = re.compile(r"[wx](\d+)")
@@ -40,7 +43,10 @@ def jump(arch: str, gva: int, data: bytes) -> int | None:
 
 def hops(arch: str, gva: int, data: bytes) -> bool:
     """Whether this block ends in a jump to where a register or memory says."""
-    return any(_HOPS[arch].match(insn.text) and branch_target(arch, insn) is None for insn in disassemble(arch, data, gva))
+    return any(
+        _HOPS[arch].match(insn.text) and branch_target(arch, insn) is None
+        for insn in disassemble(arch, data, gva)
+    )
 
 
 def can_begin_anew(arch: str, gva: int, data: bytes) -> bool:
@@ -51,7 +57,12 @@ def can_begin_anew(arch: str, gva: int, data: bytes) -> bool:
 
 def is_over(arch: str, insn: Decoded) -> bool:
     """Whether nothing is left to do of an instruction that was stopped behind its memory access, and it must not run again."""
-    return arch == "arm64" and _LOAD.match(insn.mnemonic) is not None and insn.op_str.endswith("]") and not _is_plain(arch, insn)
+    return (
+        arch == "arm64"
+        and _LOAD.match(insn.mnemonic) is not None
+        and insn.op_str.endswith("]")
+        and not _is_plain(arch, insn)
+    )
 
 
 def _is_plain(arch: str, insn: Decoded) -> bool:

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 from unicorn import unicorn_const as uc
 
 from labkit.engines.unicorn.blocks import can_begin_anew, hops, jump
-from labkit.engines.unicorn.lib import LIB, STOP, CodeHook, EdgeHook, Page
-from labkit.engines.unicorn.stubs import stub
-from labkit.engines.unicorn.words import AGAIN, COUNT, EXTRA, GVA, LOCKED, LOCKED_GVA, REP
+from labkit.engines.unicorn.native.lib import LIB, STOP, CodeHook, EdgeHook, Page
+from labkit.engines.unicorn.native.stubs import stub
+from labkit.engines.unicorn.native.words import AGAIN, COUNT, EXTRA, GVA, LOCKED, LOCKED_GVA, REP
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from labkit.engines.base import Exit
-    from labkit.engines.unicorn.traps import Trap
+    from labkit.engines.unicorn.isa.traps import Trap
     from labkit.engines.unicorn.vcpu import UnicornVcpu
 
 __all__ = ["Guards"]
@@ -32,7 +32,9 @@ class Guards:
     def __init__(self, vcpu: UnicornVcpu) -> None:
         self.vcpu, self.handle, self._words = vcpu, vcpu.handle, vcpu.words
         self.traps: dict[int, Trap] = {}
-        self.code_pages: dict[int, bytes] = {}  # gpa -> as it was when a block of it was last translated
+        self.code_pages: dict[
+            int, bytes
+        ] = {}  # gpa -> as it was when a block of it was last translated
         self.stopped = ""  # who ended the native run: "edge", "breakpoint", "hole", or nobody here
         self.skip = -1  # the breakpoint that the run begins at
         self._restarted = -1  # where an instruction was begun anew
@@ -48,7 +50,10 @@ class Guards:
         self._loops: set[int] = set()  # blocks with a hook that looks at `halt`
         self._new_loops: set[int] = set()
         self._know_a_block()
-        self.handle.hook(uc.UC_HOOK_EDGE_GENERATED, EdgeHook(lambda _h, tb, before, _d: self._edge(tb.contents, before.contents)))
+        self.handle.hook(
+            uc.UC_HOOK_EDGE_GENERATED,
+            EdgeHook(lambda _h, tb, before, _d: self._edge(tb.contents, before.contents)),
+        )
 
     def _know_a_block(self) -> None:
         """Run two blocks of our own: Unicorn reports a new block only when it knows the one before."""
@@ -85,7 +90,11 @@ class Guards:
         while len(data) < size:
             at = gva + len(data)
             gpa = self.vcpu.translate(at, uc.UC_PROT_EXEC)
-            part = b"" if gpa is None else self.vcpu.vm.read(gpa, min(size - len(data), 4096 - (at & 4095)))
+            part = (
+                b""
+                if gpa is None
+                else self.vcpu.vm.read(gpa, min(size - len(data), 4096 - (at & 4095)))
+            )
             if not part:
                 break
             data += part
@@ -94,15 +103,21 @@ class Guards:
     def set_breakpoints(self, gvas: frozenset[int]) -> None:
         """Stop with DebugExit before the instructions at these addresses."""
         for gva in gvas - self._hooked_breakpoints:
-            self.handle.hook(uc.UC_HOOK_CODE, CodeHook(lambda _h, at, _s, _d: self._at_breakpoint(at)), gva, gva)
+            self.handle.hook(
+                uc.UC_HOOK_CODE, CodeHook(lambda _h, at, _s, _d: self._at_breakpoint(at)), gva, gva
+            )
         self._hooked_breakpoints |= gvas
         self.breakpoints = gvas
 
     def _at_breakpoint(self, gva: int) -> None:
         trap, count = self.traps.get(gva), self.vcpu.count()
-        if gva not in self.breakpoints or (trap is not None and trap.stops):  # the run loop sees to those
+        if gva not in self.breakpoints or (
+            trap is not None and trap.stops
+        ):  # the run loop sees to those
             return
-        again = self.last == (gva, count - 1) or (self.last == (gva, count) and self._words.all[AGAIN])
+        again = self.last == (gva, count - 1) or (
+            self.last == (gva, count) and self._words.all[AGAIN]
+        )
         if gva != self.skip and not (again and trap is not None and trap.kind == "rep"):
             self.stopped = "breakpoint"
             LIB.uc_emu_stop(self.handle.h)
@@ -123,7 +138,11 @@ class Guards:
         if self.vcpu.quirks.wants_short_block():
             return False
         tally = self.vcpu.tally
-        around = (tally.offsets(start) for start, (_, data) in tally.blocks.items() if start <= gva < start + len(data))
+        around = (
+            tally.offsets(start)
+            for start, (_, data) in tally.blocks.items()
+            if start <= gva < start + len(data)
+        )
         return any(gva in block and block[gva] + 1 < len(block) for block in around)
 
     def _look(self, gva: int, size: int, count: int, backwards: bool) -> bool:
@@ -138,7 +157,13 @@ class Guards:
             self._look_at_loop(gva, data, backwards)
         here = [(at, work) for at, (work, _) in self._hooks.items() if gva <= at < gva + size]
         self._stale = [at for at, work in here if work != _work(self._found.get(at))]
-        if self._strange or self._stale or self._remapped or self._restarted >= 0 or self._new_loops:
+        if (
+            self._strange
+            or self._stale
+            or self._remapped
+            or self._restarted >= 0
+            or self._new_loops
+        ):
             return True
         if not self._hooks.keys() >= self._found.keys():
             return True
@@ -150,7 +175,9 @@ class Guards:
         arch, blocks = self.vcpu.vm.arch, self.vcpu.tally.blocks
         target = jump(arch, gva, data)
         whole = data if target is None or target > gva else blocks.get(target, (0, b""))[1]
-        if target is not None and target + len(whole) == gva + len(data):  # its end may be all that is left to run of a round
+        if target is not None and target + len(whole) == gva + len(
+            data
+        ):  # its end may be all that is left to run of a round
             heads = set() if can_begin_anew(arch, target, whole) else {target}
         else:
             heads = {gva} if backwards or hops(arch, gva, data) else set()
@@ -237,7 +264,10 @@ class Guards:
 
     def _at_iret(self, gva: int) -> None:
         target = self.vcpu.vmem_read(self.vcpu.read_reg("rsp"), 8) or b""
-        self.vcpu.resumed = self.vcpu.insns + self.vcpu.before(gva) + 1 - self.extra(), int.from_bytes(target, "little")
+        self.vcpu.resumed = (
+            self.vcpu.insns + self.vcpu.before(gva) + 1 - self.extra(),
+            int.from_bytes(target, "little"),
+        )
 
     def _count_extra(self, gva: int) -> None:
         """At a REP string instruction or a stack-segment load: Unicorn counts one more than the architecture steps."""

@@ -19,7 +19,10 @@ __all__ = ["fetch_fault", "mmu_miss"]
 
 def _whole(vcpu: UnicornVcpu, code: bytes) -> bool:
     """Whether the first instruction in code is all there, so that it is a later one that cannot be fetched."""
-    return len(code) == vcpu.quirks.longest or next(disassemble(vcpu.vm.arch, code, 0), None) is not None
+    return (
+        len(code) == vcpu.quirks.longest
+        or next(disassemble(vcpu.vm.arch, code, 0), None) is not None
+    )
 
 
 def fetch_fault(vcpu: UnicornVcpu, pc: int, spent: bool) -> Exit | None:
@@ -34,7 +37,9 @@ def fetch_fault(vcpu: UnicornVcpu, pc: int, spent: bool) -> Exit | None:
         if vcpu.exception is not None:
             return vcpu.quirks.exception(vcpu.exception)
         gpa = vcpu.translate(pc + len(code), uc.UC_PROT_EXEC)
-        return InternalErrorExit(f"instruction fetch from gpa {gpa or 0:#x}, where no memslot is", pc)
+        return InternalErrorExit(
+            f"instruction fetch from gpa {gpa or 0:#x}, where no memslot is", pc
+        )
     vcpu.quirks.forget_exception()
     return None
 
@@ -56,7 +61,10 @@ def mmu_miss(vcpu: UnicornVcpu, mmu: Mmu, pc: int, limit: int) -> Exit | None:
         return None
     if why == NOT_YOURS:
         return _not_yours(vcpu, mmu, pc)
-    return vcpu.quirks.miss(None if why == NONCANONICAL else code, max(pc, gva) if fetch else mmu.where(vcpu.handle, pc, gva))
+    return vcpu.quirks.miss(
+        None if why == NONCANONICAL else code,
+        max(pc, gva) if fetch else mmu.where(vcpu.handle, pc, gva),
+    )
 
 
 def _not_yours(vcpu: UnicornVcpu, mmu: Mmu, pc: int) -> Exit | None:
@@ -64,5 +72,7 @@ def _not_yours(vcpu: UnicornVcpu, mmu: Mmu, pc: int) -> Exit | None:
     facts = mmu.facts
     gva, gpa, private, fetch = facts.gva, facts.gpa, facts.code != 0, facts.type == FETCH
     fault = mmu.not_yours()
-    exit: Exit | None = vcpu.quirks.not_yours(fault, max(pc, gva) if fetch else mmu.where(vcpu.handle, pc, gva), gpa, private)
+    exit: Exit | None = vcpu.quirks.not_yours(
+        fault, max(pc, gva) if fetch else mmu.where(vcpu.handle, pc, gva), gpa, private
+    )
     return exit

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from unicorn import unicorn_const as uc
 
 from labkit.engines.base import Exit, InternalErrorExit, MmioExit
-from labkit.engines.unicorn.lib import LIB, MemHook, Page
+from labkit.engines.unicorn.native.lib import LIB, MemHook, Page
 
 if TYPE_CHECKING:
     from labkit.engines.unicorn.vcpu import UnicornVcpu
@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 __all__ = ["FETCHES", "HOLES", "Mmio"]
 
 FETCHES = (uc.UC_ERR_FETCH_UNMAPPED, uc.UC_ERR_FETCH_PROT)
-HOLES = (*FETCHES, uc.UC_ERR_READ_UNMAPPED, uc.UC_ERR_WRITE_UNMAPPED, uc.UC_ERR_READ_PROT, uc.UC_ERR_WRITE_PROT)
+HOLES = (
+    *FETCHES,
+    uc.UC_ERR_READ_UNMAPPED,
+    uc.UC_ERR_WRITE_UNMAPPED,
+    uc.UC_ERR_READ_PROT,
+    uc.UC_ERR_WRITE_PROT,
+)
 _FETCH = (uc.UC_MEM_FETCH_UNMAPPED, uc.UC_MEM_FETCH_PROT)
 _WRITE = (uc.UC_MEM_WRITE_UNMAPPED, uc.UC_MEM_WRITE_PROT)
 _UNMAPPED = uc.UC_HOOK_MEM_UNMAPPED | uc.UC_HOOK_MEM_PROT
@@ -36,7 +42,9 @@ class Mmio:
         self.reads: list[MmioExit] = []  # of the instruction that will run again, with their values
         self.writes: list[MmioExit] = []  # of an instruction that is over, not reported yet
         self._met: tuple[int, int, int] | None = None  # (kind, gpa, size) that ended an attempt
-        self._crossing: tuple[int, int] | None = None  # (gpa, size) of the access that led there, if it touches two pages
+        self._crossing: tuple[int, int] | None = (
+            None  # (gpa, size) of the access that led there, if it touches two pages
+        )
 
     def complete(self, value: int) -> bool:
         """Give the value of the read that left last; False when there was none."""
@@ -61,11 +69,16 @@ class Mmio:
     def state(self) -> list[list[list[int]]]:
         """What a snapshot must keep."""
         waiting = [self.waiting] if self.waiting else []
-        return [[[exit.gpa, exit.size, exit.is_write, exit.data] for exit in part] for part in (waiting, self.reads, self.writes)]
+        return [
+            [[exit.gpa, exit.size, exit.is_write, exit.data] for exit in part]
+            for part in (waiting, self.reads, self.writes)
+        ]
 
     def set_state(self, state: list[list[list[int]]]) -> None:
         """Put `state` back."""
-        waiting, self.reads, self.writes = ([MmioExit(gpa, size, bool(w), data) for gpa, size, w, data in part] for part in state)
+        waiting, self.reads, self.writes = (
+            [MmioExit(gpa, size, bool(w), data) for gpa, size, w, data in part] for part in state
+        )
         self.waiting = waiting[0] if waiting else None
 
     def meet(self) -> Exit | None:
@@ -84,10 +97,14 @@ class Mmio:
             self.writes.clear()
             kind, gpa, size = self._met
             if kind in _FETCH:
-                return InternalErrorExit(f"instruction fetch from gpa {gpa:#x}, where no memslot is", pc)
+                return InternalErrorExit(
+                    f"instruction fetch from gpa {gpa:#x}, where no memslot is", pc
+                )
             gpa, size = self._crossing or (gpa, size)
             if any(vcpu.vm.overlaps(page, 4096) for page in _pages(gpa, size)):
-                return vcpu.refuse(f"an access of {size} bytes at gpa {gpa:#x} runs across the end of a memslot")
+                return vcpu.refuse(
+                    f"an access of {size} bytes at gpa {gpa:#x} runs across the end of a memslot"
+                )
             if kind not in _WRITE:
                 self.waiting = MmioExit(gpa, size, False, 0)
                 return self.waiting
@@ -98,14 +115,20 @@ class Mmio:
         buffers = {page: Page() for page in pages}
         for read in self.reads:
             for i, byte in enumerate(read.data.to_bytes(read.size, "little")):
-                ctypes.c_uint8.from_address(buffers[read.gpa + i & -4096].hva + (read.gpa + i & 4095)).value = byte
+                ctypes.c_uint8.from_address(
+                    buffers[read.gpa + i & -4096].hva + (read.gpa + i & 4095)
+                ).value = byte
         for page, buffer in buffers.items():
             handle.map(page, buffer.hva, 4096, uc.UC_PROT_ALL)
-        hooks = [handle.hook(_UNMAPPED, MemHook(self._unmapped)),
-                 handle.hook(uc.UC_HOOK_MEM_READ | uc.UC_HOOK_MEM_WRITE, MemHook(self._touched))]
+        hooks = [
+            handle.hook(_UNMAPPED, MemHook(self._unmapped)),
+            handle.hook(uc.UC_HOOK_MEM_READ | uc.UC_HOOK_MEM_WRITE, MemHook(self._touched)),
+        ]
         for page in pages:
             hooks.append(handle.hook(uc.UC_HOOK_MEM_READ, MemHook(self._read), page, page + 4095))
-            hooks.append(handle.hook(uc.UC_HOOK_MEM_WRITE, MemHook(self._written), page, page + 4095))
+            hooks.append(
+                handle.hook(uc.UC_HOOK_MEM_WRITE, MemHook(self._written), page, page + 4095)
+            )
         handle.flush_tlb()
         handle.flush_code()
         self._met = self._crossing = None

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from unicorn import unicorn_const as uc
 
-from labkit.engines.unicorn.lib import LIB, Handle, MemHook, Page
-from labkit.engines.unicorn.mmu_code import MACHINE_CODE
-from labkit.engines.unicorn.x86_regs import PLAIN
+from labkit.engines.unicorn.isa.x86_regs import PLAIN
+from labkit.engines.unicorn.native.lib import LIB, Handle, MemHook, Page
+from labkit.engines.unicorn.native.mmu_code import MACHINE_CODE
 from labkit.errors import InvalidState, NotAvailable
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ __all__ = ["FAULT", "NEED", "NONCANONICAL", "NOT_YOURS", "Mmu"]
 
 FAULT, NONCANONICAL, NEED, NOT_YOURS = 1, 2, 3, 4
 READ, WRITE, FETCH = 16, 17, 18  # uc_mem_type
-PLAIN_STALE, RAW_STALE, _, _, WROTE_PRIVATE, WROTE_SHARED, ASSIGNED, UNUSABLE = (1 << bit for bit in range(8))  # as in mmu.c
+PLAIN_STALE, RAW_STALE, _, _, WROTE_PRIVATE, WROTE_SHARED, ASSIGNED, UNUSABLE = (
+    1 << bit for bit in range(8)
+)  # as in mmu.c
 WROTE = WROTE_PRIVATE | WROTE_SHARED
 KEPT = WROTE | ASSIGNED | UNUSABLE  # whatever happens to the bytes
 PLAIN_AT = 1 << 44  # where the plain view of gpa 0 lies in Unicorn's own physical memory
@@ -50,11 +52,33 @@ class _Slot(ctypes.Structure):
 class _Facts(ctypes.Structure):
     """`struct mmu` of mmu.c."""
 
-    _fields_ = [("reg_read", c_void_p), ("regs", c_uint64 * 5),
-                *((name, c_uint64) for name in (
-                    "nxe", "levels", "frame", "reserved", "c_bit", "inverted", "plain_at", "peek", "ring", "probed", "probe_at",
-                    "why", "code", "gva", "gpa", "type", "nr_slots")),
-                ("slots", _Slot * MAX_SLOTS)]
+    _fields_ = [
+        ("reg_read", c_void_p),
+        ("regs", c_uint64 * 5),
+        *(
+            (name, c_uint64)
+            for name in (
+                "nxe",
+                "levels",
+                "frame",
+                "reserved",
+                "c_bit",
+                "inverted",
+                "plain_at",
+                "peek",
+                "ring",
+                "probed",
+                "probe_at",
+                "why",
+                "code",
+                "gva",
+                "gpa",
+                "type",
+                "nr_slots",
+            )
+        ),
+        ("slots", _Slot * MAX_SLOTS),
+    ]
 
 
 class _Entry(ctypes.Structure):
@@ -66,17 +90,23 @@ class _Entry(ctypes.Structure):
 @cache
 def _fill() -> tuple[int, Any, mmap.mmap]:
     """mmu.c's `fill`: its address, the same as a Python callable, and the executable memory that it lies in."""
-    code = MACHINE_CODE.get({"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine()))
+    code = MACHINE_CODE.get(
+        {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    )
     if code is None:
-        raise NotAvailable(f"encrypted guests need x86-64 or arm64 as host, not {platform.machine()}")
+        raise NotAvailable(
+            f"encrypted guests need x86-64 or arm64 as host, not {platform.machine()}"
+        )
     try:
         page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     except OSError as err:
         raise NotAvailable(f"encrypted guests need memory that can be executed: {err}") from err
     raw = bytes.fromhex(code)
-    page[:len(raw)] = raw
+    page[: len(raw)] = raw
     address = ctypes.addressof(c_int.from_buffer(page))
-    call = ctypes.CFUNCTYPE(c_int, c_void_p, c_uint64, c_int, ctypes.POINTER(_Entry), c_void_p)(address)
+    call = ctypes.CFUNCTYPE(c_int, c_void_p, c_uint64, c_int, ctypes.POINTER(_Entry), c_void_p)(
+        address
+    )
     return address, call, page
 
 
@@ -101,10 +131,22 @@ class Mmu:
             raise InvalidState(f"{mode.name} has no encryption bit")
         self.cipher, self.views, self._probe = cipher, list[_View](), Page()
         self.address, self._call, _ = _fill()
-        self.facts = _Facts(ctypes.cast(LIB.uc_reg_read, c_void_p), (c_uint64 * 5)(*(PLAIN[name] for name in _REGS)))
+        self.facts = _Facts(
+            ctypes.cast(LIB.uc_reg_read, c_void_p), (c_uint64 * 5)(*(PLAIN[name] for name in _REGS))
+        )
         facts, self._entry = self.facts, _Entry()
-        facts.nxe, facts.levels, facts.frame, facts.reserved = 1, len(mode.levels), mode.pa.mask, mode.reserved
-        facts.c_bit, facts.inverted, facts.plain_at, facts.ring = 1 << mode.c_bit, inverted, PLAIN_AT, AS_CS_SAYS
+        facts.nxe, facts.levels, facts.frame, facts.reserved = (
+            1,
+            len(mode.levels),
+            mode.pa.mask,
+            mode.reserved,
+        )
+        facts.c_bit, facts.inverted, facts.plain_at, facts.ring = (
+            1 << mode.c_bit,
+            inverted,
+            PLAIN_AT,
+            AS_CS_SAYS,
+        )
 
     def add(self, gpa: int, hva: int, size: int) -> _View:
         """A memslot: until somebody encrypts it, what lies in it is ciphertext like any other bytes."""
@@ -114,7 +156,9 @@ class Mmu:
         plain, nr_pages = mmap.mmap(-1, size), size // 4096
         state = np.full(nr_pages, PLAIN_STALE, np.uint8)
         spa = gpa + 4096 * np.arange(nr_pages, dtype=np.uint64)
-        view = _View(gpa, size, raw, plain, ctypes.addressof(ctypes.c_char.from_buffer(plain)), state, spa)
+        view = _View(
+            gpa, size, raw, plain, ctypes.addressof(ctypes.c_char.from_buffer(plain)), state, spa
+        )
         self.facts.slots[len(self.views)] = _Slot(gpa, size, hva, view.hva, state.ctypes.data)
         self.views.append(view)
         self.facts.nr_slots = len(self.views)
@@ -131,24 +175,44 @@ class Mmu:
     # --- the two views
 
     def _at(self, gpa: int) -> tuple[_View, int] | None:
-        return next(((view, (gpa - view.gpa) // 4096) for view in self.views if view.gpa <= gpa < view.gpa + view.size), None)
+        return next(
+            (
+                (view, (gpa - view.gpa) // 4096)
+                for view in self.views
+                if view.gpa <= gpa < view.gpa + view.size
+            ),
+            None,
+        )
 
     def _pages(self, gpa: int, size: int) -> list[tuple[_View, int, int]]:
         """(view, first page, page behind the last) of a range, as far as memslots go."""
-        return [(view, max(gpa - view.gpa, 0) // 4096, -(-min(gpa + size - view.gpa, view.size) // 4096))
-                for view in self.views if gpa < view.gpa + view.size and view.gpa < gpa + size]
+        return [
+            (
+                view,
+                max(gpa - view.gpa, 0) // 4096,
+                -(-min(gpa + size - view.gpa, view.size) // 4096),
+            )
+            for view in self.views
+            if gpa < view.gpa + view.size and view.gpa < gpa + size
+        ]
 
     def settle(self, gpa: int, size: int = 1) -> bool:
         """Make both views of these pages good; True when plain bytes were made anew. TLBs must be flushed behind it."""
         made = False
         for view, first, last in self._pages(gpa, size):
-            for page in (np.flatnonzero(view.state[first:last] & (PLAIN_STALE | RAW_STALE)) + first).tolist():
+            for page in (
+                np.flatnonzero(view.state[first:last] & (PLAIN_STALE | RAW_STALE)) + first
+            ).tolist():
                 made |= self._settle_page(view, page)
         self.unsee()
         return made
 
     def _settle_page(self, view: _View, page: int) -> bool:
-        cut, spa, made = slice(4096 * page, 4096 * page + 4096), int(view.spa[page]), bool(view.state[page] & PLAIN_STALE)
+        cut, spa, made = (
+            slice(4096 * page, 4096 * page + 4096),
+            int(view.spa[page]),
+            bool(view.state[page] & PLAIN_STALE),
+        )
         with memoryview(view.plain) as plain:
             if made:
                 self.cipher.decrypt_into(spa, view.raw[cut], plain[cut])
@@ -187,10 +251,16 @@ class Mmu:
         self.publish(gpa & -4096, 4096)
         self.publish(other & -4096, 4096)
         (view, page), (there, beside) = places[0], places[1]
-        here, cut = slice(4096 * page, 4096 * page + 4096), slice(4096 * beside, 4096 * beside + 4096)
+        here, cut = (
+            slice(4096 * page, 4096 * page + 4096),
+            slice(4096 * beside, 4096 * beside + 4096),
+        )
         view.raw[here], there.raw[cut] = bytes(there.raw[cut]), bytes(view.raw[here])
         view.spa[page], there.spa[beside] = int(there.spa[beside]), int(view.spa[page])
-        view.state[page], there.state[beside] = int(there.state[beside]), int(view.state[page])  # how its bytes were written goes along
+        view.state[page], there.state[beside] = (
+            int(there.state[beside]),
+            int(view.state[page]),
+        )  # how its bytes were written goes along
         for at in (gpa, other):
             self.host_wrote(at & -4096, 4096)
 
@@ -199,14 +269,20 @@ class Mmu:
         for view, first, last in self._pages(gpa, 4096 * len(assigned)):
             part = slice(first - (gpa - view.gpa) // 4096, last - (gpa - view.gpa) // 4096)
             bits = np.where(assigned[part], ASSIGNED, 0) | np.where(usable[part], 0, UNUSABLE)
-            view.state[first:last] = view.state[first:last] & ~np.uint8(ASSIGNED | UNUSABLE) | bits.astype(np.uint8)
+            view.state[first:last] = view.state[first:last] & ~np.uint8(
+                ASSIGNED | UNUSABLE
+            ) | bits.astype(np.uint8)
         self.unsee()
 
     def not_yours(self) -> GuestFault:
         """What the access meets that was just stopped for its page's owner; a walk (code 2) reads, whatever it is for."""
         facts = self.facts
-        fault = self.cipher.guest_fault(facts.gpa, facts.code != 0, facts.type == WRITE and facts.code != 2)
-        assert fault is not None, f"gpa {facts.gpa:#x}: the owner's table and the state of the page disagree"
+        fault = self.cipher.guest_fault(
+            facts.gpa, facts.code != 0, facts.type == WRITE and facts.code != 2
+        )
+        assert fault is not None, (
+            f"gpa {facts.gpa:#x}: the owner's table and the state of the page disagree"
+        )
         return fault
 
     def plain(self, gpa: int, size: int) -> bytes:
@@ -219,7 +295,7 @@ class Mmu:
         for page in range(first, (gpa + size - view.gpa + 4095) // 4096):
             if view.state[page] & PLAIN_STALE:
                 self.settle(view.gpa + 4096 * page)
-        return view.plain[gpa - view.gpa:gpa - view.gpa + size]
+        return view.plain[gpa - view.gpa : gpa - view.gpa + size]
 
     def write_plain(self, gpa: int, data: bytes) -> None:
         """Write through the key, within one memslot."""
@@ -228,7 +304,7 @@ class Mmu:
             raise InvalidState(f"{len(data)} bytes at gpa {gpa:#x} do not fit into a memslot")
         view = place[0]
         self.plain(gpa, len(data))  # what lies around them must be good
-        view.plain[gpa - view.gpa:gpa - view.gpa + len(data)] = data
+        view.plain[gpa - view.gpa : gpa - view.gpa + len(data)] = data
         for page in range((gpa - view.gpa) // 4096, (gpa - view.gpa + len(data) - 1) // 4096 + 1):
             view.state[page] |= RAW_STALE | WROTE_PRIVATE
 
@@ -253,7 +329,9 @@ class Mmu:
         finally:
             self.facts.ring = AS_CS_SAYS
 
-    def access(self, handle: Handle, gva: int, size: int, ring: int, data: bytes | None = None) -> bytes | None:
+    def access(
+        self, handle: Handle, gva: int, size: int, ring: int, data: bytes | None = None
+    ) -> bytes | None:
         """Read, or write data, as the guest itself would: through its tables and the view that they name; None for a fault."""
         places = []
         for at in range(gva, gva + size):
@@ -268,7 +346,7 @@ class Mmu:
             if bytes_of is None:
                 return None
             if data is not None:
-                bytes_of[:] = data[len(out):len(out) + count]
+                bytes_of[:] = data[len(out) : len(out) + count]
             out += bytes(bytes_of)
         return out
 
@@ -278,8 +356,12 @@ class Mmu:
         if place is None:
             return None
         view, offset = place[0], gpa - place[0].gpa
-        whole = memoryview((ctypes.c_uint8 * view.size).from_address(view.hva)).cast("B") if hpa >= PLAIN_AT else view.raw
-        return whole[offset:offset + size]
+        whole = (
+            memoryview((ctypes.c_uint8 * view.size).from_address(view.hva)).cast("B")
+            if hpa >= PLAIN_AT
+            else view.raw
+        )
+        return whole[offset : offset + size]
 
     def where(self, handle: Handle, pc: int, page: int) -> int:
         """The gva in `page` that the instruction at pc touches first: Unicorn's callback tells only the page.
@@ -293,7 +375,9 @@ class Mmu:
             LIB.uc_emu_stop(handle.h)
             return True
 
-        hook = handle.hook(uc.UC_HOOK_MEM_READ | uc.UC_HOOK_MEM_WRITE, MemHook(touched), PROBE_AT, PROBE_AT + 4095)
+        hook = handle.hook(
+            uc.UC_HOOK_MEM_READ | uc.UC_HOOK_MEM_WRITE, MemHook(touched), PROBE_AT, PROBE_AT + 4095
+        )
         self.facts.probed, self.facts.probe_at = page, PROBE_AT
         try:
             handle.flush_tlb()
@@ -311,7 +395,10 @@ class Mmu:
 
     def written(self) -> list[tuple[int, NDArray[np.bool_], NDArray[np.bool_]]]:
         """For each memslot its gpa, and for each page whether the guest wrote it last through its key, and last without."""
-        return [(view.gpa, view.state & WROTE_PRIVATE != 0, view.state & WROTE_SHARED != 0) for view in self.views]
+        return [
+            (view.gpa, view.state & WROTE_PRIVATE != 0, view.state & WROTE_SHARED != 0)
+            for view in self.views
+        ]
 
     def state(self) -> list[tuple[bytes, bytes]]:
         """What a snapshot keeps beside the raw bytes: which page of DRAM is where, and how the guest wrote each last."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc
 
-from labkit.engines.unicorn.lib import MemHook
+from labkit.engines.unicorn.native.lib import MemHook
 
 if TYPE_CHECKING:
     from labkit.engines.unicorn.vcpu import UnicornVcpu
@@ -26,7 +26,7 @@ CLEAR = (1 << 64) - 1
 def _reserved(vcpu: UnicornVcpu) -> int | None:
     """The gpa of the granule that a vCPU's monitor watches, None when it is not set."""
     at = vcpu.quirks.monitor_offset()
-    gva = int.from_bytes(vcpu.handle.context()[at:at + 8], "little") if at else CLEAR
+    gva = int.from_bytes(vcpu.handle.context()[at : at + 8], "little") if at else CLEAR
     gpa = None if gva == CLEAR else vcpu.translate(gva)
     return None if gpa is None else gpa & -GRANULE
 
@@ -34,6 +34,7 @@ def _reserved(vcpu: UnicornVcpu) -> int | None:
 def clear(vcpu: UnicornVcpu) -> None:
     """What CLREX and an exception return do."""
     if at := vcpu.quirks.monitor_offset():
+
         def patch(context: int) -> None:
             ctypes.c_uint64.from_address(context + at).value = CLEAR
 
@@ -45,7 +46,9 @@ class Monitors:
 
     def __init__(self) -> None:
         self.open: dict[UnicornVcpu, int] = {}
-        self._restored: set[UnicornVcpu] = set()  # their state came from a snapshot, and none has run since
+        self._restored: set[UnicornVcpu] = (
+            set()
+        )  # their state came from a snapshot, and none has run since
         self._hooks: list[int] = []
         self._watcher: UnicornVcpu | None = None
 
@@ -56,8 +59,12 @@ class Monitors:
         self.open.pop(vcpu, None)
         if self.open:
             self._watcher = vcpu
-            self._hooks = [vcpu.handle.hook(uc.UC_HOOK_MEM_WRITE, MemHook(self._written), granule, granule + GRANULE - 1)
-                           for granule in set(self.open.values())]
+            self._hooks = [
+                vcpu.handle.hook(
+                    uc.UC_HOOK_MEM_WRITE, MemHook(self._written), granule, granule + GRANULE - 1
+                )
+                for granule in set(self.open.values())
+            ]
             vcpu.handle.flush_code()
 
     def restored(self, vcpu: UnicornVcpu) -> None:
@@ -88,7 +95,11 @@ class Monitors:
 
     def break_at(self, gpa: int, size: int) -> None:
         """Memory was written: monitors that watch it are clear."""
-        for vcpu in [vcpu for vcpu, granule in self.open.items() if gpa < granule + GRANULE and granule < gpa + size]:
+        for vcpu in [
+            vcpu
+            for vcpu, granule in self.open.items()
+            if gpa < granule + GRANULE and granule < gpa + size
+        ]:
             del self.open[vcpu]
             clear(vcpu)
 
@@ -97,5 +108,10 @@ class Monitors:
         self._reopen([])
         self.break_at(gpa, size)
         granule = _reserved(vcpu) if vcpu is not None else None
-        if vcpu is not None and granule is not None and gpa < granule + GRANULE and granule < gpa + size:
+        if (
+            vcpu is not None
+            and granule is not None
+            and gpa < granule + GRANULE
+            and granule < gpa + size
+        ):
             clear(vcpu)

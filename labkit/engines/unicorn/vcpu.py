@@ -13,18 +13,37 @@ from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc
 
-from labkit.engines.base import BudgetExit, DebugExit, Exit, InternalErrorExit, InterruptExit, Regs, Trace
+from labkit.engines.base import (
+    BudgetExit,
+    DebugExit,
+    Exit,
+    InternalErrorExit,
+    InterruptExit,
+    Regs,
+    Trace,
+)
 from labkit.engines.disasm import disassemble
 from labkit.engines.unicorn.blocks import is_over
-from labkit.engines.unicorn.calibrate import calibrate
 from labkit.engines.unicorn.guards import Guards
-from labkit.engines.unicorn.lib import LIB, QUICK, Handle, IntrHook
 from labkit.engines.unicorn.misses import fetch_fault, mmu_miss
 from labkit.engines.unicorn.mmio import FETCHES, HOLES, Mmio
 from labkit.engines.unicorn.monitor import clear
-from labkit.engines.unicorn.stubs import stub
-from labkit.engines.unicorn.tally import MAX_BLOCK, Tally
-from labkit.engines.unicorn.words import BLOCK, COUNT, EXTRA, LOCKED, LOCKED_BLOCK, LOCKED_GVA, NOTHING, STOPPED, TALLY, TOTAL
+from labkit.engines.unicorn.native.calibrate import calibrate
+from labkit.engines.unicorn.native.lib import LIB, QUICK, Handle, IntrHook
+from labkit.engines.unicorn.native.stubs import stub
+from labkit.engines.unicorn.native.tally import MAX_BLOCK, Tally
+from labkit.engines.unicorn.native.words import (
+    BLOCK,
+    COUNT,
+    EXTRA,
+    LOCKED,
+    LOCKED_BLOCK,
+    LOCKED_GVA,
+    NOTHING,
+    STOPPED,
+    TALLY,
+    TOTAL,
+)
 from labkit.errors import InvalidState
 
 if TYPE_CHECKING:
@@ -32,10 +51,15 @@ if TYPE_CHECKING:
 
 __all__ = ["COUNT_FOR", "UnicornVcpu", "budget_exit"]
 
-SLICE = {"each": 1 << 20, "tally": 1 << 24}  # instructions after which a counted run looks up, some 15 ms: Ctrl-C, budget
+SLICE = {
+    "each": 1 << 20,
+    "tally": 1 << 24,
+}  # instructions after which a counted run looks up, some 15 ms: Ctrl-C, budget
 COUNT_FOR = 1 << 22  # an unbounded run is counted exactly that far, then runs uncounted
 PATIENCE = 0.01  # seconds of CPU time that a run which was asked to end may go on before it is forced: it is where nothing looks
-CLOCK_OF = getattr(time, "pthread_getcpuclockid", lambda thread: time.CLOCK_PROCESS_CPUTIME_ID)  # macOS has no clock of one thread
+CLOCK_OF = getattr(
+    time, "pthread_getcpuclockid", lambda thread: time.CLOCK_PROCESS_CPUTIME_ID
+)  # macOS has no clock of one thread
 BY_EACH = 4096  # budgets up to this are counted by Unicorn, an instruction at a time: changing over costs a translation
 RF = 1 << 16
 _HEADER = struct.Struct("<4sI")
@@ -69,7 +93,9 @@ class UnicornVcpu:
         self._gpa = ctypes.c_uint64()
         self._gpa_at = ctypes.byref(self._gpa)
         self._clock, self._asked, self._forced, self.shortened = 0, 0.0, False, (-1, -1)
-        self.resumed: tuple[int, int] | None = None  # (insns, pc) behind what may have set the flag RF
+        self.resumed: tuple[int, int] | None = (
+            None  # (insns, pc) behind what may have set the flag RF
+        )
         self.quirks = vm.quirks(self)
         self.guards, self.mmio = Guards(self), Mmio(self)
         self.handle.hook(uc.UC_HOOK_INTR, IntrHook(lambda _h, vector, _d: self._intr(vector)))
@@ -97,7 +123,12 @@ class UnicornVcpu:
 
     def save(self) -> bytes:
         """The whole CPU state: Unicorn's, and what labkit keeps beside it."""
-        facts = {"insns": self.insns, "exact": self.exact, "mmio": self.mmio.state(), "extra": self.quirks.extra_state()}
+        facts = {
+            "insns": self.insns,
+            "exact": self.exact,
+            "mmio": self.mmio.state(),
+            "extra": self.quirks.extra_state(),
+        }
         text = json.dumps(facts).encode()
         return _HEADER.pack(b"LKU1", len(text)) + text + self.handle.context()
 
@@ -106,8 +137,8 @@ class UnicornVcpu:
         if len(state) < _HEADER.size or state[:4] != b"LKU1":
             raise InvalidState("not a CPU state of the unicorn engine")
         size = _HEADER.unpack_from(state)[1]
-        facts = json.loads(state[_HEADER.size:_HEADER.size + size])
-        self.handle.set_context(state[_HEADER.size + size:])
+        facts = json.loads(state[_HEADER.size : _HEADER.size + size])
+        self.handle.set_context(state[_HEADER.size + size :])
         self.quirks.leave()
         self.insns, self.exact = facts["insns"], facts["exact"]
         self.mmio.set_state(facts["mmio"])
@@ -138,14 +169,21 @@ class UnicornVcpu:
     def vmem_write(self, gva: int, data: bytes) -> bool:
         """Write as the CPU itself would, permissions and dirty bits included; False when it would fault."""
         if self.vm.mmu is not None:
-            return self.vm.mmu.access(self.handle, gva, len(data), self.quirks.ring(), data) is not None
+            return (
+                self.vm.mmu.access(self.handle, gva, len(data), self.quirks.ring(), data)
+                is not None
+            )
         return self._quietly(LIB.uc_vmem_write, gva, uc.UC_PROT_WRITE, data, len(data))
 
     def translate(self, gva: int, access: int = uc.UC_PROT_READ) -> int | None:
         """The gpa behind a gva, None when the access would fault."""
         if self.vm.mmu is not None:
             return self.vm.mmu.translate(self.handle, gva, access, self.quirks.ring())
-        return self._gpa.value if self._quietly(QUICK.uc_vmem_translate, gva, access, self._gpa_at) else None
+        return (
+            self._gpa.value
+            if self._quietly(QUICK.uc_vmem_translate, gva, access, self._gpa_at)
+            else None
+        )
 
     def _quietly(self, function: Callable[..., int], gva: int, *args: object) -> bool:
         """Whether that worked; a failed look of ours must not stay behind where the guest looks for its faults."""
@@ -163,7 +201,9 @@ class UnicornVcpu:
             if self.quirks.monitor_offset():
                 self.vm.monitors.change_over(self.vm.runner, self)
             self.vm.runner = self
-            if len(self.vm.vcpus) > 1 and any(self.vm.read(gpa, 4096) != seen for gpa, seen in self.guards.code_pages.items()):
+            if len(self.vm.vcpus) > 1 and any(
+                self.vm.read(gpa, 4096) != seen for gpa, seen in self.guards.code_pages.items()
+            ):
                 self.stale_code = True
         if self.stale_code:
             self.guards.flush()
@@ -181,7 +221,9 @@ class UnicornVcpu:
     def complete(self, value: int) -> None:
         """Give the value that the last IN, MMIO read or hypercall returns."""
         if not self.mmio.complete(value) and not self.quirks.complete(value):
-            raise InvalidState(f"vCPU {self.index}: the last exit reads nothing, so there is nothing to complete")
+            raise InvalidState(
+                f"vCPU {self.index}: the last exit reads nothing, so there is nothing to complete"
+            )
 
     def run(self, insns: int | None = None) -> Exit:
         """Run until an exit; with `insns`, until that many instructions retired (BudgetExit)."""
@@ -213,7 +255,11 @@ class UnicornVcpu:
         self.guards.skip = self.quirks.pc()
         self.words.all[COUNT] = NOTHING  # what was the last instruction means nothing now
         mmio = self.mmio
-        if (mmio.writes or mmio.waiting) and (insns is None or insns > 0) and (exit := mmio.resume()) is not None:
+        if (
+            (mmio.writes or mmio.waiting)
+            and (insns is None or insns > 0)
+            and (exit := mmio.resume()) is not None
+        ):
             return exit
         while True:
             left = None if insns is None else insns - (self.insns - start)
@@ -286,7 +332,11 @@ class UnicornVcpu:
 
     def _when_locked(self) -> int:
         words = self.words.all
-        return words[LOCKED] + (self.tally.back(words[LOCKED_BLOCK], words[LOCKED_GVA]) + 1 if self.mode == "tally" else 0)
+        return words[LOCKED] + (
+            self.tally.back(words[LOCKED_BLOCK], words[LOCKED_GVA]) + 1
+            if self.mode == "tally"
+            else 0
+        )
 
     def _change_over(self, mode: str) -> None:
         """Blocks carry the hooks that were there when they were translated, so they must go."""
@@ -296,7 +346,9 @@ class UnicornVcpu:
             code = stub("tally")
             assert code is not None
             self._tally_hook = self.handle.hook(uc.UC_HOOK_BLOCK, code, data=self.words.at(TALLY))
-        self.words.count_at(self.words.at(TOTAL) if mode == "tally" else ctypes.addressof(self.counter))
+        self.words.count_at(
+            self.words.at(TOTAL) if mode == "tally" else ctypes.addressof(self.counter)
+        )
         self.mode = mode
         if mode == "free":
             self.exact = False
@@ -357,7 +409,11 @@ class UnicornVcpu:
     def run_one(self) -> Exit | None:
         """Run until one instruction more has retired, or the exit that comes first."""
         before = self.insns
-        while (exit := self.native("each", 1)) is None and self.insns == before and self.guards.stopped != "hole":
+        while (
+            (exit := self.native("each", 1)) is None
+            and self.insns == before
+            and self.guards.stopped != "hole"
+        ):
             pass
         return exit
 
@@ -372,7 +428,11 @@ class UnicornVcpu:
             ran = self.count()  # the instruction there was never begun
             self.insns += ran - guards.extra()
             return fetch_fault(self, pc, bool(limit) and ran >= limit)
-        self.insns += self.before(pc) - guards.extra() + (guards.last == (pc, self.count()) and guards.is_shadow(pc))
+        self.insns += (
+            self.before(pc)
+            - guards.extra()
+            + (guards.last == (pc, self.count()) and guards.is_shadow(pc))
+        )
         if guards.stopped:
             return DebugExit(pc) if guards.stopped == "breakpoint" else None
         if self.exception is not None:
@@ -392,4 +452,6 @@ class UnicornVcpu:
         pc = self.quirks.pc()
         data = self.guards.read(pc, self.quirks.longest)
         insn = next(disassemble(self.vm.arch, data, pc), None)
-        return InternalErrorExit(why, pc, data[: insn.size] if insn else data, insn.text if insn else "")
+        return InternalErrorExit(
+            why, pc, data[: insn.size] if insn else data, insn.text if insn else ""
+        )

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 from labkit.arch.x86_cpu import CpuModel
 from labkit.engines.base import Capability, Ownership, Trace
 from labkit.engines.interrupt import shield
-from labkit.engines.unicorn.arm64 import Arm64
+from labkit.engines.unicorn.isa.arm64 import Arm64
+from labkit.engines.unicorn.isa.riscv import Riscv64
+from labkit.engines.unicorn.isa.s390 import S390x
+from labkit.engines.unicorn.isa.x86 import X86
 from labkit.engines.unicorn.monitor import Monitors
-from labkit.engines.unicorn.riscv import Riscv64
-from labkit.engines.unicorn.s390 import S390x
 from labkit.engines.unicorn.vcpu import COUNT_FOR, UnicornVcpu
-from labkit.engines.unicorn.x86 import X86
 from labkit.errors import InvalidState, NotAvailable
 
 if TYPE_CHECKING:
     from labkit.arch.desc import PagingMode
+    from labkit.engines.unicorn.isa.quirks import QuirksOf
     from labkit.engines.unicorn.mmu import Mmu
-    from labkit.engines.unicorn.quirks import QuirksOf
 
 __all__ = ["CAPABILITIES", "UnicornVm"]
 
@@ -37,9 +37,17 @@ CAPABILITIES = (
     Capability("breakpoints", True, "any number, exact"),
     Capability("tsc", True, "a guest's TSC can be set and moved"),
     Capability("huge_pages", True, "leaves of every size that a page-table format has"),
-    Capability("parallel_vcpus", False, "locked instructions are not atomic between two Unicorn engines on two threads"),
+    Capability(
+        "parallel_vcpus",
+        False,
+        "locked instructions are not atomic between two Unicorn engines on two threads",
+    ),
     Capability("native_speed", False, "an emulator"),
-    Capability("protect", True, "sev, sev-es, snp and the paging of tdx: memory behind a key, registers in a VMSA, an RMP"),
+    Capability(
+        "protect",
+        True,
+        "sev, sev-es, snp and the paging of tdx: memory behind a key, registers in a VMSA, an RMP",
+    ),
     Capability("avx", False, "Unicorn executes VEX instructions wrongly; they are refused"),
 )
 
@@ -48,9 +56,12 @@ class UnicornVm:
     """The engine's side of one VM."""
 
     name = "unicorn"
+
     def __init__(self, arch: str, cpu: CpuModel) -> None:
         if arch not in _QUIRKS:
-            raise NotAvailable(f"the unicorn engine has no {arch} yet, only {', '.join(_QUIRKS)}", arch=arch)
+            raise NotAvailable(
+                f"the unicorn engine has no {arch} yet, only {', '.join(_QUIRKS)}", arch=arch
+            )
         self.arch, self.cpu, self.shield = arch, cpu, shield()
         self.quirks = _QUIRKS[arch]
         self.capabilities = CAPABILITIES + self.quirks.capabilities
@@ -102,7 +113,9 @@ class UnicornVm:
             self.monitors.host_wrote(self.runner, gpa, size)
         for vcpu in self.vcpus:
             vcpu.stale_tlb = True
-            if not vcpu.stale_code and any(first <= page <= last for page in vcpu.guards.code_pages):
+            if not vcpu.stale_code and any(
+                first <= page <= last for page in vcpu.guards.code_pages
+            ):
                 vcpu.stale_code = True
 
     def memory_needed(self, gpa: int, size: int, is_write: bool) -> None:
@@ -170,7 +183,9 @@ class UnicornVm:
 
     def overlaps(self, gpa: int, size: int) -> bool:
         """Whether a range touches a memslot."""
-        return gpa < self._end and any(gpa < start + length and start < gpa + size for start, _, length in self.slots)
+        return gpa < self._end and any(
+            gpa < start + length and start < gpa + size for start, _, length in self.slots
+        )
 
     def check_interrupt(self) -> None:
         """Raise the KeyboardInterrupt that a run held back until its exit was recorded."""

@@ -16,6 +16,8 @@ DESIGNS = ("pool", "stack")
 def make_ucalls(design: str, program: Program, space: AddressSpace) -> Pool | StackUcalls:
     """The host's side of a design; raises InvalidState when the program was compiled for the other one."""
     if (MARK in program.symbols) != (design == "stack"):
-        raise InvalidState(f"ucall={design!r}, but {program.name} was compiled for the other design: "
-                           "Program.compile(..., defines=(\"LABKIT_UCALL_ON_STACK\",)) is what \"stack\" takes")
+        raise InvalidState(
+            f"ucall={design!r}, but {program.name} was compiled for the other design: "
+            'Program.compile(..., defines=("LABKIT_UCALL_ON_STACK",)) is what "stack" takes'
+        )
     return StackUcalls(space) if design == "stack" else Pool.make(space)

@@ -33,13 +33,24 @@ class StackUcalls:
     def saw(self, vcpu: int, locked: int, step: int) -> None:
         """A vCPU came back without a ucall: there is nothing to look at."""
 
-    def take(self, value: int, vcpu: int, step: int, locked: int, strings: Strings) -> Ucall | BadUcallExit:
+    def take(
+        self, value: int, vcpu: int, step: int, locked: int, strings: Strings
+    ) -> Ucall | BadUcallExit:
         """The ucall at a gva that a guest handed over, or why the host cannot read it. A bad gva is reported, whatever it is."""
         try:
             raw = self.space.read(value, UCALL_SIZE)
         except (InvalidState, PageFault, MemoryFault) as err:
-            return BadUcallExit(value, "unreadable", f"struct ucall lies on the guest's stack: {err}. {self._seen(value)}", vcpu)
+            return BadUcallExit(
+                value,
+                "unreadable",
+                f"struct ucall lies on the guest's stack: {err}. {self._seen(value)}",
+                vcpu,
+            )
         return self._fields.ucall(raw, 0, vcpu, None, step, strings)
 
     def _seen(self, gva: int) -> str:
-        return f"Its walk through DRAM ends so: {self.space.host_walk(gva).status}" if self.space.sealed else ""
+        return (
+            f"Its walk through DRAM ends so: {self.space.host_walk(gva).status}"
+            if self.space.sealed
+            else ""
+        )

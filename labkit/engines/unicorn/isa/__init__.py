@@ -1,0 +1,1 @@
+"""One family of files per architecture: what the host does at each sensitive instruction."""

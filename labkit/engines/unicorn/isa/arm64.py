@@ -1,0 +1,358 @@
+"""arm64 on Unicorn: exceptions into the guest's own vectors (Arm ARM D1.3), and what the host does at sensitive instructions."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import struct
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from unicorn import arm64_const as arm
+from unicorn import unicorn_const as uc
+
+from labkit.engines.base import Exit, HaltExit, HypercallExit, MmioExit
+from labkit.engines.disasm import disassemble
+from labkit.engines.unicorn.isa.plain import PlainQuirks, common_words, probe
+from labkit.engines.unicorn.isa.traps import Trap
+from labkit.engines.unicorn.native.lib import Handle, RegBatch, check
+from labkit.errors import NotAvailable
+
+if TYPE_CHECKING:
+    from labkit.engines.unicorn.vcpu import UnicornVcpu
+
+__all__ = ["Arm64"]
+
+MASK64 = (1 << 64) - 1
+UDEF, PREFETCH_ABORT, DATA_ABORT = 1, 3, 4  # QEMU's EXCP_*
+EC_PC_ALIGNMENT, IL = 0x22, 1 << 25
+NOT_SUPPORTED = -1  # SMCCC
+SYSTEM = {  # op0, op1, CRn, CRm, op2
+    "sctlr_el1": (3, 0, 1, 0, 0),
+    "cpacr_el1": (3, 0, 1, 0, 2),
+    "ttbr0_el1": (3, 0, 2, 0, 0),
+    "ttbr1_el1": (3, 0, 2, 0, 1),
+    "tcr_el1": (3, 0, 2, 0, 2),
+    "spsr_el1": (3, 0, 4, 0, 0),
+    "elr_el1": (3, 0, 4, 0, 1),
+    "sp_el0": (3, 0, 4, 1, 0),
+    "sp_el1": (3, 4, 4, 1, 0),
+    "esr_el1": (3, 0, 5, 2, 0),
+    "far_el1": (3, 0, 6, 0, 0),
+    "par_el1": (3, 0, 7, 4, 0),
+    "mair_el1": (3, 0, 10, 2, 0),
+    "vbar_el1": (3, 0, 12, 0, 0),
+    "contextidr_el1": (3, 0, 13, 0, 1),
+    "tpidr_el1": (3, 0, 13, 0, 4),
+    "tpidr_el0": (3, 3, 13, 0, 2),
+    "tpidrro_el0": (3, 3, 13, 0, 3),
+    "cntfrq_el0": (3, 3, 14, 0, 0),
+}
+_SCR_EL3, _HCR_EL2 = (3, 6, 1, 1, 0), (3, 4, 1, 1, 0)
+_NUMBERED = re.compile(
+    r"s(\d+)_(\d+)_c(\d+)_c(\d+)_(\d+)"
+)  # the assembler's name for any system register: s3_0_c1_c0_0
+_PLAIN = {
+    **{f"x{i}": getattr(arm, f"UC_ARM64_REG_X{i}") for i in range(31)},
+    "sp": arm.UC_ARM64_REG_SP,
+    "pc": arm.UC_ARM64_REG_PC,
+    "pstate": arm.UC_ARM64_REG_PSTATE,
+}
+_KINDS = (  # mask, value, kind
+    (0xFFFFFFFF, 0xD503207F, "halt"),
+    (0xFFFFFFDF, 0xD503205F & ~0x20, "pause"),
+    (0xFFFFFFFF, 0xD503203F, "pause"),  # WFI; WFE; YIELD
+    (0xFFE0001F, 0xD4000002, "call"),
+    (0xFFE0001F, 0xD4000003, "call"),  # HVC, SMC
+    (0xFFFFFF80, 0xD53BE000, "counter"),  # MRS of CNTFRQ_EL0 to CNTVCTSS_EL0
+    (0x3FA00000, 0x08000000, "exclusive"),
+    (0x3FA07C00, 0x08A07C00, "locked"),
+    (0xBFA07C00, 0x08207C00, "locked"),  # LDXR, STXR; CAS; CASP
+    (0xFF20EC00, 0xF8204000, "locked"),
+    (0x3F20EC00, 0x38204000, "refused"),  # LDSMAX, LDSMIN of 64 bits; of fewer
+    (0x3B200C00, 0x38200000, "locked"),  # LDADD to SWP
+)
+_STORE = (0x3FC00000, 0x39000000)  # STR, STRH, STRB with an unsigned offset
+_HINTS = (
+    "udf",
+    "mrs",
+    "msr",
+    "hvc",
+    "smc",
+    "sys",
+    "at",
+    "tlbi",
+    "dc",
+    "ic",
+    "eret",
+    "brk",
+    "hlt",
+    "drps",
+)
+
+
+class _CpReg(ctypes.Structure):
+    """`uc_arm64_cp_reg`."""
+
+    _fields_ = [(name, ctypes.c_uint32) for name in ("crn", "crm", "op0", "op1", "op2")] + [
+        ("val", ctypes.c_uint64)
+    ]
+
+
+def _cp(op0: int, op1: int, crn: int, crm: int, op2: int, value: int = 0) -> _CpReg:
+    return _CpReg(crn, crm, op0, op1, op2, value)
+
+
+def _open(handle: Handle) -> None:
+    """Leave the reset state, AArch32 under EL3 and EL2, for EL1 in AArch64."""
+    for register, bits in ((_SCR_EL3, 0x401), (_HCR_EL2, 1 << 31)):
+        before = handle.read_struct(arm.UC_ARM64_REG_CP_REG, _cp(*register)).val
+        check(
+            handle.write_struct(arm.UC_ARM64_REG_CP_REG, _cp(*register, before | bits)),
+            "execution state",
+        )
+    handle.write(arm.UC_ARM64_REG_PSTATE, 0x3C5)
+
+
+def _one_page(insn: int) -> bytes:
+    """An instruction at 0 and, at 0x1000, a table of 1 GiB blocks that maps the first."""
+    return struct.pack("<I", insn).ljust(4096, b"\0") + struct.pack("<Q", 0x401)  # valid, accessed
+
+
+def _with_mmu(handle: Handle) -> None:
+    _open(handle)
+    for name, value in (
+        ("tcr_el1", 25 | 1 << 23),
+        ("ttbr0_el1", 0x1000),
+        ("sctlr_el1", 0x30D00801),
+    ):
+        handle.write_struct(arm.UC_ARM64_REG_CP_REG, _cp(*SYSTEM[name], value))
+
+
+@cache
+def _offsets() -> tuple[int, int]:
+    """Where a saved CPU state has the last exception's syndrome and fault address, found by two faults of which both are known."""
+    wanted = (
+        (0xF9000020, 0x4567_89A8, 0x9600_0045),
+        (0xF9400020, 0x7654_3210, 0x9600_0005),
+    )  # STR, LDR; translation fault, level 1
+    found = [
+        (
+            probe(Arm64, _one_page(insn), {_PLAIN["x1"]: gva}, _with_mmu),
+            struct.pack("<I", syndrome),
+            struct.pack("<Q", gva),
+        )
+        for insn, gva, syndrome in wanted
+    ]
+    for at in range(0, len(found[0][0]) - 16, 8):
+        if all(
+            blob[at : at + 4] == syndrome and blob[at + 8 : at + 16] == gva
+            for blob, syndrome, gva in found
+        ):
+            return at, at + 8
+    raise NotAvailable(
+        "libunicorn's arm64 state does not show an exception's syndrome; this build cannot be used"
+    )
+
+
+@cache
+def _exclusive() -> int:
+    """Where a saved CPU state has the address that the monitor watches: LDXR x5, [x1] and LDXR x5, [x2]."""
+    runs = [
+        (probe(Arm64, _one_page(0xC85F7C05 | base << 5), {_PLAIN[f"x{base}"]: gva}, _with_mmu), gva)
+        for base, gva in ((1, 0x800), (2, 0x908))
+    ]
+    found = common_words(*runs)
+    if len(found) != 1:
+        raise NotAvailable(
+            "libunicorn's arm64 state does not show the exclusive monitor; this build cannot be used"
+        )
+    return found[0]
+
+
+@cache
+def _store(data: bytes) -> tuple[int, int, tuple[str, str], int]:
+    """(bytes, offset, base and source register, bits of the source that are stored: none of XZR) of a store with an unsigned offset."""
+    word = int.from_bytes(data, "little")
+    size, base, source = 1 << (word >> 30), word >> 5 & 31, word & 31
+    names = "sp" if base == 31 else f"x{base}", f"x{source % 31}"
+    return size, (word >> 10 & 0xFFF) * size, names, 0 if source == 31 else (1 << 8 * size) - 1
+
+
+_mmio_exit = lru_cache(256)(
+    MmioExit
+)  # a frozen dataclass takes long to make, and ucalls come by few addresses
+
+
+class Arm64(PlainQuirks):
+    """The quirks of arm64, one per vCPU."""
+
+    uc_arch, uc_mode = uc.UC_ARCH_ARM64, uc.UC_MODE_ARM
+    settings: ClassVar[tuple[tuple[int, int], ...]] = (
+        (uc.UC_CTL_CPU_MODEL, arm.UC_CPU_ARM64_MAX),
+        (uc.UC_CTL_UC_PAGE_SIZE, 4096),
+    )
+    two_blocks = struct.pack("<2I", 0x14000001, 0xD503207F)  # B +4; WFI
+    plain, special = _PLAIN, tuple(SYSTEM)
+    vectors = {f"v{i}": getattr(arm, f"UC_ARM64_REG_V{i}") for i in range(32)}
+    first = ("pstate", "mair_el1", "tcr_el1", "ttbr0_el1", "sctlr_el1")
+
+    def __init__(self, vcpu: UnicornVcpu) -> None:
+        super().__init__(vcpu)
+        _open(self.handle)
+        self._operands: dict[bytes, RegBatch] = {}  # of such stores
+        self._devices: set[int] = set()  # stores that went to where no memslot is
+
+    # --- registers
+
+    def _read_special(self, name: str) -> int:
+        return int(self.handle.read_struct(arm.UC_ARM64_REG_CP_REG, _cp(*self._number(name))).val)
+
+    def _write_special(self, name: str, value: int) -> None:
+        check(
+            self.handle.write_struct(arm.UC_ARM64_REG_CP_REG, _cp(*self._number(name), value)),
+            f"{name} = {value:#x}",
+        )
+        if name in ("sctlr_el1", "tcr_el1", "ttbr0_el1", "mair_el1"):
+            self.vcpu.stale_tlb = True
+
+    def _number(self, name: str) -> tuple[int, int, int, int, int]:
+        if name in SYSTEM:
+            return SYSTEM[name]
+        if (match := _NUMBERED.fullmatch(name)) is None:
+            super()._read_special(name)
+        assert match is not None
+        op0, op1, crn, crm, op2 = map(int, match.groups())
+        return op0, op1, crn, crm, op2
+
+    # --- exceptions
+
+    def monitor_offset(self) -> int:
+        """Where the address of the last LDXR is."""
+        return _exclusive()
+
+    def is_fetch_fault(self, vector: int | None) -> bool:
+        """An instruction that could not be fetched, and so never began."""
+        return vector == PREFETCH_ABORT
+
+    def exception(self, vector: int) -> Exit | None:
+        """An exception that Unicorn reported; its syndrome is in the CPU state."""
+        pc, blob, (at, far) = self.pc(), self.handle.context(), _offsets()
+        if vector == UDEF:
+            return self._undefined(pc)
+        if vector == PREFETCH_ABORT and pc & 3:
+            return self._deliver(pc, EC_PC_ALIGNMENT << 26 | IL, pc)
+        (esr,) = struct.unpack_from("<I", blob, at)
+        gva = (
+            struct.unpack_from("<Q", blob, far)[0]
+            if vector in (PREFETCH_ABORT, DATA_ABORT)
+            else None
+        )
+        return self._deliver(pc, esr, gva)
+
+    def _undefined(self, pc: int) -> Exit | None:
+        if pc & 3:
+            return self._deliver(pc, EC_PC_ALIGNMENT << 26 | IL, pc)
+        insn = next(disassemble("arm64", self.vcpu.guards.read(pc, 4), pc), None)
+        if insn is not None and insn.mnemonic not in _HINTS:
+            return self.vcpu.refuse("Unicorn does not have this instruction")
+        return self._deliver(pc, IL, None)
+
+    def _deliver(self, pc: int, esr: int, far: int | None) -> Exit | None:
+        """Enter EL1 (Arm ARM D1.3.1, pseudocode AArch64.TakeException)."""
+        pstate, sctlr = self.read("pstate"), self.read("sctlr_el1")
+        el, own_stack = pstate >> 2 & 3, pstate & 1
+        source = 2 if el == 0 else 1 if own_stack else 0
+        if not (el and own_stack):  # EL1 has a stack pointer of its own
+            self.write("sp_el0", self.read("sp"))
+            stack = self.read("sp_el1")
+        fresh = 0x3C5 | (0 if sctlr >> 23 & 1 else 1 << 22)  # SPAN, PAN
+        self.write_many({"pstate": fresh, "spsr_el1": pstate, "elr_el1": pc, "esr_el1": esr})
+        if not (el and own_stack):
+            self.write("sp", stack)
+        if far is not None:
+            self.write("far_el1", far)
+        return self.raised(
+            64 * 4 * source + (esr >> 26), esr, pc, self.read("vbar_el1") + 0x200 * source & MASK64
+        )
+
+    # --- sensitive instructions
+
+    def scan(self, data: bytes, gva: int) -> dict[int, Trap]:
+        """The sensitive instructions of a block."""
+        found = {}
+        for i, (word,) in enumerate(struct.iter_unpack("<I", data[: len(data) & -4])):
+            at = gva + 4 * i
+            kind = (
+                "device"
+                if at in self._devices
+                else next((kind for mask, value, kind in _KINDS if word & mask == value), None)
+            )
+            if kind == "exclusive":
+                kind = None if word >> 22 & 1 else "locked"
+            if kind is not None:
+                found[at] = Trap(kind, at, data[4 * i : 4 * i + 4], "", "", kind != "locked")
+        return found
+
+    def hole(self, pc: int) -> Exit | None:
+        """Memory that is not there is a device's; a plain store to it will be carried out by the host from now on."""
+        exit = self.vcpu.mmio.meet()
+        data = self.vcpu.guards.read(pc, 4)
+        if (
+            len(data) == 4
+            and int.from_bytes(data, "little") & _STORE[0] == _STORE[1]
+            and pc not in self._devices
+        ):
+            self._devices.add(pc)
+            self.vcpu.guards.add(Trap("device", pc, data, "", ""))
+        return exit
+
+    def _do_device(self, trap: Trap) -> Exit | None:
+        """A store that went to a device before; when it goes elsewhere now, it is Unicorn's again."""
+        size, offset, names, mask = _store(trap.data)
+        batch = self._operands.get(trap.data)
+        if batch is None:
+            batch = self._operands[trap.data] = RegBatch(
+                self.handle, tuple(_PLAIN[name] for name in names)
+            )
+        base, value = batch.read()
+        gva = base + offset & MASK64
+        gpa = self.vcpu.translate(gva, uc.UC_PROT_WRITE)
+        if gpa is None or gva & size - 1 or self.vcpu.vm.overlaps(gpa, size):
+            self._devices.discard(trap.gva)
+            self.vcpu.guards.remove(trap.gva)
+            return None
+        self.vcpu.insns += 1
+        self.set_pc(trap.gva + len(trap.data))
+        return _mmio_exit(gpa, size, True, value & mask)
+
+    def _do_halt(self, trap: Trap) -> Exit:
+        self.retire(trap)
+        return HaltExit()
+
+    def _do_refused(self, trap: Trap) -> Exit:
+        return self.vcpu.refuse("Unicorn compares these as numbers without a sign")
+
+    def _do_call(self, trap: Trap) -> Exit:
+        """HVC and SMC, which KVM takes for SMCCC calls: nothing is supported until the host says so."""
+        if self.read("pstate") >> 2 & 3 == 0:
+            return self._deliver(trap.gva, IL, None)  # type: ignore[return-value]
+        nr, *args = (self.read(f"x{i}") for i in range(5))
+        self.retire(trap, x0=NOT_SUPPORTED)
+        self.awaits = [_PLAIN["x0"]]
+        return HypercallExit(nr, tuple(args))
+
+    def _do_counter(self, trap: Trap) -> None:
+        """The counter and its frequency (Arm ARM D12): one tick an instruction, as many hertz as a guest is told."""
+        word = int.from_bytes(trap.data, "little")
+        value = self.vcpu.vm.cpu.tsc_khz * 1000 if word >> 5 & 7 == 0 else self.clock()
+        self.retire(trap, **({} if word & 31 == 31 else {f"x{word & 31}": value}))
+
+    def extra_state(self) -> dict[str, object]:
+        """What save() must keep beside Unicorn's own state."""
+        return super().extra_state() | {"devices": sorted(self._devices)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Put `extra_state` back."""
+        super().set_extra_state(state)
+        self._devices = set(state["devices"])

@@ -1,0 +1,325 @@
+"""s390x on Unicorn: interruptions by way of the guest's own lowcore (Principles of Operation, chapter 6), and DIAGNOSE."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, ClassVar
+
+from unicorn import s390x_const as s390
+from unicorn import unicorn_const as uc
+
+from labkit.engines.base import Capability, DiagExit, Exit, HaltExit
+from labkit.engines.disasm import disassemble
+from labkit.engines.unicorn.isa.plain import probe
+from labkit.engines.unicorn.isa.s390_host import CC, HostInsns, host_kind, size_of
+from labkit.engines.unicorn.isa.s390_table import mend
+from labkit.engines.unicorn.isa.traps import Trap
+from labkit.errors import InvalidState, NotAvailable
+
+if TYPE_CHECKING:
+    from labkit.engines.unicorn.vcpu import UnicornVcpu
+
+__all__ = ["S390x"]
+
+MASK64 = (1 << 64) - 1
+SVC = 2  # QEMU's EXCP_SVC
+OPERATION, PRIVILEGED, ADDRESSING, SPECIFICATION = 1, 2, 5, 6
+TRANSLATIONS = frozenset({0x10, 0x11, 0x38, 0x39, 0x3A, 0x3B})
+NULLIFYING = TRANSLATIONS | {
+    0x14,
+    0x1C,
+    0x80,
+}  # the old PSW names the instruction itself (figure 6-1)
+PROBLEM, WAIT = 1 << 48, 1 << 49
+_PLAIN = {
+    **{f"r{i}": getattr(s390, f"UC_S390X_REG_R{i}") for i in range(16)},
+    "pc": s390.UC_S390X_REG_PC,
+    "pswm": s390.UC_S390X_REG_PSWM,
+    **{f"cr{i}": getattr(s390, f"UC_S390X_REG_CR{i}") for i in range(16)},
+    **{f"a{i}": getattr(s390, f"UC_S390X_REG_A{i}") for i in range(16)},
+    "fpc": s390.UC_S390X_REG_FPC,
+}
+_KINDS = {0x83: "diag", 0x44: "execute"}
+_KINDS2 = {0xB205: "clock", 0xB27C: "clock", 0xB2B2: "lpswe", 0xB204: "set_clock"}
+_IN_HELPER = frozenset(
+    {0x0A, 0xD0, 0xD2, 0xD4, 0xD5, 0xD6, 0xD7, 0xDC, 0xDD}
+)  # targets of EXECUTE: SVC, MVC, ...
+_LOCKED = frozenset(
+    {0xE4, 0xE6, 0xE7, 0xE8, 0xEA, 0xF4, 0xF6, 0xF7, 0xF8, 0xFA, 0x14, 0x30, 0x31, 0x3E}
+)  # LAN to LAA, CSY to CDSG
+
+
+@cache
+def _offsets() -> tuple[int, int, int]:
+    """Where a saved CPU state has the program interruption code (its length behind it), the SVC code, and the prefix."""
+    csg, dsgr = bytes.fromhex("eb0200040030"), bytes.fromhex("b90d0002")  # unaligned; by zero
+    runs = [
+        (probe(S390x, code, {_PLAIN["pswm"]: 0x180000000}), facts)
+        for code, facts in ((csg, (6, 6)), (dsgr, (9, 4)))
+    ]
+    program = [
+        at
+        for at in range(0, len(runs[0][0]) - 8, 4)
+        if all(struct.unpack_from("<2I", blob, at) == facts for blob, facts in runs)
+    ]
+    calls = [
+        (probe(S390x, bytes([0x0A, n]), {_PLAIN["pswm"]: 0x180000000}), n) for n in (0x5A, 0xA5)
+    ]
+    service = [
+        at
+        for at in range(0, len(calls[0][0]) - 8, 4)
+        if all(struct.unpack_from("<2I", b, at) == (n, 2) for b, n in calls)
+    ]
+    prefixes = [
+        (
+            probe(
+                S390x,
+                bytes.fromhex("b2100010").ljust(16, b"\0") + struct.pack(">I", at),
+                {_PLAIN["pswm"]: 0x180000000},
+            ),
+            at,
+        )
+        for at in (0x123_4000, 0x2B_C000)
+    ]  # SPX 16
+    prefix = [
+        at
+        for at in range(0, len(prefixes[0][0]) - 8, 4)
+        if all(struct.unpack_from("<Q", b, at)[0] == p for b, p in prefixes)
+    ]
+    if not len(program) == len(service) == len(prefix) == 1:
+        raise NotAvailable(
+            f"libunicorn's s390x state does not show interruptions and prefix ({program}, {service}, {prefix}); "
+            f"this build cannot be used"
+        )
+    return program[0], service[0], prefix[0]
+
+
+_diag_exit = lru_cache(256)(DiagExit)  # as arm64's
+
+
+class S390x(HostInsns):
+    """The quirks of s390x, one per vCPU."""
+
+    uc_arch, uc_mode = uc.UC_ARCH_S390X, uc.UC_MODE_BIG_ENDIAN
+    settings: ClassVar[tuple[tuple[int, int], ...]] = (
+        (uc.UC_CTL_CPU_MODEL, s390.UC_CPU_S390X_MAX),
+    )
+    two_blocks, two_blocks_count = struct.pack(">2I", 0xA7F40002, 0xA7F40000), 3  # J +4; J +0
+    plain, special, longest = _PLAIN, ("prefix",), 6
+    capabilities: ClassVar[tuple[Capability, ...]] = (
+        Capability(
+            "edat",
+            False,
+            "Unicorn walks pages of 4 KiB only, whatever CR0 says, so there are no larger ones to map",
+        ),
+        Capability(
+            "set_clock",
+            False,
+            "SCK is refused; where its row in libunicorn is not mended (other systems than Linux) it crashes",
+        ),
+    )
+    hot = ("pswm", *(f"r{i}" for i in range(16)))
+    first = ("prefix", "cr0", "cr1", "pswm")
+
+    def __init__(self, vcpu: UnicornVcpu) -> None:
+        super().__init__(vcpu)
+        self.fault_trace = self._teid, self._set_teid
+        mend()
+        self.handle.write(_PLAIN["pswm"], 0x180000000)
+
+    # --- registers
+
+    def _read_special(self, name: str) -> int:
+        if name != "prefix":
+            return super()._read_special(name)
+        return int(struct.unpack_from("<Q", self.handle.context(), _offsets()[2])[0])
+
+    def _write_special(self, name: str, value: int) -> None:
+        if name != "prefix":
+            super()._write_special(name, value)
+        if value & ~0x7FFFE000:
+            raise InvalidState(
+                f"prefix = {value:#x}: it is a multiple of 8 KiB below 2 GiB",
+                name=name,
+                value=value,
+            )
+
+        def patch(context: int) -> None:
+            ctypes.c_uint64.from_address(context + _offsets()[2]).value = value
+
+        self.handle.patch_context(patch)
+        self.vcpu.stale_tlb = True
+
+    def write(self, name: str, value: int) -> None:
+        """Set one register; a new address space needs new translations."""
+        super().write(name, value)
+        if name in ("cr0", "cr1", "pswm"):
+            self.vcpu.stale_tlb = True
+
+    # --- interruptions
+
+    def is_fetch_fault(self, vector: int | None) -> bool:
+        """An instruction that could not be fetched, and so never began: nothing is at the program counter."""
+        if vector is None or vector == SVC or self._program()[0] not in TRANSLATIONS:
+            return False
+        return not self.vcpu.guards.read(self.pc(), 1)
+
+    def _program(self) -> tuple[int, int]:
+        code, length = struct.unpack_from("<2I", self.handle.context(), _offsets()[0])
+        return code, length
+
+    def exception(self, vector: int) -> Exit | None:
+        """An interruption that Unicorn reported."""
+        pc = self.pc()
+        if vector == SVC:
+            code, length = struct.unpack_from("<2I", self.handle.context(), _offsets()[1])
+            return self._enter(
+                0x40, 0x140, 0x1C0, {0x88: struct.pack(">2H", length, code)}, pc + length, pc, code
+            )
+        return self._deliver(self._program()[0], pc)
+
+    def hole(self, pc: int) -> Exit | None:
+        """Storage that is not there: an addressing exception, as KVM has it."""
+        return self._deliver(ADDRESSING, pc)
+
+    def _teid(self) -> int:
+        """The translation-exception identification: a doubleword of the lowcore, which Unicorn writes when a look of ours finds nothing."""
+        return int.from_bytes(self.vcpu.vm.read(self.read("prefix") + 0xA8, 8), "big")
+
+    def _set_teid(self, value: int) -> None:
+        self.vcpu.vm.write(self.read("prefix") + 0xA8, value.to_bytes(8, "big"))
+
+    def _deliver(self, code: int, pc: int) -> Exit | None:
+        """A program interruption (6.5)."""
+        data = self.vcpu.guards.read(pc, 6)
+        known = next(disassemble("s390x", data, pc), None) is not None
+        if code == OPERATION and known:
+            return self.vcpu.refuse("Unicorn does not have this instruction")
+        if (
+            code in TRANSLATIONS and data and not known
+        ):  # at the start of a page, Unicorn wants the page before too
+            code = OPERATION
+        length = size_of(data[0]) if data and not pc & 1 else 2
+        at = pc if code in NULLIFYING else pc + length
+        error = self._teid() if code in TRANSLATIONS or code == 4 else 0
+        return self._enter(
+            code, 0x150, 0x1D0, {0x8C: struct.pack(">2H", length, code)}, at, pc, error
+        )
+
+    def _enter(
+        self, code: int, old: int, new: int, facts: dict[int, bytes], at: int, pc: int, error: int
+    ) -> Exit | None:
+        """Exchange PSWs: the old one, with where to go on, into the lowcore, the new one out of it."""
+        prefix = self.read("prefix")
+        for offset, data in {
+            **facts,
+            old: struct.pack(">2Q", self.read("pswm"), at & MASK64),
+        }.items():
+            self.vcpu.vm.write(prefix + offset, data)
+        mask, handler = struct.unpack(">2Q", self.vcpu.vm.read(prefix + new, 16))
+        self.write("pswm", mask)
+        self.handle.flush_tlb()
+        return self.raised(code, error, pc, handler)
+
+    # --- sensitive instructions
+
+    def scan(self, data: bytes, gva: int) -> dict[int, Trap]:
+        """The sensitive instructions of a block."""
+        found, at = {}, 0
+        if gva & 1:
+            return {gva: Trap("odd", gva, data[:2], "", "")}
+        while at < len(data):
+            insn = data[at : at + size_of(data[at])]
+            kind = self._kind(insn) or host_kind(data, at)
+            if kind and gva + at != self._executing:
+                found[gva + at] = Trap(kind, gva + at, insn, "", "", kind != "locked")
+            at += len(insn)
+        return found
+
+    @staticmethod
+    def _kind(insn: bytes) -> str | None:
+        first = insn[0]
+        if (first == 0xEB and insn[-1] in _LOCKED) or first in (0xBA, 0xBB):  # CS, CDS
+            return "locked"
+        if first == 0xC6 and not insn[1] & 15:  # EXRL
+            return "execute"
+        return _KINDS.get(first) or _KINDS2.get(first << 8 | insn[1])
+
+    def _is_problem_state(self) -> bool:
+        return bool(self.was[1] & PROBLEM)
+
+    def _do_diag(self, trap: Trap) -> Exit | None:
+        if self.was[1] & PROBLEM:
+            return self._deliver(PRIVILEGED, trap.gva)
+        code, value = self._address(trap.data) & 0xFFFF, self.was[2 + (trap.data[1] & 15)]
+        self.retire(trap)
+        return _diag_exit(code, value)
+
+    def _do_clock(self, trap: Trap) -> Exit | None:
+        """STORE CLOCK: one tick an instruction, at 1 GHz; bit 51 of the TOD clock is a microsecond."""
+        gva, tod = self._address(trap.data), self.clock() * 4096 // 1000
+        if not self.vcpu.vmem_write(gva, struct.pack(">Q", tod & MASK64)):
+            return self.vcpu.refuse(f"STORE CLOCK to gva {gva:#x}, which cannot be written")
+        self.retire(trap, pswm=self.read("pswm") & ~CC)
+        return None
+
+    def _do_set_clock(self, trap: Trap) -> Exit | None:
+        return (
+            self._deliver(PRIVILEGED, trap.gva)
+            if self._is_problem_state()
+            else self.vcpu.refuse("SET CLOCK: the clock is the VM's")
+        )
+
+    def _do_lpswe(self, trap: Trap) -> Exit | None:
+        """LOAD PSW EXTENDED; one that waits is a halt, for no interruption ever comes."""
+        gva = self._address(trap.data)
+        data = self.vcpu.vmem_read(gva, 16)
+        if self._is_problem_state() or gva & 7:
+            return self._deliver(
+                PRIVILEGED if self._is_problem_state() else SPECIFICATION, trap.gva
+            )
+        if data is None:
+            return self.vcpu.refuse(f"LPSWE from gva {gva:#x}, which cannot be read")
+        mask, pc = struct.unpack(">2Q", data)
+        self.retire(trap, pswm=mask)
+        self.handle.flush_tlb()
+        self.set_pc(pc)
+        return HaltExit() if mask & WAIT else None
+
+    def _do_odd(self, trap: Trap) -> Exit | None:
+        """Unicorn runs instructions at odd addresses."""
+        return self._deliver(SPECIFICATION, trap.gva)
+
+    def _do_execute(self, trap: Trap) -> Exit | None:
+        """EXECUTE and its target are one instruction. Unicorn has a helper for some targets and makes blocks of others: it counts two."""
+        vcpu, data = self.vcpu, trap.data
+        near = trap.gva + 2 * int.from_bytes(data[2:], "big", signed=True) & MASK64
+        gva = near if len(data) == 6 else self._address(data, data[1] & 15)
+        target = vcpu.guards.read(gva, 6)
+        if gva & 1:
+            return self._deliver(SPECIFICATION, trap.gva)
+        if target and (self._kind(target) or host_kind(target, 0)) not in (
+            None,
+            "locked",
+            "execute",
+        ):
+            return vcpu.refuse(
+                f"EXECUTE of an instruction at gva {gva:#x} that Unicorn does not carry out"
+            )
+        self._executing = trap.gva
+        vcpu.guards.remove(trap.gva)
+        before, after = self.handle.context(), vcpu.insns + 1
+        while (
+            exit := vcpu.native("each", 1 if not target or target[0] in _IN_HELPER else 2)
+        ) is None:
+            if vcpu.guards.stopped != "edge" or self.pc() != trap.gva:
+                vcpu.insns = after
+                break
+            self.handle.set_context(
+                before
+            )  # it stopped between the two, and would forget the target
+        self._executing = -1
+        vcpu.guards.add(trap)
+        return exit

@@ -1,0 +1,142 @@
+"""Which x86-64 instructions must not run inside Unicorn, and why.
+
+Some are the host's business (IN, HLT, CPUID, MSRs), some Unicorn carries out wrongly without a word: SYSCALL only moves on,
+RDTSC and RDRAND answer with the host's, an unknown RDMSR reads 0, 128-bit VEX computes something else, control registers take any bits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+from labkit.engines.disasm import decoder
+
+__all__ = ["PREFIXES", "SIZES", "Trap", "pio_form", "scan"]
+
+
+@dataclass(frozen=True)
+class Trap:
+    """A sensitive instruction: `kind` names its handler; only `stops` ones are taken out of Unicorn's hands before they run.
+
+    The others only correct the count, or note what it is.
+    """
+
+    kind: str
+    gva: int
+    data: bytes
+    mnemonic: str
+    op_str: str
+    stops: bool = True
+
+
+_KINDS = {
+    "pio": "in out",
+    "string_pio": "insb insw insd outsb outsw outsd",
+    "halt": "hlt",
+    "cpuid": "cpuid",
+    "rdtsc": "rdtsc rdtscp",
+    "rdmsr": "rdmsr",
+    "wrmsr": "wrmsr",
+    "xgetbv": "xgetbv",
+    "xsetbv": "xsetbv",
+    "hypercall": "vmcall vmmcall",
+    "random": "rdrand rdseed",
+    "syscall": "syscall",
+    "sysenter": "sysenter sysexit",
+    "icebp": "int1",
+    "iret": "iret iretd iretq",
+    "monitor": "monitor mwait",
+    "rdpmc": "rdpmc",
+    "pause": "pause",
+    "flush": "wbinvd wbnoinvd invd",
+    "undefined": "vmrun vmload vmsave stgi clgi skinit invlpga vmxon vmlaunch vmresume vmread vmwrite vmptrld vmptrst vmclear "
+    "monitorx mwaitx rsm getsec",
+    "refused": "xsave xsave64 xsaveopt xsaveopt64 xsavec xsavec64 xsaves xsaves64 xrstor xrstor64 xrstors xrstors64",
+}
+_BY_MNEMONIC = {mnemonic: kind for kind, names in _KINDS.items() for mnemonic in names.split()}
+PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
+SIZES = {"b": 1, "w": 2, "d": 4}  # bytes, by the last letter of a string I/O instruction
+_COUNTED = frozenset({"rep", "shadow", "locked", "iret"})
+_SEALED = frozenset(
+    {"flush", "dr7"}
+)  # intercepted where registers are encrypted, Unicorn's own business elsewhere
+_STRING = frozenset(b"\xa4\xa5\xa6\xa7\xaa\xab\xac\xad\xae\xaf")
+# Every byte sequence that can begin or be part of one of them; a block without a match needs no decoding
+_SUSPECT = re.compile(
+    rb"[\xf0\x86\x87\xcf\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xc4\xc5\x62\x8f\xf1]"
+    rb"|[\xf2\xf3][\x26\x2e\x36\x3e\x40-\x4f\x64-\x67\xf0\xf2\xf3]*[\x90\xa4-\xa7\xaa-\xaf]"
+    rb"|\x0f[\x00\x01\x05\x08\x09\x20\x21\x22\x23\x30-\x37\x78\x79\xa2\xaa\xae\xc7]|\x8e[\x10-\x17\x50-\x57\x90-\x97\xd0-\xd7]",
+    re.DOTALL,
+)
+
+# Control and debug registers, LGDT and the like in memory at CPL3: Unicorn raises #GP and reads no further
+_CUT = re.compile(
+    rb"[\x26\x2e\x36\x3e\x64-\x67\xf2\xf3]*[\x40-\x4f]?\x0f([\x20-\x23]|[\x00\x01][\x00-\xbf])"
+)
+
+
+def _kind(data: bytes, mnemonic: str, op_str: str) -> str | None:
+    words = mnemonic.split()
+    if words[-1] in _BY_MNEMONIC:
+        return _BY_MNEMONIC[words[-1]]
+    opcode = _opcode(data)
+    if opcode in _STRING and (
+        0xF2 in data or 0xF3 in data
+    ):  # capstone does not show every one of them
+        return "rep"
+    if words[-1] == "neg" and 0xF0 in data[:-1]:
+        return "lock_neg"
+    if words[0] in ("lock", "xacquire", "xrelease") or (words[-1] == "xchg" and "[" in op_str):
+        return "locked"
+    if words[-1] == "mov" and op_str.startswith("ss,"):
+        return "shadow"
+    if words[-1] == "mov" and (op_str.startswith("cr") or op_str.endswith("cr8")):
+        return "control"
+    if words[-1] == "mov" and "dr7" in op_str:
+        return "dr7"
+    return "vector" if _is_vector(data) else None
+
+
+def _is_vector(data: bytes) -> bool:
+    """VEX, EVEX, or XOP, which is a POP whose second byte would name no register."""
+    rest = data.lstrip(bytes(PREFIXES))
+    return rest[:1] in (b"\xc4", b"\xc5", b"\x62") or (
+        rest[:1] == b"\x8f" and rest[1:2] != b"" and rest[1] & 0x1F >= 8
+    )
+
+
+def _opcode(data: bytes) -> int:
+    return next((b for b in data if b not in PREFIXES and b >> 4 != 4), 0)  # 0x4x: REX
+
+
+@lru_cache(1 << 14)
+def scan(data: bytes, gva: int, sealed: bool = False) -> Mapping[int, Trap]:
+    """The sensitive instructions of one block by gva; sealed: of a guest with encrypted registers. Blocks come again: in other VMs too.
+
+    Bytes inside a block that capstone cannot decode though Unicorn went on behind them are refused too ("unknown").
+    """
+    found: dict[int, Trap] = {}
+    if not _SUSPECT.search(data):
+        return found
+    end = gva
+    for at, size, mnemonic, op_str in decoder("x86_64").disasm_lite(data, gva):
+        end = at + size
+        raw = data[at - gva : end - gva]
+        if (kind := _kind(raw, mnemonic, op_str)) is not None and (sealed or kind not in _SEALED):
+            found[at] = Trap(kind, at, raw, mnemonic, op_str, kind not in _COUNTED)
+    rest = data[end - gva :]
+    if rest and not _CUT.fullmatch(rest):
+        found[end] = Trap(
+            "vector" if _is_vector(rest) else "unknown", end, rest[:15], ".byte", rest[:15].hex(" ")
+        )
+    return found
+
+
+@cache
+def pio_form(data: bytes) -> tuple[int | None, bool, int]:
+    """(immediate port or None for DX, is OUT, bytes) of an IN or OUT."""
+    opcode = next(b for b in data if b not in PREFIXES and b >> 4 != 4)  # 0x4x: REX
+    size = 1 if not opcode & 1 else 2 if b"\x66" in data[:-1] else 4
+    return data[-1] if opcode < 0xE8 else None, bool(opcode & 2), size

@@ -1,0 +1,452 @@
+"""x86-64 on Unicorn: what the host does at each sensitive instruction, as KVM does at a VM exit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import TYPE_CHECKING, ClassVar
+
+from unicorn import unicorn_const as uc
+
+from labkit.arch.x86_cpu import APIC_BASE, IA32_TSC, IA32_TSC_ADJUST
+from labkit.engines.base import Capability, Exit, HaltExit, HypercallExit, PioExit
+from labkit.engines.unicorn.isa.sealed import HANDLERS
+from labkit.engines.unicorn.isa.traps import SIZES, Trap, pio_form, scan
+from labkit.engines.unicorn.isa.x86_control import CONTROL
+from labkit.engines.unicorn.isa.x86_events import DB, GP, UD, VC, X86Events, canonical
+from labkit.engines.unicorn.isa.x86_regs import CODE64, DATA, NATIVE_MSRS, PLAIN, X86Registers
+from labkit.engines.unicorn.native.lib import RegBatch
+
+if TYPE_CHECKING:
+    from labkit.engines.unicorn.vcpu import UnicornVcpu
+
+__all__ = ["X86"]
+
+MASK64 = (1 << 64) - 1
+KVM_ENOSYS = -1000  # include/uapi/linux/kvm_para.h
+_OSXSAVE, _TSD = 1 << 18, 1 << 2  # CR4
+_TF, _BS = 1 << 8, 1 << 14  # RFLAGS, DR6
+_BSP = 1 << 8  # IA32_APIC_BASE
+_MONITOR = 1 << 3  # CPUID 1 ECX
+_NATIVE = {index: name for name, index in NATIVE_MSRS.items()}
+_BASES = {0xC000_0100: "fs_base", 0xC000_0101: "gs_base"}
+_POINTERS = frozenset(
+    {0x175, 0x176, 0xC000_0082, 0xC000_0083, 0xC000_0100, 0xC000_0101, 0xC000_0102}
+)  # MSRs that hold a gva
+
+
+class X86(X86Events):
+    """The quirks of x86-64, one per vCPU."""
+
+    uc_arch, uc_mode = uc.UC_ARCH_X86, uc.UC_MODE_64
+    settings: ClassVar[tuple[tuple[int, int], ...]] = ()
+    capabilities: ClassVar[tuple[Capability, ...]] = ()
+    two_blocks = b"\xeb\x00\xf4"
+    pc_name, longest, two_blocks_count = "rip", 15, 0
+
+    def __init__(self, vcpu: UnicornVcpu) -> None:
+        super().__init__(vcpu)
+        self.cpu, self._sealed = vcpu.vm.cpu, vcpu.vm.level > 1
+        self._handlers = _HANDLERS | HANDLERS if self._sealed else _HANDLERS
+        self.extra = {"xcr0": 1, "tsc_offset": 0, "tsc_adjust": 0}
+        self.regs = X86Registers(vcpu.handle, self.extra, self._host_msr, vcpu.vmem_read)
+        self.msrs: dict[int, int] = {}  # written so far; reset values are the VM's
+        self.tsc_reads = 0
+        self._retired = False
+        self.awaits: list[int] | None = (
+            None  # what `complete` sets: [bytes of rax], or [bytes, gva]
+        )
+        self.random = random.Random(f"labkit {vcpu.index}")
+        self._hot = RegBatch(
+            vcpu.handle, tuple(PLAIN[name] for name in ("rip", "rax", "rdx", "rdi", "cs", "rflags"))
+        )
+        self._pair = RegBatch(vcpu.handle, (PLAIN["rip"], PLAIN["rax"]))
+        self.fault_trace = (
+            partial(vcpu.handle.read, PLAIN["cr2"]),
+            partial(vcpu.handle.write, PLAIN["cr2"]),
+        )
+        self.read, self.read_all = self.regs.read, self.regs.read_all
+        self.write_many: Callable[[Mapping[str, int]], None] = self.regs.write_many
+
+    # --- what the run loop asks
+
+    def pc(self) -> int:
+        """RIP."""
+        pc = self.regs.pc
+        return self.arrive() if pc < 0 else pc
+
+    def arrive(self) -> int:
+        """Read what a trap asks for most in one call; returns RIP."""
+        regs = self.regs
+        regs.pc, self._rax, self._rdx, regs.rdi, self._cs, self._flags = self._hot.read()
+        return regs.pc
+
+    def leave(self) -> int:
+        """RIP, once more: from here on the CPU changes what was read."""
+        regs = self.regs
+        pc = regs.pc if regs.pc >= 0 else self.arrive()
+        regs.pc = -1
+        return pc
+
+    def set_pc(self, gva: int) -> None:
+        """Set RIP."""
+        self.regs.write("rip", gva & MASK64)
+
+    def monitor_offset(self) -> int:
+        """Atomic instructions are single ones."""
+        return 0
+
+    def hole(self, pc: int) -> Exit | None:
+        """Memory that is not there is a device's; with encrypted registers the guest must ask for it (APM vol. 2 15.35: #NPF as #VC)."""
+        return self.vcpu.mmio.meet() if self.vcpu.vm.level < 2 else self.deliver(VC, 0x400)
+
+    def is_drained(self) -> bool:
+        """RCX is zero: a REP instruction has no iteration left."""
+        return self.regs.read("rcx") == 0
+
+    def scan(self, data: bytes, gva: int) -> Mapping[int, Trap]:
+        """Find the sensitive instructions of a block."""
+        return scan(data, gva, self._sealed)
+
+    def do(self, trap: Trap) -> Exit | None:
+        """Carry out one sensitive instruction as the host of a guest that hides nothing."""
+        return _HANDLERS[trap.kind](self, trap)
+
+    def trap(self, trap: Trap) -> Exit | None:
+        """Carry out one sensitive instruction; None when the run goes on."""
+        stepped, self._retired = self._flags & _TF, False
+        exit = self._handlers[trap.kind](self, trap)
+        if (
+            stepped and self._retired and self.regs.read("rflags") & _TF
+        ):  # the guest steps itself (SDM vol. 3B 17.3.1.4)
+            self.regs.write("dr6", self.regs.read("dr6") | _BS)
+            self.vcpu.insns -= 1
+            return self.deliver(DB) or exit
+        return exit
+
+    def extra_state(self) -> dict[str, object]:
+        """What save() must keep beside Unicorn's own state."""
+        return {
+            "extra": dict(self.extra),
+            "msrs": {str(k): v for k, v in self.msrs.items()},
+            "tsc_reads": self.tsc_reads,
+            "random": list(self.random.getstate()[1]),
+            "pending": list(self.pending),
+            "awaits": self.awaits,
+        }
+
+    def set_extra_state(self, state: dict[str, object]) -> None:
+        """Put `extra_state` back."""
+        facts: dict[str, list[int]] = state  # type: ignore[assignment]
+        self.extra.update(state["extra"])  # type: ignore[call-overload]
+        self.msrs = {int(k): v for k, v in state["msrs"].items()}  # type: ignore[attr-defined]
+        self.tsc_reads = state["tsc_reads"]  # type: ignore[assignment]
+        self.random.setstate((3, tuple(facts["random"]), None))
+        self.pending, self.awaits = list(facts["pending"]), facts["awaits"]
+
+    def complete(self, value: int) -> bool:
+        """Give the value that the last IN, INS or hypercall returns; False when there was none."""
+        if self.awaits is None:
+            return False
+        size = self.awaits[0]
+        value &= (1 << 8 * size) - 1
+        if len(self.awaits) == 2:
+            self.vcpu.vmem_write(self.awaits[1], value.to_bytes(size, "little"))
+        else:
+            keep = self.regs.read("rax") & -1 << 8 * size if size < 4 else 0
+            self.regs.write("rax", keep | value)
+        return True
+
+    # --- small words for the handlers
+
+    def retire(self, trap: Trap, **regs: int) -> Exit | None:
+        """The instruction is done, and left these registers."""
+        self._retired = True
+        self.vcpu.insns += 1
+        if regs:
+            self.regs.write_many({name: value & MASK64 for name, value in regs.items()})
+        self.set_pc(trap.gva + len(trap.data))
+        return None
+
+    def privileged(self) -> bool:
+        """Whether the guest runs at CPL0."""
+        return self.regs.read("cs") & 3 == 0
+
+    # --- one handler per kind
+
+    def _do_pio(self, trap: Trap) -> Exit | None:
+        """IN and OUT (SDM vol. 1 18.5)."""
+        immediate, out, size = pio_form(trap.data)
+        port = self._rdx & 0xFFFF if immediate is None else immediate
+        if self._cs & 3 and not self.port_allowed(port, size):
+            return self.deliver(GP, 0)
+        rax, mask = self._rax, (1 << 8 * size) - 1
+        self.vcpu.insns += 1
+        self._retired = True
+        self.regs.pc = trap.gva + len(trap.data) & MASK64
+        self._pair.write(self.regs.pc, rax if out else 0 if size == 4 else rax & ~mask)
+        if out:
+            return PioExit(port, size, True, rax & mask)
+        self.awaits = [size]
+        return _in_exit(port, size)
+
+    def port_allowed(self, port: int, size: int) -> bool:
+        """Whether a guest at CPL3 may use a port (SDM vol. 1 19.5)."""
+        if self.regs.read("rflags") >> 12 & 3 == 3:
+            return True
+        base, limit, ring = (
+            self.regs.read("tr_base"),
+            self.regs.read("tr_limit"),
+            self.regs.read("cs") & 3,
+        )
+        self.regs.set_ring(0)
+        offset = self.vcpu.vmem_read(base + 0x66, 2) or b"\xff\xff"
+        at = int.from_bytes(offset, "little") + port // 8
+        bits = self.vcpu.vmem_read(base + at, 2) if at + 1 <= limit else None
+        self.regs.set_ring(ring)
+        return bits is not None and not int.from_bytes(bits, "little") >> port % 8 & (1 << size) - 1
+
+    def _do_string_pio(self, trap: Trap) -> Exit | None:
+        """INS and OUTS, one iteration a step."""
+        word, prefixes = trap.mnemonic.split()[-1], trap.data[:-1]
+        size, port = SIZES[word[-1]], self.regs.read("rdx") & 0xFFFF
+        if not self.privileged() and not self.port_allowed(port, size):
+            return self.deliver(GP, 0)
+        mask = 0xFFFFFFFF if 0x67 in prefixes else MASK64
+        rep, rcx = 0xF2 in prefixes or 0xF3 in prefixes, self.regs.read("rcx") & mask
+        if rep and not rcx:
+            return self.retire(trap)
+        pointer, access = (
+            ("rdi", uc.UC_PROT_WRITE) if word.startswith("in") else ("rsi", uc.UC_PROT_READ)
+        )
+        index = self.regs.read(pointer) & mask
+        base = (
+            ""
+            if pointer == "rdi"
+            else "fs_base"
+            if 0x64 in prefixes
+            else "gs_base"
+            if 0x65 in prefixes
+            else ""
+        )
+        gva = index + (self.regs.read(base) if base else 0) & MASK64
+        if not canonical(gva):
+            return self.deliver(GP, 0)
+        missing = next(
+            (at for at in (gva, gva + size - 1) if self.vcpu.translate(at, access) is None), None
+        )
+        if missing is not None:
+            return self.page_fault(missing, write=pointer == "rdi")
+        down = self.regs.read("rflags") >> 10 & 1
+        self.retire(
+            trap,
+            **{pointer: index + (-size if down else size) & mask},
+            **({"rcx": rcx - 1} if rep else {}),
+        )
+        if rep and rcx > 1:
+            self.set_pc(trap.gva)
+            self.vcpu.resume_here()
+        if pointer == "rsi":
+            return PioExit(
+                port, size, True, int.from_bytes(self.vcpu.vmem_read(gva, size) or b"", "little")
+            )
+        self.awaits = [size, gva]
+        self.complete(0)
+        return PioExit(port, size, False, 0)
+
+    def _do_halt(self, trap: Trap) -> Exit | None:
+        if not self.privileged():
+            return self.deliver(GP, 0)
+        self.retire(trap)
+        return HaltExit()
+
+    def _do_cpuid(self, trap: Trap) -> None:
+        leaf, sub = self.regs.read("rax") & 0xFFFFFFFF, self.regs.read("rcx") & 0xFFFFFFFF
+        a, b, c, d = self.cpu.seen_by(self.vcpu.index, self.regs.read("cr4"), leaf, sub)
+        self.retire(trap, rax=a, rbx=b, rcx=c, rdx=d)
+
+    def _pass_time(self) -> None:
+        if not self.vcpu.exact:
+            self.tsc_reads += 1000  # time must go on for a guest that waits for it, counted or not
+
+    def _tsc(self) -> int:
+        return (self.vcpu.vm.retired() + self.tsc_reads + self.extra["tsc_offset"]) & MASK64
+
+    def _do_rdtsc(self, trap: Trap) -> Exit | None:
+        """RDTSC and RDTSCP under the virtual clock: one cycle an instruction of the whole VM."""
+        if self.regs.read("cr4") & _TSD and not self.privileged():
+            return self.deliver(GP, 0)
+        self._pass_time()
+        tsc = self._tsc()
+        aux = {"rcx": self.msrs.get(0xC000_0103, 0)} if trap.mnemonic == "rdtscp" else {}
+        return self.retire(trap, rax=tsc & 0xFFFFFFFF, rdx=tsc >> 32, **aux)
+
+    def _read_msr(self, index: int) -> int | None:
+        if index == IA32_TSC:
+            return self._tsc()
+        if index == IA32_TSC_ADJUST:
+            return self.extra["tsc_adjust"]
+        if index in _NATIVE or index in _BASES:
+            return self.regs.read(_NATIVE.get(index) or _BASES[index])
+        value = self.msrs.get(index, self.cpu.msrs.get(index))
+        if index == APIC_BASE and self.vcpu.index and value is not None and index not in self.msrs:
+            value &= ~_BSP
+        return value
+
+    def _write_msr(self, index: int, value: int) -> bool:
+        if index in (IA32_TSC, IA32_TSC_ADJUST):
+            by = value - (self._tsc() if index == IA32_TSC else self.extra["tsc_adjust"])
+            for name in ("tsc_offset", "tsc_adjust"):  # either MSR moves both (SDM vol. 3B 18.17.3)
+                self.extra[name] = self.extra[name] + by & MASK64
+        elif index in _POINTERS and not canonical(value):
+            return False
+        elif index == NATIVE_MSRS["efer"]:
+            return self._write_efer(value)
+        elif index in _NATIVE or index in _BASES:
+            self.regs.write(_NATIVE.get(index) or _BASES[index], value)
+        elif index in self.cpu.msrs and index not in self.cpu.read_only_msrs:
+            self.msrs[index] = value
+        else:
+            return False
+        return True
+
+    def _write_efer(self, value: int) -> bool:
+        """Reserved bits, and LME while paging is on, give #GP (SDM vol. 3A 4.1.1)."""
+        before = self.regs.read("efer")
+        if value & ~0xD01 or (value ^ before) & 0x100:
+            return False
+        self.regs.write("efer", value & ~0x400 | before & 0x400)
+        return True
+
+    def _host_msr(self, index: int, value: int | None = None) -> int | None:
+        """Read or set an MSR as KVM_GET_MSRS and KVM_SET_MSRS do: read-only ones too, and the TSC apart from TSC_ADJUST."""
+        if value is None:
+            return self._read_msr(index)
+        if index == IA32_TSC:
+            self.extra["tsc_offset"] = self.extra["tsc_offset"] + value - self._tsc() & MASK64
+        elif index == IA32_TSC_ADJUST:
+            self.extra["tsc_adjust"] = value
+        elif index in self.cpu.read_only_msrs and index in self.cpu.msrs:
+            self.msrs[index] = value
+        elif not self._write_msr(index, value):
+            return None
+        return value
+
+    def _do_rdmsr(self, trap: Trap) -> Exit | None:
+        self._pass_time()
+        value = self._read_msr(self.regs.read("rcx") & 0xFFFFFFFF) if self.privileged() else None
+        if value is None:
+            return self.deliver(GP, 0)
+        return self.retire(trap, rax=value & 0xFFFFFFFF, rdx=value >> 32)
+
+    def _do_wrmsr(self, trap: Trap) -> Exit | None:
+        value = (self.regs.read("rdx") & 0xFFFFFFFF) << 32 | self.regs.read("rax") & 0xFFFFFFFF
+        if not self.privileged() or not self._write_msr(self.regs.read("rcx") & 0xFFFFFFFF, value):
+            return self.deliver(GP, 0)
+        return self.retire(trap)
+
+    def _do_hypercall(self, trap: Trap) -> Exit | None:
+        """VMCALL and VMMCALL both reach the host, as under KVM, which patches one into the other."""
+        if not self.privileged():
+            return self.retire(trap, rax=-1)  # -KVM_EPERM
+        nr, *args = (self.regs.read(name) for name in ("rax", "rbx", "rcx", "rdx", "rsi"))
+        self.retire(trap, rax=KVM_ENOSYS)
+        self.awaits = [8]
+        return HypercallExit(nr, tuple(args))
+
+    def _do_random(self, trap: Trap) -> Exit | None:
+        """RDRAND and RDSEED from a seeded generator, so that runs repeat; CF says that there was a number."""
+        name = trap.op_str
+        bits = (
+            32
+            if name.endswith("d") or name[0] == "e"
+            else 64
+            if name[0] == "r" and not name.endswith("w")
+            else 16
+        )
+        wide = (
+            name.rstrip("dw") if name[1:2].isdigit() else "r" + (name if bits == 16 else name[1:])
+        )
+        value, keep = (
+            self.random.getrandbits(bits),
+            self.regs.read(wide) & ~0xFFFF if bits == 16 else 0,
+        )
+        flags = self.regs.read("rflags") & ~0x8D5 | 1
+        return self.retire(trap, **{wide: keep | value}, rflags=flags)
+
+    def _do_syscall(self, trap: Trap) -> Exit | None:
+        """SYSCALL in long mode (SDM vol. 2B): Unicorn alone would only step over it."""
+        if not self.regs.read("efer") & 1:
+            return self.deliver(UD)
+        star, flags = self.regs.read("star"), self.regs.read("rflags") & ~(1 << 16)  # RF
+        selector = star >> 32 & 0xFFFC
+        self.retire(
+            trap,
+            rcx=trap.gva + len(trap.data),
+            r11=flags,
+            rflags=flags & ~self.regs.read("sfmask") | 2,
+        )
+        self.regs.set_segment("cs", selector, CODE64)  # no descriptor table is asked
+        self.regs.set_segment("ss", selector + 8, DATA)
+        self.regs.set_ring(0)
+        self.set_pc(self.regs.read("lstar"))
+        return None
+
+    def _do_sysenter(self, trap: Trap) -> Exit | None:
+        return self.vcpu.refuse(
+            "SYSENTER and SYSEXIT are not modelled (AMD CPUs have none in long mode)"
+        )
+
+    def _do_icebp(self, trap: Trap) -> Exit | None:
+        self.set_pc(trap.gva + len(trap.data))
+        return self.deliver(DB)
+
+    def _do_monitor(self, trap: Trap) -> Exit | None:
+        """MONITOR and MWAIT as KVM has them where they are announced: nothing is waited for (SDM vol. 2B)."""
+        if not self.cpu.leaf(1, 0)[2] & _MONITOR or not self.privileged():
+            return self.deliver(UD)
+        if self.regs.read("rcx"):  # no extension or hint is announced
+            return self.deliver(GP, 0)
+        return self.retire(trap)
+
+    def _do_pause(self, trap: Trap) -> Exit | None:
+        """Unicorn leaves its loop at PAUSE; at a place of our own choosing that can be told from other reasons."""
+        return self.retire(trap)
+
+    def _do_rdpmc(self, trap: Trap) -> Exit | None:
+        """RDPMC always exists; without performance counters every number is one too many (SDM vol. 2B)."""
+        return self.deliver(GP, 0)
+
+    def _do_undefined(self, trap: Trap) -> Exit | None:
+        return self.deliver(UD)
+
+    _do_unknown = _do_undefined
+
+    def _do_vector(self, trap: Trap) -> Exit | None:
+        return self.vcpu.refuse(
+            "a VEX, EVEX or XOP instruction, which Unicorn executes wrongly without a word; "
+            "CPUID announces no AVX: compile the guest without it"
+        )
+
+    def _do_lock_neg(self, trap: Trap) -> Exit | None:
+        return self.vcpu.refuse("LOCK NEG, whose SF and PF Unicorn takes from the old value")
+
+    def _do_refused(self, trap: Trap) -> Exit | None:
+        if not self.regs.read("cr4") & _OSXSAVE:
+            return self.deliver(UD)
+        return self.vcpu.refuse(
+            "the XSAVE family, whose state components Unicorn does not keep as XCR0 says"
+        )
+
+
+_HANDLERS: dict[str, Callable[[X86, Trap], Exit | None]] = {
+    name.removeprefix("_do_"): handler
+    for name, handler in vars(X86).items()
+    if name.startswith("_do_")
+} | CONTROL
+
+
+@cache
+def _in_exit(port: int, size: int) -> PioExit:
+    return PioExit(port, size, False, 0)

@@ -1,0 +1,369 @@
+"""Exceptions of x86-64 delivered through the guest's own IDT (SDM vol. 3A chapter 6), which Unicorn leaves to its host."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from typing import TYPE_CHECKING
+
+from unicorn import unicorn_const as uc
+
+from labkit.engines.base import Exit, GuestFault, MemoryFaultExit, ShutdownExit
+from labkit.engines.disasm import disassemble, memory_operands
+from labkit.engines.unicorn.mmu import NOT_YOURS
+from labkit.engines.unicorn.native.calibrate import CC_OP_EFLAGS, calibrate
+
+if TYPE_CHECKING:
+    from labkit.engines.unicorn.isa.x86_regs import X86Registers
+    from labkit.engines.unicorn.vcpu import UnicornVcpu
+
+__all__ = ["DB", "DF", "GP", "PF", "UD", "VC", "X86Events", "canonical"]
+
+DE, DB, BP, UD, DF, TS, NP, SS, GP, PF, VC = 0, 1, 3, 6, 8, 10, 11, 12, 13, 14, 29
+WITH_ERROR = frozenset({DF, TS, NP, SS, GP, PF, 17, 21})
+CONTRIBUTORY = frozenset({DE, TS, NP, SS, GP, VC})
+MASK64 = (1 << 64) - 1
+_STACK = ("push", "pop", "call", "ret", "enter", "leave")
+_SAVED = ("cs", "ss", "rip", "rsp", "rflags")
+_CLEARED = 1 << 8 | 1 << 14 | 1 << 16 | 1 << 17  # TF NT RF VM
+_RF = 1 << 16
+
+
+class _Fault(Exception):
+    """A fault met while an event is delivered; with an exit, one that is the host's: the event comes again."""
+
+    def __init__(self, vector: int, error: int, why: str, exit: Exit | None = None) -> None:
+        super().__init__(why)
+        self.vector, self.error, self.why, self.exit = vector, error, why, exit
+
+
+def canonical(gva: int) -> bool:
+    """Whether bits 63 to 47 are all the same (4-level paging)."""
+    return gva >> 47 in (0, 0x1FFFF)
+
+
+class X86Events:
+    """Delivery of exceptions and software interrupts; the base of the x86 quirks."""
+
+    regs: X86Registers
+
+    def __init__(self, vcpu: UnicornVcpu) -> None:
+        self.vcpu, self.handle = vcpu, vcpu.handle
+        self.pending: list[int] = []  # vectors of the delivery that led to the last shutdown
+
+    def exception(self, vector: int) -> Exit | None:
+        """An exception that Unicorn reported: read what it was, clear Unicorn's memory of it, deliver it."""
+        code, software = self.forget_exception()
+        if software or vector not in WITH_ERROR:
+            return self.deliver(vector, None, software)
+        return self.deliver(*self._refine(vector, code))
+
+    def _refine(self, vector: int, error: int) -> tuple[int, int]:
+        """What Unicorn says otherwise than hardware: RMW faults as a write at once, and a stack that is not canonical is #SS."""
+        if (vector, error) != (GP, 0) and not (vector == PF and not error & 0x12):
+            return vector, error
+        data = self.vcpu.guards.read(self.regs.read("rip"), 15)
+        operands = memory_operands("x86_64", data)
+        if vector == PF:
+            return PF, error | 2 * any(op.reads and op.writes for op in operands)
+        insn = next(disassemble("x86_64", data, 0), None)
+        bases = [
+            op.base
+            for op in operands
+            if op.base in ("rsp", "rbp") and op.segment not in ("fs", "gs")
+        ]
+        if insn and insn.mnemonic.startswith(_STACK):
+            bases.append("rbp" if insn.mnemonic == "leave" else "rsp")
+        return (SS if any(not canonical(self.regs.read(base)) for base in bases) else GP), 0
+
+    def forget_exception(self) -> tuple[int, bool]:
+        """Clear what Unicorn remembers of its last exception; returns the error code, and whether it was INT n."""
+        facts = self._error_code()
+
+        def forget(context: int) -> None:
+            for offset, value in (
+                (where.old_exception, -1),
+                (where.is_int, 0),
+                (where.error_code, 0),
+            ):
+                ctypes.c_int32.from_address(context + offset).value = value
+
+        where = calibrate()
+        self.handle.patch_context(forget)
+        return facts
+
+    def _error_code(self) -> tuple[int, bool]:
+        blob, where = self.handle.context(), calibrate()
+        return struct.unpack_from("<I", blob, where.error_code)[0], blob[where.is_int] == 1
+
+    def is_fetch_fault(self, vector: int | None) -> bool:
+        """A page fault on an instruction, which then never began."""
+        if vector != PF:
+            return False
+        error, gva, pc = self._error_code()[0], self.regs.read("cr2"), self.regs.read("rip")
+        if (
+            self.regs.read("efer") & 1 << 11 or self.regs.read("cr4") & 1 << 20
+        ):  # NXE or SMEP: the I/D bit is there
+            return bool(error & 16)
+        return not error & 2 and (gva == pc or (not gva & 4095 and 0 < gva - pc < 4096))
+
+    def restore_flags(self) -> None:
+        """After a fault at an instruction with a hook: Unicorn worked the flags out for it, and on the way back forgets that it did."""
+
+        def patch(context: int) -> None:
+            ctypes.c_int32.from_address(context + calibrate().cc_op).value = CC_OP_EFLAGS
+
+        self.handle.patch_context(patch)
+
+    def drop_resume_flag(self) -> None:
+        """Only the instruction behind an IRET is resumed (SDM vol. 3B 17.3.1.1); in Unicorn RF lasts to the next jump (QEMU's gen_eob)."""
+        insns, pc = self.vcpu.resumed or (-1, -1)
+        if (self.regs.read("rip") == pc) if self.vcpu.mode == "free" else self.vcpu.insns == insns:
+            return
+        self.vcpu.resumed, flags = None, self.regs.read("rflags")
+        if flags & _RF:
+            self.regs.write("rflags", flags & ~_RF)
+
+    def wants_short_block(self) -> bool:
+        """The guest steps itself (TF), or the instruction stands behind STI or MOV SS."""
+        return bool(self._hflags() & (1 << 8 | 1 << 3))
+
+    def strange_mode(self) -> str:
+        """Code is read as 64-bit code, and looked through as such."""
+        return (
+            ""
+            if self._hflags() & 1 << 15
+            else "the CPU left 64-bit mode, and this engine runs no other"
+        )
+
+    def ring(self) -> int:
+        """The level that memory is accessed with."""
+        return self._hflags() & 3
+
+    def miss(self, error: int | None, gva: int) -> Exit | None:
+        """A fault that labkit's own walker found (SDM vol. 3A 4.7); no error code: the address is not canonical."""
+        if error is None:
+            return self.deliver(*self._refine(GP, 0))
+        self.regs.write("cr2", gva)
+        return self.deliver(*self._refine(PF, error))
+
+    def not_yours(self, fault: GuestFault, gva: int, gpa: int, private: bool) -> Exit | None:
+        """A page that is not this guest's to use so (APM vol. 2 15.36.10): #VC with the address in CR2, or an exit to the host."""
+        if fault.kind != "#VC":
+            return MemoryFaultExit(gpa & -4096, private, fault.error_code, fault.why)
+        self.regs.write("cr2", gva)
+        return self.deliver(VC, fault.error_code)
+
+    def _hflags(self) -> int:
+        return int(struct.unpack_from("<I", self.handle.context(), calibrate().hflags)[0])
+
+    def shorten_block(self) -> None:
+        """Let the next block be one instruction: as behind MOV SS, where Unicorn wants to see about interrupts."""
+
+        def patch(context: int) -> None:
+            ctypes.c_uint32.from_address(context + calibrate().hflags).value |= 1 << 3
+
+        self.handle.patch_context(patch)
+
+    def invalid(self) -> Exit | None:
+        """An instruction that Unicorn does not have: #UD; it says so of INT 6 too."""
+        pc = self.regs.read("rip")
+        if self.vcpu.guards.read(pc, 2) != b"\xcd\x06":
+            return self.deliver(UD)
+        self.regs.write("rip", pc + 2)
+        return self.deliver(UD, software=True)
+
+    def page_fault(self, gva: int, write: bool) -> Exit | None:
+        """A page fault of an access that the host made for the guest."""
+        self.regs.write("cr2", gva & MASK64)
+        return self.deliver(PF, self._page_error(gva, write, self.regs.read("cs") & 3))
+
+    def _page_error(self, gva: int, write: bool, ring: int) -> int:
+        return (self.vcpu.translate(gva) is not None) | write << 1 | (ring == 3) << 2
+
+    def deliver(self, vector: int, error: int | None = None, software: bool = False) -> Exit | None:
+        """Enter the guest's handler, by way of #DF if need be; a fault then is a triple fault (SDM vol. 3A table 6-5)."""
+        self.drop_resume_flag()
+        self.vcpu.insns += 1
+        old = {name: self.regs.read(name) for name in _SAVED}
+        chain, first_error = [vector], error
+        while True:
+            try:
+                self._enter(vector, error, software, old)
+            except _Fault as fault:
+                if fault.exit is not None:
+                    self.vcpu.insns -= 1
+                    self.regs.set_ring(old["cs"] & 3)
+                    return fault.exit
+                if vector == DF:
+                    self.regs.set_ring(old["cs"] & 3)
+                    self.pending = chain
+                    return ShutdownExit(tuple(chain), old["rip"], self.regs.read("cr2"), fault.why)
+                if software:  # a fault lies at the INT itself
+                    old["rip"] -= (
+                        1
+                        if vector == BP and self.vcpu.guards.read(old["rip"] - 2, 2) != b"\xcd\x03"
+                        else 2
+                    )
+                vector, error = self._combine(vector, fault)
+                software = False
+                chain.append(vector)
+            else:
+                self.vcpu.trace(
+                    "exception",
+                    {
+                        "vector": chain[0],
+                        "error": first_error,
+                        "pc": old["rip"],
+                        "chain": tuple(chain),
+                    },
+                )
+                return None
+
+    @staticmethod
+    def _combine(first: int, fault: _Fault) -> tuple[int, int]:
+        """What a fault while `first` is delivered becomes: a double fault, or an exception of its own."""
+        second = fault.vector
+        if (first == PF and (second == PF or second in CONTRIBUTORY)) or (
+            first in CONTRIBUTORY and second in CONTRIBUTORY
+        ):
+            return DF, 0
+        return second, fault.error
+
+    def _enter(self, vector: int, error: int | None, software: bool, old: dict[str, int]) -> None:
+        ring, external = old["cs"] & 3, int(not software)
+        self._look_as(0, ring)
+        handler, ist, dpl, selector, interrupt = self._gate(vector, external)
+        if software and dpl < ring:
+            raise _Fault(
+                GP, vector * 8 + 2, f"vector {vector} has DPL {dpl}, the guest runs at CPL {ring}"
+            )
+        code, target = self._code_segment(selector, ring, external)
+        if not canonical(handler):
+            raise _Fault(
+                GP,
+                external,
+                f"the handler of vector {vector} lies at {handler:#x}, which is not canonical",
+            )
+        rsp = self._stack(ist, target, ring, old["rsp"], external) & ~15
+        resume = 0 if software or vector in (DB, BP) else _RF  # a fault pushes RF
+        self._look_as(target, ring)
+        rsp = self._push(
+            rsp,
+            [old["ss"], old["rsp"], old["rflags"] | resume, old["cs"], old["rip"]]
+            + ([] if error is None else [error]),
+            target,
+            external,
+        )
+        if selector & ~3 | target != old["cs"]:
+            self.regs.set_segment("cs", selector & ~3 | target, code)
+        if target != ring:
+            self.regs.set_segment(
+                "ss", target, (0, 0, 0)
+            )  # null, with the new level (SDM vol. 3A 6.14.2)
+        flags = old["rflags"] & ~_CLEARED & ~(interrupt << 9)
+        self.regs.write_many({"rsp": rsp, "rip": handler, "rflags": flags})
+
+    def _look_as(self, level: int, ring: int) -> None:
+        """Access memory at this level; the CPU reads its own tables in ring 0, wherever the guest was."""
+        if ring:
+            self.regs.set_ring(level)
+
+    def _push(self, rsp: int, words: list[int], ring: int, external: int) -> int:
+        bottom = rsp - 8 * len(words) & MASK64
+        if not canonical(bottom) or not canonical(rsp - 8 & MASK64):
+            raise _Fault(SS, external, f"the stack lies at {bottom:#x}, which is not canonical")
+        if not self.vcpu.vmem_write(bottom, struct.pack(f"<{len(words)}Q", *reversed(words))):
+            self._check_owner(bottom)
+            slots = (rsp - 8 * i - 8 & MASK64 for i in range(len(words)))
+            gva = next(
+                (gva for gva in slots if self.vcpu.translate(gva, uc.UC_PROT_WRITE) is None), bottom
+            )
+            self.regs.write("cr2", gva)
+            raise _Fault(
+                PF, self._page_error(gva, True, ring), f"no writable stack at gva {gva:#x}"
+            )
+        return bottom
+
+    def _check_owner(self, gva: int) -> None:
+        """Raise for the write that just failed, when it did for its page's owner."""
+        mmu = self.vcpu.vm.mmu
+        if mmu is None or mmu.facts.why != NOT_YOURS:
+            return
+        fault, facts = mmu.not_yours(), mmu.facts
+        if fault.kind == "#VC":
+            self.regs.write("cr2", gva)
+            raise _Fault(VC, fault.error_code, fault.why)
+        raise _Fault(
+            VC,
+            0,
+            fault.why,
+            MemoryFaultExit(facts.gpa & -4096, facts.code != 0, fault.error_code, fault.why),
+        )
+
+    def _gate(self, vector: int, external: int) -> tuple[int, int, int, int, int]:
+        """(handler, IST, DPL, selector, is interrupt gate) of the IDT entry (SDM vol. 3A 6.14.1)."""
+        base, limit = self.regs.read("idt_base"), self.regs.read("idt_limit")
+        if 16 * vector + 15 > limit:
+            raise _Fault(
+                GP,
+                8 * vector + 2 + external,
+                f"the IDT (base {base:#x}, limit {limit:#x}) has no entry {vector}",
+            )
+        raw = self.vcpu.vmem_read(base + 16 * vector & MASK64, 16)
+        if raw is None:
+            self.regs.write("cr2", base + 16 * vector & MASK64)
+            raise _Fault(PF, 0, f"the IDT at gva {base:#x} is not mapped")
+        low, selector, ist, kind, mid, high = struct.unpack("<HHBBHI4x", raw)
+        if kind & 0x1F not in (0xE, 0xF):
+            raise _Fault(
+                GP,
+                8 * vector + 2 + external,
+                f"IDT entry {vector} is no gate (type {kind & 0x1F:#x})",
+            )
+        if not kind & 0x80:
+            raise _Fault(NP, 8 * vector + 2 + external, f"IDT entry {vector} is not present")
+        return low | mid << 16 | high << 32, ist & 7, kind >> 5 & 3, selector, int(kind & 1 == 0)
+
+    def _code_segment(
+        self, selector: int, ring: int, external: int
+    ) -> tuple[tuple[int, int, int], int]:
+        """The gate's code segment and the privilege level that it leads to (SDM vol. 3A 6.12.1)."""
+        error = selector & ~3 | external
+        if not selector & ~3:
+            raise _Fault(GP, external, "a gate with a null code selector")
+        found = self.regs.descriptor(selector)
+        self._look_as(0, ring)
+        if found is None:
+            raise _Fault(GP, error, f"code selector {selector:#x} is outside its descriptor table")
+        access = found[2] >> 8
+        if access & 0x18 != 0x18 or not found[2] & 1 << 21:
+            raise _Fault(GP, error, f"selector {selector:#x} is no 64-bit code segment")
+        dpl = access >> 5 & 3
+        if dpl > ring:
+            raise _Fault(
+                GP,
+                error,
+                f"code segment {selector:#x} has DPL {dpl}, less privileged than CPL {ring}",
+            )
+        if not access & 0x80:
+            raise _Fault(NP, error, f"code segment {selector:#x} is not present")
+        return found, ring if access & 4 else dpl
+
+    def _stack(self, ist: int, target: int, ring: int, rsp: int, external: int) -> int:
+        """The new stack pointer: IST, the TSS's RSP of the new level, or the present one (SDM vol. 3A 6.14.4)."""
+        if not ist and target == ring:
+            return rsp
+        base, limit = self.regs.read("tr_base"), self.regs.read("tr_limit")
+        offset = 0x24 + 8 * (ist - 1) if ist else 4 + 8 * target
+        if offset + 7 > limit:
+            raise _Fault(
+                TS,
+                self.regs.read("tr") & ~3 | external,
+                f"the TSS (base {base:#x}, limit {limit:#x}) gives no stack",
+            )
+        raw = self.vcpu.vmem_read(base + offset & MASK64, 8)
+        if raw is None:
+            self.regs.write("cr2", base + offset & MASK64)
+            raise _Fault(PF, 0, f"the TSS at gva {base:#x} is not mapped")
+        return int.from_bytes(raw, "little")

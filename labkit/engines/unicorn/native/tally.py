@@ -1,0 +1,93 @@
+"""Counts instructions block by block, exactly, at nearly full speed.
+
+Unicorn's own counting calls a hook at every instruction (50 M/s against 1400 M/s uncounted). A block's instructions are
+known when it is translated, so a hook at its start adds them all; where a run ends inside a block, the rest is taken off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+from labkit.engines.disasm import disassemble
+from labkit.engines.unicorn.native.words import Words
+
+__all__ = ["MAX_BLOCK", "Tally"]
+
+MAX_BLOCK = 512  # instructions: TCG_MAX_INSNS
+
+
+class Tally:
+    """The counter of one vCPU, as the "tally" hook of stubs.py reads and writes it."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+        self._memory = mmap.mmap(
+            -1, 16 << 16
+        )  # 65536 entries (gva, count), of which the kernel backs those that are used
+        self._table = (ctypes.c_uint64 * (2 << 16)).from_buffer(self._memory)
+        self.words = Words(ctypes.addressof(self._table))
+        self.blocks: dict[
+            int, tuple[int, bytes]
+        ] = {}  # gva -> (instructions, bytes), as last translated
+        self._offsets: dict[int, dict[int, int]] = {}
+        self._back: dict[tuple[int, int], int] = {}  # (block, gva in it) -> what `before` takes off
+        self._unsure: set[int] = (
+            set()
+        )  # where blocks of two lengths begin; they are left to Unicorn's own counting
+
+    def add(self, gva: int, count: int, data: bytes) -> None:
+        """A block was translated; a shorter one too where the CPU wants to look up, as behind STI and MOV SS."""
+        known, before = self.blocks.get(gva, (count, b""))
+        self.blocks[gva] = (count, data)
+        self._offsets.pop(gva, None)
+        self._back.clear()
+        if known != count and (before.startswith(data) or data.startswith(before)):
+            self.doubt(gva)
+        elif gva not in self._unsure:
+            self._enter(gva, count)
+
+    def doubt(self, gva: int) -> None:
+        """Do not count the block at gva: one entry cannot be right for all of them."""
+        self._unsure.add(gva)
+        self._enter(gva, 0, 0)
+
+    def _enter(self, gva: int, count: int, key: int | None = None) -> None:
+        at = 2 * ((gva ^ gva >> 16) & 0xFFFF)
+        self._table[at], self._table[at + 1] = gva if key is None else key, count
+
+    def knows(self, gva: int) -> bool:
+        """See to it that the block at gva has its entry in the table, where another may have taken its place."""
+        if gva not in self.blocks or gva in self._unsure:
+            return False
+        self._enter(gva, self.blocks[gva][0])
+        return True
+
+    def back(self, block: int, gva: int) -> int:
+        """What to add (0 or less) to the total of a block just entered, for the instructions run when the one at gva is about to.
+
+        A gva behind the block means that its last one is the one that left.
+        """
+        found = self._back.get((block, gva))
+        if found is None:
+            count = self.blocks.get(block, (0, b""))[0]
+            found = self._back[block, gva] = self.offsets(block).get(gva, count - 1) - count
+        return found
+
+    def offsets(self, gva: int) -> dict[int, int]:
+        """The instructions of the block at gva: their own gvas, and how many are before them."""
+        if gva not in self._offsets:
+            data = self.blocks.get(gva, (0, b""))[1]
+            insns = list(disassemble(self.arch, data, gva))
+            self._offsets[gva] = {insn.gva: i for i, insn in enumerate(insns)}
+            end = insns[-1].gva + insns[-1].size if insns else gva
+            if end < gva + len(data):  # Unicorn sees an instruction where capstone sees none
+                self._offsets[gva][end] = len(insns)
+        return self._offsets[gva]
+
+    def close(self) -> None:
+        """Forget everything."""
+        self.blocks.clear()
+        self._offsets.clear()
+        self._back.clear()
+        self._unsure.clear()

@@ -1,0 +1,1 @@
+"""Who drives a VM from outside: the buttons of a view, hosted selftests."""

@@ -1,0 +1,176 @@
+"""What a person looks at: one vCPU, guest memory and the whole VM as frozen snapshots, ready to be drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from labkit.paging.scan import PageTable
+from labkit.shown import mimebundle
+from labkit.ucall.pool import PoolSnapshot
+
+if TYPE_CHECKING:
+    from labkit.look.encryption import EncryptionMap
+    from labkit.look.eyes import PageEyes
+    from labkit.look.launch import LaunchProgress
+
+__all__ = [
+    "EventMark",
+    "Insn",
+    "MemoryMap",
+    "MemoryRange",
+    "RegisterRow",
+    "Selection",
+    "StackRow",
+    "Touch",
+    "VcpuSnapshot",
+    "VmSnapshot",
+]
+
+
+@dataclass(frozen=True)
+class Insn:
+    """One line of the disassembly pane."""
+
+    gva: int
+    offset: int  # bytes from the start of the symbol
+    data: bytes
+    mnemonic: str
+    op_str: str
+    comment: str  # what the operands point to, now; "" for most
+    current: bool
+    breakpoint: bool
+
+
+@dataclass(frozen=True)
+class RegisterRow:
+    """One register with what its value means ("ucall_pool, shared", "stack of vCPU 1", a string, flag names)."""
+
+    name: str
+    value: int
+    note: str
+    changed: bool  # by the last step, or since the last look
+    points_to: int | None = None  # gva, when it is a pointer that the page tables map
+
+
+@dataclass(frozen=True)
+class StackRow:
+    """One 8-byte word from the stack pointer up."""
+
+    gva: int
+    value: int
+    note: str
+
+
+@dataclass(frozen=True)
+class Touch:
+    """A memory access of the instruction about to run."""
+
+    kind: str  # "reads" or "writes"
+    gva: int
+    gpa: int | None
+    size: int
+    before: int
+    after: int | None  # for writes, when it can be known
+    note: str  # "in_use[0]", a symbol, or ""
+
+
+@dataclass(frozen=True)
+class VcpuSnapshot:
+    """One vCPU between two instructions."""
+
+    index: int
+    step: int
+    state: str  # "running", "done", "aborted", "halted", "shutdown", "not started"
+    mode: str  # "ring 0, long mode"
+    pc: int
+    where: str  # "ucall_alloc+0x2c"
+    symbol: str
+    file: str | None
+    line: int | None
+    source: tuple[
+        tuple[int, str], ...
+    ]  # (line number, text) around the line, () when there is none
+    breakpoint_lines: frozenset[int]
+    disassembly: tuple[Insn, ...]
+    registers: tuple[RegisterRow, ...]
+    stack: tuple[StackRow, ...]
+    touches: tuple[Touch, ...]
+    outlook: str  # what the next instruction will do, one sentence or ""
+    sealed: str = ""  # why the host cannot see registers, stack and code: "SEV-ES keeps them in an encrypted VMSA"
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
+        return mimebundle(self)
+
+
+@dataclass(frozen=True)
+class MemoryRange:
+    """Neighbouring guest-physical pages of one use."""
+
+    gpa: int
+    nr_pages: int
+    kind: str  # "code", "data", "stacks", "page tables", "ucall pool", "tables" (GDT, IDT, TSS), "alloc", ...
+    protected: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryMap:
+    """The memslots and what lies in them; pages in no range are free."""
+
+    slots: tuple[tuple[int, int], ...]  # (gpa, size in bytes)
+    ranges: tuple[MemoryRange, ...]
+    step: int
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
+        return mimebundle(self)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The one selected address range that all views of a VM share, spelled out as a path."""
+
+    kind: str  # "slot", "entry", "register", "byte", "page"
+    label: str  # "slot 2", "vCPU 2, PRINTF"
+    gva: int | None
+    gpa: int | None
+    hva: int | None
+    size: int
+    path: tuple[str, ...]  # "PML4[0x1]", "PDPT[0x41]", ...
+    slot: int | None = None
+
+
+@dataclass(frozen=True)
+class EventMark:
+    """One thing that happened, as a mark on a time axis."""
+
+    step: int
+    vcpu: int
+    kind: str  # "S" "P" "D" "A" or another exit's letter
+    text: str
+
+
+@dataclass(frozen=True)
+class VmSnapshot:
+    """Everything that the dashboard draws, taken at one step."""
+
+    name: str
+    arch: str
+    engine: str
+    protection: str  # "no encryption", "SEV, C-bit 51, running"
+    state: str
+    schedule: str
+    step: int
+    vcpu: int  # index of the one in front
+    vcpus: tuple[VcpuSnapshot, ...]
+    pool: PoolSnapshot | None
+    page_table: PageTable
+    memory: MemoryMap
+    selection: Selection | None
+    events: tuple[EventMark, ...] = field(default=())
+    status: str = ""
+    encryption: EncryptionMap | None = None  # of a protected VM, as are the next two
+    eyes: PageEyes | None = None  # the page of the selection
+    launch: LaunchProgress | None = None
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
+        return mimebundle(self)

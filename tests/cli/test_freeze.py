@@ -1,0 +1,159 @@
+"""labkit freeze: what needs a live kernel goes, what a person looks at stays."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbformat import v4
+
+from labkit.cli import main
+from labkit.cli.freeze import WIDGET, freeze
+
+BUNDLE = {
+    WIDGET: {"model_id": "1"},
+    "text/html": "<b>x</b>",
+    "text/plain": "x",
+    "image/png": "AAAA",
+}
+
+
+def notebook(*outputs: Any, source: str = "1 + 1", **metadata: Any) -> Any:
+    """A notebook with one cell."""
+    return v4.new_notebook(
+        cells=[v4.new_code_cell(source, outputs=list(outputs), metadata=metadata)]
+    )
+
+
+def shown(data: dict[str, Any]) -> Any:
+    return v4.new_output("execute_result", data=dict(data), execution_count=1)
+
+
+def test_that_the_widget_goes_and_its_fallbacks_stay() -> None:
+    book = notebook(shown(BUNDLE))
+    assert freeze(book) == ["widget", "kernel"]
+    assert set(book.cells[0].outputs[0].data) == {"text/html", "text/plain", "image/png"}
+
+
+def test_that_an_output_that_was_only_a_widget_goes_as_a_whole() -> None:
+    book = notebook(
+        v4.new_output("display_data", data={WIDGET: {}}), v4.new_output("stream", text="kept")
+    )
+    freeze(book)
+    assert [output.output_type for output in book.cells[0].outputs] == ["stream"]
+
+
+def test_that_state_times_and_the_kernels_version_go() -> None:
+    book = notebook(execution={"iopub.execute_input": "2020-01-01T00:00:00Z"}, tags=["kept"])
+    book.metadata.update(
+        widgets={"x": {}}, language_info={"name": "python", "version": "3.11.7"}, title="kept"
+    )
+    assert freeze(book) == ["state", "trace", "kernel"]
+    assert book.metadata.language_info == {"name": "python"} and book.metadata.title == "kept"
+    assert book.cells[0].metadata == {"tags": ["kept"]} and "widgets" not in book.metadata
+
+
+def test_that_freezing_twice_changes_nothing() -> None:
+    book = notebook(shown(BUNDLE))
+    freeze(book)
+    once = nbformat.from_dict(book)
+    assert freeze(book) == [] and book == once
+
+
+def test_that_other_cells_are_left_alone() -> None:
+    book = v4.new_notebook(cells=[v4.new_markdown_cell("# Title"), v4.new_raw_cell("raw")])
+    before = [dict(cell) for cell in book.cells]
+    freeze(book)
+    assert [dict(cell) for cell in book.cells] == before
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A notebook that is not frozen, in a file."""
+    nbformat.write(notebook(shown(BUNDLE)), path := tmp_path / "a.ipynb")
+    return path
+
+
+def records(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_that_the_command_writes_and_says_so(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["freeze", "--json", str(path)]) == 0
+    assert records(capsys) == [
+        {
+            "notebook": str(path),
+            "frozen": True,
+            "changed": True,
+            "removed": {"kernel": 1, "widget": 1},
+        }
+    ]
+    assert WIDGET not in path.read_text() and not list(path.parent.glob("*.new"))
+    assert main(["freeze", str(path)]) == 0 and "frozen already" in capsys.readouterr().out
+
+
+def test_that_check_writes_nothing_and_is_the_status(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = path.read_bytes()
+    assert main(["freeze", "--check", "--json", str(path)]) == 1
+    assert records(capsys)[0]["frozen"] is False and path.read_bytes() == before
+    assert main(["freeze", str(path)]) == 0 and main(["freeze", "--check", str(path)]) == 0
+
+
+def test_that_execute_runs_it_first(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nbformat.write(notebook(source="print(6 * 7)"), path)
+    assert main(["freeze", "--execute", "--json", str(path)]) == 0
+    [cell] = nbformat.read(path, as_version=4).cells
+    assert cell.outputs[0].text == "42\n" and "execution" not in cell.metadata
+
+
+@pytest.mark.parametrize(
+    ("source", "says"), [("1 / 0", "ZeroDivisionError"), ("import os; os._exit(1)", "kernel died")]
+)
+def test_that_a_failing_notebook_is_not_written(
+    source: str, says: str, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nbformat.write(notebook(source=source), path)
+    before = path.read_bytes()
+    assert main(["freeze", "--execute", "--json", str(path)]) == 1
+    [record] = records(capsys)
+    assert (
+        record["error"] == "InvalidState"
+        and says in record["message"]
+        and path.read_bytes() == before
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (None, "NotAvailable"),
+        ("not JSON", "InvalidState"),
+        ("[1]", "InvalidState"),
+        ('{"a": 1}', "InvalidState"),
+        ('{"nbformat": 4, "cells": 3}', "InvalidState"),
+    ],
+)
+def test_that_what_is_no_notebook_is_one_line(
+    text: str | None, error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        (tmp_path / "a.ipynb").write_text(text)
+    assert main(["freeze", "--json", str(tmp_path / "a.ipynb")]) == 1
+    [record] = records(capsys)
+    assert record["error"] == error and "a.ipynb" in record["message"]
+
+
+def test_that_check_and_execute_exclude_each_other(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["freeze", "--check", "--execute", str(path)]) == 1
+        and "--execute" in capsys.readouterr().err
+    )
