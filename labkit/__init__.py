@@ -9,8 +9,8 @@ from typing import Any
 from labkit.explore.compare import compare as _compare
 from labkit.explore.comparison import Comparison
 from labkit.guest.program import Program
-from labkit.hosts.hosting import drive
 from labkit.lab import Vcpu, Vm
+from labkit.session.running import drive
 
 # isort: off
 from labkit.errors import (

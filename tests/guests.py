@@ -96,7 +96,7 @@ def bare(
 
 def start(vcpu: lk.Vcpu, user: bool = False) -> None:
     """Registers that both rings share: flags, stack, data pointers; then the ring."""
-    vcpu._cpu.set_regs(
+    vcpu.cpu.set_regs(
         {
             "rsp": STACK_TOP - 256,
             "rsi": DATA,
@@ -106,7 +106,7 @@ def start(vcpu: lk.Vcpu, user: bool = False) -> None:
         }
     )
     if user:
-        vcpu._cpu.set_regs({"cs": USER_CS, "ss": USER_SS})
+        vcpu.cpu.set_regs({"cs": USER_CS, "ss": USER_SS})
 
 
 def set_gate(

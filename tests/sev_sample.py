@@ -107,4 +107,4 @@ def ghcb_page(code: int, info_1: int = 0, info_2: int = 0, **regs: int) -> bytes
 
 def once(vcpu: Any, max_insns: int) -> Any:
     """One exit: behind a VMGEXIT that the host has answered, `vcpu.run` itself goes on."""
-    return arrived(vcpu.vm, vcpu, vcpu._cpu.run(max_insns))
+    return arrived(vcpu.vm, vcpu, vcpu.cpu.run(max_insns))

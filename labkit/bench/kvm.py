@@ -87,7 +87,7 @@ def results() -> Iterator[Result]:
 
 
 def _pio(vm: Vm) -> Callable[[], object]:
-    cpu = vm.vcpus[0]._cpu
+    cpu = vm.vcpus[0].cpu
 
     def rounds() -> None:
         for _ in range(10_000):

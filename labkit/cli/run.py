@@ -126,8 +126,8 @@ def _run(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace, program: Program) -> int:
     """Several engines: with --json what each said, one after the other; then whether they agree."""
     import labkit
-    from labkit.hosts.hosting import drive
     from labkit.session.explain import ending
+    from labkit.session.running import drive
 
     backends = args.backend.split(",")
     left = len(backends) if args.json else 0  # a run after those only asks what the clock does

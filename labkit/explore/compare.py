@@ -20,7 +20,7 @@ from labkit.session.events import Event
 from labkit.ucall.pool import Ucall
 
 if TYPE_CHECKING:
-    from labkit.hosts.hosting import Came
+    from labkit.session.running import Came
 
 __all__ = ["HOST", "TIME", "TOLERATED", "Tolerance", "align", "compare"]
 

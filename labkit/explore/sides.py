@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from labkit.errors import LabError
-from labkit.look.vcpu import label_gva
 from labkit.paging.scan import PageTable
 from labkit.session.events import Event
 from labkit.session.explain import ending
 from labkit.ucall.pool import Ucall
 
 if TYPE_CHECKING:
-    from labkit.hosts.hosting import Came
+    from labkit.session.running import Came
 
 __all__ = ["Side", "look_back"]
 
@@ -101,7 +100,7 @@ def look_back(vm: Any, drive: Callable[[Any], Came | None]) -> Side:
         vcpu.exact for vcpu in vm.vcpus
     )
     states, regs = (
-        zip(*((vcpu.state, vcpu._cpu.get_regs()) for vcpu in vm.vcpus), strict=True)
+        zip(*((vcpu.state, vcpu.cpu.get_regs()) for vcpu in vm.vcpus), strict=True)
         if vm.vcpus
         else ((), ())
     )
@@ -110,11 +109,11 @@ def look_back(vm: Any, drive: Callable[[Any], Came | None]) -> Side:
         vm.backend,
         end,
         why,
-        tuple(vm._events),
+        tuple(vm.log),
         states,
         regs,
         slots,
         vm.page_table(),
         frozenset(can),
-        partial(label_gva, vm),
+        vm.names.label,
     )

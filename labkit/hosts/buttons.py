@@ -1,4 +1,4 @@
-"""What a person does with a VM from its views: run, step, select, set breakpoints; one step and one selection for all views."""
+"""What a person does with a VM from its views: one step and one selection for all views of it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 from labkit.errors import InvalidState
+from labkit.look.selection import select
 from labkit.look.snapshots import Selection, VmSnapshot
-from labkit.look.vcpu import select
 from labkit.look.vm import look_at_vm
 from labkit.session.running import RUNNABLE
+from labkit.session.vcpu import Vcpu
+from labkit.session.vm import Vm
 
 __all__ = ["VmController"]
 
-RUN_LIMIT = 20_000_000  # instructions that one press of a button may take: a page must not hang on a guest that spins
+# Instructions that one press of a button may take: a page must not hang on a guest that spins.
+RUN_LIMIT = 20_000_000
+
+STEADY = frozenset({"select", "vcpu", "toggle_breakpoint"})  # actions that can be done at any time
+RUNNING = frozenset({"run", "step", "step_line"})
 
 
 class VmController:
-    """One VM as the live views see it."""
+    """One VM as the live views see it: the vCPU in front, the selection, and the buttons."""
 
-    def __init__(self, vm: Any) -> None:
+    def __init__(self, vm: Vm) -> None:
         self.vm = vm
         self.front = 0
         self.chosen: tuple[str, int] | None = None
@@ -27,17 +33,14 @@ class VmController:
     @property
     def actions(self) -> frozenset[str]:
         """What can be done now."""
-        steady = {"select", "vcpu", "toggle_breakpoint"}
-        if (
-            self.vm.vcpus
-            and self._vcpu.state in RUNNABLE
-            and (self.vm.guest is None or self.vm.guest.launched)
-        ):
-            return frozenset(steady | {"run", "step", "step_line"})
-        return frozenset(steady)
+        if not self.vm.vcpus or self._vcpu.state not in RUNNABLE:
+            return STEADY
+        if self.vm.guest is not None and not self.vm.guest.launched:
+            return STEADY
+        return STEADY | RUNNING
 
     @property
-    def _vcpu(self) -> Any:
+    def _vcpu(self) -> Vcpu:
         if not self.vm.vcpus:
             raise InvalidState(f"{self.vm.name} has no vCPU")
         return self.vm.vcpus[self.front]
@@ -53,11 +56,17 @@ class VmController:
         return select(self.vm, kind, value)
 
     def act(self, name: str, **facts: Any) -> None:
-        """Do it; raises InvalidState for what is no action, and whatever the VM raises."""
+        """Do it; raises InvalidState for what is no action, and whatever the VM raises.
+
+        The facts come from a browser: index of a vCPU; gva or line of a breakpoint; kind and value
+        of a selection.
+        """
         if name == "run":
             self._vcpu.run(RUN_LIMIT)
-        elif name in ("step", "step_line"):
-            getattr(self._vcpu, name)()
+        elif name == "step":
+            self._vcpu.step()
+        elif name == "step_line":
+            self._vcpu.step_line()
         elif name == "vcpu":
             self._bring_to_front(facts["index"])
         elif name == "toggle_breakpoint":
@@ -75,19 +84,24 @@ class VmController:
     def _toggle(self, gva: int | None = None, line: int | None = None) -> None:
         """A breakpoint on or off, at an address or at a line of the file in front."""
         vcpu = self._vcpu
-        places: frozenset[int] = frozenset() if gva is None else frozenset({gva})
+        places: frozenset[int] = frozenset()
         if line is not None:
-            here = vcpu.source_line()
-            places = (
-                frozenset(self.vm.program.gva_of_line(here.file, line))
-                if here is not None
-                else places
-            )
+            places = self._of_line(vcpu, line)
+        elif gva is not None:
+            places = frozenset({gva})
         if not places:
             raise InvalidState(f"no code at line {line}")
-        vcpu.set_breakpoints(
-            vcpu.breakpoints - places if places <= vcpu.breakpoints else vcpu.breakpoints | places
-        )
+        if places <= vcpu.breakpoints:
+            vcpu.set_breakpoints(vcpu.breakpoints - places)
+        else:
+            vcpu.set_breakpoints(vcpu.breakpoints | places)
+
+    def _of_line(self, vcpu: Vcpu, line: int) -> frozenset[int]:
+        """The gvas of a line of the file in front; none without debug information."""
+        here = vcpu.source_line()
+        if here is None or self.vm.program is None:
+            return frozenset()
+        return frozenset(self.vm.program.gva_of_line(here.file, line))
 
     def _choose(self, kind: str, value: Any) -> None:
         if kind == "none":
@@ -101,5 +115,4 @@ class VmController:
 
     def observe(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call back after every change of the VM; returns a function that ends it."""
-        end: Callable[[], None] = self.vm.observe(callback)
-        return end
+        return self.vm.observe(callback)

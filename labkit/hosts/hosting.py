@@ -11,14 +11,13 @@ from typing import Any
 
 from labkit.engines.base import Exit, HypercallExit, InternalErrorExit, MmioExit, PioExit
 from labkit.errors import LabError, NotAvailable
+from labkit.session.running import Came, can
 from labkit.ucall.pool import Ucall
 
 __all__ = [
     "Hosted",
     "Verdict",
-    "can",
     "clear_cpuid",
-    "drive",
     "hole",
     "host",
     "play",
@@ -31,31 +30,10 @@ BUDGET, EXITS = (
     3_000_000,
     20_000,
 )  # of a hosted guest between two ucalls: instructions (where counting costs nothing), and exits
-LONG = 20_000_000  # instructions of a guest that nobody hosts
 ANSWERED = (
     PioExit | MmioExit | HypercallExit | InternalErrorExit
 )  # exits that a host can do something about
-Came = Ucall | Exit
 Said = int | str
-
-
-def can(vm: Any, name: str) -> bool:
-    """Whether the VM's engine declares that it can do this."""
-    return any(capability.name == name and capability.have for capability in vm.capabilities)
-
-
-def drive(
-    vm: Any, max_insns: int | None = None, tell: Callable[[Came], object] | None = None
-) -> Came | None:
-    """Run a VM to its end, telling of each ucall and exit; returns what came last.
-
-    Without max_insns a guest may use LONG where counting costs nothing, and elsewhere as long as the engine lets it.
-    """
-    last = None
-    for last in vm.stream(LONG if max_insns is None and can(vm, "deterministic") else max_insns):
-        if tell is not None:
-            tell(last)
-    return last
 
 
 @dataclass(frozen=True)

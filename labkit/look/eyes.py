@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -71,7 +71,7 @@ class PageEyes:
     what: str = ""  # its use: "stack of vCPU 0"
     gva: int | None = None
     step: int = 0
-    since: int | None = None  # the step of the previous bytes
+    since_step: int | None = None  # the step of the previous bytes
     names: tuple[str, str] = ("host's eye (DRAM)", "guest's eye")
 
     def __post_init__(self) -> None:
@@ -98,6 +98,21 @@ class PageEyes:
         """The host's and the guest's."""
         return Eye(self.host, self.previous_host, self.names[0]), Eye(
             self.guest, self.previous_guest, self.names[1]
+        )
+
+    def since(self, other: PageEyes) -> PageEyes:
+        """The same, with the bytes marked that are not what they were in another look at the page.
+
+        Raises InvalidState for a look at another page, or at a part of another size.
+        """
+        if (self.gpa, len(self.host)) != (other.gpa, len(other.host)):
+            raise InvalidState(
+                f"the eyes look at gpa {self.gpa:#x} ({len(self.host)} bytes), and those before "
+                f"looked at gpa {other.gpa:#x} ({len(other.host)} bytes)",
+                gpa=self.gpa,
+            )
+        return replace(
+            self, previous_host=other.host, previous_guest=other.guest, since_step=other.step
         )
 
     @property

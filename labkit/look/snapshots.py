@@ -1,8 +1,8 @@
-"""What a person looks at: one vCPU, guest memory and the whole VM as frozen snapshots, ready to be drawn."""
+"""What a person looks at, as frozen facts: one vCPU, guest memory, the whole VM."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from labkit.paging.scan import PageTable
@@ -44,12 +44,15 @@ class Insn:
 
 @dataclass(frozen=True)
 class RegisterRow:
-    """One register with what its value means ("ucall_pool, shared", "stack of vCPU 1", a string, flag names)."""
+    """One register with what its value means.
+
+    note: "ucall_pool", "stack of vCPU 1", a string in quotes, the names of flags.
+    """
 
     name: str
     value: int
     note: str
-    changed: bool  # by the last step, or since the last look
+    changed: bool = False  # since the snapshot that this one was compared with
     points_to: int | None = None  # gva, when it is a pointer that the page tables map
 
 
@@ -88,16 +91,28 @@ class VcpuSnapshot:
     symbol: str
     file: str | None
     line: int | None
-    source: tuple[
-        tuple[int, str], ...
-    ]  # (line number, text) around the line, () when there is none
+    source: tuple[tuple[int, str], ...]  # (line number, text) around the line, () without source
     breakpoint_lines: frozenset[int]
     disassembly: tuple[Insn, ...]
     registers: tuple[RegisterRow, ...]
     stack: tuple[StackRow, ...]
     touches: tuple[Touch, ...]
     outlook: str  # what the next instruction will do, one sentence or ""
-    sealed: str = ""  # why the host cannot see registers, stack and code: "SEV-ES keeps them in an encrypted VMSA"
+    sealed: str = ""  # why the host cannot see registers, stack and code; "" when it can
+    next_slot: int | None = None  # the pool slot that the next instruction will take, if any
+    pc_name: str = "rip"
+
+    def since(self, other: VcpuSnapshot) -> VcpuSnapshot:
+        """The same, with the registers marked that are not what they were in another snapshot.
+
+        The program counter is never marked: it always changes.
+        """
+        before = {row.name: row.value for row in other.registers}
+        rows = []
+        for row in self.registers:
+            same = before.get(row.name) == row.value or row.name == self.pc_name
+            rows.append(replace(row, changed=not same))
+        return replace(self, registers=tuple(rows))
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
         return mimebundle(self)
@@ -109,8 +124,13 @@ class MemoryRange:
 
     gpa: int
     nr_pages: int
-    kind: str  # "code", "data", "stacks", "page tables", "ucall pool", "tables" (GDT, IDT, TSS), "alloc", ...
+    kind: str  # "code", "data", "stacks", "page tables", "ucall pool", "alloc", ...
     protected: bool = False
+
+    @property
+    def end(self) -> int:
+        """The gpa behind it."""
+        return self.gpa + 4096 * self.nr_pages
 
 
 @dataclass(frozen=True)

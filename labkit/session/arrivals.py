@@ -1,15 +1,20 @@
-"""What an exit of an engine means to its VM: a ucall, or something that happened; it is recorded either way."""
+"""What an exit of an engine means to its VM: a ucall, or something that happened."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from labkit.engines.base import BudgetExit, Exit, InterruptExit, VmgexitExit
 from labkit.sev.vmgexit import answer
 from labkit.ucall.pool import BadUcallExit, Ucall
 
+if TYPE_CHECKING:
+    from labkit.session.vcpu import Vcpu
+    from labkit.session.vm import Vm
+
 __all__ = ["arrived"]
 
+# What a vCPU is in afterwards: by the exit's word, and by the ucall's command.
 _ENDS = {
     "halted": "halted",
     "shutdown": "shutdown",
@@ -19,37 +24,55 @@ _ENDS = {
 _FINAL = {"DONE": "done", "ABORT": "aborted", "UNHANDLED": "unhandled"}
 
 
-def arrived(vm: Any, vcpu: Any, exit: Exit) -> Ucall | Exit:
-    """An engine's exit becomes a ucall when it is one; it is recorded, and a held-back Ctrl-C is raised."""
-    came: Ucall | Exit = exit
-    engine, ucalls, cpu = vm.machine.engine, vm._ucalls, vcpu._cpu
-    if vcpu.state == "not started" and ucalls is not None:
-        ucalls.begins(vcpu.index)
+def arrived(vm: Vm, vcpu: Vcpu, exit: Exit) -> Ucall | Exit:
+    """What an exit of a vCPU is: the ucall that it carries, or the exit itself.
+
+    Either is recorded in the VM's log and in the vCPU's state; a VMGEXIT is answered. Raises the
+    KeyboardInterrupt that the engine held back until now.
+    """
+    if vcpu.state == "not started" and vm.ucalls is not None:
+        vm.ucalls.begins(vcpu.index)
+
+    came = exit
     if type(exit) is VmgexitExit and vm.guest is not None:
-        came, value = answer(vm.guest, vcpu.index, cpu, exit.ghcb, vm.door.number)
+        came, value = answer(vm.guest, vcpu.index, vcpu.cpu, exit.ghcb, vm.door.number)
     else:
-        value = vm.door.value(exit, cpu.read_reg)
-    if value:
-        if ucalls is None:
-            came = BadUcallExit(
-                value, "no pool", "this VM was created without a ucall pool", vcpu.index
-            )
-        else:
-            came = ucalls.take(value, vcpu.index, engine.retired(), cpu.locked_at, vm._string)
-    elif value is not None:
-        came = Ucall("NONE", (0,) * 7, None, vcpu.index, None, engine.retired())
-    elif ucalls is not None:
-        ucalls.saw(vcpu.index, cpu.locked_at, engine.retired())
+        value = vm.door.value(exit, vcpu.cpu.read_reg)
+    met = _through_door(vm, vcpu, came, value)
+
+    _record(vm, vcpu, met)
+    if vm.is_observed:
+        vm.changed()
+    vm.machine.engine.check_interrupt()
+    return met
+
+
+def _through_door(vm: Vm, vcpu: Vcpu, came: Exit, value: int | None) -> Ucall | Exit:
+    """The ucall behind a value that came through the door; `came` itself when none did (None).
+
+    Zero is what ucall() hands over for no command at all: a ucall NONE, without a slot.
+    """
+    ucalls, step = vm.ucalls, vm.machine.engine.retired()
+    if value is None:
+        if ucalls is not None:
+            ucalls.saw(vcpu.index, vcpu.cpu.locked_at, step)
+        return came
+    if value == 0:
+        return Ucall("NONE", (0,) * 7, None, vcpu.index, None, step)
+    if ucalls is None:
+        why = "this VM was created without a ucall pool"
+        return BadUcallExit(value, "no pool", why, vcpu.index)
+    return ucalls.take(value, vcpu.index, step, vcpu.cpu.locked_at, vm.string_at)
+
+
+def _record(vm: Vm, vcpu: Vcpu, came: Ucall | Exit) -> None:
+    """Note what came, and what it leaves its vCPU in."""
     if isinstance(came, Ucall):
         vcpu.state = _FINAL.get(came.cmd, "running")
-        vm._events.append(came)
+        vm.log.append(came)
     elif isinstance(came, BudgetExit):
         vcpu.state = "running"
     else:
         vcpu.state = _ENDS.get(came.end, "running")
         if not isinstance(came, InterruptExit):
-            vm._trace(vcpu.index, came.end, {"exit": came, "where": vcpu.where()})
-    if vm._observers:
-        vm.changed()
-    engine.check_interrupt()
-    return came
+            vm.trace(vcpu.index, came.end, {"exit": came, "where": vcpu.where()})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from labkit.ucall.pool import Ucall
@@ -10,7 +11,9 @@ from labkit.ucall.pool import Ucall
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Event", "events_frame"]
+__all__ = ["Event", "EventLog", "Happened"]
+
+COLUMNS = ("step", "vcpu", "kind", "what", "cmd", "args", "text", "slot")
 
 
 class Event(NamedTuple):
@@ -28,30 +31,54 @@ class Event(NamedTuple):
         where = f" at {facts.pop('where')}" if "where" in facts else ""
         if "exit" in facts:
             return f"{facts['exit']}{where}"
-        shown = (
-            f"{k} {v:#x}" if type(v) is int else f"{k} {v}"
-            for k, v in facts.items()
-            if v is not None
-        )
-        return ", ".join(shown) + where
+
+        words = []
+        for name, value in facts.items():
+            if type(value) is int:
+                words.append(f"{name} {value:#x}")
+            elif value is not None:
+                words.append(f"{name} {value}")
+        return ", ".join(words) + where
 
 
-def events_frame(events: Sequence[Event | Ucall]) -> pd.DataFrame:
-    """One row an event: step, vcpu, kind, what, and for a ucall cmd, args, text and slot (None elsewhere)."""
-    import pandas as pd
+Happened = Event | Ucall
 
-    rows = [
-        (
-            e.step,
-            e.vcpu,
-            e.kind,
-            e.what,
-            *((e.cmd, e.args, e.text, e.slot) if isinstance(e, Ucall) else (None,) * 4),
-        )
-        for e in events
-    ]
-    frame = pd.DataFrame(
-        rows, columns=["step", "vcpu", "kind", "what", "cmd", "args", "text", "slot"], dtype=object
-    )
-    frame = frame.astype({"step": "int64", "vcpu": "int64", "slot": "Int64"})
-    return frame.rename_axis("seq")
+
+@dataclass
+class EventLog:
+    """Everything that happened in one VM, the oldest first."""
+
+    entries: list[Happened] = field(default_factory=list)
+
+    def append(self, happened: Happened) -> None:
+        """Note one thing more."""
+        self.entries.append(happened)
+
+    def replace(self, entries: Iterable[Happened]) -> None:
+        """Forget all, and begin with these: the log of a snapshot that is put back."""
+        self.entries = list(entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[Happened]:
+        return iter(self.entries)
+
+    def frame(self) -> pd.DataFrame:
+        """One row an event: step, vcpu, kind, what, and for a ucall cmd, args, text and slot.
+
+        The last four are None for what is no ucall. The index is called seq.
+        """
+        import pandas as pd
+
+        rows = [_row(happened) for happened in self.entries]
+        frame = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object)
+        frame = frame.astype({"step": "int64", "vcpu": "int64", "slot": "Int64"})
+        return frame.rename_axis("seq")
+
+
+def _row(happened: Happened) -> tuple[object, ...]:
+    common = (happened.step, happened.vcpu, happened.kind, happened.what)
+    if isinstance(happened, Ucall):
+        return *common, happened.cmd, happened.args, happened.text, happened.slot
+    return *common, None, None, None, None

@@ -1,9 +1,9 @@
-"""Running guests to an end: one after the other, all under a schedule, with every ucall on the way."""
+"""Running guests to an end: alone or under a schedule, with every ucall on the way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn
 
 from labkit.engines.base import BudgetExit, DebugExit, Exit, HypercallExit
 from labkit.errors import (
@@ -17,61 +17,97 @@ from labkit.machine.schedule import Schedule
 from labkit.session.arrivals import arrived
 from labkit.ucall.pool import BadUcallExit, Ucall
 
-__all__ = ["RUNNABLE", "collect", "goes_on", "run_on", "run_scheduled", "runnable", "stream"]
+if TYPE_CHECKING:
+    from labkit.session.vcpu import Vcpu
+    from labkit.session.vm import Vm
+
+__all__ = [
+    "RUNNABLE",
+    "Came",
+    "can",
+    "collect",
+    "drive",
+    "goes_on",
+    "run_on",
+    "run_scheduled",
+    "runnable",
+    "stream",
+]
+
+Came = Ucall | Exit
+"""What comes back from a run."""
 
 RUNNABLE = ("not started", "running")
-Came = Ucall | Exit
+LONG = 20_000_000  # instructions of a guest to which nobody gave a budget
 
 
-def runnable(vcpus: Sequence[Any]) -> list[int]:
-    """The vCPUs that can go on; raises InvalidState when none can."""
-    found = [v.index for v in vcpus if v.state in RUNNABLE]
+def can(vm: Vm, name: str) -> bool:
+    """Whether the VM's engine declares the capability of that name."""
+    return any(capability.name == name and capability.have for capability in vm.capabilities)
+
+
+def runnable(vcpus: Sequence[Vcpu]) -> list[int]:
+    """The indices of the vCPUs that can go on; raises InvalidState when none can."""
+    found = [vcpu.index for vcpu in vcpus if vcpu.state in RUNNABLE]
     if not found:
-        raise InvalidState(
-            f"no vCPU can run: {', '.join(f'vCPU {v.index} {v.state}' for v in vcpus) or 'there is none'}"
-        )
+        states = ", ".join(f"vCPU {vcpu.index} {vcpu.state}" for vcpu in vcpus)
+        raise InvalidState(f"no vCPU can run: {states or 'there is none'}")
     return found
 
 
-def run_scheduled(vcpus: Sequence[Any], schedule: Schedule, max_insns: int | None) -> Came:
-    """Run until the next ucall or exit of any vCPU; BudgetExit after max_insns instructions in all."""
+def run_scheduled(vcpus: Sequence[Vcpu], schedule: Schedule, max_insns: int | None) -> Came:
+    """Run until the next ucall or exit of any vCPU; BudgetExit after max_insns in all."""
     left = max_insns
     while True:
         index, quantum = schedule.pick(runnable(vcpus))
-        vcpu, before = vcpus[index], vcpus[index].step_count
-        limits = [n for n in (quantum, left) if n is not None]
-        came: Came = vcpu.run(min(limits) if limits else None)
+        vcpu = vcpus[index]
+        before = vcpu.step_count
+
+        came = vcpu.run(_smaller(quantum, left))
         ran = vcpu.step_count - before
         schedule.ran(ran)
-        left = None if left is None else left - ran
         if not isinstance(came, BudgetExit):
             return came
-        if left is not None and left <= 0:
-            return BudgetExit(max_insns or 0)
+
+        if left is not None:
+            left -= ran
+            if left <= 0:
+                return BudgetExit(max_insns or 0)
 
 
-def run_on(vm: Any, max_insns: int | None) -> Came:
+def _smaller(quantum: int | None, left: int | None) -> int | None:
+    """The smaller of two numbers of instructions, where None is without end."""
+    if quantum is None:
+        return left
+    if left is None:
+        return quantum
+    return min(quantum, left)
+
+
+def run_on(vm: Vm, max_insns: int | None) -> Came:
     """Run a VM under its schedule until the next ucall or exit of any vCPU."""
     if vm.schedule.kind != "parallel":
         return run_scheduled(vm.vcpus, vm.schedule, max_insns)
     if max_insns is not None:
         raise NotAvailable(
-            'schedule "parallel": instructions of vCPUs that run at once are not counted, so there is no max_insns'
+            'schedule "parallel": instructions of vCPUs that run at once are not counted, '
+            "so there is no max_insns"
         )
     index, exit = vm.machine.run_parallel(runnable(vm.vcpus))
     return arrived(vm, vm.vcpus[index], exit)
 
 
 def goes_on(came: Came) -> bool:
-    """Whether a guest can be expected to go on after this: a ucall that ends it, a crash and a used-up pool say no."""
+    """Whether a guest can be expected to go on after this.
+
+    A ucall that ends it, a crash and a used-up pool say no; a bad value that nothing was read
+    through is reported, and the guest goes on.
+    """
     match came:
         case Ucall(cmd=cmd):
             return cmd not in ("ABORT", "UNHANDLED")
         case BadUcallExit(kind=kind):
-            return kind not in (
-                "exhausted",
-                "unreadable",
-            )  # the others are reported, nothing was read through them
+            return kind not in ("exhausted", "unreadable")
         case _:
             return isinstance(came, HypercallExit)
 
@@ -82,48 +118,77 @@ def stream(
     clock: Callable[[], int],
     max_insns: int | None,
 ) -> Iterator[Came]:
-    """Every ucall and exit until done, until one that a guest does not survive, or until the budget is used up."""
+    """Every ucall and exit until done, one that a guest does not survive, or the budget's end.
+
+    The BudgetExit that ends it names the whole budget, not what was left of it at the last run.
+    """
     start = clock()
     while not done():
-        came = run(None if max_insns is None else max(0, max_insns - (clock() - start)))
-        yield (
-            came if max_insns is None or not isinstance(came, BudgetExit) else BudgetExit(max_insns)
-        )  # not what was left of it
+        if max_insns is None:
+            came = run(None)
+        else:
+            came = run(max(0, max_insns - (clock() - start)))
+            if isinstance(came, BudgetExit):
+                came = BudgetExit(max_insns)
+        yield came
         if not goes_on(came):
             return
 
 
+def drive(
+    vm: Vm, max_insns: int | None = None, tell: Callable[[Came], object] | None = None
+) -> Came | None:
+    """Run a VM to its end, telling of each ucall and exit; returns what came last.
+
+    Without max_insns a guest may use LONG instructions on an engine that counts them for nothing
+    (capability "deterministic"), and elsewhere as long as the engine lets it.
+    """
+    if max_insns is None and can(vm, "deterministic"):
+        max_insns = LONG
+    last = None
+    for last in vm.stream(max_insns):
+        if tell is not None:
+            tell(last)
+    return last
+
+
 def collect(coming: Iterator[Came], explain: Callable[[Came], str]) -> list[Ucall]:
-    """The ucalls of a stream that ends well; raises GuestAssertFailed, BudgetExceeded, GuestCrashed, or InvalidState at a breakpoint."""
+    """The ucalls of a stream that ends well.
+
+    Raises GuestAssertFailed, BudgetExceeded, GuestCrashed, or InvalidState at a breakpoint; each
+    has the ucalls so far as its fact `ucalls`.
+    """
     ucalls: list[Ucall] = []
     for came in coming:
         if isinstance(came, Ucall):
             ucalls.append(came)
-        if goes_on(came):
-            continue
-        match came:
-            case Ucall(cmd="ABORT"):
-                raise GuestAssertFailed(
-                    explain(came),
-                    vcpu=came.vcpu,
-                    ucall=came,
-                    file=came.file,
-                    line=came.line,
-                    expr=came.expr,
-                    ucalls=ucalls,
-                )
-            case Ucall():
-                raise GuestCrashed(
-                    explain(came), vcpu=came.vcpu, ucall=came, exit=None, ucalls=ucalls
-                )
-            case BudgetExit():
-                raise BudgetExceeded(explain(came), insns=came.insns, ucalls=ucalls)
-            case DebugExit():
-                raise InvalidState(
-                    f"a breakpoint, not the end: {explain(came)}; run() goes on from here",
-                    exit=came,
-                    ucalls=ucalls,
-                )
-            case _:
-                raise GuestCrashed(explain(came), exit=came, ucalls=ucalls)
+        if not goes_on(came):
+            _refuse(came, explain(came), ucalls)
     return ucalls
+
+
+def _refuse(came: Came, why: str, ucalls: list[Ucall]) -> NoReturn:
+    """Raise the error that belongs to an end that is no good one."""
+    match came:
+        case Ucall(cmd="ABORT"):
+            raise GuestAssertFailed(
+                why,
+                vcpu=came.vcpu,
+                ucall=came,
+                file=came.file,
+                line=came.line,
+                expr=came.expr,
+                ucalls=ucalls,
+            )
+        case Ucall():
+            raise GuestCrashed(why, vcpu=came.vcpu, ucall=came, exit=None, ucalls=ucalls)
+        case BudgetExit():
+            raise BudgetExceeded(why, insns=came.insns, ucalls=ucalls)
+        case DebugExit():
+            raise InvalidState(
+                f"a breakpoint, not the end: {why}; run() goes on from here",
+                exit=came,
+                ucalls=ucalls,
+            )
+        case _:
+            raise GuestCrashed(why, exit=came, ucalls=ucalls)

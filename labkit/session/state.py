@@ -1,20 +1,19 @@
-"""The whole state of a VM as one value: taken, put back, and carried over to a twin."""
+"""The whole state of a VM as one value: taken, and put back."""
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from labkit.errors import InvalidState
 from labkit.machine.schedule import Schedule
 from labkit.machine.vm import MachineState
-from labkit.session.events import Event
-from labkit.session.vcpu import Vcpu
-from labkit.ucall.pool import Ucall
+from labkit.session.events import Happened
 
-__all__ = ["VmState", "fork", "put_state", "take_state"]
+if TYPE_CHECKING:
+    from labkit.session.vm import Vm
+
+__all__ = ["VmState", "put_state", "take_state"]
 
 
 @dataclass(frozen=True)
@@ -22,63 +21,58 @@ class VmState:
     """A snapshot of a VM: memory, CPUs, allocators, pool history, schedule and events."""
 
     step: int
-    shape: str  # its page tables' mode, which names the architecture too, its protection, and whether it has a pool
+    shape: str  # what a VM must be like to take it, in words
     machine: MachineState
-    pool: dict[str, object] | None
-    schedule: tuple[Any, ...]
-    events: tuple[Event | Ucall, ...]
-    states: tuple[str, ...]
+    pool: dict[str, object] | None  # what the host knows of the pool beyond guest memory
+    schedule: tuple[Any, ...]  # where it stands: Schedule.save()
+    events: tuple[Happened, ...]
+    states: tuple[str, ...]  # of each vCPU: "running", "done", ...
     guest: dict[str, Any] | None = None  # of a protected VM: its key and how far its launch is
 
     def __repr__(self) -> str:
         size = sum(len(data) for _, data in self.machine.slots) >> 10
-        return f"<VmState step {self.step}, {len(self.states)} vCPUs, {size} KiB, {len(self.events)} events>"
+        return (
+            f"<VmState step {self.step}, {len(self.states)} vCPUs, {size} KiB, "
+            f"{len(self.events)} events>"
+        )
 
 
-def _shape(vm: Any) -> str:
-    return f"{vm.machine.space.mode.name} and protect={vm.protect!r}, {'a' if vm._pool else 'no'} ucall pool"
+def _shape(vm: Vm) -> str:
+    """The mode of its page tables, which names the architecture too, its protection, its pool."""
+    pool = "no" if vm.host_pool is None else "a"
+    return f"{vm.machine.space.mode.name} and protect={vm.protect!r}, {pool} ucall pool"
 
 
-def take_state(vm: Any) -> VmState:
+def take_state(vm: Vm) -> VmState:
     """The VM as it is, bit for bit."""
     return VmState(
-        vm.step,
-        _shape(vm),
-        vm.machine.state(),
-        vm._pool.state() if vm._pool else None,
-        vm.schedule.save(),
-        tuple(vm._events),
-        tuple(vcpu.state for vcpu in vm.vcpus),
-        vm.guest.save() if vm.guest else None,
+        step=vm.step,
+        shape=_shape(vm),
+        machine=vm.machine.state(),
+        pool=None if vm.host_pool is None else vm.host_pool.state(),
+        schedule=vm.schedule.save(),
+        events=tuple(vm.log),
+        states=tuple(vcpu.state for vcpu in vm.vcpus),
+        guest=None if vm.guest is None else vm.guest.save(),
     )
 
 
-def put_state(vm: Any, state: VmState) -> None:
-    """Make the VM what it was; raises InvalidState for the state of a VM of another shape, and changes nothing then."""
+def put_state(vm: Vm, state: VmState) -> None:
+    """Make the VM what it was; raises InvalidState for the state of a VM of another shape.
+
+    Then nothing is changed.
+    """
     if _shape(vm) != state.shape:
         raise InvalidState(
             f"{vm.name} is a VM with {_shape(vm)}, and the snapshot is of one with {state.shape}"
         )
     vm.machine.set_state(state.machine)
-    if vm.guest is not None:
+    if vm.guest is not None and state.guest is not None:
         vm.guest.restore(state.guest)
         vm.machine.seal(vm.guest.why_sealed)
-    if vm._pool is not None and state.pool is not None:
-        vm._pool.set_state(state.pool)
+    if vm.host_pool is not None and state.pool is not None:
+        vm.host_pool.set_state(state.pool)
     vm.schedule = Schedule.restored(state.schedule)
-    vm._events = list(state.events)
+    vm.log.replace(state.events)
     for vcpu, was in zip(vm.vcpus, state.states, strict=True):
         vcpu.state = was
-
-
-def fork(vm: Any, twin: Any) -> None:
-    """Make an empty VM of the same shape one that goes on from where the first is."""
-    state = take_state(vm)
-    twin.door, twin._ucalls = (
-        copy(vm.door),
-        vm._ucalls.twin(twin.machine.space) if vm._ucalls is not None else None,
-    )
-    for vcpu in vm.vcpus:
-        twin.machine.adopt_vcpu(partial(twin._trace, vcpu.index))
-        twin.vcpus.append(Vcpu(twin, vcpu.index))
-    twin.restore(state)

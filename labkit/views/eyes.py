@@ -54,12 +54,15 @@ def render(
     """The page as a view; changes are marked against previous, else against the bytes that it brings along; rows follow the selection."""
     if previous is not None and (previous.gpa, len(previous.host)) == (page.gpa, len(page.host)):
         page = replace(
-            page, previous_host=previous.host, previous_guest=previous.guest, since=previous.step
+            page,
+            previous_host=previous.host,
+            previous_guest=previous.guest,
+            since_step=previous.step,
         )
     host, guest = page.eyes
     offset = None if selection is None or selection.gpa is None else selection.gpa - page.gpa
     chosen = None if offset is None or not 0 <= offset < len(page.host) else offset // BLOCK
-    since = "" if page.since is None else f", since step {num(page.since)}"
+    since = "" if page.since_step is None else f", since step {num(page.since_step)}"
     said, marked = plain(page.status, 300), bool(host.changed.any() or guest.changed.any())
     facts = [*map(plain, filter(None, (page.what,))), el("span", f"gpa {hx(page.gpa)}", cls="mono")]
     facts += [swatch(page.private, clear="plaintext")] + [

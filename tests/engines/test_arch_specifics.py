@@ -743,8 +743,8 @@ def test_that_an_exception_comes_from_below_into_the_kernel(arch, insn, drop, ve
     for name, value in drop.items():
         vcpu.regs[name] = value
     at = vcpu.pc
-    assert vcpu.step() is None and vm._events[-1].facts["vector"] == vector
-    assert vm._events[-1].facts["pc"] - at == (
+    assert vcpu.step() is None and vm.log.entries[-1].facts["vector"] == vector
+    assert vm.log.entries[-1].facts["pc"] - at == (
         4 if "svc" in insn else 0
     )  # a call goes on behind itself
     assert vcpu.pc != at and not any(vcpu.regs[name] == value for name, value in drop.items())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import labkit as lk
-from labkit.hosts.hosting import can
 from labkit.hosts.selftests import HOSTED
+from labkit.session.running import can
 
 SHARED = {
     "step",

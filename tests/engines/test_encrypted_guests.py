@@ -56,7 +56,7 @@ def log(vm: lk.Vm) -> list[tuple[object, ...]]:
 
 
 def events(vm: lk.Vm) -> list[tuple[object, ...]]:
-    return [(e.step, e.vcpu, e.kind, e.what) for e in vm._events if e.kind != "bad-ucall"]
+    return [(e.step, e.vcpu, e.kind, e.what) for e in vm.log.entries if e.kind != "bad-ucall"]
 
 
 def entries() -> list[tuple[str, str]]:

@@ -33,7 +33,7 @@ def faults(vcpu: lk.Vcpu, vector: int) -> bool:
 
 
 def cpuid(vm: lk.Vm, leaf: int, sub: int = 0) -> tuple[int, ...]:
-    vm.vcpus[0]._cpu.set_regs({"rip": CODE, "rax": leaf | 0xFFFF << 32, "rcx": sub})
+    vm.vcpus[0].cpu.set_regs({"rip": CODE, "rax": leaf | 0xFFFF << 32, "rcx": sub})
     vm.vcpus[0].step()
     return tuple(vm.vcpus[0].regs[name] for name in ("rax", "rbx", "rcx", "rdx"))
 
@@ -62,7 +62,7 @@ def test_that_cpuid_announces_no_avx_and_follows_osxsave_and_the_vcpu():
 
 def msr(guest, text: str, index: int, value: int = 0) -> lk.Vcpu:
     (vcpu,) = guest(text).vcpus
-    vcpu._cpu.set_regs(
+    vcpu.cpu.set_regs(
         {
             "rcx": index | 0xFF << 32,
             "rax": value & 0xFFFFFFFF | 0xFF << 32,
@@ -157,7 +157,7 @@ def test_that_xcr0_is_there_with_osxsave_and_takes_what_cpuid_offers(
     guest, text, index, value, vector, osxsave
 ):
     vcpu = msr(guest, text, index & 0xFF, value)
-    vcpu._cpu.set_regs({"rcx": index, "rdx": 0, "cr4": vcpu.regs.cr4 | osxsave << 18})
+    vcpu.cpu.set_regs({"rcx": index, "rdx": 0, "cr4": vcpu.regs.cr4 | osxsave << 18})
     if text == "xgetbv" and lacks(vcpu.vm, "simd"):
         assert "xgetbv" in str(vcpu.run()) and vcpu.pc == CODE
         return
@@ -206,7 +206,7 @@ def test_that_clock_and_random_numbers_are_the_same_in_every_run_however_it_is_c
 )
 def test_that_a_random_number_fills_its_register_and_sets_carry_alone(guest, text, register, bits):
     (vcpu,) = guest(text).vcpus
-    vcpu._cpu.set_regs({register: (1 << 64) - 1, "rflags": 0xAD7})
+    vcpu.cpu.set_regs({register: (1 << 64) - 1, "rflags": 0xAD7})
     assert vcpu.step() is None and vcpu.regs.rflags & 0x8D5 == 1
     assert (
         vcpu.regs[register] >> bits == (0 if bits == 32 else (1 << 64 - bits) - 1)
@@ -235,7 +235,7 @@ def test_that_the_clock_runs_on_over_the_instructions_of_all_vcpus():
 
 def test_that_syscall_asks_no_descriptor_table(guest):
     (vcpu,) = guest("syscall; nop").vcpus
-    vcpu._cpu.set_regs(
+    vcpu.cpu.set_regs(
         {
             "efer": 0xD01,
             "star": 0x0008 << 32,
@@ -256,7 +256,7 @@ def test_that_syscall_asks_no_descriptor_table(guest):
 
 def test_that_segments_and_rings_can_be_set_by_hand_and_a_wrong_selector_is_refused(guest):
     (vcpu,) = guest("mov rax,cr3").vcpus
-    vcpu._cpu.set_regs({"cs": 0x33, "ss": 0x2B})
+    vcpu.cpu.set_regs({"cs": 0x33, "ss": 0x2B})
     assert go(vcpu) == HaltExit() and vcpu.pc == HANDLERS + 16 * GP + 1
     for name, selector in (("cs", 0x10), ("ds", 0x1000), ("cs", 0x1C)):
         with pytest.raises(lk.InvalidState, match=f"{name} = {selector:#x}"):

@@ -162,7 +162,7 @@ def test_that_a_thousand_exceptions_in_a_row_are_all_delivered(
         and len(vm.events) == (1 if lacks(vm, "exceptions") else 1001)
     )
     by_steps = vcpu.step_count if vcpu.exact else 0
-    vcpu._cpu.set_regs({"rip": CODE, "rsp": STACK_TOP - 256})
+    vcpu.cpu.set_regs({"rip": CODE, "rsp": STACK_TOP - 256})
     for _ in range(by_steps - 1):
         assert vcpu.step() is None
     assert not by_steps or vcpu.step() == HaltExit()
@@ -279,7 +279,7 @@ REFUSED_IN_RING_3 = [
 @pytest.mark.parametrize("text", REFUSED_IN_RING_3)
 def test_that_ring_3_may_not(guest, text):
     vm = guest(text, user=True)
-    vm.vcpus[0]._cpu.set_regs({"cr4": vm.vcpus[0].regs.cr4 | 1 << 18, "efer": 0xD01})
+    vm.vcpus[0].cpu.set_regs({"cr4": vm.vcpus[0].regs.cr4 | 1 << 18, "efer": 0xD01})
     came = go(vm.vcpus[0])
     if text.startswith("int ") and "INT n at CPL3" in lacks(vm, "software_interrupts"):
         assert is_refused(vm.vcpus[0], came, 0)
@@ -412,7 +412,7 @@ def spoil(vm, how: str) -> None:
         "no IDT": {"idt_base": NOWHERE, "idt_limit": 0xFFF},
         "stack without a page": {"rsp": NOWHERE},
     }
-    vcpu._cpu.set_regs(changes.get(how, {}))
+    vcpu.cpu.set_regs(changes.get(how, {}))
     if how == "no page for the IDT":
         vm.machine.space.builder.unmap(vm.machine.idt_gva, 1)
 
@@ -448,8 +448,8 @@ def test_that_a_fault_on_the_way_to_a_handler_leads_where_the_manual_says(
             and vcpu.pc == HANDLERS + 16 * chain[-1] + 1
             and frame(vcpu, True)["error"] == error
         )
-        assert lacks(vm, "exceptions") or vm._events[-2].facts["chain"] == chain
-        assert lacks(vm, "exceptions") or vm._events[-2].facts["pc"] == frame(vcpu, True)["rip"]
+        assert lacks(vm, "exceptions") or vm.log.entries[-2].facts["chain"] == chain
+        assert lacks(vm, "exceptions") or vm.log.entries[-2].facts["pc"] == frame(vcpu, True)["rip"]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def machine(backend):
         vm = bare(text, backend=backend)
         vms.append(vm)
         vm.machine.space.map(HOLE_GVA, HOLE, 4)
-        vm.vcpus[0]._cpu.set_regs({"rax": RAX, "rbx": HOLE_GVA, "rdx": 0x1234} | regs)
+        vm.vcpus[0].cpu.set_regs({"rax": RAX, "rbx": HOLE_GVA, "rdx": 0x1234} | regs)
         return vm, vm.vcpus[0]
 
     yield make

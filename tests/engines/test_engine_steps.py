@@ -130,8 +130,8 @@ def begin(vm: lk.Vm, code: bytes) -> lk.Vcpu:
     vm.write(DATA, DATA_AT_START)
     vcpu = vm.vcpus[0]
     start(vcpu, vm.ring == 3)
-    vcpu._cpu.set_regs({} if vm.ring else {"cs": KERNEL_CS, "ss": KERNEL_SS})
-    vcpu._cpu.set_regs(
+    vcpu.cpu.set_regs({} if vm.ring else {"cs": KERNEL_CS, "ss": KERNEL_SS})
+    vcpu.cpu.set_regs(
         dict.fromkeys(set(GPRS) - {"rip", "rflags"}, 0)
         | dict.fromkeys(("ds", "es", "fs", "gs"), 0)
         | START

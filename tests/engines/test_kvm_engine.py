@@ -186,7 +186,7 @@ def test_that_garbage_state_is_refused_and_the_old_one_stays(
     vms.append(vm := bare("nop; hlt", backend="kvm"))
     before = dict(vm.vcpus[0].regs.all())
     try:
-        vm.vcpus[0]._cpu.set_regs(regs)
+        vm.vcpus[0].cpu.set_regs(regs)
         came = vm.vcpus[0].run()
         assert isinstance(came, ShutdownExit | InternalErrorExit | HaltExit)
     except lk.InvalidState:

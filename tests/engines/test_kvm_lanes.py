@@ -59,7 +59,7 @@ def test_that_a_vcpu_that_came_out_by_itself_while_others_were_paused_runs_for_l
     ) as vm:
         for _ in range(4):
             assert vm.run().cmd in ("SYNC", "DONE")  # type: ignore[union-attr]
-            assert not any(vcpu._cpu.pausing for vcpu in vm.vcpus)  # type: ignore[attr-defined]
+            assert not any(vcpu.cpu.pausing for vcpu in vm.vcpus)  # type: ignore[attr-defined]
 
 
 LATE = """
@@ -112,7 +112,7 @@ def test_that_a_vcpu_with_such_an_exit_gives_it_to_whoever_runs_it(program: lk.P
         for _ in range(10):
             vm.run()
         said = [uc for vcpu in vm.vcpus if vcpu.state != "done" for uc in vcpu.run_until_done()]
-        numbers = [uc.args[1] for uc in vm._events if getattr(uc, "cmd", "") == "SYNC"]  # type: ignore[union-attr]
+        numbers = [uc.args[1] for uc in vm.log.entries if getattr(uc, "cmd", "") == "SYNC"]  # type: ignore[union-attr]
         assert said and sorted(numbers) == [*range(5), *range(100, 105)]
         assert all(
             [n for n in numbers if n // 100 == vcpu] == [vcpu * 100 + n for n in range(5)]

@@ -90,7 +90,7 @@ def test_that_a_step_to_cpl3_is_one_instruction_or_refused_and_a_free_run_gets_t
     with bare(text, backend="kvm") as vm:
         (vcpu,) = vm.vcpus
         vm.write(CODE + 0x1000, asm("mov ebx,7; mov rax,cr3"))
-        vcpu._cpu.set_regs({"efer": 0xD01, "star": 0x0020_0008 << 32})
+        vcpu.cpu.set_regs({"efer": 0xD01, "star": 0x0020_0008 << 32})
         assert vcpu.step(5) is None
         before = vcpu.pc
         if declared()["step_user"]:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import labkit as lk
 from labkit.arch.x86_cpu import CpuModel
 from labkit.explore.compare import HOST, TIME, TOLERATED, align
-from labkit.hosts.hosting import drive
 from labkit.session.events import Event
+from labkit.session.running import drive
 from labkit.views import compare as view
 
 SOURCE = """
@@ -75,7 +75,7 @@ def flip_entry(name: str, depth: int, bit: int) -> Bend:
 
 
 def edit_event(at: int, **facts: Any) -> Bend:
-    return lambda vm: vm._events.__setitem__(at, vm._events[at]._replace(**facts))
+    return lambda vm: vm.log.entries.__setitem__(at, vm.log.entries[at]._replace(**facts))
 
 
 BENDS: dict[
@@ -87,7 +87,7 @@ BENDS: dict[
         "vCPU 0 register rbx: unicorn 0x",
     ),
     "resume flag": (
-        lambda vm: vm.vcpus[0]._cpu.set_regs({"rflags": vm.vcpus[0].regs.rflags ^ 1 << 16}),
+        lambda vm: vm.vcpus[0].cpu.set_regs({"rflags": vm.vcpus[0].regs.rflags ^ 1 << 16}),
         "register",
         "register rflags: ",
     ),
@@ -131,10 +131,14 @@ BENDS: dict[
         "PML4[0x0] of gva 0x0",
     ),
     "bit that software owns": (flip_entry("guest_code", 3, 9), "page table", "PT[0x0]"),
-    "missing event": (lambda vm: vm._events.pop(2), "event", "event 2 ucall: unicorn SYNC args"),
-    "missing last event": (lambda vm: vm._events.pop(), "event", "event 5 ucall: unicorn DONE"),
+    "missing event": (
+        lambda vm: vm.log.entries.pop(2),
+        "event",
+        "event 2 ucall: unicorn SYNC args",
+    ),
+    "missing last event": (lambda vm: vm.log.entries.pop(), "event", "event 5 ucall: unicorn DONE"),
     "one event more": (
-        lambda vm: vm._events.insert(1, Event(5, 0, "mmio", {"gpa": 5})),
+        lambda vm: vm.log.entries.insert(1, Event(5, 0, "mmio", {"gpa": 5})),
         "event",
         "event 1 mmio: unicorn none, unicorn 2 gpa 0x5",
     ),
@@ -144,7 +148,7 @@ BENDS: dict[
         r"event 4 ucall.text: unicorn 'counter is 6\n', unicorn 2 'counter is 8\n'",
     ),
     "argument": (
-        lambda vm: edit_event(1, args=(*vm._events[1].args[:1], 2, 0, 0, 0, 0, 0))(vm),
+        lambda vm: edit_event(1, args=(*vm.log.entries[1].args[:1], 2, 0, 0, 0, 0, 0))(vm),
         "event",
         "event 1 ucall.args[1]: unicorn 0x1, unicorn 2 0x2",
     ),
@@ -319,7 +323,7 @@ def test_that_very_long_logs_align_in_time() -> None:
 
 def test_that_the_view_folds_what_is_equal_and_escapes_what_a_guest_wrote() -> None:
     many = [Event(i, 0, "mmio", {"gpa": 1}) for i in range(40)]
-    found = bent(lambda vm: vm._events.extend(many))
+    found = bent(lambda vm: vm.log.entries.extend(many))
     other = bent(edit_event(4, text="<script>x</script>\x1b[31m"))
     assert "<script>" not in view.render(other).html and "\x1b" not in other.text
     assert "not in its log" in view.render(found).img_html and len(found.differences) == 40

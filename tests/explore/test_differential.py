@@ -119,7 +119,7 @@ def test_that_every_step_leads_to_the_same_place_on_both_engines(name: str) -> N
         with guests.bare(STEPPED[name], backend=backend) as vm:
             vm.write(guests.DATA, bytes(64) + b"\x10")
             (vcpu,), trace = vm.vcpus, list[Any]()
-            vcpu._cpu.set_regs({"cr4": vcpu.regs.cr4 | 1 << 16, "rbx": 0x18})  # FSGSBASE
+            vcpu.cpu.set_regs({"cr4": vcpu.regs.cr4 | 1 << 16, "rbx": 0x18})  # FSGSBASE
             while len(trace) < 40 and vcpu.state != "halted":
                 came = vcpu.step()
                 trace.append(
@@ -382,7 +382,7 @@ def machine(code: bytes, backend: str) -> lk.Vm:
         guests.TABLES, vm.machine.space.walk(guests.DATA).steps[-1].entry_gpa & -4096
     )
     vm.write(guests.DATA, bytes(range(256)) * 64)
-    vm.vcpus[0]._cpu.set_regs(
+    vm.vcpus[0].cpu.set_regs(
         {"rsp": guests.STACK_TOP - 256, "rsi": guests.DATA, "rdi": guests.DATA + 0x100, "rflags": 2}
     )
     return vm

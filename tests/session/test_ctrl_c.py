@@ -131,7 +131,7 @@ while came is None:
         time.sleep(0.01)
     except KeyboardInterrupt:
         hits += 1
-        came = next((e for e in cpu.vm._events if getattr(e, "cmd", "") == "SYNC"), None)  # it may come just behind the exit
+        came = next((e for e in cpu.vm.log.entries if getattr(e, "cmd", "") == "SYNC"), None)  # it may come just behind the exit
 over.set()
 print(json.dumps([hits, list(came.args) == list(truth.args)]))
 """

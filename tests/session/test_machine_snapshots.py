@@ -31,13 +31,13 @@ void guest_code(uint64_t vcpu)
 
 def everything(vm: lk.Vm) -> dict[str, object]:
     """All that a VM is, as far as anybody can see."""
-    pool = vm.pool if vm._pool else None
+    pool = vm.pool if vm.host_pool else None
     return {
         "step": vm.step,
         "regs": [dict(vcpu.regs.all()) for vcpu in vm.vcpus],
         "states": [vcpu.state for vcpu in vm.vcpus],
         "memory": [slot.data[:] for slot in vm.memory.slots],
-        "events": [(e.step, e.vcpu, e.kind, e.what) for e in vm._events],
+        "events": [(e.step, e.vcpu, e.kind, e.what) for e in vm.log.entries],
         "pool": pool
         and [
             list(getattr(pool, name))
@@ -93,7 +93,7 @@ def pending(text: str, **regs: int) -> lk.Vm:
     """A guest that stands at an exit which waits for an answer."""
     vm = bare(text)
     vm.machine.space.map(HOLE_GVA, HOLE, 1)
-    vm.vcpus[0]._cpu.set_regs({"rbx": HOLE_GVA, "rdx": 0x99} | regs)
+    vm.vcpus[0].cpu.set_regs({"rbx": HOLE_GVA, "rdx": 0x99} | regs)
     vm.came = vm.vcpus[0].run(20)
     return vm
 
@@ -169,7 +169,7 @@ def test_that_code_and_tables_written_since_are_undone():
 def test_that_an_uncounted_run_can_be_left_by_restore():
     vm = bare("mov ecx,10000000; 1: dec ecx; jnz 1b; hlt")
     state = vm.snapshot()
-    vm.vcpus[0]._cpu.vm.count_for = 1000
+    vm.vcpus[0].cpu.vm.count_for = 1000
     assert vm.vcpus[0].run() == HaltExit() and not vm.vcpus[0].exact
     vm.restore(state)
     assert vm.vcpus[0].exact and vm.vcpus[0].step(3) is None and vm.vcpus[0].step_count == 3
@@ -180,9 +180,9 @@ def test_that_a_snapshot_of_another_shape_is_refused():
     with pytest.raises(lk.InvalidState, match="2 vCPUs"):
         one.restore(two.snapshot())
     with pytest.raises(lk.InvalidState, match="not a CPU state"):
-        one.vcpus[0]._cpu.restore(b"LKU0" + bytes(99))
+        one.vcpus[0].cpu.restore(b"LKU0" + bytes(99))
     with pytest.raises(lk.LabError):
-        one.vcpus[0]._cpu.restore(two.vcpus[0]._cpu.save()[:-8])
+        one.vcpus[0].cpu.restore(two.vcpus[0].cpu.save()[:-8])
 
 
 def test_that_allocations_after_a_restore_are_those_from_before():

@@ -106,7 +106,7 @@ def test_that_a_run_may_be_cut_anywhere(guest, schedule):
         vm = guest("1: lock xadd [rsi],rax; inc r8; add rax,r8; jmp 1b", nr_vcpus=2)
         vm.schedule = type(vm.schedule).named(schedule)
         for index, vcpu in enumerate(vm.vcpus):
-            vcpu._cpu.set_regs({"rax": index + 1, "rsi": DATA})
+            vcpu.cpu.set_regs({"rax": index + 1, "rsi": DATA})
         for budget in budgets:
             assert vm.run(budget) == BudgetExit(budget)
         return [dict(vcpu.regs.all()) for vcpu in vm.vcpus]
@@ -133,7 +133,7 @@ def test_that_a_vcpu_s_page_tables_and_data_written_by_another_are_seen_at_its_n
     vm = guest("1: mov rax,[rsi]; jmp 1b", nr_vcpus=2)
     writer, reader = vm.vcpus
     vm.write(CODE + 0x100, b"\x48\xff\x06\xf4")  # inc qword ptr [rsi]; hlt
-    writer._cpu.set_regs({"rip": CODE + 0x100})
+    writer.cpu.set_regs({"rip": CODE + 0x100})
     for count in range(1, 4):
         writer.regs.rip = CODE + 0x100
         assert writer.run(9) == HaltExit()

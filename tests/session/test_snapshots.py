@@ -25,7 +25,7 @@ def everything(vm: lk.Vm) -> tuple[Any, ...]:
         [v.step_count for v in vm.vcpus],
         vm.step,
         vm.pool.since.tolist(),
-        [(e.step, e.vcpu, e.kind, e.what) for e in vm._events],
+        [(e.step, e.vcpu, e.kind, e.what) for e in vm.log.entries],
     )
 
 

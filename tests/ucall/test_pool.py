@@ -187,9 +187,9 @@ def by_steps(vm: lk.Vm):
     before = vm.pool.in_use
     while any(vcpu.state != "done" for vcpu in vm.vcpus):
         vm.run(1)
-        now = vm._pool.bits()
+        now = vm.host_pool.bits()
         for slot in (now & ~before).nonzero()[0].tolist():
-            yield slot, vm._pool.owner[slot], vm._pool.since[slot], vm.step
+            yield slot, vm.host_pool.owner[slot], vm.host_pool.since[slot], vm.step
         before = now
 
 

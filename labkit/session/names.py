@@ -1,0 +1,116 @@
+"""Names for the addresses of one VM: symbols, fields of the pool, stacks, uses of pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from labkit.errors import InvalidState
+from labkit.guest.program import Program
+from labkit.machine.memory import PAGE
+from labkit.machine.vm import Machine
+from labkit.ucall.abi import (
+    BITMAP_BYTES,
+    HEADER_SIZE,
+    OFFSET_ARGS,
+    OFFSET_BUFFER,
+    OFFSET_HVA,
+    UCALL_SIZE,
+)
+
+if TYPE_CHECKING:
+    from labkit.session.vm import Vm
+
+__all__ = ["Names", "pool_field"]
+
+
+def pool_field(offset: int) -> str:
+    """What lies at a byte of struct ucall_header: "in_use[0]", "ucalls[3].args[1]"."""
+    if offset < BITMAP_BYTES:
+        return f"in_use[{offset // 8}]"
+
+    index, inside = divmod(offset - BITMAP_BYTES, UCALL_SIZE)
+    if inside == 0:
+        return f"ucalls[{index}]"
+    if inside < OFFSET_ARGS:
+        field = "cmd"
+    elif inside < OFFSET_BUFFER:
+        field = f"args[{(inside - OFFSET_ARGS) // 8}]"
+    elif inside < OFFSET_HVA:
+        field = "buffer"
+    else:
+        field = "hva"
+    return f"ucalls[{index}].{field}"
+
+
+class Names:
+    """What the addresses of a VM are called, and which addresses a name means."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+
+    @property
+    def _machine(self) -> Machine:
+        return self._vm.machine
+
+    def label(self, gva: int) -> str:
+        """What lies at a gva, as briefly as possible; "" where nothing is mapped or nobody knows.
+
+        A symbol, a field of the pool, a stack, or what the page was allocated for.
+        """
+        gpa = self._machine.space.walk(gva).gpa
+        if gpa is None:
+            return ""
+        pool = self._vm.host_pool
+        if pool is not None and 0 <= gpa - pool.gpa < HEADER_SIZE:
+            return pool_field(gpa - pool.gpa)
+        stack = self._machine.stack_of(gva)
+        if stack is not None:
+            return f"stack of vCPU {stack}"
+        return self._symbol(gva) or self._use(gpa)
+
+    def _symbol(self, gva: int) -> str:
+        """The symbol that covers a gva, with the bytes into it: "ucall_alloc+0x2c"."""
+        if self._vm.program is None:
+            return ""
+        found = self._vm.program.symbol_at(gva)
+        if found is None:
+            return ""
+        symbol, offset = found
+        return f"{symbol.name}+{offset:#x}" if offset else symbol.name
+
+    def _use(self, gpa: int) -> str:
+        """What the page at a gpa was allocated for."""
+        for use in self._machine.space.uses:
+            if use.gpa <= gpa < use.gpa + PAGE * use.nr_pages:
+                return use.kind
+        return ""
+
+    def place(self, gva: int) -> str:
+        """A gva as symbol+offset with its source line, for a sentence about code."""
+        program = self._vm.program
+        if program is None:
+            return f"{gva:#x}"
+        line = program.line_at(gva)
+        where = f" ({line.file}:{line.line})" if line is not None else ""
+        return program.describe(gva) + where
+
+    def gva_of(self, place: str | int) -> int:
+        """The gva of a symbol, of a "file.c:12" (its first instruction), or the gva itself.
+
+        Raises SymbolNotFound with the names that come near, and InvalidState for a line without code.
+        """
+        return self.places(place)[0]
+
+    def places(self, place: str | int) -> Sequence[int]:
+        """All gvas of a symbol or of a "file.c:12", or the gva itself; raises as `gva_of`."""
+        if isinstance(place, int):
+            return (place,)
+        return self.program.places(place)
+
+    @property
+    def program(self) -> Program:
+        """The program whose symbols they are; raises InvalidState for a VM without one."""
+        if self._vm.program is None:
+            raise InvalidState(f"{self._vm.name} has no program, so it has no symbols")
+        return self._vm.program
