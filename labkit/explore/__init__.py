@@ -1,1 +1,1 @@
-"""Looking at and running guests: stepping, listings, snapshots for people, schedules to an end."""
+"""Many runs of one guest: engines compared with each other, and what hostile hosts make of one."""

@@ -1,18 +1,21 @@
-"""What a hostile or careless host can do to an encrypted guest, one function each; what comes of it depends on the protection.
+"""What a hostile or careless host can do to an encrypted guest, one function each.
 
-Under SEV and SEV-ES memory has no integrity: ciphertext can be moved, replayed and remapped, and the guest finds out by what it
-reads. SNP's RMP refuses the host's writes, and the guest's use of a remapped page (Morbitzer et al., "SEVered", 2018; Wilke et al.,
-"SEVurity", 2020).
+What comes of it depends on the protection. Under SEV and SEV-ES memory has no integrity: ciphertext
+can be moved, replayed and remapped, and the guest finds out by what it reads. SNP's RMP refuses the
+host's writes, and the guest's use of a remapped page (Morbitzer et al., "SEVered", 2018; Wilke et
+al., "SEVurity", 2020).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from labkit.arch.desc import Field
 from labkit.errors import InvalidState
+from labkit.machine.memory import PAGE
 from labkit.paging.walk import Walk, walk
+from labkit.session.vm import Vm
+from labkit.sev.guest import ProtectedGuest
 
 __all__ = [
     "flip_c_bit",
@@ -25,82 +28,106 @@ __all__ = [
     "walk_without_mask",
 ]
 
-PAGE = 4096
 
+def move_ciphertext(vm: Vm, source: int, target: int, size: int = PAGE) -> None:
+    """Copy DRAM from one gpa to another; size in bytes.
 
-def move_ciphertext(vm: Any, source: int, target: int, size: int = PAGE) -> None:
-    """Copy DRAM from one gpa to another: the address is part of the tweak, so the guest reads garbage there.
-
-    Raises InvalidState where SNP's RMP refuses the write.
+    The address is part of the tweak, so the guest reads garbage there. Raises InvalidState where
+    SNP's RMP refuses the write.
     """
     vm.memory.write(target, vm.memory.read(source, size))
     vm.changed()
 
 
-def replay(vm: Any, gpa: int, old: bytes) -> None:
-    """Put ciphertext back that was read at the same gpa before: the guest reads its old plaintext, and cannot tell."""
+def replay(vm: Vm, gpa: int, old: bytes) -> None:
+    """Put ciphertext back that was read at the same gpa before.
+
+    The guest reads its old plaintext, and cannot tell. Raises InvalidState where SNP's RMP refuses
+    the write.
+    """
     vm.memory.write(gpa, old)
     vm.changed()
 
 
-def flip_ciphertext_bit(vm: Any, gpa: int, bit: int = 0) -> None:
-    """Change one bit (0 to 7) of a byte of DRAM: exactly the 16-byte block around it becomes garbage to the guest."""
+def flip_ciphertext_bit(vm: Vm, gpa: int, bit: int = 0) -> None:
+    """Change one bit (0 to 7) of a byte of DRAM.
+
+    Exactly the 16-byte block around it becomes garbage to the guest. Raises InvalidState for no
+    bit of a byte, and where SNP's RMP refuses the write.
+    """
     if not 0 <= bit < 8:
         raise InvalidState(f"gpa {gpa:#x}: a byte has the bits 0 to 7, not {bit}", bit=bit)
-    byte = vm.memory.read(gpa, 1)[0] ^ 1 << bit
-    vm.memory.write(gpa, bytes([byte]))
+    byte = vm.memory.read(gpa, 1)[0]
+    flipped = byte ^ 1 << bit
+    vm.memory.write(gpa, bytes([flipped]))
     vm.changed()
 
 
-def remap(vm: Any, gpa: int, other: int) -> None:
-    """Exchange two pages in the nested page table: the tweak goes with the DRAM page, so each decrypts well at the wrong place.
+def remap(vm: Vm, gpa: int, other: int) -> None:
+    """Exchange two pages in the nested page table.
 
-    SNP's RMP knows which gpa each page belongs to: the guest's next access to either exits to the host (#NPF, MemoryFaultExit).
+    The tweak goes with the DRAM page, so each decrypts well at the wrong place. SNP's RMP knows
+    which gpa each page belongs to: the guest's next access to either exits to the host (#NPF,
+    MemoryFaultExit). Raises InvalidState without protection.
     """
-    _need_guest(vm).machine.swap_pages(gpa, other)
-    vm.guest.remap(gpa, other)
+    guest = _need_guest(vm)
+    vm.machine.swap_pages(gpa, other)
+    guest.remap(gpa, other)
     vm.changed()
 
 
-def pool_in_private_memory(vm: Any) -> None:
-    """Have the launch encrypt the ucall pool, as a host that gets its list wrong does; the guest's leaves still say that it is shared.
+def pool_in_private_memory(vm: Vm) -> None:
+    """Have the launch encrypt the ucall pool, as a host that gets its list wrong does.
 
-    Guest and host then agree on what they see, ciphertext of what was there before: a slot's address is none any longer, and under
-    SNP the guest's first write exits to the host (#NPF). Raises InvalidState after the launch.
+    The guest's leaves still say that it is shared. Guest and host then agree on what they see,
+    ciphertext of what was there before: a slot's address is none any longer, and under SNP the
+    guest's first write exits to the host (#NPF). Raises InvalidState after the launch, and without
+    protection or pool.
     """
-    pool = _need_guest(vm).pool
+    _need_guest(vm)
+    pool = vm.pool
     vm.mem_set_private(pool.gpa, pool.nr_pages * PAGE)
 
 
-def flip_c_bit(vm: Any, gva: int) -> None:
-    """Turn the encryption bit of a leaf around and encrypt nothing, as a guest with a bug does to its own page tables.
+def flip_c_bit(vm: Vm, gva: int) -> None:
+    """Turn the encryption bit of a leaf around and encrypt nothing.
 
-    What was private is then read as the ciphertext it is; what was shared is decrypted without ever having been encrypted.
+    That is what a guest with a bug does to its own page tables. What was private is then read as
+    the ciphertext it is; what was shared is decrypted without ever having been encrypted. Raises
+    InvalidState for a gva that is not mapped, and without protection.
     """
-    space = _need_guest(vm).machine.space
+    _need_guest(vm)
+    space = vm.machine.space
     last = space.walk(gva).steps[-1]
     if last.kind != "leaf":
         raise InvalidState(f"gva {gva:#x} is not mapped: there is no leaf to change", gva=gva)
-    entry = last.entry ^ 1 << space.mode.c_bit
+
+    entry = last.entry ^ space.mode.flags["c"]
     vm.machine.poke(last.entry_gpa, entry.to_bytes(space.mode.entry_size, space.mode.byteorder))
     vm.changed()
 
 
-def walk_without_mask(vm: Any, gva: int) -> Walk:
-    """Walk as a tool that takes the C-bit for part of the frame number: it ends far outside of memory ("the one-bit bug")."""
+def walk_without_mask(vm: Vm, gva: int) -> Walk:
+    """Walk as a tool that takes the C-bit for part of the frame number ("the one-bit bug").
+
+    It ends far outside of memory.
+    """
     space = vm.machine.space
-    mode = vm.arch.mode
-    naive = replace(mode, pa=Field((1 << 52) - PAGE, mode.pa.shift), reserved=0)
+    plain = vm.arch.mode
+    every_high_bit = Field((1 << 52) - PAGE, plain.pa.shift)
+    naive = replace(plain, pa=every_high_bit, reserved=0)
     return walk(space.eye, naive, space.root_gpa, gva)
 
 
-def walk_through_dram(vm: Any, gva: int) -> Walk:
-    """Walk as a host that does not know better: through DRAM as it is, where the tables of an encrypted guest are ciphertext."""
-    found: Walk = vm.machine.space.host_walk(gva)
-    return found
+def walk_through_dram(vm: Vm, gva: int) -> Walk:
+    """Walk as a host that does not know better: through DRAM as it is.
+
+    There the tables of an encrypted guest are ciphertext.
+    """
+    return vm.machine.space.host_walk(gva)
 
 
-def _need_guest(vm: Any) -> Any:
+def _need_guest(vm: Vm) -> ProtectedGuest:
     if vm.guest is None:
         raise InvalidState(f"{vm.name} is not protected: there is nothing to break")
-    return vm
+    return vm.guest
