@@ -10,10 +10,12 @@ import guests
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from paths import GUESTS
 
 import labkit as lk
 from labkit.arch.x86_cpu import CpuModel
-from labkit.explore.compare import HOST, TIME, TOLERATED, align
+from labkit.explore.align import align
+from labkit.explore.tolerance import HOST, TIME, TOLERATED
 from labkit.session.events import Event
 from labkit.session.running import drive
 from labkit.views import compare as view
@@ -255,6 +257,75 @@ def test_that_three_engines_are_compared_with_the_first() -> None:
     found = lk.compare(None, [vm, vm, partial(vm, "guest_clock")])
     assert {d.backends for d in found.differences} == {("unicorn", "unicorn 3")}
     assert found.backends == ("unicorn", "unicorn 2", "unicorn 3") and "unicorn 3" in found.text
+
+
+@pytest.mark.parametrize("arch", ["arm64", "riscv64", "s390x"])
+def test_that_other_architectures_are_compared_too(arch: str) -> None:
+    guest = lk.Program.load(GUESTS / arch / "hello.elf")
+    found = lk.compare(guest, ["unicorn", "unicorn"])
+    assert found.equal and set(found.causes) == {HOST}
+
+
+@pytest.mark.parametrize(
+    ("arch", "words"),
+    [
+        ("arm64", "L3[0x0] of gva 0x400000 guest_code: unicorn gpa 0x2000 P A (0x2493)"),
+        ("riscv64", "L0[0x0] of gva 0x400000 guest_code: unicorn gpa 0x2000 P R A (0x84b)"),
+        ("s390x", "PAGE[0x0] of gva 0x400000 guest_code: unicorn gpa 0x2000 P  (0x2200)"),
+    ],
+)
+def test_that_a_bent_entry_is_named_in_the_words_of_its_architecture(arch: str, words: str) -> None:
+    guest = lk.Program.load(GUESTS / arch / "hello.elf")
+    names = iter(("straight", "bent"))
+
+    def host(vm: lk.Vm) -> object:
+        last = drive(vm)
+        if next(names, "") == "bent":
+            flip_entry("guest_code", -1, 0)(vm)
+        return last
+
+    found = lk.compare(guest, ["unicorn", "unicorn"], host=host)
+    assert [d.kind for d in found.differences] == ["page table"]
+    assert words in str(found.differences[0])
+
+
+def test_that_a_big_endian_word_begins_with_its_first_byte_that_differs() -> None:
+    guest = lk.Program.load(GUESTS / "s390x" / "hello.elf")
+    pools = iter((0x1122334455667788, 0x1122334455660000))
+
+    def host(vm: lk.Vm) -> object:
+        last = drive(vm)
+        vm.write_guest_global("ucall_pool", next(pools, 0x1122334455667788))
+        return last
+
+    found = lk.compare(guest, ["unicorn", "unicorn"], host=host)
+    assert "ucall_pool+0x6: unicorn 77 88, unicorn 2 00 00" in str(found.differences[0])
+
+
+def test_that_an_entry_far_inside_a_large_table_is_one() -> None:
+    guest = lk.Program.load(GUESTS / "s390x" / "hello.elf")
+    bits = iter((0, 1))
+
+    def host(vm: lk.Vm) -> object:
+        last = drive(vm)
+        root = vm.page_table().walk(0).steps[0].entry_gpa
+        vm.memory.write(root + 8 * 1500 + 7, bytes([0x20 | next(bits, 0)]))
+        return last
+
+    found = lk.compare(guest, ["unicorn", "unicorn"], host=host)
+    assert "page table R1[0x5dc] of gva" in str(found.differences[0])
+
+
+def test_that_guests_with_encrypted_registers_can_run_at_another_time() -> None:
+    states = iter(("done", "halted"))
+
+    def host(vm: lk.Vm) -> object:
+        last = drive(vm)
+        vm.vcpus[0].state = next(states, "done")
+        return last
+
+    found = lk.compare(program(), ["unicorn", "unicorn"], host=host, protect="sev-es")
+    assert [d.kind for d in found.differences] == ["state"]
 
 
 def test_that_an_error_of_the_host_is_an_end_too() -> None:
