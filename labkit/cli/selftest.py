@@ -6,7 +6,6 @@ import argparse
 import json
 from collections import Counter
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +30,11 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     """A line a binary, function and engine; status 0 when something passes and nothing fails."""
-    from labkit.guest.program import Program
-    from labkit.hosts.hosting import survey
     from labkit.hosts.selftests import HOSTED
-    from labkit.lab import Vm
+    from labkit.hosts.survey import survey
 
     counts = Counter[str]()
-    for verdict in survey(
-        args.folder, args.backend.split(","), cache(Program.load), Vm.create, HOSTED
-    ):
+    for verdict in survey(args.folder, args.backend.split(","), HOSTED):
         counts[verdict.verdict] += 1
         if args.json:
             print(json.dumps(asdict(verdict)), flush=True)
