@@ -1,4 +1,7 @@
-"""`compare` tells the truth: two equal runs are equal, and whatever is bent in one of them is found and named."""
+"""`compare` tells the truth.
+
+Two equal runs are equal, and whatever is bent in one of them is found and named.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,20 @@ void guest_code(uint64_t vcpu)
 	GUEST_PRINTF("counter is %lu\\n", counter);
 	GUEST_DONE();
 }
-void guest_clock(uint64_t vcpu) { now = rdtsc(); GUEST_SYNC_ARGS(1, now, 0, 0, 0); GUEST_PRINTF("%lu\\n", now); GUEST_DONE(); }
-void guest_cpuid(uint64_t vcpu) { uint32_t a, b, c, d; cpuid(0x80000008, &a, &b, &c, &d); GUEST_SYNC(a); GUEST_DONE(); }
+void guest_clock(uint64_t vcpu)
+{
+	now = rdtsc();
+	GUEST_SYNC_ARGS(1, now, 0, 0, 0);
+	GUEST_PRINTF("%lu\\n", now);
+	GUEST_DONE();
+}
+void guest_cpuid(uint64_t vcpu)
+{
+	uint32_t a, b, c, d;
+	cpuid(0x80000008, &a, &b, &c, &d);
+	GUEST_SYNC(a);
+	GUEST_DONE();
+}
 void guest_halts(uint64_t vcpu) { GUEST_SYNC(1); hlt(); }
 void guest_faults(uint64_t vcpu) { GUEST_SYNC(1); *(volatile int *)0x123456000 = 1; }
 void guest_fails(uint64_t vcpu) { GUEST_SYNC(1); GUEST_ASSERT_EQ(counter, 1); }
@@ -62,16 +77,11 @@ def bent(bend: Bend, entry: str = "guest_code") -> lk.Comparison:
     return lk.compare(None, [partial(vm, entry), partial(vm, entry, "bent")], host=host)
 
 
-def entry_of(vm: lk.Vm, gva: int, depth: int) -> int:
-    return vm.page_table().walk(gva).steps[depth].entry_gpa
-
-
 def flip_entry(name: str, depth: int, bit: int) -> Bend:
     def bend(vm: lk.Vm) -> None:
-        gpa = entry_of(vm, vm.gva_of(name), depth)
-        vm.memory.write(
-            gpa, (int.from_bytes(vm.memory.read(gpa, 8), "little") ^ 1 << bit).to_bytes(8, "little")
-        )
+        step = vm.page_table().walk(vm.gva_of(name)).steps[depth]
+        entry = step.entry ^ 1 << bit
+        vm.memory.write(step.entry_gpa, entry.to_bytes(8, vm.arch.mode.byteorder))
 
     return bend
 
@@ -80,9 +90,8 @@ def edit_event(at: int, **facts: Any) -> Bend:
     return lambda vm: vm.log.entries.__setitem__(at, vm.log.entries[at]._replace(**facts))
 
 
-BENDS: dict[
-    str, tuple[Bend, str, str]
-] = {  # name -> what is changed, the kind of the difference, words of it
+# name -> what is changed, the kind of the difference, words of it
+BENDS: dict[str, tuple[Bend, str, str]] = {
     "register": (
         lambda vm: setattr(vm.vcpus[0].regs, "rbx", 0x1234),
         "register",
@@ -173,12 +182,8 @@ BENDS: dict[
 def test_that_two_runs_of_one_guest_are_equal_and_why_hvas_differ() -> None:
     found = bent(lambda vm: None)
     assert found.equal and found.ends == ("done", "done") and set(found.causes) == {HOST}
-    assert (
-        found.df.equal.all()
-        and found.df.shape == (6, 8)
-        and "equal" in repr(found)
-        and "\n" not in repr(found)
-    )
+    assert found.df.equal.all() and found.df.shape == (6, 8)
+    assert "equal" in repr(found) and "\n" not in repr(found)
 
 
 @pytest.mark.parametrize("name", BENDS)
@@ -245,7 +250,10 @@ def test_that_the_clock_excuses_nothing_else() -> None:
 
 
 def test_that_a_budget_changes_nothing_that_a_guest_sees() -> None:
-    code = "mov rax, 0x123456789abcdef0; mov rbx, 0x8000000000000001; mov r15, 0x700000000000; cmp rax, rbx; mov al, [r15]"
+    code = (
+        "mov rax, 0x123456789abcdef0; mov rbx, 0x8000000000000001; mov r15, 0x700000000000; "
+        "cmp rax, rbx; mov al, [r15]"
+    )
     budgets = iter((None, 3000, None))
     found = lk.compare(
         None, [partial(guests.bare, code)] * 2, host=lambda vm: vm.run(next(budgets))
@@ -330,9 +338,8 @@ def test_that_guests_with_encrypted_registers_can_run_at_another_time() -> None:
 
 def test_that_an_error_of_the_host_is_an_end_too() -> None:
     found = lk.compare(None, [vm, vm], host=lambda vm: vm.run_until_done(20))
-    assert (
-        found.equal and found.ends == ("BudgetExceeded",) * 2 and "20 instructions" in found.whys[0]
-    )
+    assert found.equal and found.ends == ("BudgetExceeded",) * 2
+    assert "20 instructions" in found.whys[0]
 
 
 @pytest.mark.parametrize(
@@ -348,11 +355,8 @@ def test_that_a_comparison_needs_two_engines_that_are_there(
 
 def test_that_every_tolerance_has_a_cause_of_its_own() -> None:
     causes = [tolerance.cause for tolerance in TOLERATED] + [TIME]
-    assert (
-        len(set(causes)) == len(causes)
-        and all(len(cause) > 30 for cause in causes)
-        and HOST in causes
-    )
+    assert len(set(causes)) == len(causes) and HOST in causes
+    assert all(len(cause) > 30 for cause in causes)
 
 
 EVENTS = st.lists(
@@ -373,16 +377,16 @@ def test_that_alignment_loses_nothing_and_finds_what_was_taken_out(
 ) -> None:
     gone = data.draw(st.sets(st.integers(0, len(log) - 1), max_size=3)) if log else set()
     rows = align([log, [event for i, event in enumerate(log) if i not in gone]])
-    assert [row[0] for row in rows if row[0]] == log and sum(row[1] is None for row in rows) == len(
-        gone
-    )
+    assert [row[0] for row in rows if row[0]] == log
+    assert sum(row[1] is None for row in rows) == len(gone)
     assert all(row[0] == row[1] for row in rows if row[1])
 
 
 @given(EVENTS, EVENTS)
 def test_that_any_two_logs_align_without_loss(one: list[Event], other: list[Event]) -> None:
     rows = align([one, other])
-    assert [row[0] for row in rows if row[0]] == one and [row[1] for row in rows if row[1]] == other
+    assert [row[0] for row in rows if row[0]] == one
+    assert [row[1] for row in rows if row[1]] == other
     assert all(row[0].vcpu == row[1].vcpu for row in rows if row[0] and row[1])
 
 

@@ -1,4 +1,7 @@
-"""The same guests on Unicorn and on KVM, everything compared: ours, the kernel's selftests, and generated machine code."""
+"""The same guests on Unicorn and on KVM, everything compared.
+
+Ours, the kernel's selftests, and generated machine code.
+"""
 
 from __future__ import annotations
 
@@ -20,47 +23,36 @@ from labkit.hosts.selftests import HOSTED
 
 pytestmark = pytest.mark.usefixtures("kvm")
 OURS = GUESTS
-OURS_HERE = [
-    (name, "guest_code", nr_vcpus)
-    for name, nr_vcpus in (
-        ("hello", 1),
-        ("hello", 3),
-        ("leak", 1),
-        ("secret", 1),
-        ("fault", 1),
-        ("two_vms", 1),
-        ("two_vcpus", 2),
-        ("two_vcpus", 4),
-    )
-]
-OURS_HERE += [("fault", entry, 1) for entry in ("guest_handles", "guest_expects", "guest_fails")]
-OURS_HERE += [
-    ("bad", f"guest_{what}", 1)
-    for what in ("fills_bitmap", "endless_text", "unknown_command", "halts", "loses_idt")
+OURS_HERE = [  # guest, entry, number of vCPUs
+    ("hello", "guest_code", 1),
+    ("hello", "guest_code", 3),
+    ("leak", "guest_code", 1),
+    ("secret", "guest_code", 1),
+    ("two_vms", "guest_code", 1),
+    ("two_vcpus", "guest_code", 2),
+    ("two_vcpus", "guest_code", 4),
+    ("fault", "guest_code", 1),
+    ("fault", "guest_handles", 1),
+    ("fault", "guest_expects", 1),
+    ("fault", "guest_fails", 1),
+    ("bad", "guest_fills_bitmap", 1),
+    ("bad", "guest_endless_text", 1),
+    ("bad", "guest_unknown_command", 1),
+    ("bad", "guest_halts", 1),
+    ("bad", "guest_loses_idt", 1),
 ]
 
 
 @pytest.mark.parametrize(("name", "entry", "nr_vcpus"), OURS_HERE)
 def test_that_our_guests_are_equal_on_both_engines(name: str, entry: str, nr_vcpus: int) -> None:
-    found = lk.compare(
-        lk.Program.load(OURS / f"{name}.elf"),
-        ("unicorn", "kvm"),
-        entry,
-        nr_vcpus,
-        schedule="sequential",
-    )
+    guest = OURS / f"{name}.elf"
+    found = lk.compare(guest, ("unicorn", "kvm"), entry, nr_vcpus, schedule="sequential")
     assert found.equal, found.text
 
 
 def test_that_a_counted_run_has_equal_steps() -> None:
-    found = lk.compare(
-        lk.Program.load(OURS / "two_vcpus.elf"),
-        ("unicorn", "kvm"),
-        "guest_code",
-        2,
-        20_000,
-        schedule="round_robin:50",
-    )
+    guest = OURS / "two_vcpus.elf"
+    found = lk.compare(guest, nr_vcpus=2, max_insns=20_000, schedule="round_robin:50")
     assert found.equal, found.text
     assert not any("step" in cause for cause in found.causes) and found.df.equal.all()
 
@@ -79,36 +71,38 @@ def test_that_a_counted_run_has_equal_steps() -> None:
 def test_that_a_run_that_is_cut_is_equal_on_both_engines(
     name: str, entry: str, nr_vcpus: int, insns: int
 ) -> None:
-    found = lk.compare(
-        lk.Program.load(OURS / f"{name}.elf"),
-        ("unicorn", "kvm"),
-        entry,
-        nr_vcpus,
-        insns,
-        schedule="round_robin:7",
-    )
+    guest = OURS / f"{name}.elf"
+    both = ("unicorn", "kvm")
+    found = lk.compare(guest, both, entry, nr_vcpus, insns, schedule="round_robin:7")
     assert found.equal, found.text
 
 
 STEPPED = {  # where a step is easily something else than an instruction
-    "iretq": "push 0x10; push rsp; push 2; push 8; lea rax,[rip+5]; push rax; iretq; nop; nop; nop; hlt",
-    "iretq with RF": "push 0x10; push rsp; push 0x10002; push 8; lea rax,[rip+3]; push rax; iretq; nop; nop; hlt",
+    "iretq": "push 0x10; push rsp; push 2; push 8; lea rax,[rip+5]; push rax; iretq; "
+    "nop; nop; nop; hlt",
+    "iretq with RF": "push 0x10; push rsp; push 0x10002; push 8; lea rax,[rip+3]; push rax; iretq; "
+    "nop; nop; hlt",
     "far return": "push 8; lea rax,[rip+4]; push rax; .byte 0x48; retf; nop; nop; hlt",
     "fences": "lfence; sfence; mfence; nop; clflush [rsi]; nop; prefetcht0 [rsi]; nop; pause; hlt",
     "fxsave": "fxsave [rsi]; fxrstor [rsi]; nop; hlt",
     "endbr": "endbr64; nop; endbr64; endbr64; hlt",
-    "bases": "swapgs; nop; swapgs; swapgs; rdfsbase rax; wrgsbase rax; rdgsbase rbx; wrfsbase rbx; nop; hlt",
-    "mov ss": "mov eax,0x10; mov ss,eax; nop; mov ss,eax; mov ss,eax; nop; nop; mov ss,[rsi+64]; mov rbx,[rsi]; nop; hlt",
+    "bases": "swapgs; nop; swapgs; swapgs; rdfsbase rax; wrgsbase rax; rdgsbase rbx; wrfsbase rbx; "
+    "nop; hlt",
+    "mov ss": "mov eax,0x10; mov ss,eax; nop; mov ss,eax; mov ss,eax; nop; nop; mov ss,[rsi+64]; "
+    "mov rbx,[rsi]; nop; hlt",
     "mov ss and out": "mov eax,0x10; mov ss,eax; out dx,al; nop; mov ss,eax; ud2; hlt",
-    "system": "mov rax,cr3; mov cr3,rax; mov rax,cr0; mov cr0,rax; mov rax,cr4; mov cr4,rax; invlpg [rsi]; wbinvd; cli; sti; clts; hlt",
-    "tables": "sgdt [rsi]; lgdt [rsi]; sidt [rsi+16]; lidt [rsi+16]; str ax; sldt ax; smsw ax; lmsw ax; mov rax,dr7; mov dr7,rax; hlt",
+    "system": "mov rax,cr3; mov cr3,rax; mov rax,cr0; mov cr0,rax; mov rax,cr4; mov cr4,rax; "
+    "invlpg [rsi]; wbinvd; cli; sti; clts; hlt",
+    "tables": "sgdt [rsi]; lgdt [rsi]; sidt [rsi+16]; lidt [rsi+16]; str ax; sldt ax; smsw ax; "
+    "lmsw ax; mov rax,dr7; mov dr7,rax; hlt",
     "flags": "pushfq; popfq; std; cld; stc; lahf; sahf; push 0x202; popfq; hlt",
     "undefined": "nop; ud2",
     "page fault": "mov rbx,[rsi]; mov rbx,[0x70000000]",
     "division": "xor ecx,ecx; nop; div ecx",
     "fault of a rep": f"mov edi,{guests.DATA + 0x3FFE}; mov ecx,9; rep stosb",
     "protection": "mov eax,0x1238; nop; mov ds,eax",
-    "rep": "mov ecx,3; rep stosb; nop; mov ecx,2; repe cmpsb; mov ecx,2; rep outsb; xor ecx,ecx; rep movsq; hlt",
+    "rep": "mov ecx,3; rep stosb; nop; mov ecx,2; repe cmpsb; mov ecx,2; rep outsb; xor ecx,ecx; "
+    "rep movsq; hlt",
 }
 
 
@@ -118,17 +112,13 @@ def test_that_every_step_leads_to_the_same_place_on_both_engines(name: str) -> N
     for backend in ("unicorn", "kvm"):
         with guests.bare(STEPPED[name], backend=backend) as vm:
             vm.write(guests.DATA, bytes(64) + b"\x10")
-            (vcpu,), trace = vm.vcpus, list[Any]()
+            vcpu = vm.vcpus[0]
             vcpu.cpu.set_regs({"cr4": vcpu.regs.cr4 | 1 << 16, "rbx": 0x18})  # FSGSBASE
+            trace = list[Any]()
             while len(trace) < 40 and vcpu.state != "halted":
                 came = vcpu.step()
-                trace.append(
-                    (
-                        came,
-                        vcpu.step_count,
-                        *(vcpu.regs[name] for name in ("rip", "rflags", "rsp", "rcx", "ss")),
-                    )
-                )
+                regs = [vcpu.regs[name] for name in ("rip", "rflags", "rsp", "rcx", "ss")]
+                trace.append((came, vcpu.step_count, *regs))
             traces.append((trace, vcpu.read(guests.STACK_TOP - 1024, 1024)))
     assert traces[0] == traces[1] and len(traces[0][0]) > 2
 
@@ -136,43 +126,39 @@ def test_that_every_step_leads_to_the_same_place_on_both_engines(name: str) -> N
 # --- the kernel's
 
 SIMD, CPUID, CLOCK = "simd", "cpuid", "deterministic"
-HOSTS = "the host's CPUID"  # how a guest that asks for it goes on depends on the machine: it may come out equal, too
-EXPLAINED = {  # (selftest, ring or "") -> the capability whose lack makes a difference, and words of it; "": on every KVM
+
+# How a guest that asks for it goes on depends on the machine: it may come out equal, too.
+HOSTS = "the host's CPUID"
+
+# (selftest, ring or "") -> the capability whose lack makes a difference ("": it is there on every
+# KVM), and words of it.
+EXPLAINED = {
     ("xcr0_cpuid_test", "kernel"): (SIMD, "xgetbv"),
     ("state_test", "kernel"): (SIMD, "xgetbv"),
     ("vmx_pmu_caps_test", ""): (SIMD, "movq xmm0"),
     ("pmu_counters_test", "kernel"): (SIMD, "movq xmm0"),
-    ("pmu_counters_test", "user"): (
+    ("pmu_counters_test", "user"): (  # leaf 1 lies there
         CPUID,
         "movq xmm0 or memory gpa 0xcef60 = gva 0x99f60 stacks",
         HOSTS,
-    ),  # leaf 1 lies there
+    ),
     ("monitor_mwait_test", "kernel"): (SIMD, "monitor"),
     ("monitor_mwait_test", "user"): (SIMD, "movq xmm0"),
     ("smaller_maxphyaddr_emulation_test", "kernel"): (SIMD, "fld dword"),
     ("smaller_maxphyaddr_emulation_test", "user"): (SIMD, "movq xmm0"),
-    ("exit_on_emulation_failure_test", ""): (
-        "",
-        "unicorn mmio gpa=0x700000000",
-    ),  # KVM's emulator has no FLD, so there is no access
-    ("cr4_cpuid_sync_test", "kernel"): (
-        CPUID,
-        "memory gpa 0xc7fc0 = gva 0x94fc0 stack",
-    ),  # leaf 1 lies there
+    # KVM's emulator has no FLD, so there is no access.
+    ("exit_on_emulation_failure_test", ""): ("", "unicorn mmio gpa=0x700000000"),
+    # Leaf 1 lies there.
+    ("cr4_cpuid_sync_test", "kernel"): (CPUID, "memory gpa 0xc7fc0 = gva 0x94fc0 stack"),
     ("state_test", "user"): (CPUID, "Unhandled exception '0xd'"),
     ("guest_sev_code", "user"): (CPUID, "this_cpu_has(X86_FEATURE_SEV)", HOSTS),
     ("kvm_clock_test", "kernel"): (CLOCK, "ucall.args[2]"),
-    **{
-        (binary, ""): (need, f"the engine lacks {need}: ")
-        for binary, need in (
-            ("cpuid_test", CPUID),
-            ("kvm_pv_test", "msr_table"),
-            ("platform_info_test", "msr_table"),
-            ("tsc_msrs_test", CLOCK),
-            ("system_counter_offset_test", "tsc"),
-            ("fix_hypercall_test", "hypercalls"),
-        )
-    },
+    ("cpuid_test", ""): (CPUID, "the engine lacks cpuid: "),
+    ("kvm_pv_test", ""): ("msr_table", "the engine lacks msr_table: "),
+    ("platform_info_test", ""): ("msr_table", "the engine lacks msr_table: "),
+    ("tsc_msrs_test", ""): (CLOCK, "the engine lacks deterministic: "),
+    ("system_counter_offset_test", ""): ("tsc", "the engine lacks tsc: "),
+    ("fix_hypercall_test", ""): ("hypercalls", "the engine lacks hypercalls: "),
 }
 
 
@@ -192,11 +178,8 @@ def _program(path: Path) -> lk.Program:
 def test_that_a_kernel_selftest_is_equal_on_both_engines_or_differs_as_declared(
     selftests: Path, hosted: Hosted, privilege: str
 ) -> None:
-    path = next(
-        path
-        for path in (selftests / hosted.binary, selftests / "x86_64" / hosted.binary)
-        if path.is_file()
-    )
+    places = (selftests / hosted.binary, selftests / "x86_64" / hosted.binary)
+    path = next(path for path in places if path.is_file())
     said = []
 
     def host(vm: lk.Vm) -> None:
@@ -211,21 +194,27 @@ def test_that_a_kernel_selftest_is_equal_on_both_engines_or_differs_as_declared(
         privilege=privilege,
         **hosted.create,
     )
-    names = ((name, ring) for name in (hosted.binary, hosted.entry) for ring in (privilege, ""))
-    capability, words, *hosts = next(
-        (EXPLAINED[name] for name in names if name in EXPLAINED), ("", "")
-    )
     assert privilege == "user" or said[0] == ""  # as the test's C half wants it
-    if words and (not capability or not kvm_can()[capability]):
-        told = " ".join((*map(str, found.differences), *found.whys))
-        assert (hosts and found.equal) or any(
-            alternative in told for alternative in words.split(" or ")
-        ), found.text
-    else:
+
+    capability, words, *hosts = explained(hosted, privilege)
+    if not words or (capability and kvm_can()[capability]):
         assert found.equal, found.text
+    elif not hosts or not found.equal:
+        told = " ".join((*map(str, found.differences), *found.whys))
+        assert any(alternative in told for alternative in words.split(" or ")), found.text
 
 
-# --- generated: snippets with all flags defined behind them (SDM vol. 1 appendix A), so that whole registers can be compared
+def explained(hosted: Hosted, privilege: str) -> tuple[str, ...]:
+    """The row of EXPLAINED for a guest function in a ring; empty words where there is none."""
+    for name in (hosted.binary, hosted.entry):
+        for ring in (privilege, ""):
+            if (name, ring) in EXPLAINED:
+                return EXPLAINED[name, ring]
+    return "", ""
+
+
+# --- generated: snippets with all flags defined behind them (SDM vol. 1 appendix A), so that whole
+# registers can be compared
 
 ARITHMETIC = [
     f"{op} {a}, {b}"
@@ -326,19 +315,27 @@ EXCEPTIONS = [
     "mov [r15], al",
     "mov r11, 0x800000000000; mov al, [r11]",
 ]
-PAGES = [
-    f"mov r11, {guests.TABLES:#x}; {op}"
-    for page in range(4)
-    for op in (
-        f"and byte ptr [r11 + {8 * page}], 0x9f; invlpg [rsi + {page * 4096}]",
-        f"mov r9, [r11 + {8 * page}]",
-        f"and byte ptr [r11 + {8 * page}], 0x9f; invlpg [rsi + {page * 4096}]; mov r9, [rsi + {page * 4096 + 16}]",
-        f"and byte ptr [r11 + {8 * page}], 0x9f; invlpg [rsi + {page * 4096}]; mov [rsi + {page * 4096 + 16}], r9",
-    )
-]
+
+
+def of_page(page: int) -> list[str]:
+    """Clear accessed and dirty of one of the data's pages, look at its entry, read it, write it."""
+    table = f"mov r11, {guests.TABLES:#x}"
+    clear = f"and byte ptr [r11 + {8 * page}], 0x9f; invlpg [rsi + {page * 4096}]"
+    place = f"[rsi + {page * 4096 + 16}]"
+    return [
+        f"{table}; {clear}",
+        f"{table}; mov r9, [r11 + {8 * page}]",
+        f"{table}; {clear}; mov r9, {place}",
+        f"{table}; {clear}; mov {place}, r9",
+    ]
+
+
+PAGES = [snippet for page in range(4) for snippet in of_page(page)]
 GRAMMAR = [*ARITHMETIC, *FLAGS, *MEMORY, *STRINGS, *LOCKED, *EXCEPTIONS, *PAGES]
 BRANCHES = {"jc": 0x72, "jnz": 0x75, "js": 0x78, "jp": 0x7A, "jl": 0x7C, "jg": 0x7F, "jmp": 0xEB}
-SKIP = "add qword ptr [rsp], 2; iretq"  # handlers: every faulting instruction above has two bytes, or three
+
+# Handlers: every faulting instruction above has two bytes, or three.
+SKIP = "add qword ptr [rsp], 2; iretq"
 SKIP_ERROR = "add rsp, 8; add qword ptr [rsp], 3; iretq"
 
 
@@ -349,7 +346,8 @@ def _code() -> list[bytes]:
         SKIP,
         SKIP_ERROR,
         "mov r15, 0x700000000000; mov rax, 0x123456789abcdef0; mov rbx, 0x8000000000000001; "
-        "mov ecx, 5; mov rdx, 0xfedcba98; mov r8d, 0xffff; xor r9d, r9d; mov r10, 3; xor r11d, r11d; cmp rax, rbx",
+        "mov ecx, 5; mov rdx, 0xfedcba98; mov r8d, 0xffff; xor r9d, r9d; mov r10, 3; "
+        "xor r11d, r11d; cmp rax, rbx",
         "hlt",
     )
 
@@ -374,17 +372,18 @@ def assemble(steps: Sequence[Any]) -> bytes:
 
 
 def machine(code: bytes, backend: str) -> lk.Vm:
-    """The code in ring 0, with handlers that step over what faulted, and the page table of the data mapped at TABLES."""
+    """The code in ring 0, with handlers that step over what faulted.
+
+    The page table of the data is mapped at TABLES.
+    """
     vm = guests.bare(code, backend=backend, handler=_code()[len(GRAMMAR)])
     for vector in (13, 14):
         vm.write(guests.HANDLERS + 16 * vector, _code()[len(GRAMMAR) + 1].ljust(16, b"\xcc"))
-    vm.machine.space.map(
-        guests.TABLES, vm.machine.space.walk(guests.DATA).steps[-1].entry_gpa & -4096
-    )
+    leaf = vm.machine.space.walk(guests.DATA).steps[-1]
+    vm.machine.space.map(guests.TABLES, leaf.entry_gpa & -4096)
     vm.write(guests.DATA, bytes(range(256)) * 64)
-    vm.vcpus[0].cpu.set_regs(
-        {"rsp": guests.STACK_TOP - 256, "rsi": guests.DATA, "rdi": guests.DATA + 0x100, "rflags": 2}
-    )
+    regs = {"rsp": guests.STACK_TOP - 256, "rsi": guests.DATA, "rdi": guests.DATA + 0x100}
+    vm.vcpus[0].cpu.set_regs({**regs, "rflags": 2})
     return vm
 
 

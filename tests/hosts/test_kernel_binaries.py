@@ -1,6 +1,7 @@
-"""Unmodified KVM selftests of Linux 6.12 as guests: each test is the host half of a C test's main(), the kernel's code the judge.
+"""Unmodified KVM selftests of Linux 6.12 as guests, and the kernel's own code the judge.
 
-What GUEST_ASSERT finds wrong ends a run; what the C host asserts about SYNC values, exits and registers is asserted here.
+Each test is the host half of a C test's main(). What GUEST_ASSERT finds wrong ends a run; what the
+C host asserts about SYNC values, exits and registers is asserted here.
 """
 
 from __future__ import annotations
@@ -21,13 +22,8 @@ from labkit.engines.base import (
 )
 from labkit.errors import GuestAssertFailed, InvalidState
 
-ICR = (
-    0x44000,
-    0x440FF,
-    0x4000,
-    0xFE00000000004300 | 0xFF,
-    0xC4000,
-)  # self, destinations, all flavours
+# To self, to other destinations, in all flavours.
+ICR = (0x44000, 0x440FF, 0x4000, 0xFE000000000043FF, 0xC4000)
 BIG, BIG32 = 0x1234567890ABCDEF, 0x90ABCDEF
 PRINTED = [  # guest_print_test: type, how Python writes such a value, pairs of values
     (0, "{:d}", [(-1, -1), (-1, 1), (BIG, BIG), (BIG, BIG - 1)]),
@@ -48,12 +44,9 @@ def number(vm, value):
     """A value as the C test hands it over: a string by the address of its literal in the binary."""
     if isinstance(value, int):
         return value & MASK64
-    segment, at = next(
-        (s, at)
-        for s in vm.program.segments
-        if (at := s.data.find(b"\0" + value.encode() + b"\0")) >= 0
-    )
-    return segment.gva + at + 1
+    literal = b"\0" + value.encode() + b"\0"
+    segment = next(segment for segment in vm.program.segments if literal in segment.data)
+    return segment.gva + segment.data.index(literal) + 1
 
 
 def test_that_every_string_of_guest_print_test_is_as_python_formats_it(host):
@@ -110,19 +103,12 @@ def test_that_msrs_and_hypercalls_that_are_not_there_fault_or_say_so(host):
     vm = host("kvm_pv_test", "guest_main")
     came = list(vm.stream(BUDGET))
     assert came[-1].cmd == "DONE" and sum(vm.events.kind == "exception") == 20
-    said = [
-        value_at(vm, uc.args[0], 4)
-        for uc in came
-        if not isinstance(uc, HypercallExit) and uc.cmd == "0xdeadbeef?"
-    ]
-    assert said == [
-        0x12,
-        0x4B564D01,
-        0x11,
-        0x4B564D00,
-        *(0x4B564D00 + i for i in (2, 3, 4, 5, 6, 7)),
-    ]  # asm/kvm_para.h
-    assert [exit.nr for exit in came if isinstance(exit, HypercallExit)] == [5, 10, 11]
+    calls = [exit for exit in came if isinstance(exit, HypercallExit)]
+    ucalls = [uc for uc in came if not isinstance(uc, HypercallExit)]
+    said = [value_at(vm, uc.args[0], 4) for uc in ucalls if uc.cmd == "0xdeadbeef?"]
+    numbers = [0x12, 0x4B564D01, 0x11, 0x4B564D00]  # asm/kvm_para.h
+    assert said == numbers + [0x4B564D00 + i for i in (2, 3, 4, 5, 6, 7)]
+    assert [exit.nr for exit in calls] == [5, 10, 11]
 
 
 @pytest.mark.parametrize("present", [True, False])
@@ -143,25 +129,27 @@ def test_that_hyperv_msrs_are_there_when_the_table_has_them(host, index, writabl
     vm = host("hyperv_features", "guest_msr")
     if present:
         vm.cpu.msrs[index] = 0
-        vm.cpu.read_only_msrs |= set() if writable else {index}
+        if not writable:
+            vm.cpu.read_only_msrs |= {index}
     for write in (False, True):
-        vm.write(
-            gva := vm.alloc(16),
-            struct.pack("<I??xxQ", index, not (present and (writable or not write)), write, 0),
-        )
+        faults = not present or (write and not writable)
+        gva = vm.alloc(16)
+        vm.write(gva, struct.pack("<I??xxQ", index, faults, write, 0))
         vm.vcpus[0].set_entry("guest_msr")
         vm.vcpus[0].args_set(gva)
         assert run(vm.vcpus[0]).cmd == "DONE"
 
 
 def test_that_tsc_and_tsc_adjust_move_as_guest_and_host_write_them(host):
-    vcpu, unity = host("tsc_msrs_test").vcpus[0], 1 << 30
+    vcpu = host("tsc_msrs_test").vcpus[0]
+    unity = 1 << 30
     adjust, step = 64 * unity, 4 * unity
 
+    def rounded(value):
+        return (value + unity // 2) // unity * unity
+
     def both():
-        return tuple(
-            (vcpu.regs[f"msr_{index:#x}"] + unity // 2) // unity * unity for index in (0x10, 0x3B)
-        )
+        return rounded(vcpu.regs["msr_0x10"]), rounded(vcpu.regs["msr_0x3b"])
 
     assert both() == (0, 0)
     synced(vcpu, 2)
@@ -210,18 +198,20 @@ def test_that_the_clock_page_gives_nanoseconds(host):
 def test_that_every_io_write_leaves_in_order(host):
     ring_size, mmio, port = 170, 4 << 30, 0x80
     vcpu = host.ready("coalesced_io_test").vcpus[0]
-    for start in range(3):
-        last = [("mmio", ring_size - 1), ("pio", ring_size - 1)]
-        ring = [("pio" if i & 1 else "mmio", i) for i in range(ring_size - 1)]
-        for kind, i in (
-            last[start == 0 : 0] + (last if start else []) + ring + last[:1] + ring + last[1:]
-        ):
-            wanted = (
-                PioExit(port, 4, True, port + i)
-                if kind == "pio"
-                else MmioExit(mmio, 8, True, mmio + i)
-            )
-            assert vcpu.run(BUDGET) == wanted
+
+    def write_to_port(i):
+        return PioExit(port, 4, True, port + i)
+
+    def write_to_page(i):
+        return MmioExit(mmio, 8, True, mmio + i)
+
+    last = ring_size - 1
+    ring = [write_to_port(i) if i & 1 else write_to_page(i) for i in range(last)]
+    for turn in range(3):
+        wanted = [*ring, write_to_page(last), *ring, write_to_port(last)]
+        if turn > 0:
+            wanted = [write_to_page(last), write_to_port(last), *wanted]
+        assert [vcpu.run(BUDGET) for _ in wanted] == wanted
         synced(vcpu, 0)
 
 
@@ -244,19 +234,14 @@ def test_that_a_physical_address_beyond_maxphyaddr_is_a_reserved_bit(host):
 def test_that_breakpoints_and_single_steps_stop_where_debug_regs_wants_them(host):
     vm = host("debug_regs")
     vm.cpu.msrs |= dict.fromkeys((0x80F, 0x830, 0x6E0), 0)  # x2APIC SVR and ICR, IA32_TSC_DEADLINE
-    vcpu, gva = (
-        vm.vcpus[0],
-        {
-            name: vm.gva_of(name)
-            for name in ("sw_bp", "hw_bp", "write_data", "ss_start", "bd_start")
-        },
-    )
-    vcpu.break_at(*gva)
+    vcpu = vm.vcpus[0]
+    names = ("sw_bp", "hw_bp", "write_data", "ss_start", "bd_start")
+    gva = {name: vm.gva_of(name) for name in names}
+    vcpu.break_at(*names)
     assert vcpu.run(BUDGET) == DebugExit(gva["sw_bp"])
     vcpu.regs.rip += 1
-    assert vcpu.pc == gva["hw_bp"] and vcpu.run(BUDGET) == DebugExit(
-        gva["write_data"]
-    )  # a run goes on from a breakpoint
+    assert vcpu.pc == gva["hw_bp"]
+    assert vcpu.run(BUDGET) == DebugExit(gva["write_data"])  # a run goes on from a breakpoint
     assert value_at(vm, vm.gva_of("guest_value"), 4) == 1234
     assert gva["ss_start"] == gva["write_data"]
     for size in (1, 2, 2, 5, 2, 1):  # sti xor cpuid mov wrmsr cli
@@ -288,32 +273,26 @@ def test_that_a_guest_with_sev_bits_runs_as_one_without_encryption(host):
     assert [uc.cmd for uc in vm.run_until_done(BUDGET)] == ["DONE"]
     vm.cpu.msrs[0xC0010131] = 3
     vm.vcpus[0].set_entry("guest_sev_es_code")
-    assert isinstance(
-        vm.vcpus[0].run(BUDGET), HypercallExit
-    )  # VMGEXIT is VMMCALL outside SEV-ES (APM vol. 3)
+    exit = vm.vcpus[0].run(BUDGET)
+    assert isinstance(exit, HypercallExit)  # VMGEXIT is VMMCALL outside SEV-ES (APM vol. 3)
     assert vm.vcpus[0].regs["msr_0xc0010130"] == 0x100  # GHCB_MSR_TERM_REQ
 
 
 def test_that_the_kernels_sev_guest_is_done_under_sev(host):
-    assert [
-        uc.cmd
-        for uc in host("sev_smoke_test", "guest_sev_code", protect="sev").run_until_done(BUDGET)
-    ] == ["DONE"]
+    vm = host("sev_smoke_test", "guest_sev_code", protect="sev")
+    assert [uc.cmd for uc in vm.run_until_done(BUDGET)] == ["DONE"]
 
 
 @pytest.mark.parametrize("policy", [4, 5])  # ES; ES and NODBG, as the C test has them
 @pytest.mark.parametrize("protect", ["sev-es", "snp"])
 def test_that_the_kernels_sev_es_guest_terminates(host, protect, policy):
-    vm = host(
-        "sev_smoke_test",
-        "guest_sev_es_code",
-        protect=protect,
-        policy=policy if protect == "sev-es" else None,
-    )
-    exit = vm.vcpus[0].run(BUDGET)
-    assert (type(exit), exit.type, exit.data) == (SystemEventExit, 6, (0x100,)) and vm.vcpus[
-        0
-    ].state == "terminated"
+    options = {"protect": protect}
+    if protect == "sev-es":
+        options["policy"] = policy
+    vcpu = host("sev_smoke_test", "guest_sev_es_code", **options).vcpus[0]
+    exit = vcpu.run(BUDGET)
+    assert (type(exit), exit.type, exit.data) == (SystemEventExit, 6, (0x100,))
+    assert vcpu.state == "terminated"
 
 
 @pytest.mark.parametrize("protect", ["sev", "sev-es", "snp"])
@@ -323,10 +302,9 @@ def test_that_the_kernels_shutdown_guest_shuts_down_encrypted_too(host, protect)
 
 
 def test_that_a_ucall_by_port_is_one_vc_after_the_other_under_sev_es(host):
+    # The kernel's library has no GHCB: its assertions and its ucalls only make more #VC.
     exit = host("sev_smoke_test", "guest_sev_code", protect="sev-es").vcpus[0].run(BUDGET)
-    assert isinstance(
-        exit, ShutdownExit
-    )  # the kernel's library has no GHCB: its assertions and its ucalls only make more #VC
+    assert isinstance(exit, ShutdownExit)
 
 
 def test_that_a_sev_guest_without_sev_says_what_it_misses(host):

@@ -1,6 +1,7 @@
-"""Unmodified KVM selftests of Linux 6.12 where KVM itself is the device under test: here the Python host plays that device.
+"""Unmodified KVM selftests of Linux 6.12 where KVM itself is the device under test.
 
-A local APIC, hypercall pages, a filter of MSR accesses, memory that is private or shared: all of it out of exits.
+Here the Python host plays that device. A local APIC, hypercall pages, a filter of MSR accesses,
+memory that is private or shared: all of it out of exits.
 """
 
 from __future__ import annotations
@@ -13,51 +14,45 @@ from kernel_host import BUDGET, hole, run, synced
 from labkit.arch.x86_cpu import CpuModel
 from labkit.engines.base import BudgetExit, DebugExit, HypercallExit, MmioExit, ShutdownExit
 
-ICR = (
-    0x44000,
-    0x440FF,
-    0x4000,
-    0xFE00000000004300 | 0xFF,
-    0xC4000,
-)  # self, destinations, all flavours
+# To self, to other destinations, in all flavours.
+ICR = (0x44000, 0x440FF, 0x4000, 0xFE000000000043FF, 0xC4000)
 PAGE, MIB = 4096, 1 << 20
+APIC = 0xFEE00000
 
 
 def test_that_a_patched_hypercall_runs_as_what_it_now_is(host):
-    vm, apic = host.ready("fix_hypercall_test", "guest_main"), 0xFEE00000
+    vmcall, vmmcall = b"\x0f\x01\xc1", b"\x0f\x01\xd9"
+    vm = host.ready("fix_hypercall_test", "guest_main")
     vcpu = vm.vcpus[0]
-    assert vcpu.run(BUDGET) == MmioExit(apic + 0x20, 4, False, 0)
+    assert vcpu.run(BUDGET) == MmioExit(APIC + 0x20, 4, False, 0)
     exit = vcpu.run(BUDGET)
     gva = vm.gva_of("hypercall_insn")
-    assert (exit.nr, exit.args[0]) == (11, 0) and vm.read(
-        gva, 3
-    ) == b"\x0f\x01\xc1"  # VMCALL, on what says it is an AMD
-    vm.write(gva, b"\x0f\x01\xd9")  # what KVM's quirk does
+    assert (exit.nr, exit.args[0]) == (11, 0)
+    assert vm.read(gva, 3) == vmcall  # on what says it is an AMD
+    vm.write(gva, vmmcall)  # what KVM's quirk does
     vcpu.complete(0)
     assert run(vcpu).cmd == "DONE"
 
 
 def test_that_hypercall_pages_of_xen_and_hyperv_reach_the_host(host):
-    vm, region, back = host("xen_vmcall_test"), 0xC0000000, 0xCAFEF00DFBFBFFFF
+    region, back, invalid_alignment = 0xC0000000, 0xCAFEF00DFBFBFFFF, 4
+    mov_eax, vmcall_ret = b"\xb8", b"\x0f\x01\xc1\xc3"
+    vm = host("xen_vmcall_test")
     vm.cpu.msrs |= dict.fromkeys((0x40000200, 0x40000000, 0x40000001), 0)
     assert vm.machine.space.alloc(8192, "hypercalls", region, nx=False) == region
-    vmcall = b"\x0f\x01\xc1\xc3"  # and RET
-    vm.write(
-        region,
-        b"".join(b"\xb8" + struct.pack("<I", nr) + vmcall.ljust(27) for nr in range(128)) + vmcall,
-    )
-    for result in (back, back, 4):  # HV_STATUS_INVALID_ALIGNMENT
-        exit, regs = vm.vcpus[0].run(BUDGET), vm.vcpus[0].regs
-        xen = [exit.nr] + [
-            regs[name] - 0xDEADBEEF5A5A0000 for name in ("rdi", "rsi", "rdx", "r10", "r8", "r9")
-        ]
-        assert (
-            xen == [17, 1, 2, 3, 4, 5, 6]
-            if result == back
-            else (regs.rcx, regs.rdx) == (0x5D, 0x5A5A5A5A)
-        )
-        vm.vcpus[0].complete(result)
-    assert run(vm.vcpus[0]).cmd == "DONE" and vm.vcpus[0].regs["msr_0x40000001"] == region + 4097
+    stubs = [mov_eax + struct.pack("<I", nr) + vmcall_ret.ljust(27) for nr in range(128)]
+    vm.write(region, b"".join(stubs) + vmcall_ret)
+
+    vcpu = vm.vcpus[0]
+    for _ in range(2):  # Xen's, by the page and by VMCALL
+        exit = vcpu.run(BUDGET)
+        args = [vcpu.regs[name] for name in ("rdi", "rsi", "rdx", "r10", "r8", "r9")]
+        assert exit.nr == 17 and args == [0xDEADBEEF5A5A0000 + i for i in range(1, 7)]
+        vcpu.complete(back)
+    vcpu.run(BUDGET)  # Hyper-V's
+    assert (vcpu.regs.rcx, vcpu.regs.rdx) == (0x5D, 0x5A5A5A5A)
+    vcpu.complete(invalid_alignment)
+    assert run(vcpu).cmd == "DONE" and vcpu.regs["msr_0x40000001"] == region + 4097
 
 
 def test_that_a_hyperv_hypercall_gets_what_the_host_writes(host):
@@ -73,14 +68,13 @@ def test_that_a_hyperv_hypercall_gets_what_the_host_writes(host):
 
 
 def msr_exits(vm, functions, mine):
-    """Run to the end with an MSR filter: yields ("rdmsr" or "wrmsr", number, value) where `mine` says so, and each ucall.
+    """Run to the end with an MSR filter: yields what it stops, and each ucall.
 
-    What is sent back answers a read; None leaves the instruction to the CPU.
+    That is ("rdmsr" or "wrmsr", number, value), where `mine` says so. What is sent back answers a
+    read; None leaves the instruction to the CPU.
     """
-    vcpu, insns = (
-        vm.vcpus[0],
-        [insn for name in functions for insn in vm.vcpus[0].disassemble(name, 70)],
-    )
+    vcpu = vm.vcpus[0]
+    insns = [insn for name in functions for insn in vcpu.disassemble(name, 70)]
     vcpu.break_at(*(insn.gva for insn in insns if insn.mnemonic in ("rdmsr", "wrmsr")))
     kinds = {insn.gva: insn.mnemonic for insn in insns}
     while vcpu.state != "done":
@@ -107,62 +101,53 @@ def filtered(vm, functions, mine, answers):
 
 
 def test_that_a_host_can_take_msrs_the_cpu_lacks(host):
-    vm, made_up, kept = host("userspace_msr_exit_test", "guest_code_filter_allow"), 0x474F4F00, {}
+    made_up = 0x474F4F00
+    kept = {}
+    vm = host("userspace_msr_exit_test", "guest_code_filter_allow")
     vm.install_exception_handler(13, "guest_gp_handler")
 
     def answers(kind, index, value):
+        """None: the CPU raises its own #GP."""
         if kind == "wrmsr":
             good = index == made_up or value == {0xDA0: 0, 0x10B: 1}[index]
-            return (
-                kept.setdefault(index, value) if good else None
-            )  # None: the CPU raises its own #GP
+            return kept.setdefault(index, value) if good else None
         return {0xDA0: 0, made_up: kept.get(made_up)}.get(index)
 
     seen = filtered(vm, ("test_rdmsr", "test_wrmsr"), lambda kind, index: True, answers)
     assert seen == [
-        (kind, index)
-        for kind, index in (
-            ("rdmsr", 0xDA0),
-            ("wrmsr", 0xDA0),
-            ("wrmsr", 0xDA0),
-            ("rdmsr", 0x10B),
-            ("wrmsr", 0x10B),
-            ("wrmsr", 0x10B),
-            ("wrmsr", made_up),
-            ("rdmsr", made_up),
-            ("DONE", 0),
-        )
+        ("rdmsr", 0xDA0),
+        ("wrmsr", 0xDA0),
+        ("wrmsr", 0xDA0),
+        ("rdmsr", 0x10B),
+        ("wrmsr", 0x10B),
+        ("wrmsr", 0x10B),
+        ("wrmsr", made_up),
+        ("rdmsr", made_up),
+        ("DONE", 0),
     ]
 
 
 def test_that_an_msr_filter_can_be_switched_off(host):
-    vm, denied = (
-        host("userspace_msr_exit_test", "guest_code_filter_deny"),
-        {("wrmsr", 0x1FC), ("rdmsr", 0xC0000084)},
-    )
-    denied.add(("rdmsr", 0xC0000101))
+    denied = {("wrmsr", 0x1FC), ("rdmsr", 0xC0000084), ("rdmsr", 0xC0000101)}
+    vm = host("userspace_msr_exit_test", "guest_code_filter_deny")
     vm.cpu.msrs[0x1FC] = 0
+
+    def is_denied(kind, index):
+        return index == 0xDEADBEEF or (kind, index) in denied
 
     def answers(kind, index, value):
         if kind == "SYNC":
             denied.clear()
         return index
 
-    seen = filtered(
-        vm,
-        ("guest_msr_calls",),
-        lambda kind, index: index == 0xDEADBEEF or (kind, index) in denied,
-        answers,
-    )
-    assert [sum(kind == wanted for kind, _ in seen) for wanted in ("rdmsr", "wrmsr", "DONE")] == [
-        4,
-        3,
-        1,
-    ]
+    seen = filtered(vm, ("guest_msr_calls",), is_denied, answers)
+    kinds = [kind for kind, _ in seen]
+    assert [kinds.count(kind) for kind in ("rdmsr", "wrmsr", "DONE")] == [4, 3, 1]
 
 
 def test_that_a_filter_of_reads_changes_between_two_ucalls(host):
-    vm, mine = host("userspace_msr_exit_test", "guest_code_permission_bitmap"), {0xC0000100}
+    vm = host("userspace_msr_exit_test", "guest_code_permission_bitmap")
+    mine = {0xC0000100}
 
     def answers(kind, index, value):
         if kind == "SYNC":
@@ -174,23 +159,23 @@ def test_that_a_filter_of_reads_changes_between_two_ucalls(host):
 
 
 def test_that_an_apic_timer_of_the_hosts_keeps_time(host):
-    vm, apic, bus_hz = (
-        host("apic_bus_clock_test", "apic_guest_code", cpu=CpuModel(tsc_khz=1000)),
-        0xFEE00000,
-        25_000_000,
-    )
-    hole(vm, apic)
-    vcpu, regs, start = vm.vcpus[0], {}, 0
-    vcpu.args_set(bus_hz, 10)
+    bus_mhz = 25
+    tmict, tmcct, tdcr = 0x380, 0x390, 0x3E0
+    vm = host("apic_bus_clock_test", "apic_guest_code", cpu=CpuModel(tsc_khz=1000))
+    hole(vm, APIC)
+    vcpu = vm.vcpus[0]
+    vcpu.args_set(bus_mhz * 1_000_000, 10)
+    regs, start = {}, 0
     while isinstance(exit := vcpu.run(), MmioExit):
-        at = exit.gpa - apic
+        at = exit.gpa - APIC
         if exit.is_write:
-            regs[at], start = exit.data, vcpu.regs["msr_0x10"] if at == 0x380 else start
-        elif at == 0x390:  # TMCCT, divided as TDCR says
-            shift = (regs[0x3E0] & 3 | regs[0x3E0] >> 1 & 4) + 1 & 7
-            vcpu.complete(
-                regs[0x380] - ((vcpu.regs["msr_0x10"] - start) * (bus_hz // 1_000_000) >> shift)
-            )
+            regs[at] = exit.data
+            if at == tmict:
+                start = vcpu.regs["msr_0x10"]
+        elif at == tmcct:
+            shift = (regs[tdcr] & 3 | regs[tdcr] >> 1 & 4) + 1 & 7
+            ticks = (vcpu.regs["msr_0x10"] - start) * bus_mhz
+            vcpu.complete(regs[tmict] - (ticks >> shift))
         else:
             vcpu.complete(regs.get(at, 0))
     assert exit.cmd == "DONE", exit
@@ -198,22 +183,19 @@ def test_that_an_apic_timer_of_the_hosts_keeps_time(host):
 
 @pytest.mark.parametrize("icr", ICR)
 def test_that_an_xapics_registers_are_the_hosts(host, icr):
-    vm, apic = host.ready("xapic_state_test", "xapic_guest_code"), 0xFEE00000
-    vcpu, regs = vm.vcpus[0], {0x200: icr & 0xFFFFFFFF, 0x210: icr >> 32}
+    vcpu = host.ready("xapic_state_test", "xapic_guest_code").vcpus[0]
+    regs = {0x200: icr & 0xFFFFFFFF, 0x210: icr >> 32}
     while isinstance(exit := vcpu.run(BUDGET), MmioExit):
         if exit.is_write:
-            regs[exit.gpa - apic] = exit.data
+            regs[exit.gpa - APIC] = exit.data
         else:
-            vcpu.complete(regs.get(exit.gpa - apic, 0))
+            vcpu.complete(regs.get(exit.gpa - APIC, 0))
     assert (exit.cmd, exit.args[1], regs[0x300] | regs[0x310] << 32) == ("SYNC", icr, icr)
 
 
 def test_that_a_region_that_comes_and_goes_is_mmio_in_between(host):
-    vm, gva, value = (
-        host("set_memory_region_test", "guest_code_delete_memory_region"),
-        0xC0000000,
-        0xBEEF,
-    )
+    gva, value = 0xC0000000, 0xBEEF
+    vm = host("set_memory_region_test", "guest_code_delete_memory_region")
     vm.machine.space.map(gva, vm.gva2gpa(vm.alloc(4096)))
     vcpu = vm.vcpus[0]
     synced(vcpu, 0)
@@ -233,26 +215,25 @@ def test_that_a_region_that_comes_and_goes_is_mmio_in_between(host):
 
 
 def test_that_private_and_shared_pages_are_two_memories(host):
-    vm, size = host("private_mem_conversions_test", memory=16 * MIB), 2 * MIB + PAGE
-    base = vm.alloc(size, 4 << 30)
-    vm.vcpus[0].args_set(base)
-    hidden, private = (
-        {True: {}, False: {}},
-        set(),
-    )  # the pages that the guest does not see now, and those that are private
-    while getattr(came := vm.vcpus[0].run(), "cmd", "") != "DONE":
+    vm = host("private_mem_conversions_test", memory=16 * MIB)
+    vcpu = vm.vcpus[0]
+    vcpu.args_set(vm.alloc(2 * MIB + PAGE, 4 << 30))
+    hidden = {True: {}, False: {}}  # the pages that the guest does not see now: private, shared
+    private = set()
+    while getattr(came := vcpu.run(), "cmd", "") != "DONE":
         if isinstance(came, HypercallExit):
-            for page in range(came.args[0], came.args[0] + came.args[1] * PAGE, PAGE):
-                convert(vm, hidden, private, page, came.args[2])
-            vm.vcpus[0].complete(0)
+            gpa, nr_pages, flags = came.args[:3]
+            for page in range(gpa, gpa + nr_pages * PAGE, PAGE):
+                convert(vm, hidden, private, page, flags)
+            vcpu.complete(0)
             continue
         assert came.cmd == "SYNC", came
-        for page in range(came.args[1], came.args[1] + came.args[2], PAGE):
-            assert (hidden[False][page] if page in private else vm.read(page, PAGE)) == bytes(
-                [came.args[3]]
-            ) * PAGE
-            if came.args[0] == 0:  # SYNC_SHARED
-                vm.write(page, bytes([came.args[4]]) * PAGE)
+        kind, gpa, size, wanted, new = came.args[:5]
+        for page in range(gpa, gpa + size, PAGE):
+            seen = hidden[False][page] if page in private else vm.read(page, PAGE)
+            assert seen == bytes([wanted]) * PAGE
+            if kind == 0:  # SYNC_SHARED
+                vm.write(page, bytes([new]) * PAGE)
 
 
 def convert(vm, hidden, private, page, flags):

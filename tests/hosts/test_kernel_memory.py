@@ -1,4 +1,4 @@
-"""Unmodified KVM selftests of Linux 6.12 whose guests work on memory, and those with several vCPUs."""
+"""Unmodified KVM selftests of Linux 6.12 with guests that work on memory, or several vCPUs."""
 
 from __future__ import annotations
 
@@ -37,34 +37,32 @@ def synced_all(vm):
 
 
 def test_that_data_and_code_are_fetched_from_the_same_pages(host):
-    vm, gva = host.ready("nx_huge_pages_test"), 4 << 30
+    vm = host.ready("nx_huge_pages_test")
+    gva = 4 << 30
     for stage in range(1, 7):
         synced(vm.vcpus[0], stage)
-    touched = vm.page_table().df[
-        lambda df: df.accessed & (df.gva >= gva) & (df.gva < gva + 6 * MIB)
-    ]
-    assert touched.gva.tolist() == [gva, gva + 2 * MIB, gva + 4 * MIB]
+    df = vm.page_table().df
+    touched = df.gva[df.accessed & (df.gva >= gva) & (df.gva < gva + 6 * MIB)]
+    assert touched.tolist() == [gva, gva + 2 * MIB, gva + 4 * MIB]
 
 
 def test_that_the_guest_dirties_the_pages_its_random_numbers_say(host):
-    vm, gva, nr_pages = host.ready("dirty_log_test"), 0xC0000000, 2048
+    gva, nr_pages = 0xC0000000, 2048
+    vm = host.ready("dirty_log_test")
     synced(vm.vcpus[0], 1)
     assert (first_words(vm, gva, nr_pages) == 1).all()
     vm.write_guest_global("iteration", 2)
     synced(vm.vcpus[0], 1)
-    drawn = list(islice(random_u32(7), 4096))[
-        2048:
-    ]  # two a page; which of them is the low half is gcc's business
+    # Two a page; which of them is the low half is gcc's business.
+    drawn = list(islice(random_u32(7), 2 * nr_pages))[nr_pages:]
     dirty = set(np.flatnonzero(first_words(vm, gva, nr_pages) == 2).tolist())
     assert dirty in ({n % nr_pages for n in drawn[::2]}, {n % nr_pages for n in drawn[1::2]})
 
 
 def test_that_a_host_and_a_guest_hand_pages_over_by_a_locked_flag(host):
-    vm, base, test = (
-        host("memslot_perf_test", "guest_code_test_memslot_unmap"),
-        256 * MIB,
-        256 * MIB + 16 * PAGE,
-    )
+    base = 256 * MIB
+    test = base + 16 * PAGE
+    vm = host("memslot_perf_test", "guest_code_test_memslot_unmap")
     for gva in (base, test, test + 64 * MIB):
         assert vm.alloc(PAGE, gva) == gva
     vm.write(base, struct.pack("<I3?xQ", PAGE, True, False, False, 0))
@@ -79,7 +77,8 @@ def test_that_a_host_and_a_guest_hand_pages_over_by_a_locked_flag(host):
 
 
 def test_that_a_move_is_seen_when_the_host_writes(host):
-    vm, gva = host("set_memory_region_test", "guest_code_move_memory_region"), 0xC0000000
+    gva = 0xC0000000
+    vm = host("set_memory_region_test", "guest_code_move_memory_region")
     assert vm.alloc(PAGE, gva) == gva
     synced(vm.vcpus[0], 0)
     assert isinstance(vm.vcpus[0].run(10_007), BudgetExit)
@@ -91,24 +90,23 @@ def test_that_a_move_is_seen_when_the_host_writes(host):
 
 @pytest.mark.parametrize("schedule", ["round_robin:100", "random:5:33"])
 def test_that_each_vcpu_fills_its_part_of_memory(host, schedule):
-    vm, nr_pages, gva = host.ready("max_guest_memory_test", schedule=schedule), 64, 1 << 32
+    gva, nr_pages = 1 << 32, 4 * 64
+    filled = gva + PAGE * np.arange(nr_pages)  # each page begins with its own gva
+    vm = host.ready("max_guest_memory_test", schedule=schedule)
     synced_all(vm)
-    assert (first_words(vm, gva, 4 * nr_pages) == gva + PAGE * np.arange(4 * nr_pages)).all()
+    assert (first_words(vm, gva, nr_pages) == filled).all()
     for vcpu in vm.vcpus:
         synced(vcpu, 0)  # the schedule may have stopped it inside its second round
-    vm.write(gva, bytes(4 * nr_pages * PAGE))
+    vm.write(gva, bytes(nr_pages * PAGE))
     for vcpu in vm.vcpus:
         vcpu.regs.cr0 ^= 1 << 16
         synced(vcpu, 0)
-    assert (first_words(vm, gva, 4 * nr_pages) == gva + PAGE * np.arange(4 * nr_pages)).all()
+    assert (first_words(vm, gva, nr_pages) == filled).all()
 
 
 def test_that_vcpus_go_through_the_stages_of_kvm_page_table_test(host):
-    vm, gva, nr_pages = (
-        host("kvm_page_table_test", nr_vcpus=4, memory=16 * MIB, schedule="random:1:200"),
-        0xC0000000,
-        1024,
-    )
+    gva, nr_pages = 0xC0000000, 1024
+    vm = host("kvm_page_table_test", nr_vcpus=4, memory=16 * MIB, schedule="random:1:200")
     assert vm.alloc(nr_pages * PAGE, gva) == gva
     args = struct.pack("<8Q", 0, gva, PAGE, nr_pages, 2 * MIB, nr_pages // 512, 512, 0)
     vm.write(vm.gva_of("test_args"), args)
@@ -125,9 +123,11 @@ def test_that_vcpus_go_through_the_stages_of_kvm_page_table_test(host):
 @pytest.mark.parametrize("percent", [0, 30, 100])
 @pytest.mark.parametrize("name", ["demand_paging_test", "dirty_log_perf_test"])
 def test_that_memstress_writes_where_and_how_often_it_is_told(host, name, percent):
-    vm, base, nr_pages, seed = host(name, "memstress_guest_code", nr_vcpus=3), 0xC0000000, 128, 1234
+    base, nr_pages, seed = 0xC0000000, 128, 1234
+    vm = host(name, "memstress_guest_code", nr_vcpus=3)
     assert vm.alloc(3 * nr_pages * PAGE, base) == base
-    gva, parts = vm.gva_of("memstress_args"), [base + i * nr_pages * PAGE for i in range(3)]
+    gva = vm.gva_of("memstress_args")
+    parts = [base + i * nr_pages * PAGE for i in range(3)]
     head = struct.pack("<4Q2I3?", 0, base, 0, PAGE, seed, percent, False, True, False)
     rows = b"".join(struct.pack("<4Qi4x", 0, part, nr_pages, 0, i) for i, part in enumerate(parts))
     assert vm.program.symbol("memstress_args").size == 2096 + 512 * 40
@@ -143,23 +143,24 @@ def test_that_memstress_writes_where_and_how_often_it_is_told(host, name, percen
 
 
 def test_that_stolen_time_is_what_the_host_put_there(host):
-    vm, gvas = host.ready("steal_time"), [(1 << 30) + 64 * i for i in range(4)]
-    for stage, steal in enumerate((0, 1000, 5000)):
-        for vcpu, gva in zip(vm.vcpus, gvas, strict=True):
-            if stage:
-                vm.write(gva, struct.pack("<QI", steal + vcpu.index, 2 * stage))
-            assert run(vcpu).cmd == ("DONE" if stage == 2 else "SYNC")
-            assert value_at(vm, vm.gva_of("guest_stolen_time") + 8 * vcpu.index, 8) == (
-                steal + vcpu.index if stage else 0
-            )
+    vm = host.ready("steal_time")
+    for stage, (steal, cmd) in enumerate(((0, "SYNC"), (1000, "SYNC"), (5000, "DONE"))):
+        for vcpu in vm.vcpus:
+            stolen = 0
+            if stage > 0:
+                stolen = steal + vcpu.index
+                vm.write((1 << 30) + 64 * vcpu.index, struct.pack("<QI", stolen, 2 * stage))
+            assert run(vcpu).cmd == cmd
+            assert value_at(vm, vm.gva_of("guest_stolen_time") + 8 * vcpu.index, 8) == stolen
 
 
 @pytest.mark.parametrize("bsp", [0, 1])
 def test_that_one_vcpu_is_the_bootstrap_processor(host, bsp):
     vm = host("set_boot_cpu_id", "guest_not_bsp_vcpu", nr_vcpus=2)
     vm.vcpus[bsp].set_entry("guest_bsp_vcpu")
-    for vcpu in vm.vcpus if bsp else ():  # KVM_SET_BOOT_CPU_ID
-        vcpu.regs["msr_0x1b"] ^= 1 << 8
+    if bsp == 1:  # KVM_SET_BOOT_CPU_ID
+        for vcpu in vm.vcpus:
+            vcpu.regs["msr_0x1b"] ^= 1 << 8
     said = [(uc.vcpu, uc.cmd) for vcpu in vm.vcpus for uc in vcpu.run_until_done(BUDGET)]
     assert said == [(0, "SYNC"), (0, "DONE"), (1, "SYNC"), (1, "DONE")]
 
@@ -171,11 +172,10 @@ def test_that_no_vcpu_sees_another_ones_time_in_the_future(host, offset, failure
         vcpu.regs["msr_0x10"] = 200_000_000
     vm.vcpus[7].regs["msr_0x10"] += offset
     came = vm.run(60_000)
-    assert (
-        (came.cmd == "SYNC" and came.args[2] < came.args[3])
-        if failures
-        else isinstance(came, BudgetExit)
-    )
+    if failures:
+        assert came.cmd == "SYNC" and came.args[2] < came.args[3]
+    else:
+        assert isinstance(came, BudgetExit)
 
 
 def test_that_the_pool_is_empty_after_many_ucalls_of_many_vcpus(host):

@@ -1,4 +1,4 @@
-"""What a reader of a notebook needs is in `lk`: no inner room is named, and every word is public."""
+"""What readers of a notebook need is in `lk`: no inner room is named, and every word is public."""
 
 from __future__ import annotations
 
