@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from labkit.hosts.halves import hole
+from labkit.hosts.halves.memory import hole
 from labkit.session.running import Came
 from labkit.session.vcpu import Vcpu
 from labkit.session.vm import Vm

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 
-from labkit.hosts import halves
+from labkit.hosts.halves import cpu, devices, memory
 from labkit.hosts.hosting import Hosted
 
 __all__ = ["HOSTED"]
@@ -40,21 +40,21 @@ HOSTED = (
     Hosted("rseq_test", says=(0,) * 100),
     # --- CPUID, MSRs and registers
     Hosted("xcr0_cpuid_test"),
-    Hosted("vmx_pmu_caps_test", before=halves.ask_perf_capabilities),
+    Hosted("vmx_pmu_caps_test", before=cpu.give_perf_capabilities),
     Hosted(
         "cr4_cpuid_sync_test",
         says=(0, "DONE"),
-        then={0: halves.set_regs(cr4=lambda cr4: cr4 & ~(1 << 18))},  # OSXSAVE
+        then={0: cpu.set_regs(cr4=lambda cr4: cr4 & ~(1 << 18))},  # OSXSAVE
     ),
     Hosted(
         "cpuid_test",
         "guest_main",
-        before=halves.give_cpuid_table,
+        before=cpu.give_cpuid_table,
         says=(1, 2, "DONE"),
         needs=("cpuid",),
     ),
-    Hosted("pmu_counters_test", "guest_test_gp_counters", before=halves.ask_no_counters),
-    Hosted("pmu_counters_test", "guest_test_fixed_counters", before=halves.ask_no_counters),
+    Hosted("pmu_counters_test", "guest_test_gp_counters", before=cpu.leave_out_p6_counters),
+    Hosted("pmu_counters_test", "guest_test_fixed_counters", before=cpu.leave_out_p6_counters),
     Hosted(
         "kvm_pv_test",
         "guest_main",
@@ -63,28 +63,28 @@ HOSTED = (
     ),
     Hosted(
         "platform_info_test",
-        before=halves.set_msrs(PLATFORM_INFO, value=0xFF00),
+        before=cpu.set_msrs(PLATFORM_INFO, value=0xFF00),
         says=(1, 0, "DONE"),
-        then={1: halves.take_msr(PLATFORM_INFO)},
+        then={1: cpu.take_away_msr(PLATFORM_INFO)},
         needs=("msr_table",),
     ),
     Hosted(
         "monitor_mwait_test",
         says=(*MONITOR_CASES, "DONE"),
-        then={at: halves.set_monitor_of_case(case) for at, case in enumerate(MONITOR_CASES)},
+        then={at: cpu.set_monitor_of_case(case) for at, case in enumerate(MONITOR_CASES)},
     ),
     Hosted("sync_regs_test", says=("bad-ucall",) * 10),
-    Hosted("state_test", before=halves.take_xsave, says=(1, 2, "DONE")),
+    Hosted("state_test", before=cpu.take_away_xsave, says=(1, 2, "DONE")),
     Hosted("set_boot_cpu_id", "guest_bsp_vcpu", says=(1, "DONE")),
-    Hosted("sev_smoke_test", "guest_sev_code", before=halves.set_cpu_to_sev),
+    Hosted("sev_smoke_test", "guest_sev_code", before=cpu.set_cpu_to_sev),
     Hosted("sev_smoke_test", "guest_shutdown_code", says=("shutdown",)),
     # --- clocks
     Hosted(
         "tsc_msrs_test",
         says=(2, 3, 4, 5, "DONE"),
         then={
-            1: halves.set_regs(msr_0x10=72 * UNITY),
-            2: halves.set_regs(msr_0x3b=8 * UNITY),
+            1: cpu.set_regs(msr_0x10=72 * UNITY),
+            2: cpu.set_regs(msr_0x3b=8 * UNITY),
         },
         needs=("deterministic",),
     ),
@@ -93,54 +93,54 @@ HOSTED = (
         "guest_main",
         says=(0, 1, 2),
         then={
-            0: halves.set_regs(tsc_offset=180 * SECOND),
-            1: halves.set_regs(tsc_offset=-180 * SECOND),
+            0: cpu.set_regs(tsc_offset=180 * SECOND),
+            1: cpu.set_regs(tsc_offset=-180 * SECOND),
         },
         needs=("tsc",),
     ),
     Hosted(
         "kvm_clock_test",
         "guest_main",
-        before=halves.place_clock,
+        before=devices.place_clock,
         says=(0, 1, 2, 3),
-        then={seconds: halves.set_clock(seconds * SECOND) for seconds in range(3)},
+        then={seconds: devices.set_clock(seconds * SECOND) for seconds in range(3)},
     ),
     Hosted(
         "steal_time",
-        before=halves.give_steal_time,
+        before=devices.give_steal_time,
         says=(0, 1, "DONE"),
-        then={0: halves.set_stolen(1000, version=2), 1: halves.set_stolen(5000, version=4)},
+        then={0: devices.set_stolen(1000, version=2), 1: devices.set_stolen(5000, version=4)},
         create={"nr_vcpus": 4},
     ),
     # --- devices
-    Hosted("userspace_io_test", answer=halves.play_string_port),
-    Hosted("coalesced_io_test", before=halves.give_io_ring, says=(0, 0, 0)),
+    Hosted("userspace_io_test", answer=devices.play_string_port),
+    Hosted("coalesced_io_test", before=devices.give_io_ring, says=(0, 0, 0)),
     Hosted(
         "exit_on_emulation_failure_test",
-        before=lambda vm: halves.hole(vm, 0x7_0000_0000),
-        answer=halves.play_fpu,
+        before=lambda vm: memory.hole(vm, 0x7_0000_0000),
+        answer=devices.play_fpu,
     ),
     Hosted(
         "xapic_state_test",
         "xapic_guest_code",
-        before=lambda vm: halves.hole(vm, halves.APIC),
+        before=lambda vm: memory.hole(vm, devices.APIC),
         says=(0,),
     ),
     Hosted(
         "xapic_state_test",
         "x2apic_guest_code",
-        before=halves.set_msrs(0x80F, 0x820, 0x821, 0x830),
+        before=cpu.set_msrs(0x80F, 0x820, 0x821, 0x830),
         says=(0,),
     ),
     Hosted(
         "fix_hypercall_test",
         "guest_main",
-        before=halves.let_patch_itself,
-        answer=halves.play_hypercall_quirk,
+        before=devices.let_patch_itself,
+        answer=devices.play_hypercall_quirk,
         needs=("hypercalls",),
     ),
     # --- memory
-    Hosted("smaller_maxphyaddr_emulation_test", before=halves.give_reserved_bit),
+    Hosted("smaller_maxphyaddr_emulation_test", before=memory.give_reserved_bit),
     Hosted(
         "pre_fault_memory_test",
         before=lambda vm: vm.vcpus[0].args_set(vm.alloc(2 * MIB + 4096, 1 << 38)),
@@ -148,19 +148,19 @@ HOSTED = (
     ),
     Hosted(
         "nx_huge_pages_test",
-        before=halves.fill_with_returns,
+        before=memory.fill_with_returns,
         says=(1, 2, 3, 4, 5, 6),
         create={"memory": 16 * MIB},
     ),
     Hosted(
         "dirty_log_test",
-        before=halves.log_dirty_pages,
+        before=memory.log_dirty_pages,
         says=(1, 1),
         create={"memory": 24 * MIB},
     ),
     Hosted(
         "max_guest_memory_test",
-        before=halves.give_each_a_part,
+        before=memory.give_each_a_part,
         says=(0, 0),
         create={"nr_vcpus": 4},
     ),
@@ -168,7 +168,7 @@ HOSTED = (
         Hosted(
             name,
             "memstress_guest_code",
-            before=halves.give_memstress_args,
+            before=memory.give_memstress_args,
             says=(1,),
             create={"nr_vcpus": 3},
         )
