@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from labkit.engines.disasm import Decoded
 from labkit.guest.lines import Line
+from labkit.look.access import Operands
 from labkit.look.snapshots import Insn, RegisterRow, StackRow, Touch, VcpuSnapshot
-from labkit.look.touch import Operands, operands
+from labkit.look.touch import operands
 from labkit.machine.registers import flags_text
 from labkit.session.listing import Listing, read_code
 from labkit.session.vcpu import Vcpu

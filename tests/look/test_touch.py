@@ -1,0 +1,193 @@
+"""What an instruction is about to read, write and decide, against what the engine then does.
+
+For the other architectures tests/session/test_four_architectures.py asks the same of whole guests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import capstone
+import pytest
+from capstone import x86
+from guests import CODE, DATA, STACK_TOP, asm_all, bare
+
+import labkit as lk
+from labkit.look import x86_operands
+from labkit.look.access import Access, Operands
+from labkit.look.touch import operands
+
+WORD = 0x8123_4567_89AB_CDEF  # at every 8 bytes of the data pages
+REGS = {
+    "rax": 0x1111_2222_3333_8485,
+    "rbx": 0xFFFF_FFFF_FFFF_FFF0,
+    "rcx": 73,
+    "rdx": (1 << 64) - 72,
+    "rsi": DATA + 0x800,
+    "r8": 0x9999_8888_7777_6665,
+    "r9": 4,
+    "rsp": STACK_TOP - 256,
+}
+
+STORES = (
+    "mov dword ptr [rsi + 8], -5",
+    "mov [rsi], ah",
+    "mov [rsi + r9 * 8 - 8], r8d",
+    "movabs [0x20000010], al",
+    "add qword ptr [rsi], rbx",
+    "lock add dword ptr [rsi], 0x7fffffff",
+    "sub byte ptr [rsi], al",
+    "or word ptr [rsi], r8w",
+    "and qword ptr [rsi], rax",
+    "xor byte ptr [rsi], bh",
+    "xchg [rsi], r8w",
+    "lock xadd [rsi], eax",
+    "inc byte ptr [rsi]",
+    "dec qword ptr [rsi]",
+    "neg word ptr [rsi]",
+    "not dword ptr [rsi]",
+    "lock bts qword ptr [rsi], rcx",
+    "btr qword ptr [rsi], rdx",
+    "btc dword ptr [rsi], ecx",
+    "bts word ptr [rsi], cx",
+    "btr dword ptr [rsi], 37",
+    "push rax",
+    "push -5",
+    "call rax",
+)
+BITS = (
+    "bt qword ptr [rsi], rcx",
+    "bt qword ptr [rsi], rdx",
+    "bt dword ptr [rsi], 13",
+    "lock bts qword ptr [rsi], rcx",
+    "btc word ptr [rsi], cx",
+)
+LOADS = ("mov rax, [rsi]", "movzx eax, byte ptr [rsi + r9]", "cmp [rsi], al", "test [rsi], rax")
+NOTHING = ("lea rax, [rsi]", "nop dword ptr [rax]", "mov rax, rbx")
+CONDITIONS = (
+    "o",
+    "no",
+    "b",
+    "ae",
+    "e",
+    "ne",
+    "be",
+    "a",
+    "s",
+    "ns",
+    "p",
+    "np",
+    "l",
+    "ge",
+    "le",
+    "g",
+)
+JUMPS = tuple(f"j{condition} 1f; .skip 18, 0x90; 1:" for condition in CONDITIONS)
+FLAGS = (0x1, 0x4, 0x40, 0x80, 0x800, 0x880, 0x8C5, 0)
+ALL = (*STORES, *BITS, *LOADS, *NOTHING, *JUMPS, "pop rax", "ret")
+
+
+@pytest.fixture(scope="module")
+def code() -> dict[str, bytes]:
+    """Machine code of every instruction here, assembled in one go."""
+    return dict(zip(ALL, asm_all(*ALL), strict=True))
+
+
+@pytest.fixture(scope="module")
+def vcpu() -> Iterator[lk.Vcpu]:
+    """A vCPU whose code is to be written."""
+    with bare(b"\x90") as vm:
+        yield vm.vcpus[0]
+
+
+def ready(vcpu: lk.Vcpu, code: bytes) -> Operands:
+    """What the instruction in `code` is about to do, with fresh registers and data."""
+    vcpu.vm.write(CODE, code)
+    vcpu.vm.write(DATA, WORD.to_bytes(8, "little") * 512)
+    vcpu.cpu.set_regs({**REGS, "rip": CODE})
+    return operands("x86_64", code, vcpu.regs.all(), CODE, vcpu.peek)
+
+
+def held(vcpu: lk.Vcpu, access: Access) -> int:
+    """What memory holds where an access goes."""
+    return int.from_bytes(vcpu.peek(access.gva, access.size), "little")
+
+
+@pytest.mark.parametrize("text", STORES)
+def test_that_a_store_leaves_what_was_told(
+    vcpu: lk.Vcpu, code: dict[str, bytes], text: str
+) -> None:
+    told = ready(vcpu, code[text]).accesses
+    (store,) = [access for access in told if access.writes]
+    assert store.before == held(vcpu, store) != store.after
+    vcpu.step()
+    assert store.after == held(vcpu, store)
+
+
+@pytest.mark.parametrize("text", BITS)
+def test_that_the_bit_that_is_tested_goes_to_the_carry_flag(
+    vcpu: lk.Vcpu, code: dict[str, bytes], text: str
+) -> None:
+    told = ready(vcpu, code[text])
+    assert told.bit is not None and told.bit[0] == told.accesses[0].gva
+    vcpu.step()
+    assert told.bit[2] == (vcpu.regs.rflags & 1)
+
+
+@pytest.mark.parametrize("text", LOADS)
+def test_that_a_load_reads_and_writes_nothing(
+    vcpu: lk.Vcpu, code: dict[str, bytes], text: str
+) -> None:
+    (load,) = ready(vcpu, code[text]).accesses
+    assert (load.reads, load.writes, load.after) == (True, False, None)
+    assert load.before == held(vcpu, load)
+
+
+@pytest.mark.parametrize("text", ["pop rax", "ret"])
+def test_that_pop_and_ret_read_the_top_of_the_stack(
+    vcpu: lk.Vcpu, code: dict[str, bytes], text: str
+) -> None:
+    rsp = vcpu.regs.rsp
+    before = int.from_bytes(vcpu.peek(rsp, 8), "little")
+    assert ready(vcpu, code[text]).accesses == (Access(rsp, 8, True, False, before, None),)
+
+
+@pytest.mark.parametrize("text", NOTHING)
+def test_that_what_touches_no_memory_says_so(
+    vcpu: lk.Vcpu, code: dict[str, bytes], text: str
+) -> None:
+    assert ready(vcpu, code[text]) == Operands()
+
+
+@pytest.mark.parametrize("rflags", FLAGS, ids=hex)
+@pytest.mark.parametrize("text", JUMPS)
+def test_that_a_jump_is_taken_as_told(
+    vcpu: lk.Vcpu, code: dict[str, bytes], text: str, rflags: int
+) -> None:
+    vcpu.cpu.set_regs({"rflags": rflags | 2})
+    told = ready(vcpu, code[text])
+    assert told.target == CODE + 20 and told.taken is not None
+    vcpu.step()
+    assert (vcpu.pc == told.target) == told.taken
+
+
+def test_that_memory_that_is_not_mapped_is_unknown(vcpu: lk.Vcpu, code: dict[str, bytes]) -> None:
+    ready(vcpu, code["neg word ptr [rsi]"])
+    vcpu.cpu.set_regs({"rsi": 0x666000})
+    data = code["neg word ptr [rsi]"]
+    told = operands("x86_64", data, vcpu.regs.all(), CODE, vcpu.peek)
+    assert told.accesses == (Access(0x666000, 2, True, True, None, None),)
+
+
+@pytest.mark.parametrize(
+    ("arch", "data"), [("x86_64", b"\x06"), ("arm64", bytes(4)), ("riscv64", b""), ("s390x", b"")]
+)
+def test_that_bytes_that_are_no_instruction_touch_nothing(arch: str, data: bytes) -> None:
+    assert operands(arch, data, {}, 0, lambda gva, size: bytes(size)) == Operands()
+
+
+def test_that_operand_types_have_the_numbers_of_capstone() -> None:
+    ours = (x86_operands.OP_REG, x86_operands.OP_IMM, x86_operands.OP_MEM)
+    assert ours == (x86.X86_OP_REG, x86.X86_OP_IMM, x86.X86_OP_MEM)
+    assert x86_operands.READS == capstone.CS_AC_READ
+    assert x86_operands.WRITES == capstone.CS_AC_WRITE
