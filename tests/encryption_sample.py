@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from sev_sample import make_psp, start
 
 from labkit.errors import PspError
-from labkit.look.encryption import EncryptionMap, PageStates, encryption_map
+from labkit.look.encryption import EncryptionMap, PageStates
+from labkit.look.encryption_map import encryption_map
 from labkit.look.eyes import PageEyes
 from labkit.look.launch import LaunchProgress, LaunchStep, launch_steps
 from labkit.sev.cipher import MemoryCipher

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from labkit.errors import InvalidState
-from labkit.look.encryption import EncryptionMap, PageState, PageStates, encryption_map
+from labkit.look.encryption import EncryptionMap, PageState, PageStates
+from labkit.look.encryption_map import encryption_map
 from labkit.look.eyes import PageEyes
 from labkit.look.launch import LaunchProgress, LaunchStep, launch_steps
 from labkit.look.memory import look_at_memory

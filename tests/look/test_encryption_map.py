@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from labkit.arch.desc import PagingMode
 from labkit.arch.x86 import X86_PXXV48_4K
 from labkit.errors import InvalidState
-from labkit.look.encryption import EncryptionMap, PageState, PageStates, encryption_map
+from labkit.look.encryption import EncryptionMap, PageState, PageStates
+from labkit.look.encryption_map import encryption_map
 from labkit.look.eyes import PageEyes
 from labkit.paging.build import PageTableBuilder
 from labkit.paging.scan import PageTable, scan

@@ -17,8 +17,8 @@ from labkit.look.encryption import (
     EncryptionRange,
     PageState,
     PageStates,
-    encryption_map,
 )
+from labkit.look.encryption_map import encryption_map
 from labkit.look.eyes import PageEyes
 from labkit.look.launch import LaunchProgress, LaunchStep, policy_text
 from labkit.look.snapshots import Selection
