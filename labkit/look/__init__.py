@@ -1,1 +1,1 @@
-"""What a person looks at, as frozen facts: vCPUs, the VM, memory, walks, encryption, one page through two eyes."""
+"""What a person looks at, as frozen facts: vCPU, VM, memory, encryption, a page with two eyes."""

@@ -1,4 +1,4 @@
-"""One page through two eyes: the bytes that the host finds in DRAM beside the bytes that the guest reads."""
+"""One page through two eyes: the bytes in DRAM, which the host finds, and those the guest reads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from labkit.errors import InvalidState
+from labkit.machine.memory import PAGE
 from labkit.paging.entries import Bools
 from labkit.shown import mimebundle
 
@@ -29,28 +30,33 @@ class Eye:
 
     @cached_property
     def blocks(self) -> NDArray[np.uint8]:
-        """The bytes, one row a cipher block, shape (n, 16)."""
-        return np.frombuffer(self.data, np.uint8).reshape(-1, BLOCK)
+        """The bytes, one row a cipher block: uint8 of shape (n, 16)."""
+        return _in_blocks(self.data)
 
     @cached_property
     def changed(self) -> Bools:
         """Which bytes differ from before, shape (n, 16)."""
-        before = np.frombuffer(
-            self.data if self.previous is None else self.previous, np.uint8
-        ).reshape(-1, BLOCK)
-        differs: Bools = self.blocks != before
+        if self.previous is None:
+            return np.zeros(self.blocks.shape, np.bool_)
+        differs: Bools = self.blocks != _in_blocks(self.previous)
         return differs
 
     @cached_property
     def entropy(self) -> float:
-        """Bits of information a byte (Shannon): 0 for equal bytes, just under 8 for noise."""
+        """Bits of information a byte (Shannon).
+
+        It is 0 for bytes that are all equal, and just under 8 for noise.
+        """
         counts = np.bincount(self.blocks.ravel(), minlength=256)
         share = counts[counts > 0] / max(self.blocks.size, 1)
         return float(abs((share * np.log2(share)).sum()))
 
     @cached_property
     def nr_different(self) -> int:
-        """How many different blocks there are: the same plaintext at two addresses shares no ciphertext."""
+        """How many different blocks there are.
+
+        The same plaintext at two addresses shares no ciphertext.
+        """
         return len(np.unique(self.blocks, axis=0))
 
 
@@ -58,7 +64,7 @@ class Eye:
 class PageEyes:
     """A page, or a 16-byte aligned part of one, as host and guest see it now and saw it before.
 
-    private says what memory is; word how the guest looks ("C=1"); raises InvalidState for lengths that differ or are no whole blocks.
+    Raises InvalidState for lengths that differ, or are no whole blocks.
     """
 
     gpa: int
@@ -66,8 +72,8 @@ class PageEyes:
     guest: bytes
     previous_host: bytes | None = None
     previous_guest: bytes | None = None
-    private: bool = True
-    word: str = ""
+    private: bool = True  # what memory is
+    word: str = ""  # how the guest looks: "C=1"
     what: str = ""  # its use: "stack of vCPU 0"
     gva: int | None = None
     step: int = 0
@@ -75,20 +81,14 @@ class PageEyes:
     names: tuple[str, str] = ("host's eye (DRAM)", "guest's eye")
 
     def __post_init__(self) -> None:
-        sizes = [
-            len(data)
-            for data in (self.host, self.guest, self.previous_host, self.previous_guest)
-            if data is not None
-        ]
-        if (
-            len(set(sizes)) != 1
-            or sizes[0] % BLOCK
-            or not 0 < sizes[0] <= MAX_SIZE
-            or self.gpa % BLOCK
-        ):
+        seen = (self.host, self.guest, self.previous_host, self.previous_guest)
+        sizes = [len(data) for data in seen if data is not None]
+        is_whole = sizes[0] % BLOCK == 0 and 0 < sizes[0] <= MAX_SIZE
+        is_equal = len(set(sizes)) == 1
+        if not (is_whole and is_equal and self.gpa % BLOCK == 0):
             raise InvalidState(
-                f"gpa {self.gpa:#x}: both eyes see the same whole 16-byte blocks, at most {MAX_SIZE:#x} bytes, not "
-                f"{' and '.join(map(str, sizes))}",
+                f"gpa {self.gpa:#x}: both eyes see the same whole 16-byte blocks, at most "
+                f"{MAX_SIZE:#x} bytes, not {' and '.join(map(str, sizes))}",
                 gpa=self.gpa,
                 sizes=sizes,
             )
@@ -96,8 +96,10 @@ class PageEyes:
     @cached_property
     def eyes(self) -> tuple[Eye, Eye]:
         """The host's and the guest's."""
-        return Eye(self.host, self.previous_host, self.names[0]), Eye(
-            self.guest, self.previous_guest, self.names[1]
+        host_name, guest_name = self.names
+        return (
+            Eye(self.host, self.previous_host, host_name),
+            Eye(self.guest, self.previous_guest, guest_name),
         )
 
     def since(self, other: PageEyes) -> PageEyes:
@@ -119,18 +121,23 @@ class PageEyes:
     def status(self) -> str:
         """What either saw change; without a change, what the page looks like."""
         host, guest = self.eyes
-        head = f"Page {self.gpa & -4096:#x}{', ' if self.what else ''}{self.what}: "
-        if not host.changed.any() and not guest.changed.any():
-            same = (
-                "both see the same bytes"
-                if host.data == guest.data
-                else "the host sees other bytes than the guest"
+        page = f"Page {self.gpa & -PAGE:#x}"
+        if self.what:
+            page += f", {self.what}"
+        changed = host.changed | guest.changed
+        if not changed.any():
+            same = "the host sees other bytes than the guest"
+            if host.data == guest.data:
+                same = "both see the same bytes"
+            return (
+                f"{page}: {same}; {host.entropy:.2f} bits a byte on the host's side, "
+                f"{guest.entropy:.2f} on the guest's."
             )
-            return f"{head}{same}; {host.entropy:.2f} bits a byte on the host's side, {guest.entropy:.2f} on the guest's."
-        blocks = int((host.changed | guest.changed).any(axis=1).sum())
+        nr_blocks = int(changed.any(axis=1).sum())
         return (
-            f"{head}{_bytes(int(guest.changed.sum()))} changed for the guest, {_bytes(int(host.changed.sum()))} for the host, "
-            f"in {blocks} block{'s' * (blocks != 1)} of 16 bytes."
+            f"{page}: {_count(guest.changed.sum(), 'byte')} changed for the guest, "
+            f"{_count(host.changed.sum(), 'byte')} for the host, "
+            f"in {_count(nr_blocks, 'block')} of 16 bytes."
         )
 
     def __repr__(self) -> str:
@@ -140,5 +147,10 @@ class PageEyes:
         return mimebundle(self)
 
 
-def _bytes(number: int) -> str:
-    return f"{number} byte{'s' * (number != 1)}"
+def _in_blocks(data: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(data, np.uint8).reshape(-1, BLOCK)
+
+
+def _count(number: int, noun: str) -> str:
+    """ "1 byte", "2 bytes"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
