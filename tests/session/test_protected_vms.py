@@ -193,28 +193,6 @@ def test_that_a_view_of_memory_is_guarded_as_a_write(make: Make) -> None:
     )
 
 
-def test_that_eyes_take_either_address(make: Make) -> None:
-    vm = make()
-    gva, gpa = program().symbol("count").gva, count_gpa(vm)
-    assert vm.eyes(gva=gva).gpa == vm.eyes(gpa).gpa == gpa & -4096
-
-
-@pytest.mark.parametrize(
-    ("where", "error", "says"),
-    [
-        ({}, lk.InvalidState, "neither"),
-        ({"gpa": 0, "gva": 0}, lk.InvalidState, "both"),
-        ({"gva": 0x1234}, lk.PageFault, "gva 0x1234"),
-        ({"gpa": 1 << 39}, lk.MemoryFault, "gpa 0x8000000000"),
-    ],
-)
-def test_that_eyes_need_one_address_where_memory_is(
-    make: Make, where: dict[str, int], error: type[Exception], says: str
-) -> None:
-    with pytest.raises(error, match=says):
-        make().eyes(**where)
-
-
 # --- the dashboard
 
 
@@ -439,17 +417,6 @@ def test_that_a_command_that_kvm_refused_is_marked_in_the_table(make: Make) -> N
     assert "1</b> refused" in view.panes["title"]
 
 
-def test_that_a_refusal_behind_measured_pages_is_told(make: Make) -> None:
-    vm = make("snp", launch=False)
-    vm.guest.start()
-    first = next(iter(vm.guest.protected.ranges()))[0] * 4096
-    vm.guest.command("SNP_LAUNCH_UPDATE", gpa=first + 4096, size=4096)
-    with pytest.raises(lk.LabError, match="private already"):
-        vm.guest.command("SNP_LAUNCH_UPDATE", gpa=first, size=3 * 4096)
-    assert [step.gpa for step in vm.launch_progress().steps[2:]] == [first + 4096, first, None]
-    assert "private already" in vm.launch_progress().status
-
-
 def test_that_the_secure_processor_finds_a_page_of_dram_wherever_the_host_put_it(
     make: Make,
 ) -> None:
@@ -463,51 +430,6 @@ def test_that_the_secure_processor_finds_a_page_of_dram_wherever_the_host_put_it
     assert vm.guest.command(
         "DBG_DECRYPT", spa=left + 16, size=8192 - 32
     ) == before and vm.run().args[:2] == (1, 2)  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize("kind", ["sev", "tdx"])
-@pytest.mark.parametrize("runs", [False, True], ids=["launched", "written"])
-def test_that_the_map_follows_pages_that_a_host_exchanged(
-    make: Make, kind: str, runs: bool
-) -> None:
-    vm = make(kind)
-    if runs:
-        vm.run()
-    private, shared = count_gpa(vm), vm.pool.gpa
-    attacks.remap(vm, private, shared)
-    found = vm.encryption_map()
-    assert (
-        "never launched" in found.at(private).problem
-        and "memory still ciphertext" in found.at(shared).problem
-    )
-    attacks.remap(vm, private, shared)
-    assert not vm.encryption_map().disagreements
-
-
-def test_that_a_received_guest_is_encrypted_on_the_map(make: Make) -> None:
-    source, target = make("sev"), make("sev", launch=False)
-    session = source.guest.command("SEND_START", pdh=target.guest.host.psp.pdh)
-    target.guest.command("RECEIVE_START", pdh=source.guest.host.psp.pdh, session=session)
-    for pfn, count in source.guest.protected.ranges():
-        for spa in range(4096 * pfn, 4096 * (pfn + count), 4096):
-            header, data = source.guest.command("SEND_UPDATE_DATA", spa=spa, size=4096)
-            target.guest.command("RECEIVE_UPDATE_DATA", spa=spa, header=header, data=data)
-    target.guest.command("RECEIVE_FINISH")
-    assert not target.encryption_map().disagreements and target.run().args[0] == 7  # type: ignore[union-attr]
-    with target.fork() as twin:
-        assert not twin.encryption_map().disagreements
-
-
-def test_that_a_secret_is_encrypted_on_the_map(make: Make) -> None:
-    vm = make("sev", launch=False)
-    gpa = vm.gva2gpa(vm.alloc(4096, kind="secret"))
-    vm.mem_set_shared(gpa, 4096)
-    vm.guest.start()
-    vm.guest.update()
-    vm.guest.command("LAUNCH_MEASURE", size=48)
-    assert "plaintext" in vm.encryption_map().at(gpa).problem
-    vm.guest.command("LAUNCH_SECRET", spa=gpa, **vm.guest.wrap_secret(bytes(range(256)) * 16))
-    assert not vm.encryption_map().disagreements and vm.eyes(gpa=gpa).private
 
 
 @pytest.mark.parametrize("forked", [False, True])
