@@ -22,7 +22,7 @@ from labkit.look.x86_operands import (
 
 __all__ = ["operands_of_x86"]
 
-STACK_SLOT = 8  # bytes that PUSH, POP, CALL and RET move
+STACK_SLOT = 8  # bytes that PUSH, POP, CALL and RET move, but for a 16-bit PUSH or POP
 UNTOUCHED = ("nop", "lea")  # they have a memory operand that nobody touches
 COMPARES = ("bt", "cmp", "test")  # they write no operand, whatever the decoder says
 
@@ -128,8 +128,8 @@ def _bit_access(
     other = insn.operands[1]
     index = value(insn, other, regs) or 0
     if other.type == OP_REG:
-        if index >> 63:
-            index -= 1 << 64
+        if index >> width - 1:  # it has a sign
+            index -= 1 << width
         gva = (gva + index // width * operand.size) & MASK64
     bit = index % width
 
@@ -148,16 +148,19 @@ def _bit_access(
 def _stack_access(insn: X86Insn, mnemonic: str, regs: Regs, read: Read) -> Access | None:
     """The implicit access of PUSH, POP, CALL and RET; None for any other instruction."""
     rsp = regs["rsp"]
+    size = STACK_SLOT
+    if mnemonic in ("push", "pop") and insn.operands[0].size == 2:
+        size = 2
     if mnemonic in ("pop", "ret"):
-        return Access(rsp, STACK_SLOT, True, False, number_at(read, rsp, STACK_SLOT), None)
+        return Access(rsp, size, True, False, number_at(read, rsp, size), None)
     if mnemonic not in ("push", "call"):
         return None
 
-    gva = (rsp - STACK_SLOT) & MASK64
+    gva = (rsp - size) & MASK64
     if mnemonic == "call":
         pushed: int | None = insn.address + insn.size
     else:
         pushed = value(insn, insn.operands[0], regs)
-    before = number_at(read, gva, STACK_SLOT)
-    after = None if pushed is None else pushed & MASK64
-    return Access(gva, STACK_SLOT, False, True, before, after)
+    before = number_at(read, gva, size)
+    after = None if pushed is None else pushed & (1 << 8 * size) - 1
+    return Access(gva, size, False, True, before, after)

@@ -58,6 +58,8 @@ class X86Insn(Protocol):
     @property
     def mnemonic(self) -> str: ...  # with its prefix: "lock bts"
     @property
+    def addr_size(self) -> int: ...  # bytes of its addresses: 8, or 4 behind a 67h prefix
+    @property
     def operands(self) -> Sequence[X86Operand]: ...
     def reg_name(self, reg_id: int) -> str: ...
 
@@ -82,10 +84,11 @@ def address(insn: X86Insn, memory: X86Memory, regs: Regs) -> int:
     if memory.base:
         base = insn.reg_name(memory.base)
         gva += _register(base, regs) or 0
-        if base == "rip":  # relative to the end of the instruction
+        if base in ("rip", "eip"):  # relative to the end of the instruction
             gva += insn.size
     if memory.index:
         gva += (_register(insn.reg_name(memory.index), regs) or 0) * memory.scale
+    gva &= (1 << 8 * insn.addr_size) - 1
     if memory.segment:
         gva += regs.get(f"{insn.reg_name(memory.segment)}_base", 0)
     return gva & MASK64

@@ -50,19 +50,26 @@ STORES = (
     "btr qword ptr [rsi], rdx",
     "btc dword ptr [rsi], ecx",
     "bts word ptr [rsi], cx",
+    "btr dword ptr [rsi], edx",
+    "btr word ptr [rsi], dx",
     "btr dword ptr [rsi], 37",
+    "mov [esi + ebx], eax",
+    "mov [eip + 0x10], eax",
     "push rax",
+    "push ax",
     "push -5",
     "call rax",
 )
 BITS = (
     "bt qword ptr [rsi], rcx",
     "bt qword ptr [rsi], rdx",
+    "bt dword ptr [rsi], edx",
     "bt dword ptr [rsi], 13",
     "lock bts qword ptr [rsi], rcx",
     "btc word ptr [rsi], cx",
 )
 LOADS = ("mov rax, [rsi]", "movzx eax, byte ptr [rsi + r9]", "cmp [rsi], al", "test [rsi], rax")
+POPS = {"pop rax": 8, "pop ax": 2, "ret": 8}  # with the bytes they take from the stack
 NOTHING = ("lea rax, [rsi]", "nop dword ptr [rax]", "mov rax, rbx")
 CONDITIONS = (
     "o",
@@ -84,7 +91,8 @@ CONDITIONS = (
 )
 JUMPS = tuple(f"j{condition} 1f; .skip 18, 0x90; 1:" for condition in CONDITIONS)
 FLAGS = (0x1, 0x4, 0x40, 0x80, 0x800, 0x880, 0x8C5, 0)
-ALL = (*STORES, *BITS, *LOADS, *NOTHING, *JUMPS, "pop rax", "ret")
+MOVES = {"push qword ptr [rsi]": 8, "push word ptr [rsi]": 2}  # with the bytes they copy
+ALL = (*STORES, *MOVES, *BITS, *LOADS, *NOTHING, *JUMPS, *POPS)
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +151,28 @@ def test_that_a_load_reads_and_writes_nothing(
     assert load.before == held(vcpu, load)
 
 
-@pytest.mark.parametrize("text", ["pop rax", "ret"])
+@pytest.mark.parametrize(("text", "size"), POPS.items())
 def test_that_pop_and_ret_read_the_top_of_the_stack(
-    vcpu: lk.Vcpu, code: dict[str, bytes], text: str
+    vcpu: lk.Vcpu, code: dict[str, bytes], text: str, size: int
 ) -> None:
-    rsp = vcpu.regs.rsp
-    before = int.from_bytes(vcpu.peek(rsp, 8), "little")
-    assert ready(vcpu, code[text]).accesses == (Access(rsp, 8, True, False, before, None),)
+    rsp = REGS["rsp"]
+    top = CODE + 16
+    vcpu.vm.write(rsp, top.to_bytes(8, "little"))
+    before = top & (1 << 8 * size) - 1
+    assert ready(vcpu, code[text]).accesses == (Access(rsp, size, True, False, before, None),)
+    vcpu.step()
+    assert vcpu.regs.rsp == rsp + size
+
+
+@pytest.mark.parametrize(("text", "size"), MOVES.items())
+def test_that_a_push_of_memory_reads_and_writes_as_much(
+    vcpu: lk.Vcpu, code: dict[str, bytes], text: str, size: int
+) -> None:
+    load, store = ready(vcpu, code[text]).accesses
+    assert (load.reads, load.gva, load.size) == (True, REGS["rsi"], size)
+    assert (store.writes, store.gva, store.size) == (True, REGS["rsp"] - size, size)
+    vcpu.step()
+    assert held(vcpu, store) == load.before
 
 
 @pytest.mark.parametrize("text", NOTHING)
