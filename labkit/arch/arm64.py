@@ -142,6 +142,7 @@ READING = Reading(
         "stlr": 8,
     },
     _condition,
+    widths={"x": 8, "w": 4, "b": 1, "h": 2, "s": 4, "d": 8, "q": 16},
 )
 
 ARM64 = Arch(

@@ -52,6 +52,9 @@ class Reading:
     condition: Callable[
         [str, Sequence[str], Callable[[str], int]], bool | None
     ]  # None: the instruction does not ask
+    # Where a mnemonic takes registers of several widths: bytes by the first letter of a register.
+    # `loads` and `stores` then give the bytes of 8-byte ones, of a pair 16.
+    widths: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from labkit.look.access import MASK64, Access, Operands, Read, Regs, number_at
 
 __all__ = ["operands_in_text"]
 
+ZERO = ("xzr", "wzr", "zero")  # they always read as zero
+
 
 def operands_in_text(
     arch: Arch, reading: Reading, data: bytes, regs: Regs, pc: int, read: Read
@@ -49,10 +51,22 @@ def operands_in_text(
 def _size(reading: Reading, mnemonic: str, words: list[str]) -> int:
     """How many bytes an instruction loads or stores; 0 for one that does neither."""
     size = reading.loads.get(mnemonic, 0) or reading.stores.get(mnemonic, 0)
-    # arm64 has one mnemonic for x registers, whose size the table gives, and w registers
-    if words[0].startswith("w") and size in (8, 16):
-        return size // 2
-    return size
+    if size < 8:
+        return size
+    nr_registers = size // 8
+    letter = _data_register(reading, mnemonic, words)[0]
+    return nr_registers * reading.widths.get(letter, 8)
+
+
+def _data_register(reading: Reading, mnemonic: str, words: list[str]) -> str:
+    """The register that is loaded or stored, the first of a pair."""
+    if _is_exclusive_store(reading, mnemonic):
+        return words[1]  # the first will say whether it succeeded
+    return words[0]
+
+
+def _is_exclusive_store(reading: Reading, mnemonic: str) -> bool:
+    return mnemonic in reading.stores and "x" in mnemonic
 
 
 def _gva(address: re.Match[str], regs: Regs) -> int:
@@ -65,19 +79,31 @@ def _gva(address: re.Match[str], regs: Regs) -> int:
 
 
 def _stored(reading: Reading, insn: Decoded, words: list[str], size: int, regs: Regs) -> int | None:
-    """What a store leaves in memory; known of one from one register."""
-    if insn.mnemonic not in reading.stores or insn.mnemonic in reading.loads:
+    """What a store leaves in memory; known of one from one register that was read."""
+    mnemonic = insn.mnemonic
+    if mnemonic not in reading.stores or mnemonic in reading.loads:
         return None
-    if size > 8 or "x" in insn.mnemonic:  # a pair; a store-exclusive, which may fail
+    is_pair = reading.stores[mnemonic] > 8
+    if is_pair or _is_exclusive_store(reading, mnemonic):
         return None
-    if not words[0].lstrip("%")[:1].isalpha():
-        return None
-    return _register(words[0], regs) & (1 << 8 * size) - 1
+    stored = _value(words[0], regs)
+    return None if stored is None else stored & (1 << 8 * size) - 1
+
+
+# --- registers
 
 
 def _register(name: str, regs: Regs) -> int:
-    """A register as the disassembler names it (%r1, w3); 0 for one that always reads as zero."""
+    """What a register holds; 0 for one that is not in regs."""
+    return _value(name, regs) or 0
+
+
+def _value(name: str, regs: Regs) -> int | None:
+    """What a register holds as the disassembler names it (%r1, w3); None when nobody read it."""
     name = name.lstrip("%")
+    if name in ZERO:
+        return 0
     if name.startswith("w"):  # the lower half of an x register of arm64
-        return regs.get("x" + name[1:], 0) & 0xFFFFFFFF
-    return regs.get(name, 0)
+        whole = regs.get("x" + name[1:])
+        return None if whole is None else whole & 0xFFFFFFFF
+    return regs.get(name)

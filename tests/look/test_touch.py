@@ -13,6 +13,7 @@ from capstone import x86
 from guests import CODE, DATA, STACK_TOP, asm_all, bare
 
 import labkit as lk
+from labkit.engines.disasm import disassemble
 from labkit.look import x86_operands
 from labkit.look.access import Access, Operands
 from labkit.look.touch import operands
@@ -214,3 +215,34 @@ def test_that_operand_types_have_the_numbers_of_capstone() -> None:
     assert ours == (x86.X86_OP_REG, x86.X86_OP_IMM, x86.X86_OP_MEM)
     assert x86_operands.READS == capstone.CS_AC_READ
     assert x86_operands.WRITES == capstone.CS_AC_WRITE
+
+
+NINES = 0x9999_9999_9999_9999
+
+
+@pytest.mark.parametrize(
+    ("text", "word", "size", "after"),
+    [
+        ("str x9, [x10]", 0xF9000149, 8, NINES),
+        ("str w9, [x10]", 0xB9000149, 4, NINES >> 32),
+        ("strb w9, [x10]", 0x39000149, 1, 0x99),
+        ("str xzr, [x10]", 0xF900015F, 8, 0),
+        ("stp w9, w10, [x10]", 0x29002949, 8, None),
+        ("stxr w8, x9, [x10]", 0xC8087D49, 8, None),  # it may fail
+        ("stxr w8, w9, [x10]", 0x88087D49, 4, None),
+        ("stlxr w8, x9, [x10]", 0xC808FD49, 8, None),
+        ("str d0, [x10]", 0xFD000140, 8, None),  # a register that nobody read
+        ("str s0, [x10]", 0xBD000140, 4, None),
+        ("str q0, [x10]", 0x3D800140, 16, None),
+        ("stp q0, q1, [x10]", 0xAD000540, 32, None),
+        ("stp s0, s1, [x10]", 0x2D000540, 8, None),
+    ],
+)
+def test_that_a_store_of_arm64_is_as_wide_as_its_register(
+    text: str, word: int, size: int, after: int | None
+) -> None:
+    data = word.to_bytes(4, "little")
+    assert [insn.text for insn in disassemble("arm64", data, 0)] == [text]
+    regs = {"x9": NINES, "x10": 0x5000}
+    told = operands("arm64", data, regs, 0, lambda gva, nr_bytes: bytes(nr_bytes))
+    assert told.accesses == (Access(0x5000, size, False, True, 0, after),)
