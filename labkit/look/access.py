@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from labkit.errors import LabError
 
-__all__ = ["MASK64", "Access", "Operands", "Read", "Regs", "number_at"]
+__all__ = ["MASK64", "Access", "Operands", "Read", "Regs", "TestedBit", "number_at"]
 
 MASK64 = (1 << 64) - 1
 Read = Callable[[int, int], bytes]  # read(gva, size); raises a LabError where nothing is mapped
@@ -27,6 +27,14 @@ class Access:
     after: int | None  # None when it is not written, or not known
 
 
+class TestedBit(NamedTuple):
+    """The bit of memory that an instruction of the BT family tests."""
+
+    gva: int  # of the word that holds it
+    bit: int  # in that word, from its lowest
+    is_set: bool
+
+
 @dataclass(frozen=True)
 class Operands:
     """The instruction at the program counter, understood as far as a reader needs it."""
@@ -34,8 +42,7 @@ class Operands:
     accesses: tuple[Access, ...] = ()
     target: int | None = None  # of a direct jump or call
     taken: bool | None = None  # of a conditional jump
-    # of an instruction that tests a bit: gva of the word that holds it, bit in the word, is it set
-    bit: tuple[int, int, bool] | None = None
+    bit: TestedBit | None = None  # of an instruction that tests one
 
 
 def number_at(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from labkit.engines.disasm import decoder
-from labkit.look.access import MASK64, Access, Operands, Read, Regs, number_at
+from labkit.look.access import MASK64, Access, Operands, Read, Regs, TestedBit, number_at
 from labkit.look.x86_jumps import will_jump
 from labkit.look.x86_operands import (
     OP_IMM,
@@ -117,8 +117,8 @@ def _other_value(insn: X86Insn, regs: Regs) -> int | None:
 
 def _bit_access(
     insn: X86Insn, name: str, operand: X86Operand, regs: Regs, read: Read
-) -> tuple[Access, tuple[int, int, bool] | None]:
-    """What the BT family does to memory, and the bit that it tests (as in Operands).
+) -> tuple[Access, TestedBit | None]:
+    """What the BT family does to memory, and the bit that it tests; None when it is not mapped.
 
     An index in a register reaches beyond the operand, to words before it too; an immediate one
     does not (SDM vol. 2A, BT).
@@ -138,8 +138,8 @@ def _bit_access(
     if before is None:
         return Access(gva, operand.size, True, writes, None, None), None
     after = _BIT_STORES[name](before, 1 << bit) if writes else None
-    is_set = bool(before >> bit & 1)
-    return Access(gva, operand.size, True, writes, before, after), (gva, bit, is_set)
+    tested = TestedBit(gva, bit, is_set=bool(before >> bit & 1))
+    return Access(gva, operand.size, True, writes, before, after), tested
 
 
 # --- the stack

@@ -242,7 +242,7 @@ def _pool_bit(vm: Vm, ops: Operands) -> int | None:
 def _next_slot(vm: Vm, ops: Operands) -> int | None:
     """The slot that the next instruction will take: a test-and-set of a clear bit of in_use."""
     slot = _pool_bit(vm, ops)
-    if slot is None or ops.bit is None or ops.bit[2]:
+    if slot is None or ops.bit is None or ops.bit.is_set:
         return None
     for access in ops.accesses:
         if access.writes and access.after != access.before:
@@ -256,7 +256,7 @@ def _outlook(vm: Vm, ops: Operands) -> str:
     if slot is not None:
         return f"Bit {slot} of in_use is clear: slot {slot} will be its own."
     tested = _pool_bit(vm, ops)
-    if tested is not None and ops.bit is not None and ops.bit[2]:
+    if tested is not None and ops.bit is not None and ops.bit.is_set:
         return f"Bit {tested} of in_use is set."
     if ops.taken is not None and ops.target is not None:
         return f"The jump {'will be' if ops.taken else 'will not be'} taken."
