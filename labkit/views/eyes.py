@@ -1,45 +1,21 @@
-"""One page through two eyes: the host's hexdump beside the guest's, a row is a cipher block, and the page as a map of its blocks."""
+"""One page through two eyes: the host's hexdump beside the guest's, a row is a cipher block."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 
 from labkit.look.eyes import BLOCK, Eye, PageEyes
 from labkit.look.snapshots import Selection
+from labkit.views.drawing.markup import Html, cat, el, hx, num, plain, plural
+from labkit.views.drawing.tables import Cell, Row, boxed, label, select, swatch
+from labkit.views.pictures.blocks import about, draw_maps, map_key
 from labkit.views.show import View, columns, header, pane, rail, status_line
 
-# isort: off
-from labkit.views.draw import (
-    Cell,
-    Html,
-    Lattice,
-    Row,
-    bar,
-    cat,
-    el,
-    grid,
-    hx,
-    key,
-    label,
-    num,
-    path,
-    plain,
-    rect,
-    select,
-    squares,
-    svg,
-    swatch,
-    table,
-    text,
-)
-
-__all__ = ["SIDES", "render"]
+__all__ = ["ROWS", "SIDES", "render"]
 
 ROWS = 14  # of the dump; the rest is a click on the map away
-COLS = 16  # blocks a row of the map
 SIDES = columns("eyes", pane("dump"), el("div", pane("blocks"), pane("words"), cls="side"))
 LAYOUT = cat([pane("title"), SIDES, pane("rail"), pane("status")])
 
@@ -51,106 +27,151 @@ def render(
     width: float = 940,
     selection: Selection | None = None,
 ) -> View:
-    """The page as a view; changes are marked against previous, else against the bytes that it brings along; rows follow the selection."""
-    if previous is not None and (previous.gpa, len(previous.host)) == (page.gpa, len(page.host)):
-        page = replace(
-            page,
-            previous_host=previous.host,
-            previous_guest=previous.guest,
-            since_step=previous.step,
-        )
-    host, guest = page.eyes
-    offset = None if selection is None or selection.gpa is None else selection.gpa - page.gpa
-    chosen = None if offset is None or not 0 <= offset < len(page.host) else offset // BLOCK
+    """The page as a view; rows follow the selection.
+
+    Changes are marked against previous where that is the same page, else against the bytes that
+    the page brings along.
+    """
+    page = _marked(page, previous)
+    chosen = _chosen_block(page, selection)
+    rows = _rows(page, chosen)
+    said = plain(page.status, 300)
+    what = f", {plain(page.what, 40)}" if page.what else ""
     since = "" if page.since_step is None else f", since step {num(page.since_step)}"
-    said, marked = plain(page.status, 300), bool(host.changed.any() or guest.changed.any())
-    facts = [*map(plain, filter(None, (page.what,))), el("span", f"gpa {hx(page.gpa)}", cls="mono")]
-    facts += [swatch(page.private, clear="plaintext")] + [
-        f"the guest looks with {plain(page.word, 12)}"
-    ] * bool(page.word)
-    if page.gva is not None:
-        facts.insert(len(page.what) > 0, el("span", f"gva {hx(page.gva)}", cls="mono"))
-    rows, narrow = _rows(host, guest, chosen), width < 700
-    name = f"Page {hx(page.gpa)}{', ' * bool(page.what)}{plain(page.what, 40)}"
+    nr_blocks = len(page.host) // BLOCK
     panes = {
-        "title": header("One page, two eyes", facts, page.step),
-        "dump": label(name, f"each row is one 16-byte cipher block{since}")
-        + _dump(page, rows, chosen, narrow),
-        "blocks": label("The page", f"{num(len(host.blocks))} blocks, to choose from")
-        + _maps(page, rows, chosen, 6 if width < 1100 else 9)
-        + key(
-            ("k-enc", "not zero") if page.private else ("k-shr", "not zero"),
-            ("k-tint", "all zero"),
-            ("k-chg", "changed") if marked else None,
-            ("k-sel", "shown"),
-        ),
+        "title": header("One page, two eyes", _facts(page), page.step),
+        "dump": label(f"Page {hx(page.gpa)}{what}", f"each row is one 16-byte cipher block{since}")
+        + _dump(page, rows, chosen, narrow=width < 700),
+        "blocks": label("The page", f"{num(nr_blocks)} blocks, to choose from")
+        + draw_maps(page, rows, chosen, 6 if width < 1100 else 9)
+        + map_key(page),
         "words": _words(page),
         "rail": rail(selection, page.private),
         "status": status_line(said),
     }
-    return View(
-        f"page {hx(page.gpa)} through two eyes, step {num(page.step)}",
-        said,
-        panes,
-        LAYOUT,
-        lambda: _lines(page, rows),
-    )
+    title = f"page {hx(page.gpa)} through two eyes, step {num(page.step)}"
+    return View(title, said, panes, LAYOUT, lambda: _lines(page, rows))
 
 
-def _rows(host: Eye, guest: Eye, chosen: int | None) -> list[int]:
-    """The blocks to show: around the chosen one, else every changed one with its neighbours, else from the first that is not zero."""
+def _marked(page: PageEyes, previous: PageEyes | None) -> PageEyes:
+    """The page with previous as what either eye saw before, where that is the same page."""
+    if previous is None:
+        return page
+    is_same_page = (previous.gpa, len(previous.host)) == (page.gpa, len(page.host))
+    return page.since(previous) if is_same_page else page
+
+
+def _chosen_block(page: PageEyes, selection: Selection | None) -> int | None:
+    """The number of the selected block, None where the selection lies in another page."""
+    if selection is None or selection.gpa is None:
+        return None
+    offset = selection.gpa - page.gpa
+    if not 0 <= offset < len(page.host):
+        return None
+    return offset // BLOCK
+
+
+def _facts(page: PageEyes) -> list[str]:
+    """For the header: what lies there, where, what memory is, how the guest looks."""
+    facts: list[str] = []
+    if page.what:
+        facts.append(plain(page.what))
+    if page.gva is not None:
+        facts.append(el("span", f"gva {hx(page.gva)}", cls="mono"))
+    facts.append(el("span", f"gpa {hx(page.gpa)}", cls="mono"))
+    facts.append(swatch(page.private, clear="plaintext"))
+    if page.word:
+        facts.append(f"the guest looks with {plain(page.word, 12)}")
+    return facts
+
+
+def _rows(page: PageEyes, chosen: int | None) -> list[int]:
+    """The blocks to show.
+
+    Around the chosen one; without one every changed block with its neighbours; without any of
+    those from the first block on that is not zero for the guest.
+    """
+    host, guest = page.eyes
     nr = len(host.blocks)
     changed = np.flatnonzero(host.changed.any(axis=1) | guest.changed.any(axis=1)).tolist()
-    if chosen is not None or not changed:
-        first = chosen - ROWS // 2 if chosen is not None else int(guest.blocks.any(axis=1).argmax())
-        first = max(min(first, nr - ROWS), 0)
-        return list(range(first, min(first + ROWS, nr)))
+    if chosen is None and changed:
+        return _rows_around(changed, nr)
+
+    if chosen is not None:
+        first = chosen - ROWS // 2
+    else:
+        first = int(guest.blocks.any(axis=1).argmax())
+    first = max(min(first, nr - ROWS), 0)
+    return list(range(first, min(first + ROWS, nr)))
+
+
+def _rows_around(changed: list[int], nr: int) -> list[int]:
+    """The changed blocks with as many neighbours as there is room for."""
     near = next((near for near in (3, 2, 1) if len(_around(changed, near, nr)) <= ROWS), 0)
     rows = _around(changed, near, nr)[:ROWS]
-    while (
-        len(rows) < min(ROWS, nr) and rows[-1] - rows[0] < nr - 1
-    ):  # room left: more of the page around them
-        rows = sorted({*rows, *([rows[-1] + 1] if rows[-1] + 1 < nr else [rows[0] - 1])})
+    while len(rows) < min(ROWS, nr) and rows[-1] - rows[0] < nr - 1:
+        # There is room left: more of the page around them.
+        if rows[-1] + 1 < nr:
+            rows.append(rows[-1] + 1)
+        else:
+            rows.insert(0, rows[0] - 1)
     return rows
 
 
 def _around(blocks: list[int], near: int, nr: int) -> list[int]:
-    return sorted(
-        {
-            at
-            for block in blocks
-            for at in range(max(block - near, 0), min(block + near, nr - 1) + 1)
-        }
-    )
+    """Blocks with their neighbours up to `near` away, in order."""
+    out = set[int]()
+    for block in blocks:
+        out.update(range(max(block - near, 0), min(block + near, nr - 1) + 1))
+    return sorted(out)
 
 
 def _dump(page: PageEyes, rows: list[int], chosen: int | None, narrow: bool) -> Html:
+    """The hexdump; blocks left out are counted."""
+    out = list[Row]()
+    for at, nr_skipped in _with_gaps(rows):
+        if nr_skipped:
+            out.append((("", ("d", f"… {num(nr_skipped)} blocks as before"), "", ""), {}))
+        if page.gva is None:
+            kind, value = "page", str(page.gpa >> 12)
+        else:
+            kind, value = "byte", hx(page.gva + at * BLOCK)
+        action = select(kind, value, "sel" if at == chosen else None)
+        out.append((_dump_row(page, at, narrow), action))
+
     host, guest = page.eyes
-    tint = "eh" if page.private else "es"
-    out, last = list[Row](), None
-    for at in rows:
-        if last is not None and at != last + 1:
-            out.append((("", ("d", f"… {num(at - last - 1)} blocks as before"), "", ""), {}))
-        last = at
-        cells = [
-            ("ad", f"{page.gpa + at * BLOCK & 0xFFF:03x}"),
-            (_mark(host, at, tint), _hex(host, at, narrow)),
-            (_mark(guest, at, "eg"), _hex(guest, at, narrow)),
-            ("hn", _ascii(guest, at)),
-        ]
-        kind, value = (
-            ("page", str(page.gpa >> 12))
-            if page.gva is None
-            else ("byte", hx(page.gva + at * BLOCK))
-        )
-        out.append((cells, select(kind, value, "sel" if at == chosen else None)))
     head: list[Cell] = [
         "",
         ("et" if page.private else "st", plain(host.name, 40)),
         plain(guest.name, 40),
         ("hn", "as text"),
     ]
-    return el("div", table("bytes as host and guest see them", out, head, cls="hex"), cls="tbx")
+    return boxed("bytes as host and guest see them", out, head, cls="hex")
+
+
+def _with_gaps(rows: list[int]) -> Iterator[tuple[int, int]]:
+    """Each block with how many were left out before it, after the first that is shown."""
+    last = None
+    for at in rows:
+        yield at, 0 if last is None else at - last - 1
+        last = at
+
+
+def _dump_row(page: PageEyes, at: int, narrow: bool) -> list[Cell]:
+    host, guest = page.eyes
+    tint = "eh" if page.private else "es"
+    return [
+        ("ad", f"{_offset(page, at):03x}"),
+        (_mark(host, at, tint), _hex(host, at, narrow)),
+        (_mark(guest, at, "eg"), _hex(guest, at, narrow)),
+        ("hn", _ascii(guest, at)),
+    ]
+
+
+def _offset(page: PageEyes, at: int) -> int:
+    """Where a block lies in its 4 KiB page."""
+    return page.gpa + at * BLOCK & 0xFFF
 
 
 def _mark(eye: Eye, at: int, cls: str) -> str:
@@ -158,10 +179,16 @@ def _mark(eye: Eye, at: int, cls: str) -> str:
     return f"{cls} cc" if eye.changed[at].any() else cls
 
 
-def _runs(eye: Eye, at: int) -> Iterator[tuple[str, int, int]]:
+def _runs(eye: Eye, at: int) -> Iterator[tuple[str | None, int, int]]:
     """Neighbouring bytes that look the same: (class, first, end)."""
-    data, changed, start = eye.blocks[at], eye.changed[at], 0
-    kinds = ["cb" if changed[i] else "" if data[i] else "d" for i in range(BLOCK)]
+    kinds: list[str | None] = []
+    for byte, is_changed in zip(eye.blocks[at].tolist(), eye.changed[at].tolist(), strict=True):
+        if is_changed:
+            kinds.append("cb")
+        else:
+            kinds.append(None if byte else "d")
+
+    start = 0
     for i in range(1, BLOCK + 1):
         if i == BLOCK or kinds[i] != kinds[start]:
             yield kinds[start], start, i
@@ -169,144 +196,66 @@ def _runs(eye: Eye, at: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _hex(eye: Eye, at: int, narrow: bool) -> Html:
-    def digits(first: int, end: int) -> str:
-        return "".join(
-            f"{eye.blocks[at][i]:02x}" + " " * (i % 4 == 3 and i < BLOCK - 1 and not narrow)
-            for i in range(first, end)
-        )
-
+    """The bytes of a block in hexadecimal, in groups of four where there is room."""
+    digits = [f"{byte:02x}" for byte in eye.blocks[at].tolist()]
+    if not narrow:
+        for i in range(3, BLOCK - 1, 4):
+            digits[i] += " "
     if eye.changed[at].all():  # a whole block: one mark, not sixteen
-        return el("span", digits(0, BLOCK), cls="cb")
-    return cat(
-        el("span", digits(first, end), cls=cls or None) for cls, first, end in _runs(eye, at)
-    )
+        return el("span", "".join(digits), cls="cb")
+    return cat(el("span", "".join(digits[low:end]), cls=cls) for cls, low, end in _runs(eye, at))
 
 
 def _ascii(eye: Eye, at: int) -> Html:
-    words = "".join(chr(byte) if 32 <= byte < 127 else "·" for byte in eye.blocks[at].tolist())
-    return cat(el("span", words[first:end], cls=cls or None) for cls, first, end in _runs(eye, at))
+    words = _characters(eye, at, "·")
+    return cat(el("span", words[low:end], cls=cls) for cls, low, end in _runs(eye, at))
 
 
-def _maps(page: PageEyes, rows: list[int], chosen: int | None, pitch: float) -> Html:
-    """All blocks for either eye: filled where anything is not zero, a bar where something changed, an outline around what is shown."""
-    nr, out, apart = len(page.host) // BLOCK, Html(), COLS * pitch + 18
-    tall = 16 + -(-nr // COLS) * pitch
-    for column, eye in enumerate(page.eyes):
-        lattice = Lattice(column * apart, 16, COLS, pitch, pitch)
-        full = eye.blocks.any(axis=1)
-        inset, side = (0, pitch - 1) if page.private else (0.6, pitch - 2.2)
-        cells = path(
-            squares((lattice.at(i) for i in np.flatnonzero(~full).tolist()), pitch - 1, pitch - 1),
-            "c-pale",
-        )
-        cells += path(
-            squares((lattice.at(i, inset) for i in np.flatnonzero(full).tolist()), side, side),
-            "c-enc" if page.private else "c-shr thin",
-        )
-        spots = [lattice.at(i) for i in np.flatnonzero(eye.changed.any(axis=1)).tolist()]
-        cells += bar(((x, y + pitch - 1) for x, y in spots), pitch - 1, 2)
-        cells += path(
-            "".join(_outline(lattice, first, count, pitch) for first, count in _spans(rows)),
-            "c-sel",
-        )
-        if chosen is not None:
-            cells += rect(*lattice.at(chosen, -1.5), pitch + 2, pitch + 2, "c-sel")
-        out += text(lattice.x, 9, "host" if not column else "guest", "s d") + grid(
-            "block",
-            f"Blocks for the {('host', 'guest')[column]}",
-            cells,
-            column,
-            rows=lattice.rows(nr),
-            x=lattice.x,
-            pitch=pitch,
-            h=pitch - 1,
-            at=chosen,
-            each="Block {i}",
-            none="Block {i} at {a}",
-            values=[],
-            base=page.gpa,
-            size=BLOCK,
-        )
-    return svg(
-        2 * apart - 18,
-        tall + 2,
-        out,
-        "The page as cipher blocks: " + "; ".join(_about(eye) for eye in page.eyes),
-    )
-
-
-def _spans(rows: list[int]) -> Iterator[tuple[int, int]]:
-    start = rows[0]
-    for at, after in zip(rows, [*rows[1:], -1], strict=True):
-        if after != at + 1:
-            yield start, at - start + 1
-            start = after
-
-
-def _outline(lattice: Lattice, first: int, count: int, pitch: float) -> str:
-    """Boxes around a run of cells, one per row of the map."""
-    out, end = "", first + count
-    while first < end:
-        x, y = lattice.at(first, -1)
-        here = min(end - first, COLS - first % COLS)
-        out += f"M{x:g} {y:g}h{here * pitch + 1:g}v{pitch + 1:g}h{-here * pitch - 1:g}z"
-        first += here
-    return out
-
-
-def _about(eye: Eye) -> str:
-    """An eye's hint of noise or sense."""
-    return f"{plain(eye.name, 40)}: {eye.entropy:.2f} bits a byte, {num(eye.nr_different)} different blocks of {num(len(eye.blocks))}"
+def _characters(eye: Eye, at: int, other: str) -> str:
+    """The bytes of a block as text, `other` for what ASCII does not print."""
+    return "".join(chr(byte) if 32 <= byte < 127 else other for byte in eye.blocks[at].tolist())
 
 
 def _words(page: PageEyes) -> Html:
+    """The figures: how much like noise either eye's bytes are, and how much changed for it."""
     host, guest = page.eyes
-    lines = [
-        el(
-            "div",
-            el("b", f"{eye.entropy:.2f}"),
-            f" of 8 bits a byte for the {who}, ",
-            el("b", num(eye.nr_different)),
-            f" different block{'s' * (eye.nr_different != 1)}",
-        )
-        for who, eye in (("host", host), ("guest", guest))
-    ]
-    if guest.changed.any() or host.changed.any():
-        lines += [
-            el(
-                "div",
-                "The guest sees ",
-                el("b", num(nr := int(guest.changed.sum())), cls="ct"),
-                f" byte{'s' * (nr != 1)} changed,",
-            ),
-            el(
-                "div",
-                "the host ",
-                el("b", num(seen := int(host.changed.sum())), cls="ct"),
-                ": the same."
-                if (host.changed == guest.changed).all()
-                else ": whole blocks."
-                if seen > nr
-                else ".",
-            ),
-        ]
+    lines = [_noise("host", host), _noise("guest", guest)]
+    nr_guest = int(guest.changed.sum())
+    nr_host = int(host.changed.sum())
+    if nr_guest or nr_host:
+        if (host.changed == guest.changed).all():
+            end = ": the same."
+        else:
+            end = ": whole blocks." if nr_host > nr_guest else "."
+        nr = el("b", num(nr_guest), cls="ct")
+        lines.append(el("div", "The guest sees ", nr, f" {plural('byte', nr_guest)} changed,"))
+        lines.append(el("div", "the host ", el("b", num(nr_host), cls="ct"), end))
     return el("div", *lines, cls="say")
+
+
+def _noise(who: str, eye: Eye) -> Html:
+    return el(
+        "div",
+        el("b", f"{eye.entropy:.2f}"),
+        f" of 8 bits a byte for the {who}, ",
+        el("b", num(eye.nr_different)),
+        f" different {plural('block', eye.nr_different)}",
+    )
 
 
 def _lines(page: PageEyes, rows: list[int]) -> list[str]:
     host, guest = page.eyes
-    out, last = [f"      {plain(host.name, 34):<36}{plain(guest.name, 34)}"], None
-    for at in rows:
-        if last is not None and at != last + 1:
-            out.append(f"      ... {num(at - last - 1)} blocks as before")
-        last = at
+    out = [f"      {plain(host.name, 34):<36}{plain(guest.name, 34)}"]
+    for at, nr_skipped in _with_gaps(rows):
+        if nr_skipped:
+            out.append(f"      ... {num(nr_skipped)} blocks as before")
         mark = "*" if host.changed[at].any() or guest.changed[at].any() else " "
-        both = "  ".join(
-            " ".join(eye.blocks[at][i : i + 4].tobytes().hex() for i in range(0, BLOCK, 4))
-            for eye in (host, guest)
-        )
-        words = "".join(
-            chr(byte) if 32 <= byte < 127 else "." for byte in guest.blocks[at].tolist()
-        )
-        out.append(f"{mark} {page.gpa + at * BLOCK & 0xFFF:03x} {both}  {words}")
-    return [*out, *map(_about, (host, guest))]
+        both = f"{_words_of_four(host, at)}  {_words_of_four(guest, at)}"
+        out.append(f"{mark} {_offset(page, at):03x} {both}  {_characters(guest, at, '.')}")
+    return [*out, about(host), about(guest)]
+
+
+def _words_of_four(eye: Eye, at: int) -> str:
+    """The bytes of a block in hexadecimal, in groups of four."""
+    data: bytes = eye.blocks[at].tobytes()
+    return data.hex(" ", 4)

@@ -1,4 +1,4 @@
-"""Between a running VM and the pages that show it: what the VM offers, and how rarely it is painted."""
+"""Between a running VM and the pages that show it: what changed, and how rarely it is painted."""
 
 from __future__ import annotations
 
@@ -7,50 +7,59 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Protocol
 
 from labkit.look.snapshots import VmSnapshot
+from labkit.views.scene import Memo
 
 __all__ = ["Controller", "Hub", "Publisher"]
 
+# JupyterLab breaks a notebook off at 1000 messages a second; one per 33 ms is as good to the eye.
 RATE = 30  # messages a second, all widgets of a VM together
 SHARE = 6  # time for the guest per time for painting
+MAX_PAUSE = 0.5  # seconds
 
 
 class Controller(Protocol):
-    """What the live views need of a VM.
-
-    act() takes run, step, step_line (no facts), vcpu(index), toggle_breakpoint(gva or line) and select(kind, value):
-    slot (index), register (name), entry and byte (gva), page and block (gpa), symbol (name), none (None). A name not in actions
-    is never sent and has no button; time travel adds home, back, back_line, back_ucall and end.
-    """
+    """What the live views need of a VM."""
 
     @property
     def actions(self) -> frozenset[str]:
-        """The names that act() takes now."""
+        """The names that act() takes now.
+
+        A name not among them is never sent and has no button; time travel adds home, back,
+        back_line, back_ucall and end.
+        """
 
     def snapshot(self) -> VmSnapshot:
         """The state now."""
 
     def act(self, name: str, **facts: object) -> None:
-        """Do what a person asked for; raises LabError for what cannot be done."""
+        """Do what a person asked for; raises LabError for what cannot be done.
+
+        run, step and step_line take no facts, vcpu takes index, toggle_breakpoint gva or line,
+        select kind and value: slot (index), register (name), entry and byte (gva), page and block
+        (gpa), symbol (name), none (None).
+        """
 
     def observe(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call callback after every change; the function returned ends that."""
 
 
 class Publisher:
-    """Turns many changes into few paints: one per interval at most, and a last one after the last change.
+    """Turns many changes into few paints: one per interval, and a last one after the last change.
 
-    A paint that takes long makes the next ones rarer, so that a running guest keeps most of the time.
+    A paint that takes long makes the next ones rarer, so that a running guest keeps most of the
+    time.
     """
 
     def __init__(
         self, publish: Callable[[], int], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.publish, self.clock = publish, clock  # publish() returns how many messages it sent
+        self.publish = publish  # paints, and returns how many messages it sent
+        self.clock = clock
         self.dirty = False
-        self._next = 0.0
+        self._next = 0.0  # when painting may go on
         self._timer: asyncio.TimerHandle | None = None
 
     def poke(self) -> None:
@@ -60,9 +69,8 @@ class Publisher:
         if now >= self._next:
             self.flush()
         elif self._timer is None:
-            with suppress(
-                RuntimeError
-            ):  # without a loop the next poke or flush paints; a notebook's runs when the cell ends
+            # A notebook's event loop runs when the cell ends; without one the next poke paints.
+            with suppress(RuntimeError):
                 self._timer = asyncio.get_running_loop().call_later(self._next - now, self.flush)
 
     def flush(self) -> None:
@@ -70,42 +78,56 @@ class Publisher:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self.dirty:
-            self.dirty = False
-            start = self.clock()
-            sent = self.publish()
-            end = self.clock()
-            self._next = end + max(sent / RATE, min(SHARE * (end - start), 0.5))
+        if not self.dirty:
+            return
+
+        self.dirty = False
+        start = self.clock()
+        nr_sent = self.publish()
+        end = self.clock()
+        pause = max(nr_sent / RATE, min(SHARE * (end - start), MAX_PAUSE))
+        self._next = end + pause
 
 
 class Hub:
-    """One VM and all live views of it: one snapshot per paint, and one idea of what changed since somebody looked."""
+    """One VM and all its live views, which show one step: one snapshot a paint, drawn once.
+
+    The hub alone remembers what its views showed last. Changes are marked by comparing two of its
+    own snapshots, so what somebody else looks at in between changes no mark.
+    """
 
     def __init__(self, controller: Controller) -> None:
         self.controller = controller
-        self.shown = self._seen = (
-            controller.snapshot()
-        )  # painted last; painted when the last cell or action ended
-        self._base: VmSnapshot | None = None
-        self.memo: dict[str, Any] = {}  # parts that several widgets show are drawn once
+        self.shown = controller.snapshot()  # what was painted last
+        self._settled = self.shown  # what stood there when the last cell or action ended
+        self._before_settled: VmSnapshot | None = None  # and before the guest came there
+        self.memo: Memo = {}  # parts that several widgets show are drawn once
         self.painters: list[Callable[[int], None]] = []  # of the widgets that somebody may see
         self.publisher = Publisher(self._publish)
         controller.observe(self.publisher.poke)
-        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+        self._settle_after_cells()
+
+    def _settle_after_cells(self) -> None:
+        """Have settle() called at the end of every cell, where this runs in a notebook."""
+        if "IPython" not in sys.modules:
+            return
+        shell = sys.modules["IPython"].get_ipython()
         if shell is not None:
             shell.events.register("post_execute", self.settle)
 
     @property
     def before(self) -> VmSnapshot | None:
-        """What changes are marked against: the last state somebody could look at."""
-        return self._seen if _happened(self.shown, self._seen) else self._base
+        """What changes are marked against: the last state somebody could look at, if any."""
+        if _happened(self.shown, self._settled):
+            return self._settled
+        return self._before_settled
 
     def settle(self) -> None:
         """A cell or an action ended: show the final state; later changes are marked against it."""
         self.publisher.flush()
-        if _happened(self.shown, self._seen):
-            self._base = self._seen
-        self._seen = self.shown
+        if _happened(self.shown, self._settled):
+            self._before_settled = self._settled
+        self._settled = self.shown
 
     def act(self, name: str, **facts: object) -> None:
         """Do what a person asked for, and show the result."""
@@ -121,29 +143,34 @@ class Hub:
         self.shown = self.controller.snapshot()
 
     def _publish(self) -> int:
-        """One message a widget; each says how many there are, and the browser paints them together when all have come."""
+        """Send one message a widget.
+
+        Each says how many there are, and the browser paints them together when all have come.
+        """
+        nr_messages = len(self.painters)
         if self.painters:
             self.refresh()
         for paint in self.painters:
-            paint(len(self.painters))
-        return len(self.painters)
+            paint(nr_messages)
+        return nr_messages
 
     def watch(self, paint: Callable[[int], None], watched: bool) -> None:
         """A browser shows the widget that paint belongs to, or none does any longer."""
-        if watched and paint not in self.painters:
+        if not watched:
+            self.painters = [other for other in self.painters if other != paint]
+        elif paint not in self.painters:
             self.painters.append(paint)
             self.publisher.dirty = True
             self.publisher.flush()
-        self.painters = [other for other in self.painters if watched or other != paint]
 
 
 def _happened(now: VmSnapshot, then: VmSnapshot) -> bool:
-    """Whether the guest went on between two snapshots, or the host changed the page that both show: more than another selection."""
-    eye, before = now.eyes, then.eyes
-    same = (
-        eye is None
-        or before is None
-        or eye.gpa != before.gpa
-        or (eye.host, eye.guest) == (before.host, before.guest)
-    )
-    return now.step != then.step or not same
+    """Whether more than the selection changed between two snapshots.
+
+    The guest went on, or the host changed the page that both show.
+    """
+    if now.step != then.step:
+        return True
+    if now.eyes is None or then.eyes is None or now.eyes.gpa != then.eyes.gpa:
+        return False
+    return (now.eyes.host, now.eyes.guest) != (then.eyes.host, then.eyes.guest)

@@ -11,11 +11,16 @@ import traitlets
 from labkit.errors import InvalidState, LabError
 from labkit.look.eyes import BLOCK
 from labkit.views import dashboard, pages
+from labkit.views.drawing.style import css
 from labkit.views.live import Hub
+from labkit.views.scene import walked
 from labkit.views.show import Bundle, View, mimebundle, status_line
-from labkit.views.style import css
 
 __all__ = ["LabWidget"]
+
+WIDTH = 940  # until the browser has measured its own
+MIN_WIDTH, MAX_WIDTH = 320, 4000
+PAGE = 4096
 
 
 class _Panes(anywidget.AnyWidget):
@@ -25,33 +30,37 @@ class _Panes(anywidget.AnyWidget):
     _css = css()
     layout_html = traitlets.Unicode().tag(sync=True)
     step = traitlets.Int().tag(sync=True)
-    width = traitlets.Int(940).tag(sync=True)  # measured by the browser
-    batch = traitlets.List(traitlets.Int(), [0, 1]).tag(
-        sync=True
-    )  # its number, and how many messages it has: painted together
+    width = traitlets.Int(WIDTH).tag(sync=True)  # measured by the browser
+    # The number of a paint, and how many messages it has: the browser paints them together.
+    batch = traitlets.List(traitlets.Int(), [0, 1]).tag(sync=True)
     acks = traitlets.Int().tag(sync=True)  # actions done so far
+    # Traits are found in the namespace of the class body.
     vars().update({f"pane_{name}": traitlets.Unicode().tag(sync=True) for name in dashboard.PANES})
 
 
 class LabWidget(_Panes):
-    """A live view of a VM: all of it, or one of dashboard.VIEWS. Drawing is pure and elsewhere, the state is the VM's."""
+    """A live view of a VM: all of it, or one of dashboard.VIEWS.
+
+    Drawing is pure and elsewhere, the state is the VM's. Raises InvalidState for another kind.
+    """
 
     def __init__(self, hub: Hub, kind: str = "vm") -> None:
         if kind not in dashboard.VIEWS:
-            raise InvalidState(
-                f"there is no view {kind!r}, only {', '.join(dashboard.VIEWS)}", kind=kind
-            )
-        self._hub, self._kind, self._nr_views = hub, kind, 0
-        self._pinned: int | None = None
+            kinds = ", ".join(dashboard.VIEWS)
+            raise InvalidState(f"there is no view {kind!r}, only {kinds}", kind=kind)
+
+        self._hub = hub
+        self._kind = kind
+        self._nr_views = 0  # pages that show it
+        self._pinned: int | None = None  # gva of the second ruler
         hub.refresh()
-        super().__init__(
-            layout_html=str(self.view().layout), step=hub.shown.step, **self._drawn(940)
-        )
+        layout = str(self.view().layout)
+        super().__init__(layout_html=layout, step=hub.shown.step, **self._drawn(WIDTH))
         hub.watch(self.paint, True)  # until the last browser that showed it says bye
         self.on_msg(self._receive)
         self.observe(lambda _change: self.paint(), "width")
 
-    def view(self, width: int = 940) -> View:
+    def view(self, width: int = WIDTH) -> View:
         """The same picture as a View, for a notebook without kernel and for a terminal."""
         hub = self._hub
         return dashboard.render(
@@ -64,11 +73,15 @@ class LabWidget(_Panes):
             memo=hub.memo,
         )
 
-    def paint(self, messages: int = 1) -> None:
-        """Draw the hub's snapshot and send the panes that changed, as one message of so many that the browser paints together."""
-        drawn = self._drawn(min(max(self.width, 320), 4000))
+    def paint(self, nr_messages: int = 1) -> None:
+        """Draw the hub's snapshot and send the panes that changed, as one message.
+
+        It is one of nr_messages that the browser paints together.
+        """
+        drawn = self._drawn(min(max(self.width, MIN_WIDTH), MAX_WIDTH))
         with self.hold_sync():
-            self.step, self.batch = self._hub.shown.step, [self.batch[0] + 1, messages]
+            self.step = self._hub.shown.step
+            self.batch = [self.batch[0] + 1, nr_messages]
             for name, body in drawn.items():
                 setattr(self, name, body)
 
@@ -85,22 +98,33 @@ class LabWidget(_Panes):
         return mimebundle(self.view(), super()._repr_mimebundle_(**kwargs))
 
     def _drawn(self, width: int) -> dict[str, str]:
+        """The panes as values of their traits."""
         return {f"pane_{name}": str(body) for name, body in self.view(width).panes.items()}
 
-    def _receive(self, _widget: object, content: Any, _buffers: object) -> None:
-        """A message from the browser; what is no action on offer is ignored, what fails is said in the status line."""
+    # --- what comes from a browser
+
+    def _receive(self, _widget: object, content: object, _buffers: object) -> None:
+        """A message from the browser: a page comes or goes, or a person asks for something."""
         if not isinstance(content, dict):
             return
         name = str(content.get("act"))
-        if name in ("hello", "bye"):
-            self._nr_views = max(self._nr_views + (1 if name == "hello" else -1), 0)
-            self._hub.watch(self.paint, self._nr_views > 0)
-            return
+        if name == "hello":
+            self._shown_by(self._nr_views + 1)
+        elif name == "bye":
+            self._shown_by(max(self._nr_views - 1, 0))
+        else:
+            self._act(name, content)
+
+    def _shown_by(self, nr_views: int) -> None:
+        self._nr_views = nr_views
+        self._hub.watch(self.paint, nr_views > 0)
+
+    def _act(self, name: str, content: dict[str, object]) -> None:
+        """What is no action on offer is ignored, what fails is said in the status line."""
         problem = ""
         try:
             if name == "pin":
-                gva = dashboard.walked(self._hub.shown).gva
-                self._pinned = None if self._pinned == gva else gva
+                self._pin()
             self._hub.act(name, **self._facts(name, content))
         except (LabError, ValueError) as error:
             problem = str(error)
@@ -109,28 +133,39 @@ class LabWidget(_Panes):
             if problem:
                 self.pane_status = str(status_line(problem, "status top hole"))
 
-    def _facts(self, name: str, content: dict[str, Any]) -> dict[str, object]:
-        """The arguments of an action, as the controller takes them."""
+    def _pin(self) -> None:
+        """Keep the walked address as a second ruler, or let go of it."""
+        gva = walked(self._hub.shown).gva
+        self._pinned = None if self._pinned == gva else gva
+
+    def _facts(self, name: str, content: dict[str, object]) -> dict[str, object]:
+        """The arguments of an action, as the controller takes them; ValueError for nonsense."""
         kind, value = str(content.get("kind")), content.get("value")
         if name == "vcpu":
             return {"index": _number(value)}
         if name == "toggle_breakpoint":
             return {"line" if kind == "line" else "gva": _number(value)}
-        if name != "select":
-            return {}
-        if kind in ("none", "register", "symbol"):
-            return {"kind": kind, "value": None if kind == "none" else str(value)[:200]}
+        if name == "select":
+            return {"kind": kind, "value": self._selected(kind, value, content.get("arg"))}
+        return {}
+
+    def _selected(self, kind: str, value: object, arg: object) -> str | int | None:
+        """What was clicked on: a name, or a number as the controller counts."""
+        if kind == "none":
+            return None
+        if kind in ("register", "symbol"):
+            return str(value)[:200]
+
         number, shown = _number(value), self._hub.shown
-        if kind == "entry":
-            number = pages.gva_of(
-                shown.page_table, dashboard.walked(shown).gva, _number(content.get("arg")), number
-            )
-        if kind == "block":
-            number = 0 if shown.eyes is None else shown.eyes.gpa + BLOCK * number
-        return {"kind": kind, "value": number * 4096 if kind == "page" else number}
+        if kind == "entry":  # of a table on the walk, by its depth and index
+            return pages.gva_of(shown.page_table, walked(shown).gva, _number(arg), number)
+        if kind == "block":  # of the page that is shown through both eyes
+            return 0 if shown.eyes is None else shown.eyes.gpa + BLOCK * number
+        return number * PAGE if kind == "page" else number
 
 
 def _number(value: object) -> int:
+    """A number from a browser; ValueError for what is none or no 64 bits."""
     number = value if isinstance(value, int) else int(str(value), 0)
     if not 0 <= number < 1 << 64:
         raise ValueError(f"{number} is no address and no index")

@@ -18,6 +18,7 @@ from labkit.explore import attacks
 from labkit.hosts.buttons import VmController
 from labkit.sev.cpu import LEAF, encryption_leaf
 from labkit.views import dashboard, launch
+from labkit.views.scene import walked
 
 KINDS = ("sev", "sev-es", "snp", "tdx")
 Make = Callable[..., lk.Vm]
@@ -227,7 +228,7 @@ def test_that_one_selection_goes_through_strip_walk_and_eyes(make: Make) -> None
         and "c-sel" in panes["memory"]
         and 'class="sel"' in panes["dump"]
     )
-    assert dashboard.walked(seen).gpa == gpa & -16
+    assert walked(seen).gpa == gpa & -16
 
 
 def test_that_what_the_guest_wrote_is_marked_in_both_eyes_and_only_on_the_same_page(
@@ -251,9 +252,7 @@ def test_that_without_a_selection_it_shows_a_page_that_disagrees_else_the_stack(
     vm.run()
     control, gpa = VmController(vm), count_gpa(vm)
     assert control.snapshot().eyes.what == "stack of vCPU 0"  # type: ignore[union-attr]
-    assert dashboard.walked(control.snapshot()).gpa is not None, (
-        "sealed or not, the walk ends at a page"
-    )
+    assert walked(control.snapshot()).gpa is not None, "sealed or not, the walk ends at a page"
     attacks.flip_c_bit(vm, program().symbol("count").gva)
     assert control.snapshot().eyes.gpa == gpa & -4096  # type: ignore[union-attr]
     assert "disagree" in dashboard.render(control.snapshot(), kind="encryption").panes["title"]

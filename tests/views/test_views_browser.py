@@ -15,7 +15,7 @@ import views_sample as sample
 
 import labkit.views
 from labkit.views import dashboard, stepper
-from labkit.views.style import css
+from labkit.views.drawing.style import css
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = (

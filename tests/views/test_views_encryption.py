@@ -23,7 +23,9 @@ from labkit.look.eyes import PageEyes
 from labkit.look.launch import LaunchProgress, LaunchStep, policy_text
 from labkit.look.snapshots import Selection
 from labkit.sev.commands import GuestState
-from labkit.views import encryption, eyes, launch, pages, ruler, stepper, strip
+from labkit.views import encryption, eyes, launch, pages, stepper
+from labkit.views.drawing import strip
+from labkit.views.pictures import ruler
 
 EVIL = "<script>x</script>\"'&\x00\x1b[31m\u202e\ud800"
 

@@ -18,10 +18,13 @@ from hypothesis import strategies as st
 from labkit.arch.x86 import X86_PXXV48_4K, X86_PXXV57_4K
 from labkit.look.snapshots import MemoryMap, MemoryRange
 from labkit.paging.walk import walk
-from labkit.views import dashboard, encryption, eyes, launch, memory, pages, pool, ruler, stepper
-from labkit.views.draw import Html, el, esc, num, plain
+from labkit.views import dashboard, encryption, eyes, launch, memory, pages, pool, stepper
+from labkit.views.drawing.markup import Html, el, esc, num, plain
+from labkit.views.drawing.style import DARK, LIGHT, css, inline_styles, svg_css
+from labkit.views.pictures import ruler
+from labkit.views.pool_words import marks
 from labkit.views.show import View, mimebundle
-from labkit.views.style import DARK, LIGHT, css, inline_styles, svg_css
+from labkit.views.transport import transport
 
 EVIL = "<script>x</script>\"'&\x00\x1b[31m\u202e\ud800"
 ALL = {
@@ -311,9 +314,9 @@ def test_that_a_guest_cannot_break_out_of_any_view() -> None:
 
 
 def test_that_pool_marks_say_state_and_owner() -> None:
-    assert pool.marks(sample.pool())[:8] == "0.2xxxD."
+    assert marks(sample.pool())[:8] == "0.2xxxD."
     many = sample.pool(owner=np.where(np.arange(512) == 0, 11, -1).astype(np.int16))
-    assert pool.marks(many)[:3] == "b.?"
+    assert marks(many)[:3] == "b.?"
 
 
 def test_that_the_pool_counts_what_it_draws() -> None:
@@ -640,7 +643,7 @@ def test_that_the_time_axis_stays_while_steps_go_by() -> None:
 def test_that_only_buttons_on_offer_are_shown_and_run_is_the_filled_one(
     actions: tuple[str, ...],
 ) -> None:
-    shown = dashboard.transport(sample.vm(), actions)
+    shown = transport(sample.vm(), actions)
     assert re.findall(r'data-act="(?!vcpu)(\w+)"', shown) == list(actions)
     assert re.findall(r'class="pri"[^>]*aria-label="([^"]*)"', shown) == [
         "Run to the next ucall"

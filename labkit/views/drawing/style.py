@@ -1,4 +1,4 @@
-"""The colours, one per meaning, as data: themes, style sheets, and plain inline styles for places without a style sheet."""
+"""The colours, one per meaning, as data: themes, style sheets, and styles for places without."""
 
 from __future__ import annotations
 
@@ -82,47 +82,68 @@ JUPYTER = {
     "ink": "--jp-ui-font-color0",
     "ink1": "--jp-ui-font-color1",
     "focus": "--jp-brand-color1",
+    "mono": "--jp-code-font-family",
+    "sans": "--jp-ui-font-family",
 }
 DARK_WHERE = "[data-jp-theme-light=false] .lk, body.vscode-dark .lk, [data-theme=dark] .lk"
-MONO = "ui-monospace,'SF Mono',Menlo,Consolas,'Liberation Mono','DejaVu Sans Mono',monospace"
-SANS = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue','DejaVu Sans',Arial,sans-serif"
+FONTS = {
+    "mono": "ui-monospace,'SF Mono',Menlo,Consolas,'Liberation Mono','DejaVu Sans Mono',monospace",
+    "sans": (
+        "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue','DejaVu Sans',Arial,sans-serif"
+    ),
+}
 
 
 def _file(name: str) -> str:
     return files(__package__).joinpath("css", name).read_text(encoding="utf-8")
 
 
-def _tokens(theme: dict[str, str], jupyter: bool) -> str:
-    """The colours and fonts as CSS variables, standing behind JupyterLab's own where there are such."""
-    fonts = {"mono": ("--jp-code-font-family", MONO), "sans": ("--jp-ui-font-family", SANS)}
-    both = {name: (JUPYTER.get(name, ""), colour) for name, colour in theme.items()} | fonts
-    return "".join(
-        f"--{name}:{f'var({theirs},{ours})' if jupyter and theirs else ours};"
-        for name, (theirs, ours) in both.items()
-    )
+def _variables(theme: dict[str, str], jupyter: bool) -> str:
+    """The colours and fonts as CSS variables; with jupyter they stand behind JupyterLab's own."""
+    out = []
+    for name, ours in {**theme, **FONTS}.items():
+        value = ours
+        if jupyter and name in JUPYTER:
+            value = f"var({JUPYTER[name]},{ours})"
+        out.append(f"--{name}:{value};")
+    return "".join(out)
+
+
+def _compact(sheet: str) -> str:
+    """A style sheet without comments and without the space that only people need."""
+    sheet = re.sub(r"/\*.*?\*/", "", sheet, flags=re.DOTALL)
+    sheet = re.sub(r"\s+", " ", sheet)
+    sheet = re.sub(r"\s*([{};,])\s*", r"\1", sheet)
+    sheet = sheet.replace(": ", ":")  # never before one: "a :hover" is not "a:hover"
+    return sheet.replace(";}", "}").strip()
 
 
 @cache
 def css() -> str:
     """The style sheet of the live views: both themes, drawings and layout."""
-    return f".lk{{{_tokens(LIGHT, True)}}}\n{DARK_WHERE}{{{_tokens(DARK, True)}}}\n{_file('drawing.css')}\n{_file('views.css')}"
+    light = f".lk{{{_variables(LIGHT, jupyter=True)}}}"
+    dark = f"{DARK_WHERE}{{{_variables(DARK, jupyter=True)}}}"
+    return "\n".join([light, dark, _compact(_file("drawing.css")), _compact(_file("views.css"))])
 
 
 @cache
 def svg_css() -> str:
-    """The style sheet inside a picture that stands alone: light theme, no variables from outside."""
-    return re.sub(r"\s*\n\s*", "", f".lk-d{{{_tokens(LIGHT, False)}}}{_file('drawing.css')}")
+    """The style sheet inside a picture that stands alone: light theme, nothing from outside."""
+    return f".lk-d{{{_variables(LIGHT, jupyter=False)}}}" + _compact(_file("drawing.css"))
 
 
 @cache
 def inline_styles() -> dict[str, str]:
-    """Tag or .class -> inline style (light), for HTML that a sanitizer has stripped of style sheets; from css/static.txt."""
-    out: dict[str, str] = {}
-    for name, style in (
-        line.split(None, 1) for line in _file("static.txt").splitlines() if line.strip()
-    ):
-        style = re.sub(r"@(\w+)", lambda hit: out[f"@{hit[1]}"], style.strip())
-        out[name] = re.sub(
-            r"{([\w-]+)}", lambda hit: {**LIGHT, "mono": MONO, "sans": SANS}[hit[1]], style
-        )
-    return out
+    """Tag or .class -> style attribute (light theme), from css/static.css.
+
+    For HTML that a sanitizer has stripped of its style sheets.
+    """
+    values = {**LIGHT, **FONTS}
+    sheet = _compact(_file("static.css"))
+    sheet = re.sub(r"var\(--([\w-]+)\)", lambda hit: values[hit[1]], sheet)
+
+    styles: dict[str, list[str]] = {}
+    for selectors, declarations in re.findall(r"([^{}]+){([^{}]*)}", sheet):
+        for selector in selectors.split(","):
+            styles.setdefault(selector, []).append(declarations)
+    return {selector: ";".join(parts) for selector, parts in styles.items()}

@@ -1,0 +1,1 @@
+"""What all views draw with: safe markup, shapes, cells, tables, and one colour per meaning."""
