@@ -1,33 +1,66 @@
 // A thin view: Python draws the panes, this puts them in place and sends back what a person does.
-// data-act, data-kind and data-value on an element say what a click on it means; a [role=grid] says it for its cells.
+//
+// data-act, data-kind and data-value on an element say what a click on it means; a [role=grid] says
+// it for its cells, with the facts that drawing/cells.py wrote into its data-grid.
+//
+// The parts of this file: painting together, cells of a grid, one view (life, from Python to the
+// page, clicks and hover, keys, focus).
 
-let made = 0;
+// ---------------------------------------------------------------------------------------------
+// Painting together
+//
+// All views of a page are painted in one go. Each has a module of its own, so what they share
+// hangs on the window.
 
-// All views of a page are painted together. Each has a module of its own, so what they share hangs on the window.
-const page = (globalThis.labkitPage ??= { views: new Set(), models: new Set(), painted: -Infinity, timer: 0, frame: 0 });
+const PAUSE = 30; // ms: after that long without a paint the next one need not wait for a frame
+
+const page = (globalThis.labkitPage ??= {
+  views: new Set(), // that have something to paint
+  models: new Set(), // of which the message of this batch is here
+  painted: -Infinity, // when
+  timer: 0,
+  frame: 0,
+});
 
 /** Paint every view that something came for. */
 function paintAll() {
   clearTimeout(page.timer);
   cancelAnimationFrame(page.frame);
-  page.timer = page.frame = 0;
+  page.timer = 0;
+  page.frame = 0;
   page.painted = performance.now();
   page.models.clear();
   for (const view of page.views) view.paint();
   page.views.clear();
 }
 
-/** What a grid said about its cells (see draw.grid). */
+// ---------------------------------------------------------------------------------------------
+// Cells of a grid
+//
+// A grid's rows are [y, first cell, number of cells]; its values [first cell, number, words].
+
+/** What a grid said about its cells (see grid() in drawing/cells.py), parsed once. */
 function facts(grid) {
   grid.lab ??= JSON.parse(grid.dataset.grid);
   return grid.lab;
 }
 
+/** A name that survives a swap of the pane: two tables of one picture have the same kind. */
+function nameOf(grid) {
+  return grid.dataset.kind + (grid.dataset.arg ?? '');
+}
+
+function holds(first, count, cell) {
+  return first <= cell && cell < first + count;
+}
+
 /** x, y, width, height of a cell, null for one that is not drawn. */
 function place(grid, cell) {
   const { rows, x, pitch, h } = facts(grid);
-  const row = rows.find(([, first, count]) => first <= cell && cell < first + count);
-  return row ? [x + (cell - row[1]) * pitch, row[0], pitch, h] : null;
+  const row = rows.find(([, first, count]) => holds(first, count, cell));
+  if (!row) return null;
+  const [y, first] = row;
+  return [x + (cell - first) * pitch, y, pitch, h];
 }
 
 /** The cell under the pointer, null between cells. */
@@ -35,10 +68,12 @@ function cellUnder(grid, event) {
   const matrix = grid.ownerSVGElement.getScreenCTM();
   if (!matrix) return null;
   const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(matrix.inverse());
+
   const { rows, x, pitch, h } = facts(grid);
+  const column = Math.floor((at.x - x) / pitch);
   for (const [y, first, count] of rows) {
-    const col = Math.floor((at.x - x) / pitch);
-    if (at.y >= y - 2 && at.y <= y + h + 1 && col >= 0 && col < count) return first + col;
+    const inRow = at.y >= y - 2 && at.y <= y + h + 1;
+    if (inRow && column >= 0 && column < count) return first + column;
   }
   return null;
 }
@@ -46,48 +81,76 @@ function cellUnder(grid, event) {
 /** The sentence about a cell. */
 function words(grid, cell) {
   const { each, none, values, base, size } = facts(grid);
-  const run = values.find(([first, count]) => first <= cell && cell < first + count);
+  const value = values.find(([first, count]) => holds(first, count, cell));
   const parts = {
     i: () => cell,
     h: () => '0x' + cell.toString(16),
     a: () => '0x' + (BigInt(base) + BigInt(cell) * BigInt(size)).toString(16),
-    v: () => (run ? run[2] : ''),
+    v: () => (value ? value[2] : ''),
   };
-  return (run ? each : none || each).replace(/\{([ihav])\}/g, (_, key) => parts[key]());
+  const sentence = value ? each : none || each;
+  return sentence.replace(/\{([ihav])\}/g, (_, name) => parts[name]());
 }
 
-/** The cell that an arrow key leads to. */
+/** The cell that an arrow key, Home or End leads to; null in a grid without cells. */
 function neighbour(grid, cell, key) {
   const rows = facts(grid).rows;
-  const at = rows.findIndex(([, first, count]) => first <= cell && cell < first + count);
+  const at = rows.findIndex(([, first, count]) => holds(first, count, cell));
   if (at < 0) return rows.length ? rows[0][1] : null;
+
   const [, first, count] = rows[at];
-  const col = cell - first;
-  const to = { ArrowLeft: [at, col - 1], ArrowRight: [at, col + 1], ArrowUp: [at - 1, col], ArrowDown: [at + 1, col], Home: [at, 0], End: [at, count - 1] }[key];
-  let [row, next] = to;
-  if (next < 0) [row, next] = [row - 1, Infinity];
-  else if (next >= count && key === 'ArrowRight') [row, next] = [row + 1, 0];
+  const column = cell - first;
+  const targets = {
+    ArrowLeft: [at, column - 1],
+    ArrowRight: [at, column + 1],
+    ArrowUp: [at - 1, column],
+    ArrowDown: [at + 1, column],
+    Home: [at, 0],
+    End: [at, count - 1],
+  };
+  let [row, next] = targets[key];
+  if (next < 0) {
+    row -= 1; // the last cell of the row above
+    next = Infinity;
+  } else if (next >= count && key === 'ArrowRight') {
+    row += 1;
+    next = 0;
+  }
   if (row < 0 || row >= rows.length) return cell;
-  return rows[row][1] + Math.min(next, rows[row][2] - 1);
+  const [, firstThere, countThere] = rows[row];
+  return firstThere + Math.min(next, countThere - 1);
 }
+
+// ---------------------------------------------------------------------------------------------
+// One view
+
+const ANNOUNCE = 500; // ms: at most one announcement in that time while something runs
+const MEASURE = 60; // ms: a width is measured when it has stood still that long
+
+let made = 0;
 
 class LabView {
   constructor(model, el) {
     this.model = model;
     this.id = ++made;
-    this.dirty = new Set();
-    this.sent = model.get('acks');
-    this.spoken = -Infinity;
-    this.hovering = false;
-    this.cursors = new Map(); // grid name -> active cell
+    this.dirty = new Set(); // names of panes that something came for
+    this.sent = model.get('acks'); // actions sent so far
+    this.spoken = -Infinity; // when the status line was last announced
+    this.hovering = false; // the status line says what is under the pointer
+    this.cursors = new Map(); // name of a grid -> the cell that keys act on
+    this.ends = []; // functions that undo what listen() did
+
     this.root = document.createElement('section');
     this.root.className = 'lk';
     this.root.tabIndex = 0;
     this.root.setAttribute('aria-label', 'labkit view');
     this.root.innerHTML = model.get('layout_html');
-    this.panes = new Map([...this.root.querySelectorAll('[data-pane]')].map((pane) => [pane.dataset.pane, pane]));
+    this.panes = new Map();
+    for (const pane of this.root.querySelectorAll('[data-pane]')) {
+      this.panes.set(pane.dataset.pane, pane);
+    }
+
     el.append(this.root);
-    this.ends = [];
     this.listen();
     for (const name of this.panes.keys()) this.dirty.add(name);
     this.paint();
@@ -103,19 +166,22 @@ class LabView {
       this.model.on(`change:${name}`, handler);
       this.ends.push(() => this.model.off(`change:${name}`, handler));
     };
+
     for (const name of this.panes.keys()) change(`pane_${name}`, () => this.queue(name));
     change('batch', () => queueMicrotask(() => this.arrived()));
     change('acks', () => this.waiting());
+
     on(this.root, 'click', (event) => this.click(event));
     on(this.root, 'pointermove', (event) => this.hover(event));
     on(this.root, 'pointerleave', () => this.unhover());
     on(this.root, 'focusin', (event) => this.focused(event));
     on(this.root, 'focusout', (event) => this.blurred(event));
-    // JupyterLab listens on the document, capturing; the window comes before it
+    // JupyterLab listens on the document, capturing; the window comes before it.
     on(window, 'keydown', (event) => this.key(event), true);
-    const measure = new ResizeObserver(() => this.measured());
-    measure.observe(this.root);
-    this.ends.push(() => measure.disconnect());
+
+    const observer = new ResizeObserver(() => this.measured());
+    observer.observe(this.root);
+    this.ends.push(() => observer.disconnect());
   }
 
   close() {
@@ -128,57 +194,65 @@ class LabView {
 
   // ---- from Python to the page
 
-  /** Something to paint, when all messages that left Python together are here; one for another page holds them up for 30 ms. */
+  /**
+   * Something to paint, when all messages that left Python together are here.
+   *
+   * One that went to another page holds them up for a pause.
+   */
   queue(name) {
     this.dirty.add(name);
     page.views.add(this);
-    page.timer ||= setTimeout(paintAll, 30);
+    page.timer ||= setTimeout(paintAll, PAUSE);
   }
 
-  /** A whole message is here. The last of its batch paints: at once after a pause, else with the next frame. */
+  /** A whole message is here. The last of its batch paints: now, or soon after a paint. */
   arrived() {
     this.queue('title');
     page.models.add(this.model);
-    if (page.models.size < this.model.get('batch')[1]) return;
-    if (performance.now() - page.painted > 30) paintAll();
+    const [, count] = this.model.get('batch');
+    if (page.models.size < count) return;
+    if (performance.now() - page.painted > PAUSE) paintAll();
     else page.frame ||= requestAnimationFrame(paintAll);
   }
 
   /** Swap in what changed. */
   paint() {
     const focus = this.focusPath();
-    for (const name of this.dirty) {
-      const pane = this.panes.get(name);
-      const html = this.model.get(`pane_${name}`);
-      if (!pane || pane.shown === html) continue;
-      pane.shown = html;
-      if (name === 'status') this.speak(pane, html);
-      else pane.innerHTML = html;
-    }
+    for (const name of this.dirty) this.swap(name);
     this.dirty.clear();
     this.root.dataset.step = this.model.get('step');
     this.refocus(focus);
   }
 
-  /** The status line: new words at once, but announced at most every 500 ms. */
+  swap(name) {
+    const pane = this.panes.get(name);
+    const html = this.model.get(`pane_${name}`);
+    if (!pane || pane.shown === html) return;
+    pane.shown = html;
+    if (name === 'status') this.speak(pane, html);
+    else pane.innerHTML = html;
+  }
+
+  /** The status line: new words at once, but announced only now and then. */
   speak(pane, html) {
-    if (this.hovering) return;
-    const soon = performance.now() - this.spoken < 500;
+    if (this.hovering) return; // unhover() shows them
     pane.innerHTML = html;
     const line = pane.firstElementChild;
     if (!line) return;
+
     clearTimeout(this.speaking);
-    if (soon) {
-      line.setAttribute('aria-live', 'off');
-      this.speaking = setTimeout(() => {
-        line.setAttribute('aria-live', 'polite');
-        line.append(document.createTextNode(''));
-        line.textContent = line.textContent;
-        this.spoken = performance.now();
-      }, 500);
-    } else {
+    if (performance.now() - this.spoken >= ANNOUNCE) {
       this.spoken = performance.now();
+      return;
     }
+    line.setAttribute('aria-live', 'off');
+    this.speaking = setTimeout(() => {
+      line.setAttribute('aria-live', 'polite');
+      // A change is announced, so there has to be one.
+      line.append(document.createTextNode(''));
+      line.textContent = line.textContent;
+      this.spoken = performance.now();
+    }, ANNOUNCE);
   }
 
   say(sentence) {
@@ -186,6 +260,7 @@ class LabView {
     if (line) line.textContent = sentence;
   }
 
+  /** Dim the step counter while an action is under way. */
   waiting() {
     this.root.classList.toggle('wait', this.model.get('acks') < this.sent);
   }
@@ -198,10 +273,10 @@ class LabView {
         this.model.set('width', width);
         this.model.save_changes();
       }
-    }, 60);
+    }, MEASURE);
   }
 
-  // ---- from a person to Python
+  // ---- clicks and hover
 
   send(message) {
     this.sent = Math.max(this.sent, this.model.get('acks')) + 1;
@@ -209,29 +284,39 @@ class LabView {
     this.model.send(message);
   }
 
+  /** Choose a cell of a grid. */
   open(grid, cell) {
-    this.cursors.set(this.nameOf(grid), cell);
-    this.send({ act: 'select', kind: grid.dataset.kind, value: cell, arg: grid.dataset.arg });
+    this.cursors.set(nameOf(grid), cell);
+    const { kind, arg } = grid.dataset;
+    this.send({ act: 'select', kind, value: cell, arg });
   }
 
   click(event) {
     const target = event.target.closest('[data-act],[role=grid]');
     if (!target || !this.root.contains(target)) return;
-    if (target.getAttribute('role') === 'grid') {
-      const cell = cellUnder(target, event);
-      target.focus({ preventScroll: true });
-      if (cell !== null) this.open(target, cell);
+    if (target.getAttribute('role') !== 'grid') {
+      const { act, kind, value } = target.dataset;
+      this.send({ act, kind, value });
       return;
     }
-    const { act, kind, value } = target.dataset;
-    this.send({ act, kind, value });
+
+    const cell = cellUnder(target, event);
+    target.focus({ preventScroll: true });
+    if (cell !== null) this.open(target, cell);
   }
 
+  /** Say what is under the pointer. */
   hover(event) {
     const grid = event.target.closest?.('[role=grid]');
     const cell = grid ? cellUnder(grid, event) : null;
-    const sentence = cell !== null ? words(grid, cell) : event.target.closest?.('[data-say]')?.dataset.say;
-    if (!sentence) return this.unhover();
+    let sentence;
+    if (cell !== null) sentence = words(grid, cell);
+    else sentence = event.target.closest?.('[data-say]')?.dataset.say;
+
+    if (!sentence) {
+      this.unhover();
+      return;
+    }
     this.hovering = true;
     this.say(sentence);
   }
@@ -243,52 +328,74 @@ class LabView {
     if (pane) pane.innerHTML = pane.shown ?? '';
   }
 
+  // ---- keys
+
   key(event) {
-    if (!this.root.contains(event.target) || event.ctrlKey || event.metaKey || event.altKey || event.target.matches('input')) return;
+    if (!this.root.contains(event.target) || event.target.matches('input')) return;
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (this.handled(event)) {
       event.preventDefault();
       event.stopImmediatePropagation();
     }
   }
 
+  /** Whether a key was one of ours; others go on to the notebook. */
   handled(event) {
     const { key, target } = event;
     const grid = target.closest('[role=grid]');
     if (grid && this.gridKey(grid, key)) return true;
     if (target.getAttribute('role') === 'tab' && this.tabKey(target, key)) return true;
-    if (key === 'Escape') return this.escape(target);
-    if (key === '/') return this.find();
-    if (key.toLowerCase() === 'p' && this.panes.has('ruler')) return this.send({ act: 'pin' }), true;
-    const name = (event.shiftKey ? 'Shift+' : '') + (key.length === 1 ? key.toUpperCase() : key);
+    if (key === 'Escape') {
+      this.escape(target);
+      return true;
+    }
+    if (key === '/') {
+      this.find();
+      return true;
+    }
+    if (key.toLowerCase() === 'p' && this.panes.has('ruler')) {
+      this.send({ act: 'pin' });
+      return true;
+    }
+    return this.buttonKey(event);
+  }
+
+  /** The key of a button that is on offer presses it. */
+  buttonKey(event) {
+    const { key, shiftKey, repeat } = event;
+    const name = (shiftKey ? 'Shift+' : '') + (key.length === 1 ? key.toUpperCase() : key);
     const button = this.root.querySelector(`[aria-keyshortcuts="${CSS.escape(name)}"]`);
     if (!button) return false;
-    if (!event.repeat || !this.root.classList.contains('wait')) button.click(); // a held key does not outrun the guest
+    const isWaiting = this.root.classList.contains('wait');
+    if (!repeat || !isWaiting) button.click(); // a held key does not outrun the guest
     return true;
   }
 
+  /** Arrows move in a grid, Enter and space choose, W chooses and shows the walk. */
   gridKey(grid, key) {
-    const cell = this.cursors.get(this.nameOf(grid)) ?? facts(grid).at ?? facts(grid).rows[0]?.[1] ?? null;
+    const cell = this.cursorOf(grid);
     if (cell === null) return false;
     if (/^(Arrow|Home|End)/.test(key)) {
       this.point(grid, neighbour(grid, cell, key));
       return true;
     }
-    if (key === 'Enter' || key === ' ' || key.toLowerCase() === 'w') {
-      this.open(grid, cell);
-      if (key.toLowerCase() === 'w') this.panes.get('walk')?.scrollIntoView({ block: 'nearest' });
-      return true;
-    }
-    return false;
+    const walks = key.toLowerCase() === 'w';
+    if (!walks && key !== 'Enter' && key !== ' ') return false;
+    this.open(grid, cell);
+    if (walks) this.panes.get('walk')?.scrollIntoView({ block: 'nearest' });
+    return true;
   }
 
   tabKey(tab, key) {
-    if (key === 'Enter' || key === ' ') return tab.click(), true;
-    const next = { ArrowLeft: tab.previousElementSibling, ArrowRight: tab.nextElementSibling }[key];
-    if (next === undefined) return false;
-    if (next) {
-      next.focus();
-      next.click();
+    if (key === 'Enter' || key === ' ') {
+      tab.click();
+      return true;
     }
+    if (key !== 'ArrowLeft' && key !== 'ArrowRight') return false;
+    const isLeft = key === 'ArrowLeft';
+    const next = isLeft ? tab.previousElementSibling : tab.nextElementSibling;
+    next?.focus();
+    next?.click();
     return true;
   }
 
@@ -296,53 +403,49 @@ class LabView {
   escape(target) {
     const chosen = this.root.querySelector('.rail');
     if (chosen) this.send({ act: 'select', kind: 'none', value: null });
-    if (target !== this.root) this.root.focus();
-    else if (!chosen) {
+    if (target !== this.root) {
+      this.root.focus();
+    } else if (!chosen) {
       this.root.blur();
       this.root.parentElement.closest('[tabindex]')?.focus();
     }
-    return true;
   }
 
+  /** A field for the name of a symbol, under the selection. */
   find() {
     this.root.querySelector('.find')?.remove();
     const input = document.createElement('input');
     Object.assign(input, { className: 'find', placeholder: 'symbol', ariaLabel: 'find a symbol' });
     input.addEventListener('keydown', (event) => {
       event.stopPropagation();
+      if (event.key !== 'Enter' && event.key !== 'Escape') return;
       if (event.key === 'Enter') this.send({ act: 'select', kind: 'symbol', value: input.value });
-      if (event.key === 'Enter' || event.key === 'Escape') {
-        input.remove();
-        this.root.focus();
-      }
+      input.remove();
+      this.root.focus();
     });
     (this.panes.get('rail') ?? this.root).after(input);
     input.focus();
-    return true;
   }
 
   // ---- focus, and the cursor of a grid
 
-  nameOf(grid) {
-    return grid.dataset.kind + (grid.dataset.arg ?? '');
+  /** The cell that keys act on, first the selected one; null in a grid without cells. */
+  cursorOf(grid) {
+    const { at, rows } = facts(grid);
+    return this.cursors.get(nameOf(grid)) ?? at ?? rows[0]?.[1] ?? null;
   }
 
-  /** The cell that keys act on: outlined, named to a screen reader, spelled out in the status line. */
+  /** Move the cursor: outlined, named to a screen reader, spelled out in the status line. */
   point(grid, cell) {
     const where = place(grid, cell);
     if (!where) return;
-    this.cursors.set(this.nameOf(grid), cell);
-    let mark = grid.querySelector('.c-cursor');
-    if (!mark) {
-      mark = document.createElementNS('http://www.w3.org/2000/svg', 'rect');
-      mark.setAttribute('class', 'c-cursor');
-      mark.setAttribute('role', 'gridcell');
-      mark.setAttribute('pointer-events', 'none');
-      mark.id = `lab-${this.id}-${this.nameOf(grid)}`;
-      grid.append(mark);
-    }
+    this.cursors.set(nameOf(grid), cell);
+
+    const mark = grid.querySelector('.c-cursor') ?? this.newCursor(grid);
     const [x, y, w, h] = where;
-    for (const [name, value] of Object.entries({ x: x - 2, y: y - 2, width: w + 3, height: h + 4 })) mark.setAttribute(name, value);
+    const sides = { x: x - 2, y: y - 2, width: w + 3, height: h + 4 };
+    for (const [name, value] of Object.entries(sides)) mark.setAttribute(name, value);
+
     const sentence = words(grid, cell);
     mark.setAttribute('aria-label', sentence);
     grid.setAttribute('aria-activedescendant', mark.id);
@@ -350,12 +453,21 @@ class LabView {
     this.say(sentence);
   }
 
+  newCursor(grid) {
+    const mark = document.createElementNS('http://www.w3.org/2000/svg', 'rect');
+    mark.setAttribute('class', 'c-cursor');
+    mark.setAttribute('role', 'gridcell');
+    mark.setAttribute('pointer-events', 'none');
+    mark.id = `lab-${this.id}-${nameOf(grid)}`;
+    grid.append(mark);
+    return mark;
+  }
+
   focused(event) {
     const grid = event.target.closest('[role=grid]');
-    if (grid && !grid.querySelector('.c-cursor')) {
-      const start = this.cursors.get(this.nameOf(grid)) ?? facts(grid).at ?? facts(grid).rows[0]?.[1];
-      if (start !== undefined) this.point(grid, start);
-    }
+    if (!grid || grid.querySelector('.c-cursor')) return;
+    const cell = this.cursorOf(grid);
+    if (cell !== null) this.point(grid, cell);
   }
 
   blurred(event) {
@@ -363,23 +475,30 @@ class LabView {
     this.unhover();
   }
 
-  /** What has the focus, in words that survive a swap. */
+  /** What has the focus, in words that survive a swap; null when that is nothing in a pane. */
   focusPath() {
     const active = this.root.getRootNode().activeElement;
     if (!active || active === this.root || !this.root.contains(active)) return null;
     const grid = active.closest('[role=grid]');
-    if (grid) return { grid: this.nameOf(grid) };
+    if (grid) return { grid: nameOf(grid) };
     if (active.getAttribute('role') === 'tab') return { query: '[role=tab][aria-selected=true]' };
     const label = active.getAttribute('aria-label');
-    return label ? { query: `[aria-label="${CSS.escape(label)}"]` } : { query: null };
+    return { query: label ? `[aria-label="${CSS.escape(label)}"]` : null };
   }
 
+  /** Give the focus back to what had it, where a swap took it away; else to the view. */
   refocus(path) {
     if (!path) return;
     const active = this.root.getRootNode().activeElement;
     if (active && active !== document.body && this.root.contains(active)) return;
-    const grids = [...this.root.querySelectorAll('[role=grid]')];
-    const target = path.grid ? grids.find((grid) => this.nameOf(grid) === path.grid) : path.query && this.root.querySelector(path.query);
+
+    let target = null;
+    if (path.grid) {
+      const grids = [...this.root.querySelectorAll('[role=grid]')];
+      target = grids.find((grid) => nameOf(grid) === path.grid);
+    } else if (path.query) {
+      target = this.root.querySelector(path.query);
+    }
     (target || this.root).focus({ preventScroll: true });
   }
 }
