@@ -1,4 +1,4 @@
-"""Encrypted guests to draw: page tables with a C-bit or a shared bit, what memory really is, a page with its ciphertext, launches."""
+"""Encrypted guests to draw: page tables against memory, a page with its ciphertext, launches."""
 
 from __future__ import annotations
 
@@ -14,22 +14,30 @@ from labkit.look.eyes import PageEyes
 from labkit.look.launch import LaunchProgress, LaunchStep, launch_steps
 from labkit.sev.cipher import MemoryCipher
 from labkit.sev.policy import Policy
+from labkit.sev.psp import Psp
 from labkit.sev.rmp import Rmp, RmpEntry
 from labkit.sev.snp import PageType, SnpGuest
 
+MEMORY_SIZE = 1 << 21
 PLAN = ((0x10000, 8), (0x18000, 6), (0x20000, 20), (0xD0000, 48), (0x180000, 8))
+ASID, OTHER_ASID = 5, 7
+PAGE_GPA = 0xD0000  # of the page that eyes() looks at
 
 
 def private() -> NDArray[np.bool_]:
     """The pages that page tables and host agree to encrypt, of 512."""
     out = np.zeros(512, bool)
     for part in sample.memory(True).ranges:
-        out[part.gpa // 4096 : part.gpa // 4096 + part.nr_pages] = part.protected
+        first = part.gpa // 4096
+        out[first : first + part.nr_pages] = part.protected
     return out
 
 
 def encryption(c_bit: int = 51, inverted: bool = False) -> EncryptionMap:
-    """SEV-ES with one page of test_mem that holds plaintext and one of the mailbox that holds ciphertext."""
+    """SEV-ES with two pages that are not what the page tables say.
+
+    One of test_mem holds plaintext, one of the mailbox ciphertext.
+    """
     truth = private()
     meant = truth.copy()
     truth[0xD4], truth[0x102] = False, True
@@ -44,15 +52,19 @@ def encryption(c_bit: int = 51, inverted: bool = False) -> EncryptionMap:
 
 
 def snp() -> EncryptionMap:
-    """SNP with pages that nobody validated, that were never launched, and one that belongs to another guest."""
+    """SNP with pages that are not as they should be.
+
+    Some nobody validated, some were never launched, and one belongs to another guest.
+    """
     truth, valid = private(), np.ones(512, bool)
     meant = truth.copy()
-    truth[0xE0:0xE4], valid[0xD8:0xDC] = False, False
-    owner = np.where(truth, 5, 0)
-    owner[0x28] = 7
+    truth[0xE0:0xE4] = False
+    valid[0xD8:0xDC] = False
+    owner = np.where(truth, ASID, 0)
+    owner[0x28] = OTHER_ASID
     return encryption_map(
         sample.page_table(51),
-        [PageStates.of(0, truth, meant, owner, valid, 5)],
+        [PageStates.of(0, truth, meant, owner, valid, ASID)],
         sample.memory(True),
         protection="snp",
     )
@@ -63,24 +75,29 @@ def eyes(
 ) -> PageEyes:
     """A page before and after the guest wrote a byte at each of these offsets."""
     old = bytearray(4096)
-    old[0x279:0x27F], old[0x800:0xA60] = b"he hos", bytes(i * 37 + 11 & 255 for i in range(0x260))
+    old[0x279:0x27F] = b"he hos"
+    old[0x800:0xA60] = bytes(i * 37 + 11 & 255 for i in range(0x260))
     new = bytearray(old)
     for offset in at:
         new[offset] ^= 0x74
+
     cipher = MemoryCipher(bytes(range(16)))
-    host, before = (cipher.encrypt(0xD0000, data) if secret else bytes(data) for data in (new, old))
+
+    def in_dram(data: bytearray) -> bytes:
+        return cipher.encrypt(PAGE_GPA, data) if secret else bytes(data)
+
     return PageEyes(
-        0xD0000,
-        host,
-        bytes(new),
-        before,
-        bytes(old),
-        secret,
-        "C=1" if secret else "C=0",
-        what,
-        0x90406A0000,
-        1277,
-        1180,
+        gpa=PAGE_GPA,
+        host=in_dram(new),
+        guest=bytes(new),
+        previous_host=in_dram(old),
+        previous_guest=bytes(old),
+        private=secret,
+        word="C=1" if secret else "C=0",
+        what=what,
+        gva=0x90406A0000,
+        step=sample.STEP,
+        since_step=sample.EARLIER,
     )
 
 
@@ -91,48 +108,69 @@ def vm_facts() -> dict[str, object]:
 
 def launch(finished: bool = True) -> LaunchProgress:
     """A SEV-ES launch with a LAUNCH_FINISH that comes too early."""
-    psp = make_psp(size=1 << 21)
+    psp = make_psp(size=MEMORY_SIZE)
     handle = start(psp, Policy.ES | Policy.NODBG)
-    guest, steps = psp.guests[handle], [LaunchStep("LAUNCH_START")]
-    todo = [("LAUNCH_UPDATE_DATA", {"spa": gpa, "size": nr * 4096}) for gpa, nr in PLAN]
-    todo.insert(3, ("LAUNCH_FINISH", {}))
-    blob = b""
-    for name, fields in [*todo, ("LAUNCH_MEASURE", {"size": 48}), ("LAUNCH_FINISH", {})][
-        : None if finished else 4
-    ]:
+    commands: list[tuple[str, dict[str, int]]] = [
+        ("LAUNCH_UPDATE_DATA", {"spa": gpa, "size": nr_pages * 4096}) for gpa, nr_pages in PLAN
+    ]
+    commands.insert(3, ("LAUNCH_FINISH", {}))
+    commands += [("LAUNCH_MEASURE", {"size": 48}), ("LAUNCH_FINISH", {})]
+    if not finished:
+        commands = commands[:4]
+
+    steps, measurement = _run(psp, handle, commands)
+    guest = psp.guests[handle]
+    return LaunchProgress(
+        protection="SEV-ES",
+        state=guest.state,
+        steps=steps,
+        slots=((0, MEMORY_SIZE),),
+        planned=PLAN,
+        policy=guest.policy,
+        measurement=measurement,
+        expected=guest.digest if finished else b"",
+    )
+
+
+def _run(
+    psp: Psp, handle: int, commands: list[tuple[str, dict[str, int]]]
+) -> tuple[tuple[LaunchStep, ...], bytes]:
+    """What came of the commands, one after the other, and what LAUNCH_MEASURE gave."""
+    steps = [LaunchStep("LAUNCH_START")]
+    measurement = b""
+    for name, fields in commands:
         try:
-            blob = psp.command(name, handle=handle, **fields) or blob
-            steps += launch_steps(guest.measured[-1:]) if "UPDATE" in name else [LaunchStep(name)]
+            out = psp.command(name, handle=handle, **fields)
         except PspError as err:
             steps.append(LaunchStep(name, refused=err.status, found=str(err.found)))  # type: ignore[arg-type]
-    return LaunchProgress(
-        "SEV-ES",
-        guest.state,
-        tuple(steps),
-        ((0, 1 << 21),),
-        PLAN,
-        guest.policy,
-        blob,
-        guest.digest if finished else b"",
-    )
+            continue
+        measurement = out or measurement
+        if "UPDATE" in name:
+            steps += launch_steps(psp.guests[handle].measured[-1:])
+        else:
+            steps.append(LaunchStep(name))
+    return tuple(steps), measurement
 
 
 def snp_launch(nr_pages: int = 70) -> LaunchProgress:
     """An SNP launch in progress, page by page."""
-    psp, rmp = make_psp(size=1 << 21), Rmp()
+    psp, rmp = make_psp(size=MEMORY_SIZE), Rmp()
     guest = SnpGuest(psp, rmp, 0xB0000, 3)
     for i in range(nr_pages):
         gpa = 0x40000 + 4096 * i
         rmp.update(gpa, RmpEntry(True, 3, gpa, immutable=True))
-        guest.update(
-            gpa, PageType.SECRETS if i == 66 else PageType.ZERO if i > 60 else PageType.NORMAL
-        )
+        kind = PageType.NORMAL
+        if i == 66:
+            kind = PageType.SECRETS
+        elif i > 60:
+            kind = PageType.ZERO
+        guest.update(gpa, kind)
     return LaunchProgress(
-        "SNP",
-        guest.state,
-        launch_steps(guest.measured),
-        ((0, 1 << 21),),
-        ((0x40000, 90),),
-        guest.policy,
+        protection="SNP",
+        state=guest.state,
+        steps=launch_steps(guest.measured),
+        slots=((0, MEMORY_SIZE),),
+        planned=((0x40000, 90),),
+        policy=guest.policy,
         expected=bytes(48),
     )

@@ -1,4 +1,7 @@
-"""An invented run to draw: 4 vCPUs, a pool with leaks, real page tables in a small memory; every view test starts from it."""
+"""An invented run to draw: 4 vCPUs, a pool with leaks, real page tables in a small memory.
+
+Every view test starts from it.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,12 @@ from labkit.look.snapshots import (
 )
 from labkit.paging.build import PageTableBuilder
 from labkit.paging.scan import PageTable, scan
-from labkit.ucall.pool import PoolSnapshot, Slot
+from labkit.ucall.pool import PoolSnapshot, Slot, SlotState
 
-POOL_GVA, POOL_GPA, OFFSET, SIZE = 0x9040602000, 0x40000, 64, 1096
+POOL_GVA, POOL_GPA = 0x9040602000, 0x40000
+OFFSET, SIZE = 64, 1096  # of slot 0 in the pool, and of a slot
+HVA = 0x7F3A5C000000  # of gpa 0
+STEP, EARLIER = 1277, 1180
 SOURCE = """static struct ucall *ucall_alloc(void)
 {
     for (u64 i = 0; i < UCALL_SLOTS; i++) {
@@ -79,25 +85,14 @@ STACK = [
     (0x41FF08, 1, "vcpu index"),
     (0x41FF10, 0, ""),
 ]
-EVENTS = [
-    (62, 0, "S"),
-    (128, 1, "S"),
-    (190, 2, "P"),
-    (252, 3, "P"),
-    (330, 0, "P"),
-    (402, 1, "S"),
-    (468, 2, "S"),
-    (530, 3, "P"),
-    (606, 0, "S"),
-    (668, 1, "P"),
-    (742, 2, "S"),
-    (804, 3, "P"),
-    (872, 0, "S"),
-    (930, 1, "S"),
-    (1010, 3, "D"),
-    (1104, 2, "P"),
-    (1206, 0, "P"),
+# fmt: off
+EVENTS = [  # step, vCPU, what
+    (62, 0, "S"), (128, 1, "S"), (190, 2, "P"), (252, 3, "P"), (330, 0, "P"), (402, 1, "S"),
+    (468, 2, "S"), (530, 3, "P"), (606, 0, "S"), (668, 1, "P"), (742, 2, "S"), (804, 3, "P"),
+    (872, 0, "S"), (930, 1, "S"), (1010, 3, "D"), (1104, 2, "P"), (1206, 0, "P"),
 ]
+# fmt: on
+CMDS = {"S": "SYNC", "P": "PRINTF", "D": "DONE"}
 
 
 def pool(
@@ -110,39 +105,39 @@ def pool(
         *(_slot(i, "leaked", 3, 228 + i * 90, "PRINTF", (), "hello\n") for i in (3, 4, 5)),
         _slot(6, "done", 3, 986, "DONE", ()),
     ]
-    in_use, owner, since = (
-        np.zeros(nr_slots, bool),
-        np.full(nr_slots, -1, np.int16),
-        np.full(nr_slots, -1, np.int64),
-    )
-    done, leaked, changed, uses = (
-        np.zeros(nr_slots, kind) for kind in (bool, bool, bool, np.int32)
-    )
+    in_use = np.zeros(nr_slots, bool)
+    owner = np.full(nr_slots, -1, np.int16)
+    since = np.full(nr_slots, -1, np.int64)
+    done = np.zeros(nr_slots, bool)
+    leaked = np.zeros(nr_slots, bool)
     for slot in held:
-        in_use[slot.index], owner[slot.index], since[slot.index] = True, slot.vcpu, slot.since
-        done[slot.index], leaked[slot.index] = slot.state == "done", slot.state == "leaked"
-    uses[:7], changed[:2] = (6, 5, 4, 1, 1, 1, 1), True
-    nr_pages, known = (
-        -(-(OFFSET + nr_slots * SIZE) // 4096),
-        (*held, _slot(1, "free", None, None, "NONE", ())),
-    )
+        in_use[slot.index] = True
+        owner[slot.index] = slot.vcpu
+        since[slot.index] = slot.since
+        done[slot.index] = slot.state == "done"
+        leaked[slot.index] = slot.state == "leaked"
+
+    changed = np.zeros(nr_slots, bool)
+    changed[:2] = True
+    uses = np.zeros(nr_slots, np.int32)
+    uses[:7] = (6, 5, 4, 1, 1, 1, 1)
     made = PoolSnapshot(
-        1277,
-        nr_slots,
-        POOL_GVA,
-        POOL_GPA,
-        SIZE,
-        OFFSET,
-        nr_pages,
-        in_use,
-        owner,
-        since,
-        done,
-        leaked,
-        changed,
-        1180,
-        uses,
-        known,
+        step=STEP,
+        nr_slots=nr_slots,
+        gva=POOL_GVA,
+        gpa=POOL_GPA,
+        slot_size=SIZE,
+        slots_offset=OFFSET,
+        nr_pages=-(-(OFFSET + nr_slots * SIZE) // 4096),
+        in_use=in_use,
+        owner=owner,
+        since=since,
+        done=done,
+        leaked=leaked,
+        changed=changed,
+        changed_since=EARLIER,
+        uses=uses,
+        held=(*held, _slot(1, "free", None, None, "NONE", ())),
         next_slot=1,
     )
     return replace(made, **changes)
@@ -152,12 +147,12 @@ def earlier() -> PoolSnapshot:
     """The same pool at step 1180: slot 1 was held, slot 0 was not."""
     in_use = pool().in_use.copy()
     in_use[:2] = False, True
-    return pool(step=1180, in_use=in_use)
+    return pool(step=EARLIER, in_use=in_use)
 
 
 def _slot(
     i: int,
-    state: str,
+    state: SlotState,
     vcpu: int | None,
     since: int | None,
     cmd: str,
@@ -166,22 +161,25 @@ def _slot(
 ) -> Slot:
     at = OFFSET + i * SIZE
     return Slot(
-        i,
-        state,
-        vcpu,
-        since,
-        cmd,
-        (args + (0,) * 7)[:7],
-        text,
-        POOL_GVA + at,
-        POOL_GPA + at,
-        0x7F3A5C000000 + POOL_GPA + at,
-        True,
+        index=i,
+        state=state,
+        vcpu=vcpu,
+        since=since,
+        cmd=cmd,
+        args=(args + (0,) * 7)[:7],
+        text=text,
+        gva=POOL_GVA + at,
+        gpa=POOL_GPA + at,
+        hva=HVA + POOL_GPA + at,
+        hva_ok=True,
     )
 
 
 def page_table(c_bit: int | None = None, late: bool = False, inverted: bool = False) -> PageTable:
-    """Code, data, stacks, pool and test memory as a selftest has them; late adds two pages, drops one and changes two."""
+    """Code, data, stacks, pool and test memory as a selftest has them.
+
+    late adds two pages, drops one and changes two.
+    """
     memory = bytearray(0x200000)
     tables = iter(range(0x180000, 0x190000, 0x1000))
     mode = X86_PXXV48_4K if c_bit is None else X86_PXXV48_4K.with_c_bit(c_bit, inverted)
@@ -193,7 +191,8 @@ def page_table(c_bit: int | None = None, late: bool = False, inverted: bool = Fa
         memory[gpa : gpa + len(data)] = data
 
     build = PageTableBuilder(read, write, lambda _size: next(tables), mode)
-    secret, shared = ({} if c_bit is None else {"c": on} for on in (True, False))
+    secret = {} if c_bit is None else {"c": True}
+    shared = {} if c_bit is None else {"c": False}
     build.map(0x400000, 0x10000, 8, writable=False, **secret)
     build.map(0x408000, 0x18000, 6, nx=True, **secret)
     build.map(0x41C000, 0x20000, 20, nx=True, **secret)
@@ -204,7 +203,7 @@ def page_table(c_bit: int | None = None, late: bool = False, inverted: bool = Fa
         build.map(0x90406D0000, 0x104000, 2, nx=True, **shared)
         build.unmap(0x9040697000)
         build.protect(0x90406A4000, writable=False, **shared)
-    return scan(read, mode, build.root_gpa, step=1277 if late else 1180, label=_label)
+    return scan(read, mode, build.root_gpa, step=STEP if late else EARLIER, label=_label)
 
 
 def _label(gva: int) -> str:
@@ -230,53 +229,47 @@ def memory(protected: bool = False) -> MemoryMap:
         (0x100, 4, "mailbox"),
         (0x180, 8, "page tables"),
     )
-    return MemoryMap(
-        ((0, 0x200000),),
-        tuple(
-            MemoryRange(gfn * 4096, nr, kind, protected and kind not in ("ucall pool", "mailbox"))
-            for gfn, nr, kind in parts
-        ),
-        1277,
-    )
+    ranges = []
+    for gfn, nr_pages, kind in parts:
+        secret = protected and kind not in ("ucall pool", "mailbox")
+        ranges.append(MemoryRange(gfn * 4096, nr_pages, kind, secret))
+    return MemoryMap(((0, 0x200000),), tuple(ranges), STEP)
 
 
 def vcpu(index: int = 1, state: str = "running", late: bool = True) -> VcpuSnapshot:
     """At the locked instruction of ucall_alloc; one step earlier rax and rflags were different."""
-    insns = tuple(
+    insns = [
         Insn(int(gva, 16), int(offset, 16), b"", mnemonic, ops, comment, gva == "40126c", False)
         for gva, offset, mnemonic, ops, comment in CODE
-    )
+    ]
     then = {} if late else {"rax": 0, "rflags": 0x203, "rip": 0x40126A}
-    regs = tuple(
-        RegisterRow(
-            name,
-            then.get(name, value),
-            note,
-            name in ("rax", "rflags"),
-            value if value > 0x1000 and name != "cr3" else None,
-        )
-        for name, value, note in REGS
+    rows = []
+    for name, value, note in REGS:
+        is_pointer = value > 0x1000 and name != "cr3"
+        changed = name in ("rax", "rflags")
+        points_to = value if is_pointer else None
+        rows.append(RegisterRow(name, then.get(name, value), note, changed, points_to))
+    touches = (
+        Touch("reads", POOL_GVA, POOL_GPA, 8, 0x7D, None, "in_use[0]"),
+        Touch("writes", POOL_GVA, POOL_GPA, 8, 0x7D, 0x7F, "in_use[0]"),
     )
     return VcpuSnapshot(
-        index,
-        1277 if late else 1276,
-        state,
-        "ring 0, long mode",
-        0x40126C,
-        "ucall_alloc+0x2c",
-        "ucall_alloc",
-        "ucall.c",
-        34,
-        tuple(enumerate(SOURCE, 31)),
-        frozenset({38}),
-        insns,
-        regs,
-        tuple(StackRow(*row) for row in STACK),
-        (
-            Touch("reads", POOL_GVA, POOL_GPA, 8, 0x7D, None, "in_use[0]"),
-            Touch("writes", POOL_GVA, POOL_GPA, 8, 0x7D, 0x7F, "in_use[0]"),
-        ),
-        "Bit 1 of in_use is clear: slot 1 will be its own.",
+        index=index,
+        step=STEP if late else STEP - 1,
+        state=state,
+        mode="ring 0, long mode",
+        pc=0x40126C,
+        where="ucall_alloc+0x2c",
+        symbol="ucall_alloc",
+        file="ucall.c",
+        line=34,
+        source=tuple(enumerate(SOURCE, 31)),
+        breakpoint_lines=frozenset({38}),
+        disassembly=tuple(insns),
+        registers=tuple(rows),
+        stack=tuple(StackRow(*row) for row in STACK),
+        touches=touches,
+        outlook="Bit 1 of in_use is clear: slot 1 will be its own.",
     )
 
 
@@ -284,41 +277,37 @@ def selection() -> Selection:
     """Slot 2."""
     at = OFFSET + 2 * SIZE
     return Selection(
-        "slot",
-        "vCPU 2, PRINTF",
-        POOL_GVA + at,
-        POOL_GPA + at,
-        0x7F3A5C000000 + POOL_GPA + at,
-        SIZE,
-        ("PML4[0x1]", "PDPT[0x41]", "PD[0x3]", "PT[0x2]"),
-        2,
+        kind="slot",
+        label="vCPU 2, PRINTF",
+        gva=POOL_GVA + at,
+        gpa=POOL_GPA + at,
+        hva=HVA + POOL_GPA + at,
+        size=SIZE,
+        path=("PML4[0x1]", "PDPT[0x41]", "PD[0x3]", "PT[0x2]"),
+        slot=2,
     )
 
 
 def vm(c_bit: int | None = None, late: bool = True, **changes: object) -> VmSnapshot:
-    """The whole VM at step 1277."""
-    status = (
-        "vCPU 1 is about to run lock bts [rdx], rax at ucall_alloc+0x2c, line 34. "
-        "Bit 1 of in_use is clear: slot 1 will be its own."
-    )
+    """The whole VM at step 1277, or at step 1180."""
     made = VmSnapshot(
-        "alloc4",
-        "x86_64",
-        "unicorn",
-        "no encryption" if c_bit is None else f"SEV, C-bit {c_bit}, running",
-        "running",
-        "round robin",
-        1277 if late else 1180,
-        1,
-        tuple(vcpu(i, "done" if i == 3 else "running", late) for i in range(4)),
-        pool() if late else earlier(),
-        page_table(c_bit, late),
-        memory(c_bit is not None),
-        selection(),
-        tuple(
-            EventMark(step, cpu, kind, {"S": "SYNC", "P": "PRINTF", "D": "DONE"}[kind])
-            for step, cpu, kind in EVENTS
+        name="alloc4",
+        arch="x86_64",
+        engine="unicorn",
+        protection="no encryption" if c_bit is None else f"SEV, C-bit {c_bit}, running",
+        state="running",
+        schedule="round robin",
+        step=STEP if late else EARLIER,
+        vcpu=1,
+        vcpus=tuple(vcpu(i, "done" if i == 3 else "running", late) for i in range(4)),
+        pool=pool() if late else earlier(),
+        page_table=page_table(c_bit, late),
+        memory=memory(c_bit is not None),
+        selection=selection(),
+        events=tuple(EventMark(step, cpu, kind, CMDS[kind]) for step, cpu, kind in EVENTS),
+        status=(
+            "vCPU 1 is about to run lock bts [rdx], rax at ucall_alloc+0x2c, line 34. "
+            "Bit 1 of in_use is clear: slot 1 will be its own."
         ),
-        status,
     )
     return replace(made, **changes)
