@@ -273,6 +273,17 @@ def vcpu(index: int = 1, state: str = "running", late: bool = True) -> VcpuSnaps
     )
 
 
+def fresh_vcpu() -> VcpuSnapshot:
+    """The same vCPU as it is looked at first: nothing is marked as changed."""
+    seen = vcpu()
+    return replace(seen, registers=tuple(replace(row, changed=False) for row in seen.registers))
+
+
+def sealed_vcpu(why: str = "SEV-ES keeps them in the VMSA") -> VcpuSnapshot:
+    """The same vCPU with registers that the host cannot see."""
+    return replace(vcpu(), registers=(), stack=(), touches=(), sealed=why)
+
+
 def selection() -> Selection:
     """Slot 2."""
     at = OFFSET + 2 * SIZE

@@ -1,4 +1,7 @@
-"""The README's picture, light and dark: a real run, drawn by labkit's views, photographed by Chromium: python tests/browser/picture.py."""
+"""The README's picture, light and dark: a real run, drawn by labkit's views, photographed.
+
+python tests/browser/picture.py
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ from pathlib import Path
 REPO = Path(__file__).parents[2]
 sys.path[:0] = [str(REPO), str(REPO / "tests"), str(Path(__file__).parent)]
 
-from shoot import ACTIONS, shoot  # noqa: E402
+from shoot import ACTIONS, MARGIN, shoot  # noqa: E402
 
 import labkit as lk  # noqa: E402
 from labkit.hosts.buttons import VmController  # noqa: E402
 from labkit.views import dashboard  # noqa: E402
 
 WIDTH, HEIGHT = 1000, 1600
+PICTURES = REPO / "notebooks" / "pictures"
 
 
 def moment() -> VmController:
@@ -28,6 +32,7 @@ def moment() -> VmController:
     )
     while vm.vcpus[0].state != "done":
         vm.run()
+
     controller = VmController(vm)
     controller.act("vcpu", index=2)
     while "will be its own" not in vm.vcpus[2].look().outlook:
@@ -38,15 +43,14 @@ def moment() -> VmController:
 
 def main() -> None:
     """Both themes into notebooks/pictures."""
-    controller = moment()
-    view = dashboard.render(controller.snapshot(), width=WIDTH - 40, actions=ACTIONS)
+    view = dashboard.render(moment().snapshot(), width=WIDTH - MARGIN, actions=ACTIONS)
     print(view.text)
+    PICTURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         for theme in ("light", "dark"):
             shot = Path(work) / f"dashboard-{theme}.png"
             shoot(view.page(theme), shot, WIDTH, HEIGHT)
-            (REPO / "notebooks" / "pictures").mkdir(exist_ok=True)
-            (REPO / "notebooks" / "pictures" / shot.name).write_bytes(shot.read_bytes())
+            (PICTURES / shot.name).write_bytes(shot.read_bytes())
 
 
 if __name__ == "__main__":

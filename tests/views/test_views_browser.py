@@ -1,4 +1,7 @@
-"""The script of the widgets in a real browser, with a model that is a plain object; skipped where there is no Chromium."""
+"""The script of the widgets in a real browser, with a model that is a plain object.
+
+Skipped where there is no Chromium.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,13 @@ CHROMIUM = (
 )
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
-SCRIPT = (
-    Path(labkit.views.__file__).with_name("js").joinpath("widget.js").read_text(encoding="utf-8")
-)
+SCRIPT = Path(labkit.views.__file__).with_name("js") / "widget.js"
+
+# show(state) makes a model of these traits, and a view of it; push() is a message from Python.
 HARNESS = """
 async ([script, state]) => {
-  window.sent = []; window.saved = 0;
+  window.sent = [];
+  window.saved = 0;
   window.show = async (state) => {
     const handlers = {};
     const model = {
@@ -40,7 +44,10 @@ async ([script, state]) => {
       send: (message) => window.sent.push(message),
       push: (changes) => {
         const all = { batch: [state.batch[0] + 1, 1], ...changes };
-        for (const [name, value] of Object.entries(all)) { state[name] = value; handlers[`change:${name}`]?.forEach((one) => one()); }
+        for (const [name, value] of Object.entries(all)) {
+          state[name] = value;
+          handlers[`change:${name}`]?.forEach((handler) => handler());
+        }
       },
       handlers,
     };
@@ -67,21 +74,25 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    """A page with the dashboard in it, inside something that can take the focus, as a notebook can."""
+    """A page with the dashboard in it, in something that can take the focus as a notebook can."""
     page = browser.new_page(viewport={"width": 1000, "height": 1600})
-    page.set_content(
-        f"<style>{css()}</style><body data-jp-theme-light=true><div tabindex=0 id=notebook><div id=here></div></div>"
-    )
-    page.evaluate(HARNESS, [base64.b64encode(SCRIPT.encode()).decode(), state()])
+    body = "<div tabindex=0 id=notebook><div id=here></div></div>"
+    page.set_content(f"<style>{css()}</style><body data-jp-theme-light=true>{body}")
+    show(page, state())
     yield page
     page.close()
 
 
+def show(page: Any, state: dict[str, object]) -> None:
+    """A view of a widget with these traits, in the page's element "here"."""
+    script = base64.b64encode(SCRIPT.read_bytes()).decode()
+    page.evaluate(HARNESS, [script, json.loads(json.dumps(state))])
+
+
 def state(kind: str = "vm", **changes: object) -> dict[str, object]:
     """The traits of a widget that shows the sample run."""
-    view = dashboard.render(
-        sample.vm(**changes), kind=kind, actions=("step", "step_line", "run", "select")
-    )
+    actions = ("step", "step_line", "run", "select")
+    view = dashboard.render(sample.vm(**changes), kind=kind, actions=actions)
     panes = {f"pane_{name}": body for name, body in view.panes.items()}
     return {
         "layout_html": view.layout,
@@ -97,9 +108,11 @@ def sent(page: Any) -> list[dict[str, object]]:
     """What the script sent after its hello."""
     first, *rest = page.evaluate("window.sent")
     assert first == {"act": "hello"}
-    return [
-        {name: value for name, value in message.items() if value is not None} for message in rest
-    ]
+    return [_without_nulls(message) for message in rest]
+
+
+def _without_nulls(message: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in message.items() if value is not None}
 
 
 def status(page: Any) -> str:
@@ -113,7 +126,8 @@ def cell(page: Any, name: str, index: int) -> tuple[float, float]:
         """(grid, i) => {
       const {rows, x, pitch, h} = JSON.parse(grid.dataset.grid);
       const [y, first] = rows.find(([, first, count]) => first <= i && i < first + count);
-      const at = new DOMPoint(x + (i - first + .5) * pitch, y + h / 2).matrixTransform(grid.ownerSVGElement.getScreenCTM());
+      const middle = new DOMPoint(x + (i - first + .5) * pitch, y + h / 2);
+      const at = middle.matrixTransform(grid.ownerSVGElement.getScreenCTM());
       return [at.x, at.y];
     }""",
         index,
@@ -122,20 +136,13 @@ def cell(page: Any, name: str, index: int) -> tuple[float, float]:
 
 
 def test_that_all_panes_are_shown(page: Any) -> None:
-    names = page.evaluate(
-        "[...document.querySelectorAll('[data-pane]')].filter((pane) => pane.innerHTML).map((pane) => pane.dataset.pane)"
-    )
-    assert {
-        "title",
-        "transport",
-        "source",
-        "disassembly",
-        "registers",
-        "pool",
-        "rail",
-        "memory",
-        "walk",
-    } <= set(names)
+    names = page.evaluate("""
+      [...document.querySelectorAll('[data-pane]')]
+        .filter((pane) => pane.innerHTML)
+        .map((pane) => pane.dataset.pane)
+    """)
+    wanted = "title transport source disassembly registers pool rail memory walk"
+    assert set(wanted.split()) <= set(names)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +155,10 @@ def test_that_keys_press_the_buttons(page: Any, key: str, act: str) -> None:
 
 
 def test_that_keys_not_on_offer_go_to_the_notebook_and_others_do_not(page: Any) -> None:
-    page.evaluate(
-        "window.seen = []; document.addEventListener('keydown', (event) => window.seen.push(event.key), true)"
-    )
+    page.evaluate("""() => {
+      window.seen = [];
+      document.addEventListener('keydown', (event) => window.seen.push(event.key), true);
+    }""")
     page.locator("section.lk").focus()
     for key in ("ArrowRight", "ArrowLeft", "b", "Control+s"):
         page.keyboard.press(key)
@@ -240,9 +248,12 @@ def test_that_tabs_gutter_and_registers_act(page: Any) -> None:
 
 def test_that_many_updates_between_two_frames_are_one_paint(page: Any) -> None:
     paints = page.evaluate("""async () => {
-      const pane = document.querySelector('[data-pane=title]'); let seen = 0;
+      const pane = document.querySelector('[data-pane=title]');
+      let seen = 0;
       new MutationObserver(() => seen++).observe(pane, {childList: true});
-      for (let step = 0; step < 500; step++) window.model.push({step, pane_title: `<b>${step}</b>`});
+      for (let step = 0; step < 500; step++) {
+        window.model.push({step, pane_title: `<b>${step}</b>`});
+      }
       await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
       return [seen, pane.textContent, document.querySelector('.lk').dataset.step];
     }""")
@@ -252,9 +263,15 @@ def test_that_many_updates_between_two_frames_are_one_paint(page: Any) -> None:
 def test_that_views_whose_messages_left_together_are_painted_together(page: Any) -> None:
     first, last, alone = page.evaluate(
         """async (state) => {
-      const other = await window.show(state), titles = [...document.querySelectorAll('[data-pane=title]')];
-      const pause = (ms) => new Promise((done) => setTimeout(done, ms)), said = () => titles.map((one) => one.textContent).join();
-      const come = async (to, text, batch) => { to.push({pane_title: text, batch}); await pause(1); return said(); };
+      const other = await window.show(state);
+      const titles = [...document.querySelectorAll('[data-pane=title]')];
+      const pause = (ms) => new Promise((done) => setTimeout(done, ms));
+      const said = () => titles.map((one) => one.textContent).join();
+      const come = async (to, text, batch) => {
+        to.push({pane_title: text, batch});
+        await pause(1);
+        return said();
+      };
       titles.forEach((one) => { one.textContent = 'old'; });
       await pause(50);
       const seen = [await come(window.model, 'a', [1, 2]), await come(other, 'b', [1, 2])];
@@ -264,21 +281,28 @@ def test_that_views_whose_messages_left_together_are_painted_together(page: Any)
     }""",
         state(),
     )
-    assert first == "old,old" and last == "a,b"
+    assert first == "old,old"
+    assert last == "a,b"
     assert alone == "a,c"  # the other message of its batch went to another page
 
 
 def test_that_running_is_announced_at_most_twice_a_second(page: Any) -> None:
     live = page.evaluate("""async () => {
-      const line = () => document.querySelector('.status'); const out = [];
+      const out = [];
+      const look = () => {
+        const line = document.querySelector('.status');
+        out.push([line.textContent, line.getAttribute('aria-live')]);
+      };
+      const attributes = 'class="status" role="status" aria-live="polite"';
       await new Promise((done) => setTimeout(done, 600));
       for (const n of [1, 2]) {
-        window.model.push({pane_status: `<div class="status" role="status" aria-live="polite">s${n}</div>`});
+        window.model.push({pane_status: `<div ${attributes}>s${n}</div>`});
         await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
-        out.push([line().textContent, line().getAttribute('aria-live')]);
+        look();
       }
       await new Promise((done) => setTimeout(done, 600));
-      return [...out, [line().textContent, line().getAttribute('aria-live')]];
+      look();
+      return out;
     }""")
     assert live == [["s1", "polite"], ["s2", "off"], ["s2", "polite"]]
 
@@ -305,17 +329,10 @@ def test_that_a_guest_string_is_text_in_the_page(browser: Any) -> None:
     evil = '<img src=x onerror="window.owned=1"><script>window.owned=1</script>\x1b[31m'
     page = browser.new_page()
     page.set_content("<div id=here></div>")
-    page.evaluate(
-        HARNESS,
-        [
-            base64.b64encode(SCRIPT.encode()).decode(),
-            json.loads(json.dumps(state(name=evil, status=evil))),
-        ],
-    )
+    show(page, state(name=evil, status=evil))
     assert "<img src=x" in page.locator("h3").inner_text()
-    assert page.evaluate("document.querySelectorAll('img,script').length") == 0 and page.evaluate(
-        "window.owned === undefined"
-    )
+    assert page.evaluate("document.querySelectorAll('img,script').length") == 0
+    assert page.evaluate("window.owned === undefined")
     page.close()
 
 
@@ -328,9 +345,8 @@ def test_that_a_saved_view_has_the_columns_that_fit(
     left, right = (
         page.get_by_role("table", name=name).bounding_box() for name in ("source", "disassembly")
     )
-    assert (left["x"] + left["width"] <= right["x"]) == side_by_side and right["x"] + right[
-        "width"
-    ] <= width
+    assert (left["x"] + left["width"] <= right["x"]) == side_by_side
+    assert right["x"] + right["width"] <= width
 
 
 # --- a protected VM
@@ -341,13 +357,7 @@ def protected(browser: Any) -> Iterator[Any]:
     """A page with the dashboard of a protected VM."""
     page = browser.new_page(viewport={"width": 1000, "height": 2200})
     page.set_content(f"<style>{css()}</style><body data-jp-theme-light=true><div id=here></div>")
-    page.evaluate(
-        HARNESS,
-        [
-            base64.b64encode(SCRIPT.encode()).decode(),
-            json.loads(json.dumps(state(**secrets.vm_facts()))),
-        ],
-    )
+    show(page, state(**secrets.vm_facts()))
     yield page
     page.close()
 
@@ -365,9 +375,8 @@ def test_that_blocks_and_pages_speak_and_take_keys(protected: Any) -> None:
     protected.mouse.move(*cell(protected, "Blocks for the guest", 35))
     assert status(protected) == "Block 35 at 0xd0230"
     protected.mouse.move(*cell(protected, "Encryption of guest memory", 0xD4))
-    assert status(protected).startswith(
-        "Page 0xd4000: test_mem, C=1, memory plaintext"
-    ) and "disagree" in status(protected)
+    assert status(protected).startswith("Page 0xd4000: test_mem, C=1, memory plaintext")
+    assert "disagree" in status(protected)
     protected.get_by_role("grid", name="Blocks for the host").focus()
     for key in ("Home", "ArrowRight", "ArrowDown", "Enter"):
         protected.keyboard.press(key)
@@ -388,11 +397,10 @@ def test_that_nothing_of_a_protected_vm_sticks_out(protected: Any, width: int) -
         {f"pane_{name}": body for name, body in drawn.panes.items()},
     )
     protected.wait_for_timeout(100)
-    right = protected.evaluate(
-        "Math.max(...[...document.querySelectorAll('.lk .pane')].map((pane) => pane.getBoundingClientRect().right))"
-    )
-    assert (
-        right
-        <= protected.evaluate("document.querySelector('section.lk').getBoundingClientRect().right")
-        + 1
-    )
+    edges = """() => {
+      const right = (element) => element.getBoundingClientRect().right;
+      const panes = [...document.querySelectorAll('.lk .pane')];
+      return [Math.max(...panes.map(right)), right(document.querySelector('section.lk'))];
+    }"""
+    panes, view = protected.evaluate(edges)
+    assert panes <= view + 1
