@@ -11,7 +11,7 @@ from labkit.explore.comparison import Row as Event
 from labkit.views.drawing.markup import Html, cat, num, plain
 from labkit.views.drawing.tables import Cell, Row, aligned, boxed, label, table
 from labkit.views.pictures.lanes import counts, draw_lanes, lanes_key, sign
-from labkit.views.show import View, header, pane, status_line
+from labkit.views.show import FRAME, View, header, pane, status_line
 
 __all__ = ["render"]
 
@@ -38,7 +38,9 @@ def render(found: Comparison, previous: object = None, *, width: float = 940) ->
     panes = {
         "title": header(f"{name} on {len(found.backends)} engines", facts),
         "status": status_line(said, "status top"),
-        "lanes": label("Events", counts(found)) + draw_lanes(found, width - 26) + lanes_key(found),
+        "lanes": label("Events", counts(found))
+        + draw_lanes(found, width - FRAME)
+        + lanes_key(found),
         "events": _events(found),
         "differences": _differences(found),
         "tolerated": _tolerated(found),

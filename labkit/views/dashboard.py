@@ -17,7 +17,7 @@ from labkit.views.drawing.markup import Html, cat, el, num, plain, plural
 from labkit.views.drawing.tables import label
 from labkit.views.pictures import timeline
 from labkit.views.scene import Memo, Scene, front
-from labkit.views.show import Bundle, View, columns, header, mimebundle, pane, status_line
+from labkit.views.show import FRAME, Bundle, View, columns, header, mimebundle, pane, status_line
 
 __all__ = ["PANES", "SECRETS", "VIEWS", "bundle", "render"]
 
@@ -84,7 +84,7 @@ def _dash(scene: Scene) -> View:
 
     panes = _panes_of(parts, layout)
     panes["title"] = header(plain(vm.name), _facts(vm), vm.step)
-    panes["timeline"] = timeline.draw(vm, scene.width - 26)
+    panes["timeline"] = timeline.draw(vm, scene.width - FRAME)
     panes["status"] = status_line(said, "status top")
     panes["rail"] = walk.panes["rail"]
     panes["walk"] = label("Page walk", f"of {_walk_of(vm)}: {walk.status}") + walk.panes["walk"]

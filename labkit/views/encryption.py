@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from labkit.look.encryption import EncryptionMap, EncryptionRange, PageState
 from labkit.look.snapshots import Selection
+from labkit.machine.memory import PAGE
 from labkit.views.drawing.markup import Html, cat, el, hx, num, plain
-from labkit.views.drawing.strip import PAGE
 from labkit.views.drawing.tables import (
     Cell,
     Row,
@@ -17,7 +17,7 @@ from labkit.views.drawing.tables import (
     swatch,
 )
 from labkit.views.pictures.encryption import MEMORY_WORDS, draw_strip, says, strip_key
-from labkit.views.show import View, header, pane, rail, selected_gpa, status_line
+from labkit.views.show import FRAME, View, header, pane, rail, selected_gpa, status_line
 
 __all__ = ["render", "status", "title"]
 
@@ -44,7 +44,7 @@ def render(
     panes = {
         "title": header("Encryption", facts, counts=_counts(found)),
         "memory": label("Memory", explained)
-        + draw_strip(found, width - 26, selection)
+        + draw_strip(found, width - FRAME, selection)
         + strip_key(found, selection),
         "problems": _problems(found),
         "ranges": _table(found, selection),

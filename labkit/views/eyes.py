@@ -9,6 +9,7 @@ import numpy as np
 from labkit.look.eyes import BLOCK, Eye, PageEyes
 from labkit.look.snapshots import Selection
 from labkit.views.drawing.markup import Html, cat, el, hx, num, plain, plural
+from labkit.views.drawing.shapes import NARROW, WIDE
 from labkit.views.drawing.tables import Cell, Row, boxed, label, select, swatch
 from labkit.views.pictures.blocks import about, draw_maps, map_key
 from labkit.views.show import View, columns, header, pane, rail, status_line
@@ -42,9 +43,9 @@ def render(
     panes = {
         "title": header("One page, two eyes", _facts(page), page.step),
         "dump": label(f"Page {hx(page.gpa)}{what}", f"each row is one 16-byte cipher block{since}")
-        + _dump(page, rows, chosen, narrow=width < 700),
+        + _dump(page, rows, chosen, narrow=width < NARROW),
         "blocks": label("The page", f"{num(nr_blocks)} blocks, to choose from")
-        + draw_maps(page, rows, chosen, 6 if width < 1100 else 9)
+        + draw_maps(page, rows, chosen, 6 if width < WIDE else 9)
         + map_key(page),
         "words": _words(page),
         "rail": rail(selection, page.private),

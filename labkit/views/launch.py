@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from labkit.look.launch import LaunchProgress, LaunchStep, policy_text
 from labkit.look.snapshots import Selection
+from labkit.machine.memory import PAGE
 from labkit.sev.snp import SnpState
 from labkit.views.drawing.markup import Attribute, Html, cat, el, hx, num, plain
-from labkit.views.drawing.strip import PAGE
+from labkit.views.drawing.shapes import NARROW, WIDE
 from labkit.views.drawing.tables import Cell, Row, aligned, boxed, label, select, table
 from labkit.views.pictures.launch import draw_pages, draw_states, pages_key
-from labkit.views.show import View, header, pane, status_line
+from labkit.views.show import FRAME, View, header, pane, status_line
 
 __all__ = ["render"]
 
@@ -34,9 +35,9 @@ def render(
     was_refused = bool(launch.steps and launch.steps[-1].found)
     panes = {
         "title": header("Launch", [protection, f"policy {policy}"], counts=_counts(launch)),
-        "states": draw_states(launch, width - 26),
+        "states": draw_states(launch, width - FRAME),
         "pages": label("Pages", "solid: measured and encrypted")
-        + draw_pages(launch, width - 26)
+        + draw_pages(launch, width - FRAME)
         + pages_key(launch),
         "steps": _steps(launch, width),
         "owner": _owner(launch),
@@ -57,10 +58,10 @@ def _counts(launch: LaunchProgress) -> Html:
 
 def _steps(launch: LaunchProgress, width: float) -> Html:
     """Every command; of very many the first and the last ones."""
-    if width < 700:
+    if width < NARROW:
         nr_bytes = 8
     else:
-        nr_bytes = 16 if width < 1100 else 32
+        nr_bytes = 16 if width < WIDE else 32
     steps = list(enumerate(launch.steps, 1))
     if len(steps) > MAX_ROWS:
         steps = steps[:FIRST] + steps[-LAST:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from labkit.machine.memory import PAGE
 from labkit.paging.scan import PageTable
 from labkit.views.drawing.markup import Html, hx, num, plain
 from labkit.views.drawing.tables import Cell, Row, boxed, label, select, swatch
@@ -13,7 +14,6 @@ from labkit.views.pictures.walk_plan import size_name
 __all__ = ["MAX_ROWS", "Change", "change_table", "changes_between", "range_table", "summary"]
 
 MAX_ROWS = 40
-PAGE = 4096
 TRACES = ("accessed", "dirty")  # flags that the CPU sets: they split no range
 
 # sign -> (what it says, class of the row)

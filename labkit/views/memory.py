@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 from labkit.look.snapshots import MemoryMap, MemoryRange, Selection
+from labkit.machine.memory import PAGE
 from labkit.views.drawing.cells import grid
 from labkit.views.drawing.markup import Html, cat, hx, num, plain, plural
 from labkit.views.drawing.shapes import svg
-from labkit.views.drawing.strip import PAGE, Painter, lay, outline
+from labkit.views.drawing.strip import Painter, lay, outline
 from labkit.views.drawing.tables import aligned, key, label
-from labkit.views.show import View, header, pane, rail, selected_gpa, status_line
+from labkit.views.show import FRAME, View, header, pane, rail, selected_gpa, status_line
 
 __all__ = ["render", "status"]
 
@@ -34,7 +35,7 @@ def render(
     panes = {
         "title": header("Guest memory", facts, memory.step),
         "memory": label("Memory", f"{_counts(memory)}; one cell is one page")
-        + _draw(memory, width - 26, selection)
+        + _draw(memory, width - FRAME, selection)
         + _key(memory, selection),
         "rail": rail(selection),
         "status": status_line(said),

@@ -21,7 +21,7 @@ from labkit.views.mappings import (
 )
 from labkit.views.pictures import ruler
 from labkit.views.pictures.walk import PageObject, draw_walk, walk_key
-from labkit.views.show import View, columns, header, pane, rail, status_line
+from labkit.views.show import FRAME, View, columns, header, pane, rail, status_line
 
 __all__ = ["gva_of", "pool_objects", "render", "render_walk", "title"]
 
@@ -82,7 +82,7 @@ def render_walk(
 
     Entries beside the walked ones need the table they come from, change marks the previous one.
     """
-    inner = width - 26
+    inner = width - FRAME
     before = None
     if previous is not None and found is not None and previous.tables != found.tables:
         before = previous

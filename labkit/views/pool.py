@@ -10,7 +10,7 @@ from labkit.views.drawing.markup import Html, cat, el, esc, hx, num, plain
 from labkit.views.drawing.tables import Row, aligned, boxed, key, label, select, table
 from labkit.views.pictures.pool import draw_pool, is_big, rows_used
 from labkit.views.pool_words import STATE, counts, marks, owner, slot_at, status, taken
-from labkit.views.show import View, columns, header, pane, rail, status_line
+from labkit.views.show import FRAME, View, columns, header, pane, rail, status_line
 
 __all__ = ["render"]
 
@@ -43,7 +43,7 @@ def render(
     ]
     panes = {
         "title": header("ucall pool", facts, pool.step),
-        "pool": label("Pool", counts(pool)) + draw_pool(pool, width - 26, chosen, taker, fold),
+        "pool": label("Pool", counts(pool)) + draw_pool(pool, width - FRAME, chosen, taker, fold),
         "card": Html() if chosen is None or fold else _card(pool, chosen),
         "poolkey": _key(pool, chosen),
         "rail": rail(selection),

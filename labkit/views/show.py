@@ -15,6 +15,7 @@ from labkit.views.drawing.style import css
 from labkit.views.drawing.tables import swatch
 
 __all__ = [
+    "FRAME",
     "Bundle",
     "View",
     "columns",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 Bundle = tuple[dict[str, Any], dict[str, Any]]  # MIME type -> data, and metadata
+FRAME = 26  # pixels of a view's width that its border and padding take
 PANE = re.compile(r'data-pane="(\w+)">')
 ARROW = Html('<span class="d"> → </span>')
 

@@ -10,6 +10,7 @@ import traitlets
 
 from labkit.errors import InvalidState, LabError
 from labkit.look.eyes import BLOCK
+from labkit.machine.memory import PAGE
 from labkit.views import dashboard, pages
 from labkit.views.drawing.style import css
 from labkit.views.live import Hub
@@ -20,7 +21,6 @@ __all__ = ["LabWidget"]
 
 WIDTH = 940  # until the browser has measured its own
 MIN_WIDTH, MAX_WIDTH = 320, 4000
-PAGE = 4096
 
 
 class _Panes(anywidget.AnyWidget):

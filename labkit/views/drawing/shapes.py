@@ -6,7 +6,21 @@ from collections.abc import Iterable
 
 from labkit.views.drawing.markup import Attribute, Html, coordinate, el
 
-__all__ = ["Point", "bar", "cross", "path", "rect", "squares", "svg", "text"]
+__all__ = [
+    "NARROW",
+    "WIDE",
+    "Point",
+    "bar",
+    "cross",
+    "path",
+    "rect",
+    "squares",
+    "svg",
+    "text",
+]
+
+NARROW = 700  # pixels: below it there is room for the shortest words only
+WIDE = 1100  # above it there is room for more than usual
 
 Point = tuple[float, float]  # x, y in pixels
 

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from labkit.machine.memory import PAGE
 from labkit.views.drawing.cells import Rows, dashes
 from labkit.views.drawing.markup import Html, cat, hx, num, plain
-from labkit.views.drawing.shapes import path, rect, text
+from labkit.views.drawing.shapes import NARROW, WIDE, path, rect, text
 
-__all__ = ["PAGE", "Bracket", "Named", "Painter", "Strip", "box", "joined", "lay", "outline"]
+__all__ = ["Bracket", "Named", "Painter", "Strip", "box", "joined", "lay", "outline"]
 
-PAGE = 4096
 MAX_ROWS = 16  # rows with something in them; beyond that a row holds more pages
 MAX_LANES = 6  # names above a row, one over the other
 LANE = 11  # pixels
@@ -128,9 +128,9 @@ def _page_rows(
     slots: Sequence[tuple[int, int]], named: Sequence[Named], width: float
 ) -> tuple[int, list[_PageRow]]:
     """How many pages a row holds, so that not too many rows are in use; and the rows."""
-    if width < 700:
+    if width < NARROW:
         per_row = 64
-    elif width > 1100:
+    elif width > WIDE:
         per_row = 256
     else:
         per_row = 128

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from labkit.look.launch import LaunchProgress
+from labkit.machine.memory import PAGE
 from labkit.views.drawing.cells import grid
 from labkit.views.drawing.markup import Html, plain
 from labkit.views.drawing.shapes import path, svg, text
-from labkit.views.drawing.strip import PAGE, Painter, Strip, joined, lay
+from labkit.views.drawing.strip import Painter, Strip, joined, lay
 from labkit.views.drawing.tables import key
 
 __all__ = ["draw_pages", "draw_states", "pages_key"]

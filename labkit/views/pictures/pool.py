@@ -9,7 +9,7 @@ import numpy as np
 from labkit.ucall.pool import PoolSnapshot
 from labkit.views.drawing.cells import Lattice, dashes, grid
 from labkit.views.drawing.markup import Html, cat, num
-from labkit.views.drawing.shapes import bar, cross, path, rect, squares, svg, text
+from labkit.views.drawing.shapes import NARROW, bar, cross, path, rect, squares, svg, text
 from labkit.views.pool_words import DIGITS, about, counts, marks, owner, taken
 
 __all__ = ["draw_pool", "is_big", "rows_used"]
@@ -70,7 +70,7 @@ def _lattice(pool: PoolSnapshot, width: float) -> Lattice:
     """The cells, as large as the width allows."""
     small = is_big(pool)
     cols = 64 if small else 32
-    if width >= 700:
+    if width >= NARROW:
         cols *= 2
     cols = min(pool.nr_slots, cols)
     room = min(10 if small else 20, (width - LEFT) / cols)

@@ -8,11 +8,10 @@ from typing import NamedTuple
 from labkit.arch.desc import LAST, Level, PagingMode, short
 from labkit.paging.walk import WalkStep
 from labkit.views.drawing.markup import Html, hx, plain
-from labkit.views.drawing.shapes import path, rect, svg, text
+from labkit.views.drawing.shapes import NARROW, path, rect, svg, text
 
 __all__ = ["Part", "draw", "parts"]
 
-NARROW = 700  # below this width an entry takes two rows
 HEAD = 18  # height of the line over an entry
 ROW = 42  # height of a row of bits with their names
 BIT = 17  # height of a bit

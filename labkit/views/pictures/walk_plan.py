@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from labkit.arch.desc import Level
 from labkit.views.drawing.cells import Lattice
+from labkit.views.drawing.shapes import NARROW, WIDE
 
 __all__ = ["COLS", "TOP", "Plan", "ramp", "size_name"]
 
@@ -27,7 +28,7 @@ class Plan(NamedTuple):
     @classmethod
     def of(cls, width: float, nr_levels: int) -> Plan:
         """The columns as large as the width allows, with room for the curves between them."""
-        narrow, wide = width < 700, width > 1100
+        narrow, wide = width < NARROW, width > WIDE
         if narrow:
             left, page, least_gap = 10, 60, 18
         else:
@@ -56,7 +57,7 @@ class Plan(NamedTuple):
     @property
     def narrow(self) -> bool:
         """Whether there is room for the shortest words only."""
-        return self.width < 700
+        return self.width < NARROW
 
     def lattice(self, column: int, level: Level) -> Lattice:
         """The entries of the table in a column."""
