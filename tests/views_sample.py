@@ -321,4 +321,6 @@ def vm(c_bit: int | None = None, late: bool = True, **changes: object) -> VmSnap
             "Bit 1 of in_use is clear: slot 1 will be its own."
         ),
     )
-    return replace(made, **changes)
+    shown = replace(made, **changes)
+    in_front = [one for one in shown.vcpus if one.index == shown.vcpu] or list(shown.vcpus)
+    return replace(shown, front=in_front[0] if in_front else None)

@@ -23,6 +23,7 @@ __all__ = [
     "Selection",
     "StackRow",
     "Touch",
+    "VcpuBrief",
     "VcpuSnapshot",
     "VmSnapshot",
 ]
@@ -79,12 +80,18 @@ class Touch:
 
 
 @dataclass(frozen=True)
-class VcpuSnapshot:
-    """One vCPU between two instructions."""
+class VcpuBrief:
+    """What is said of a vCPU that is not in front: enough for its tab and its lane."""
 
     index: int
     step: int
     state: str  # "running", "done", "aborted", "halted", "shutdown", "not started"
+
+
+@dataclass(frozen=True)
+class VcpuSnapshot(VcpuBrief):
+    """One vCPU between two instructions."""
+
     mode: str  # "ring 0, long mode"
     pc: int
     where: str  # "ucall_alloc+0x2c"
@@ -181,13 +188,14 @@ class VmSnapshot:
     schedule: str
     step: int
     vcpu: int  # index of the one in front
-    vcpus: tuple[VcpuSnapshot, ...]
+    vcpus: tuple[VcpuBrief, ...]  # all of them, by index
     pool: PoolSnapshot | None
     page_table: PageTable
     memory: MemoryMap
     selection: Selection | None
     events: tuple[EventMark, ...] = field(default=())
     status: str = ""
+    front: VcpuSnapshot | None = None  # the vCPU in front; None for a VM without vCPUs
     encryption: EncryptionMap | None = None  # of a protected VM, as are the next two
     eyes: PageEyes | None = None  # the page of the selection
     launch: LaunchProgress | None = None

@@ -8,7 +8,7 @@ from labkit.errors import InvalidState
 from labkit.look.encryption import EncryptionMap
 from labkit.look.memory import look_at_memory
 from labkit.look.secrets import look_at_encryption, look_at_launch, look_through_both
-from labkit.look.snapshots import EventMark, Selection, VmSnapshot
+from labkit.look.snapshots import EventMark, Selection, VcpuBrief, VmSnapshot
 from labkit.look.vcpu import look_at_vcpu, status_of
 from labkit.machine.memory import PAGE
 from labkit.machine.vm import STACK_PAGES
@@ -24,13 +24,14 @@ LETTERS = {"SYNC": "S", "PRINTF": "P", "DONE": "D", "ABORT": "A", "UNHANDLED": "
 def look_at_vm(vm: Vm, front: int = 0, selection: Selection | None = None) -> VmSnapshot:
     """Everything the dashboard draws; raises InvalidState for a vCPU in front that is not there.
 
+    Only the vCPU in front is looked at in full, so that a look costs the same with 1 and with 16.
     What only a protected VM has comes with it: the encryption map, the launch, and one page
     through both eyes.
     """
     if not 0 <= front < max(len(vm.vcpus), 1):
         raise InvalidState(f"there is no vCPU {front}")
-    vcpus = tuple(look_at_vcpu(vm, vcpu) for vcpu in vm.vcpus)
-    in_front = vcpus[front] if vcpus else None
+    in_front = look_at_vcpu(vm, vm.vcpus[front]) if vm.vcpus else None
+    vcpus = tuple(VcpuBrief(vcpu.index, vcpu.step_count, vcpu.state) for vcpu in vm.vcpus)
     states = sorted({vcpu.state for vcpu in vcpus})
 
     seen = VmSnapshot(
@@ -49,6 +50,7 @@ def look_at_vm(vm: Vm, front: int = 0, selection: Selection | None = None) -> Vm
         selection=selection,
         events=tuple(_mark(happened) for happened in vm.log),
         status="" if in_front is None else status_of(in_front),
+        front=in_front,
     )
     if vm.guest is None:
         return seen

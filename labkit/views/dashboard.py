@@ -16,7 +16,7 @@ from labkit.views import compare, encryption, eyes, launch, memory, pages, pool,
 from labkit.views.drawing.markup import Html, cat, el, num, plain, plural
 from labkit.views.drawing.tables import label
 from labkit.views.pictures import timeline
-from labkit.views.scene import Memo, Scene, front
+from labkit.views.scene import Memo, Scene
 from labkit.views.show import FRAME, Bundle, View, columns, header, mimebundle, pane, status_line
 
 __all__ = ["PANES", "SECRETS", "VIEWS", "bundle", "render"]
@@ -122,9 +122,9 @@ def _walk_of(vm: VmSnapshot) -> str:
     """Of what scene.walked() is the walk, in words."""
     if vm.selection is not None and vm.selection.gva is not None:
         return "the selection"
-    if not vm.vcpus:
+    if vm.front is None:
         return "gva 0"
-    return "the page above" if front(vm).sealed else "the next instruction"
+    return "the page above" if vm.front.sealed else "the next instruction"
 
 
 def _lines(parts: Collection[View]) -> list[str]:

@@ -12,7 +12,7 @@ from labkit.views import encryption, eyes, launch, memory, pages, pool, stepper
 from labkit.views.show import View, pane, status_line
 from labkit.views.transport import transport
 
-__all__ = ["Memo", "Scene", "front", "walked"]
+__all__ = ["Memo", "Scene", "walked"]
 
 Memo = dict[str, tuple[tuple[object, ...], View]]  # kind of view -> what it was drawn from, and it
 
@@ -39,9 +39,9 @@ class Scene:
 
     def stepper(self) -> View:
         """The vCPU in front, with the buttons."""
-        if not self.vm.vcpus:
+        vcpu, chosen = self.vm.front, self.vm.selection
+        if vcpu is None:
             return _none("vCPU", "This VM has no vCPU.")
-        vcpu, chosen = front(self.vm), self.vm.selection
         before = self._vcpu_before(vcpu.index)
         draw = partial(stepper.render, vcpu, before, width=self.width, selection=chosen)
         view = self._once("stepper", draw, vcpu, before, self.width, chosen)
@@ -50,10 +50,9 @@ class Scene:
         return replace(view, panes={**view.panes, "transport": buttons})
 
     def _vcpu_before(self, index: int) -> VcpuSnapshot | None:
-        """The vCPU of this index in the previous snapshot."""
-        if self.previous is None:
-            return None
-        return next((old for old in self.previous.vcpus if old.index == index), None)
+        """The vCPU of this index in the previous snapshot, if it was in front there too."""
+        before = None if self.previous is None else self.previous.front
+        return before if before is not None and before.index == index else None
 
     def pool(self, fold: bool = False) -> View:
         """The ucall pool, or that there is none."""
@@ -130,11 +129,6 @@ def _none(title: str, words: str) -> View:
     return View(title, words, {"status": status_line(words)}, pane("status"), list)
 
 
-def front(vm: VmSnapshot) -> VcpuSnapshot:
-    """The vCPU in front; the VM has one."""
-    return next((vcpu for vcpu in vm.vcpus if vcpu.index == vm.vcpu), vm.vcpus[0])
-
-
 def walked(vm: VmSnapshot) -> Walk:
     """The walk that the views show: of the selection, else of the next instruction.
 
@@ -142,7 +136,7 @@ def walked(vm: VmSnapshot) -> Walk:
     """
     if vm.selection is not None and vm.selection.gva is not None:
         return vm.page_table.walk(vm.selection.gva)
-    if vm.vcpus and not front(vm).sealed:
-        return vm.page_table.walk(front(vm).pc)
+    if vm.front is not None and not vm.front.sealed:
+        return vm.page_table.walk(vm.front.pc)
     shown = None if vm.eyes is None else vm.eyes.gva
     return vm.page_table.walk(shown or 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from labkit.look.snapshots import VcpuSnapshot, VmSnapshot
+from labkit.look.snapshots import VcpuBrief, VmSnapshot
 from labkit.views.drawing.markup import Html, el
 
 __all__ = ["BUTTONS", "Button", "transport"]
@@ -88,7 +88,7 @@ def _button(button: Button) -> Html:
     )
 
 
-def _tab(vcpu: VcpuSnapshot, in_front: bool) -> Html:
+def _tab(vcpu: VcpuBrief, in_front: bool) -> Html:
     words = f"vCPU {vcpu.index}"
     if vcpu.state not in QUIET_STATES:
         words += f" {vcpu.state}"
