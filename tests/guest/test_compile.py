@@ -14,7 +14,9 @@ from elftools.elf.elffile import ELFFile
 from paths import GUESTS
 
 from labkit.errors import CompileError, InvalidState, NotAvailable
-from labkit.guest.compile import COMPILERS, build_prebuilt, compile_guest, find_compiler
+from labkit.guest.compile import compile_guest
+from labkit.guest.compilers import COMPILERS, find_compiler
+from labkit.guest.prebuilt import build_prebuilt
 from labkit.guest.program import Program
 
 HELLO = '#include "labkit.h"\n\nvoid guest_code(uint64_t vcpu)\n{\n\tGUEST_SYNC(vcpu);\n\tGUEST_DONE();\n}\n'
@@ -136,6 +138,13 @@ def test_that_a_source_may_have_any_printable_name(name):
     assert program.line_at(program.entry).file == name and program.line_at(program.entry).text
 
 
+@pytest.mark.parametrize("name", ["labkit.h", "kvm_util.h", "string.h"])
+def test_that_a_source_cannot_have_the_name_of_a_header_that_it_includes(name):
+    with pytest.raises(InvalidState, match="the guest library has a header of that name"):
+        compile_guest(HELLO, name=name)
+    assert compile_guest(HELLO, name=f"mine/{name}").symbol("guest_code")
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
@@ -232,7 +241,7 @@ def test_that_every_prebuilt_guest_is_what_its_source_compiles_to(tmp_path):
         if producer(built) != producer(kept):
             pytest.skip(f"built by {producer(kept).decode()}, this is {producer(built).decode()}")
         assert built.read_bytes() == kept.read_bytes(), (
-            f"{kept.name} is stale: python -m labkit.guest.compile data/guests"
+            f"{kept.name} is stale: python -m labkit.guest.prebuilt data/guests"
         )
     assert {p.stem for p in GUESTS.glob("*.elf")} == {p.stem for p in GUESTS.glob("*.c")}
 
