@@ -93,6 +93,12 @@ class CpuModel:
     read_only_msrs: frozenset[int] = frozenset({0xFE, 0x8B, 0x179})
     tsc_khz: int = TSC_KHZ
 
+    @property
+    def vendor(self) -> str:
+        """The vendor's name in leaf 0: "AuthenticAMD"."""
+        _, ebx, ecx, edx = self.leaf(0, 0)
+        return struct.pack("<3I", ebx, edx, ecx).decode("latin-1")
+
     def leaf(self, eax: int, ecx: int) -> Quad:
         """What CPUID returns for this leaf: zeros for one that is not there (AMD: APM vol. 3)."""
         for key in ((eax, ecx), (eax, 0)):

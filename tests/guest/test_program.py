@@ -83,6 +83,14 @@ def test_that_the_host_finds_the_names_it_needs(hello, name):
     assert hello.segment_at(hello.symbol(name).gva) is not None
 
 
+@pytest.mark.parametrize("kind", ["", "static "])
+def test_that_a_name_is_the_guests_before_it_is_the_librarys(kind):
+    source = f'#include "labkit.h"\n{kind}noinline void put(void) {{ GUEST_DONE(); }}\n'
+    program = Program.compile(f"{source}void guest_code(void) {{ put(); }}\n", opt="-O0")
+    assert [s.name for s in program.all_symbols].count("put") == 2, "printf.c has a put() too"
+    assert program.line_at(program.symbol("put").gva).file == "guest.c"
+
+
 def test_that_a_missing_symbol_names_its_neighbours(hello):
     with pytest.raises(
         SymbolNotFound, match="no symbol 'gest_code'; did you mean guest_code"
