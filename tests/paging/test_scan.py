@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import NX, PS, ROOT, A, D, Memory, P, U, W, brute_force, hostile_tables, load
 
+from labkit.arch import ARCHES
 from labkit.arch.x86 import X86_PXXV48_4K, X86_PXXV57_4K
 from labkit.paging.scan import MAX_LEAVES, PageTable, scan
 from labkit.paging.walk import walk
@@ -180,8 +183,66 @@ def test_that_neighbours_of_one_kind_merge_into_ranges(table):
         "accessed",
         "dirty",
         "nx",
+        "executable",
         "what",
     ]
+
+
+@pytest.mark.parametrize("arch", ARCHES.values(), ids=ARCHES)
+@pytest.mark.parametrize("nx", [False, True])
+def test_that_every_architecture_says_which_pages_are_executable(arch, nx):
+    memory = Memory()
+    builder = memory.builder(arch.mode)
+    builder.map(0x400000, 0x10000, 2, nx=nx)
+    table = scan(memory.read, arch.mode, builder.root_gpa)
+    executable = not nx or "nx" in arch.mode.absent
+    assert table.df["executable"].tolist() == [executable]
+    assert table.leaves["executable"].tolist() == [executable] * 2
+
+
+class Names:
+    """Labels that count how often they were asked."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def label(self, gva):
+        return self.labels(np.array([gva], np.uint64), np.zeros(1, np.uint64))[0]
+
+    def labels(self, gvas, gpas):
+        self.asked += 1
+        return [f"{gva >> 12:#x}" for gva in gvas.tolist()]
+
+
+def test_that_the_labels_of_all_ranges_are_asked_for_at_once(table):
+    names = Names()
+    table = replace(table, names=names)
+    assert table.df.what.tolist() == [
+        "0x400 .. 0x403",
+        "0x404",
+        "0x600",
+        "0x90406020 .. 0x90406021",
+    ]
+    assert names.asked == 2, "for the first pages, and for the last ones of longer ranges"
+    assert table.label(0x600000) == "0x600" == table.labels(0x600000)
+
+
+def test_that_without_labels_nothing_has_a_name(table):
+    table = replace(table, names=None)
+    assert set(table.df.what) == {""} and table.label(0x600000) == "" and table.labels is None
+
+
+def test_that_a_quarter_of_a_million_ranges_take_less_than_a_second():
+    memory = Memory(16 << 20)
+    builder = memory.builder()
+    builder.map(1 << 30, 0, MAX_LEAVES)
+    entries = np.frombuffer(memory.data, np.uint64)
+    every_second = np.flatnonzero((entries & np.uint64(P | W | U)) == P | W)[::2]
+    entries[every_second] ^= np.uint64(W)
+    table = scan(memory.read, builder.mode, builder.root_gpa, label=Names())
+    start = time.perf_counter()
+    assert len(table.df) == MAX_LEAVES
+    assert time.perf_counter() - start < 1
 
 
 @settings(max_examples=50, deadline=None)
