@@ -139,7 +139,8 @@ def _check_ident(file: _File) -> None:
     if len(image) < EHDR_SIZE:
         file.refuse(f"truncated: {len(image)} bytes do not hold an ELF header")
 
-    ei_class, ei_data = image[4], image[5]
+    ei_class = image[4]
+    ei_data = image[5]
     if ei_class == 1:
         file.refuse("a 32-bit ELF; guests are 64-bit")
     if ei_class != 2:
@@ -187,7 +188,8 @@ def _segments(file: _File, header: _Header) -> tuple[Segment, ...]:
 
 def _program_headers(file: _File, header: _Header) -> list[_ProgramHeader]:
     """All program headers, which must lie in the file."""
-    nr_headers, size = header.e_phnum, header.e_phentsize
+    nr_headers = header.e_phnum
+    size = header.e_phentsize
     if size != PHDR_SIZE or not 0 < nr_headers <= MAX_HEADERS:
         file.refuse(f"no usable program headers ({nr_headers} of {size} bytes)")
     end = header.e_phoff + nr_headers * PHDR_SIZE
@@ -201,7 +203,8 @@ def _program_headers(file: _File, header: _Header) -> list[_ProgramHeader]:
 
 def _segment(file: _File, index: int, header: _ProgramHeader, room: int) -> Segment:
     """One segment, if it fits the file, the address space, and the room that others left."""
-    filesz, memsz = header.p_filesz, header.p_memsz
+    filesz = header.p_filesz
+    memsz = header.p_memsz
     if filesz > memsz:
         file.refuse(
             f"segment {index} has more bytes in the file (0x{filesz:x}) "

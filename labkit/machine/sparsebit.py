@@ -41,7 +41,8 @@ class Sparsebit:
         last = bisect_left(self._starts, end)
         if first >= last:
             return
-        starts, ends = [], []
+        starts = []
+        ends = []
         if self._starts[first] < start:
             starts.append(self._starts[first])
             ends.append(start)

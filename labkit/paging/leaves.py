@@ -194,7 +194,9 @@ class _Reader:
         """Keep leaves of one level, so many as there is room for."""
         if len(gva) > self.room:
             self.truncated = True
-            gva, entry, granted = gva[: self.room], entry[: self.room], granted[: self.room]
+            gva = gva[: self.room]
+            entry = entry[: self.room]
+            granted = granted[: self.room]
         self.room -= len(gva)
         if not len(gva):
             return

@@ -217,7 +217,8 @@ class PageTable:
         """One range, from leaf low to leaf high, without the flags to ignore."""
         mode = self.mode
         size = int(self.size[low])
-        start, last_page = int(self.gva[low]), int(self.gva[high])
+        start = int(self.gva[low])
+        last_page = int(self.gva[high])
         where = f"{start:#018x}..{last_page + size - 1:#018x}"
         count = f"{high - low + 1} x {_bytes(size)}"
         ignored = sum(mode.flags[name] for name in ignore)
