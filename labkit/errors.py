@@ -1,4 +1,7 @@
-"""The whole exception tree on one page: everything labkit raises is a LabError, and its facts are attributes."""
+"""The whole exception tree on one page.
+
+Everything that labkit raises is a LabError, and its facts are attributes.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ class LabError(Exception):
 
 
 class NotAvailable(LabError):
-    """Something this machine or this build lacks; the message says what and what to do about it."""
+    """Something that this machine or this build lacks; the message says what, and what to do."""
 
 
 class InvalidState(LabError):
@@ -43,7 +46,7 @@ class InvalidState(LabError):
 
 
 class CompileError(LabError):
-    """The C compiler refused the guest; the message is the compiler's own (facts: command, output)."""
+    """The C compiler refused the guest, in the compiler's own words (facts: command, output)."""
 
 
 class ElfError(LabError):
@@ -71,7 +74,7 @@ class GuestAssertFailed(LabError):
 
 
 class GuestCrashed(LabError):
-    """The guest ended without DONE: shutdown, halt, hole, refused instruction (facts: vcpu, exit)."""
+    """The guest ended without DONE: shutdown, halt, hole, refused insn (facts: vcpu, exit)."""
 
 
 class BudgetExceeded(LabError):
@@ -79,8 +82,11 @@ class BudgetExceeded(LabError):
 
 
 class PspError(LabError):
-    """The secure processor refused a command (facts: status, found, and command where one was given)."""
+    """The secure processor refused a command (facts: status, found, command if one was given)."""
 
 
 class KvmError(LabError):
-    """KVM refused an ioctl on an encrypted VM (facts: errno, command, and status where the firmware was asked)."""
+    """KVM refused an ioctl on an encrypted VM.
+
+    Facts: errno, command, and status where the firmware was asked.
+    """

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from labkit.arch.x86_cpu import CpuModel
 from labkit.engines import open_engine
 from labkit.errors import InvalidState, LabError, NotAvailable
-from labkit.guest.compile import prebuilt_defines
+from labkit.guest.prebuilt import prebuilt_defines
 from labkit.guest.program import Program
 
 __all__ = ["Needs", "guest", "load_ipython_extension"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from elftools.elf.elffile import ELFFile
 
 import labkit as lk
-from labkit.guest.compile import find_compiler
+from labkit.guest.compilers import find_compiler
 
 CODE, DATA, HANDLERS, STACKS, TABLES = (
     0x1000_0000,

@@ -1,4 +1,4 @@
-"""Shared by the paging tests: guest memory in a bytearray, hostile tables, and x86's rules written a second time."""
+"""Shared by the paging tests: memory in a bytearray, hostile tables, x86's rules a second time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import struct
 from hypothesis import strategies as st
 
 from labkit.arch.x86 import X86_PXXV48_4K
+from labkit.bits import align_up
 from labkit.errors import MemoryFault
 from labkit.paging.build import PageTableBuilder
 
@@ -18,7 +19,8 @@ class Memory:
     """One memslot from gpa 0 on; tables are allocated from 1 MiB on."""
 
     def __init__(self, size=4 << 20):
-        self.data, self.next_table = bytearray(size), 1 << 20
+        self.data = bytearray(size)
+        self.next_table = 1 << 20
 
     def read(self, gpa, n):
         self.check(gpa, n)
@@ -36,8 +38,9 @@ class Memory:
         self.write(gpa + 8 * index, struct.pack("<Q", entry))
 
     def alloc_table(self, size=4096):
-        self.next_table += -(-size // 4096) * 4096
-        return self.next_table - -(-size // 4096) * 4096
+        gpa = self.next_table
+        self.next_table += align_up(size, 4096)
+        return gpa
 
     def builder(self, mode=X86_PXXV48_4K, root=None):
         return PageTableBuilder(self.read, self.write, self.alloc_table, mode, root)
@@ -92,8 +95,12 @@ def load(tables, size=1 << 20):
 
 
 def brute_force(memory, root=ROOT, levels=4, c_bit=None, maxphyaddr=52):
-    """Every leaf as gva -> (gpa, size, W, U, NX, A, D), and the gvas of bad entries, by recursion straight from the SDM."""
-    leaves, bad = {}, []
+    """Every leaf as gva -> (gpa, size, W, U, NX, A, D), and the gvas of bad entries.
+
+    By recursion straight from the SDM.
+    """
+    leaves = {}
+    bad = []
     address = ((1 << maxphyaddr) - 4096) & ~(1 << c_bit if c_bit else 0)
     reserved = (1 << 52) - (1 << maxphyaddr)
 

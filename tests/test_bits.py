@@ -28,10 +28,8 @@ def test_that_genmask_refuses_a_range_that_is_none(hi, lo):
 @given(st.integers(0, 1 << 64), sizes)
 def test_that_alignment_finds_the_nearest_multiples(value, size):
     down, up = align_down(value, size), align_up(value, size)
-    assert (
-        down % size == up % size == 0
-        and down <= value <= up
-        and value - down < size
-        and up - value < size
-    )
+    assert down % size == up % size == 0
+    assert down <= value <= up
+    assert value - down < size
+    assert up - value < size
     assert is_aligned(value, size) == (value % size == 0) == (down == up)

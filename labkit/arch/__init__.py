@@ -15,10 +15,13 @@ ARCHES: dict[str, Arch] = {arch.name: arch for arch in (X86_64, ARM64, RISCV64, 
 
 
 def find_arch(name: str, paging: str | None = None) -> Arch:
-    """The architecture of that name, with a page-table format other than its first if wanted; raises NotAvailable, InvalidState."""
-    try:
-        return ARCHES[name].with_paging(paging) if paging else ARCHES[name]
-    except KeyError:
+    """The architecture of that name, with a page-table format other than its first if wanted.
+
+    Raises NotAvailable for an architecture, and InvalidState for a format, that there is not.
+    """
+    if name not in ARCHES:
         raise NotAvailable(
             f"no architecture {name!r} in this labkit, only {', '.join(ARCHES)}", arch=name
-        ) from None
+        )
+    arch = ARCHES[name]
+    return arch.with_paging(paging) if paging else arch

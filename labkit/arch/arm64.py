@@ -1,4 +1,7 @@
-"""arm64 as data (Arm ARM DDI 0487, D8 for page tables, D1 for exceptions), in the state of the selftests' aarch64_vcpu_setup()."""
+"""arm64 as data: Arm ARM DDI 0487, D8 for page tables, D1 for exceptions.
+
+In the state of the selftests' aarch64_vcpu_setup().
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,11 @@ from labkit.bits import bit, genmask
 
 __all__ = ["ARM64", "ARM64_PXXV48_4K"]
 
-_VALID, _TABLE = bit(0), bit(1)
+_VALID = bit(0)
+_TABLE = bit(1)
 
-# 4 KiB granule, 48 bits. At the last level bit 1 must be set too; anything else there is as good as nothing.
+# 4 KiB granule, 48 bits. At the last level bit 1 must be set too; anything else there is as good as
+# nothing.
 ARM64_PXXV48_4K = PagingMode(
     name="arm64/P40V48_4K",
     levels=(
@@ -35,13 +40,16 @@ ARM64_PXXV48_4K = PagingMode(
 )
 
 MAIR = 0xFF440C0400  # nGnRnE, nGnRE, GRE, normal non-cacheable, normal
-TCR = (
-    16 | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23 | 2 << 32
-)  # T0SZ, IRGN0, ORGN0, SH0, EPD1, IPS 40 bits
+# T0SZ, IRGN0, ORGN0, SH0, EPD1, IPS 40 bits
+TCR = 16 | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23 | 2 << 32
 SCTLR = 0x30D00800 | 1 << 0 | 1 << 2 | 1 << 12  # RES1; M, C, I
 PSTATE = 0x3C5  # DAIF masked, EL1h
 FLAGS = {"N": 31, "Z": 30, "C": 29, "V": 28, "PAN": 22, "SS": 21, "D": 9, "A": 8, "I": 7, "F": 6}
+
+# Where a synchronous exception comes from: the first vector of each group of four.
 _SYNC = ("current EL, SP_EL0", "current EL", "lower EL", "lower EL, AArch32")
+
+# Exception classes: ESR_EL1.EC.
 _CLASSES = {
     0x00: "unknown",
     0x07: "FP trap",
@@ -62,7 +70,9 @@ _CLASSES = {
     0x35: "watchpoint",
     0x3C: "BRK",
 }
-# Handlers are numbered as in the selftests' struct handlers: 64 exception classes (ESR_EL1.EC) for each of the 16 vectors
+
+# Handlers are numbered as in the selftests' struct handlers: 64 exception classes for each of the
+# 16 vectors.
 VECTORS = {
     64 * 4 * i + ec: f"{name} ({source})"
     for i, source in enumerate(_SYNC)
@@ -71,7 +81,7 @@ VECTORS = {
 
 
 def _reset(tables: BootTables) -> dict[str, int]:
-    plain = dict.fromkeys((f"x{i}" for i in range(31)), 0)
+    plain = {f"x{i}": 0 for i in range(31)}
     return {
         "pstate": PSTATE,
         "cpacr_el1": 3 << 20,
@@ -85,7 +95,8 @@ def _reset(tables: BootTables) -> dict[str, int]:
 
 
 def _level(regs: Mapping[str, int]) -> str:
-    return f"EL{regs['pstate'] >> 2 & 3}, AArch64, MMU {'on' if regs['sctlr_el1'] & 1 else 'off'}"
+    mmu = "on" if regs["sctlr_el1"] & 1 else "off"
+    return f"EL{regs['pstate'] >> 2 & 3}, AArch64, MMU {mmu}"
 
 
 _CONDITIONS: dict[str, Callable[[bool, bool, bool, bool], bool]] = {  # Arm ARM C1.2.4
@@ -101,20 +112,28 @@ _OPPOSITE = {"ne": "eq", "lo": "hs", "pl": "mi", "vc": "vs", "ls": "hi", "lt": "
 
 
 def _condition(mnemonic: str, operands: Sequence[str], read: Callable[[str], int]) -> bool | None:
+    """Whether a branch on a register, on a bit of one, or on the flags will be taken."""
     if mnemonic in ("cbz", "cbnz"):
-        return (read(operands[0]) == 0) == (mnemonic == "cbz")
+        is_zero = read(operands[0]) == 0
+        return is_zero == (mnemonic == "cbz")
     if mnemonic in ("tbz", "tbnz"):
-        return (read(operands[0]) >> int(operands[1].lstrip("#"), 0) & 1) == (mnemonic == "tbnz")
+        number = int(operands[1].lstrip("#"), 0)
+        is_set = bool(read(operands[0]) >> number & 1)
+        return is_set == (mnemonic == "tbnz")
+
     name = mnemonic.removeprefix("b.")
-    if name == mnemonic or (known := _OPPOSITE.get(name, name)) not in _CONDITIONS:
+    known = _OPPOSITE.get(name, name)
+    if name == mnemonic or known not in _CONDITIONS:
         return None
-    n, z, c, v = (bool(read("pstate") >> FLAGS[flag] & 1) for flag in "NZCV")
-    return _CONDITIONS[known](n, z, c, v) == (name == known)
+    pstate = read("pstate")
+    n, z, c, v = (bool(pstate >> FLAGS[flag] & 1) for flag in "NZCV")
+    holds = _CONDITIONS[known](n, z, c, v)
+    return holds == (name == known)
 
 
 READING = Reading(
-    r"\[(?P<base>\w+)(, (#(?P<disp>-?\w+)|(?P<index>x\w+)(, lsl #(?P<shift>\d+))?))?\]",
-    {
+    address=r"\[(?P<base>\w+)(, (#(?P<disp>-?\w+)|(?P<index>x\w+)(, lsl #(?P<shift>\d+))?))?\]",
+    loads={
         "ldr": 8,
         "ldur": 8,
         "ldrb": 1,
@@ -129,7 +148,7 @@ READING = Reading(
         "ldaxr": 8,
         "ldar": 8,
     },
-    {
+    stores={
         "str": 8,
         "stur": 8,
         "strb": 1,
@@ -141,7 +160,7 @@ READING = Reading(
         "stlxr": 8,
         "stlr": 8,
     },
-    _condition,
+    condition=_condition,
     widths={"x": 8, "w": 4, "b": 1, "h": 2, "s": 4, "d": 8, "q": 16},
 )
 

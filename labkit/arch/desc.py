@@ -33,12 +33,17 @@ class Leaf(Enum):
     LAST = "last"
 
 
-NONE, HUGE, LAST = Leaf.NONE, Leaf.HUGE, Leaf.LAST
+NONE = Leaf.NONE
+HUGE = Leaf.HUGE
+LAST = Leaf.LAST
 
 
 @dataclass(frozen=True)
 class Field:
-    """A number inside an entry: the bits of mask, shifted right (left when shift is negative, as in a RISC-V PPN)."""
+    """A number inside an entry: the bits of mask, shifted right.
+
+    Left when shift is negative, as in a RISC-V PPN.
+    """
 
     mask: int
     shift: int = 0
@@ -46,7 +51,9 @@ class Field:
     def get(self, entry: int) -> int:
         """The number that entry holds in this field."""
         value = entry & self.mask
-        return value >> self.shift if self.shift >= 0 else value << -self.shift
+        if self.shift >= 0:
+            return value >> self.shift
+        return value << -self.shift
 
     def put(self, value: int) -> int:
         """The entry bits that hold value; raises InvalidState when it does not fit."""
@@ -74,14 +81,16 @@ class Match:
         return entry & self.mask == self.value
 
 
-NEVER = Match(
-    1, 0
-)  # of a present entry whose bit 0 says so; formats whose presence is another bit give their own
+# Of a present entry whose bit 0 says so. Formats whose presence is another bit give their own.
+NEVER = Match(1, 0)
 
 
 @dataclass(frozen=True)
 class Level:
-    """One level of a walk; str() is its name in the manual. What is None is as the mode says."""
+    """One level of a walk; str() is its name in the manual.
+
+    What is None here is as the mode says.
+    """
 
     name: str
     shift: int
@@ -125,63 +134,77 @@ class PagingMode:
     present: Match
     pa: Field  # the frame, as a gpa
     flags: Mapping[str, int] = field(hash=False)  # name -> bit
-    table: Match = Match(
-        0
-    )  # a present entry above the last level points to a table (else: it is a leaf)
-    huge: int = 0  # bits to set in a huge leaf
-    made: int = 0  # bits to set in every leaf that labkit makes
+
+    # A present entry above the last level that looks so points to a table; else it is a leaf.
+    table: Match = Match(0)
+
+    # Bits to set: in a huge leaf, and in every leaf that labkit makes.
+    huge: int = 0
+    made: int = 0
+
     pat_huge: int = 0  # frame bits that mean something else in a huge leaf
     inverted: int = 0  # flag bits that say yes when they are clear
-    all_of: tuple[str, ...] = ()  # flags that every level must grant
-    any_of: tuple[str, ...] = ()  # flags that one level suffices to set
-    denies: Mapping[str, int] | None = field(
-        default=None, hash=False
-    )  # flag -> bit by which a table takes it away; None: as a leaf
+
+    # How levels combine: flags that every level must grant, and those that one suffices to set.
+    all_of: tuple[str, ...] = ()
+    any_of: tuple[str, ...] = ()
+
+    # Flag -> bit by which a table takes it away; None: a table's flags are those of a leaf.
+    denies: Mapping[str, int] | None = field(default=None, hash=False)
+
     absent: tuple[str, ...] = ()  # flags that other formats have and that make no difference here
-    reserved: int = 0  # bits that must be clear in every present entry
-    table_reserved: int = 0  # and those in entries that point to tables
+
+    # Bits that must be clear: in every present entry, and in those that point to tables too.
+    reserved: int = 0
+    table_reserved: int = 0
+
     bad: Match | None = None  # what no present entry may look like
     selector: int = 0  # bits of the root register that choose this format
     signed: bool = True  # canonical gvas are sign extended (else: zero extended)
     byteorder: Literal["little", "big"] = "little"
-    entry_size: int = 8
-    c_bit: int | None = None
+    entry_size: int = 8  # bytes
+    c_bit: int | None = None  # the number of the encryption bit
 
     def with_c_bit(self, n: int, inverted: bool = False) -> PagingMode:
-        """The same format with the encryption bit n: a flag "c" that belongs to no frame number (CPUID 0x8000001f EBX[5:0]).
+        """The same format with the encryption bit n (CPUID 0x8000001f EBX[5:0]).
 
-        Inverted, the bit says shared: as TDX's bit and AMD's vTOM, it is clear where a page is encrypted.
+        It is a flag "c" that belongs to no frame number. Inverted, the bit says shared: as TDX's
+        bit and AMD's vTOM, it is clear where a page is encrypted. Raises InvalidState for a bit
+        that is no frame bit, and for a second one.
         """
         if self.c_bit is not None or not bit(n) & (self.pa.mask | self.reserved):
             raise InvalidState(
                 f"{self.name}: bit {n} cannot be the C-bit (frame bits {self.pa.mask:#x})", c_bit=n
             )
-        name = f"{self.name} with {'shared bit' if inverted else 'C-bit'} {n}"
+        kind = "shared bit" if inverted else "C-bit"
         return replace(
             self,
-            name=name,
+            name=f"{self.name} with {kind} {n}",
             pa=Field(self.pa.mask & ~bit(n), self.pa.shift),
             flags={**self.flags, "c": bit(n)},
             reserved=self.reserved & ~bit(n),
-            inverted=self.inverted | bit(n) * inverted,
+            inverted=self.inverted | bit(n) if inverted else self.inverted,
             c_bit=n,
         )
 
     @property
     def c_name(self) -> str:
-        """What the manuals call the bit behind flag "c": C (set is encrypted), or S when set is shared."""
+        """What the manuals call the bit behind flag "c": C, or S when set is shared."""
         return "S" if self.flags.get("c", 0) & self.inverted else "C"
 
     def c_word(self, encrypted: bool) -> str:
-        """How a leaf says that its page is encrypted or shared: "C=1", with an inverted bit "S=0"."""
-        return f"{self.c_name}={int(encrypted ^ (self.c_name == 'S'))}"
+        """How a leaf says that its page is encrypted or shared: "C=1", if inverted "S=0"."""
+        is_set = encrypted if self.c_name == "C" else not encrypted
+        return f"{self.c_name}={int(is_set)}"
 
     def with_maxphyaddr(self, n: int) -> PagingMode:
-        """The same format on a CPU with n physical address bits: frame bits from n up become reserved (SDM vol. 3A 4.1.4)."""
-        above = self.pa.mask & ~self.pa.put(self.pa.get(self.pa.mask) & genmask(n - 1, 0))
-        return replace(
-            self, pa=Field(self.pa.mask & ~above, self.pa.shift), reserved=self.reserved | above
-        )
+        """The same format on a CPU with n physical address bits (SDM vol. 3A 4.1.4).
+
+        Frame bits from n up become reserved.
+        """
+        below = self.pa.put(self.pa.get(self.pa.mask) & genmask(n - 1, 0))
+        above = self.pa.mask & ~below
+        return replace(self, pa=Field(below, self.pa.shift), reserved=self.reserved | above)
 
     @property
     def page_sizes(self) -> tuple[int, ...]:
@@ -196,7 +219,8 @@ class PagingMode:
     @property
     def dtype(self) -> str:
         """An entry as numpy spells it."""
-        return f"{'<' if self.byteorder == 'little' else '>'}u{self.entry_size}"
+        order = "<" if self.byteorder == "little" else ">"
+        return f"{order}u{self.entry_size}"
 
     @cached_property
     def flag_mask(self) -> int:
@@ -214,13 +238,17 @@ class PagingMode:
         return self.inverted ^ self._mask(self.any_of)
 
     def _mask(self, names: tuple[str, ...]) -> int:
-        return sum({self.flags[name] for name in names})
+        mask = 0
+        for name in names:
+            mask |= self.flags[name]
+        return mask
 
     def extend(self, gva: int) -> int:
         """The canonical 64-bit address with the translated bits of gva."""
         low = gva & genmask(self.va_bits - 1, 0)
-        high = genmask(63, self.va_bits) if self.va_bits < 64 else 0
-        return low | high if self.signed and low >> (self.va_bits - 1) else low
+        if self.signed and self.va_bits < 64 and low >> (self.va_bits - 1):
+            return low | genmask(63, self.va_bits)
+        return low
 
     def canonical(self, gva: int) -> bool:
         """Whether a CPU would try to translate gva at all."""
@@ -231,8 +259,13 @@ class PagingMode:
         return level.present or self.present
 
     def table_at(self, level: Level) -> Match:
-        """The test for present entries of this level that point to a table; at the last level: that are no leaves."""
-        return level.table or (NEVER if level.leaf is LAST else self.table)
+        """The test for present entries of this level that point to a table.
+
+        At the last level, where there is none below: for those that are no leaves.
+        """
+        if level.table is not None:
+            return level.table
+        return NEVER if level.leaf is LAST else self.table
 
     def next_table(self, level: Level) -> Field:
         """Where an entry of this level says where the next table is."""
@@ -240,19 +273,22 @@ class PagingMode:
 
     def new_table(self, level: Level, gpa: int) -> int:
         """A permissive entry of this level that points to the table at gpa."""
-        rights = tuple(name for name in self.all_of if self.denies is None)
-        bits = (
-            self.present_at(level).value
-            | self.table_at(level).value
-            | level.must.value
-            | self.encode(dict.fromkeys(rights, True))[0]
-        )
+        bits = self.present_at(level).value | self.table_at(level).value | level.must.value
+        if self.denies is None:
+            rights, _ = self.encode(dict.fromkeys(self.all_of, True))
+            bits |= rights
         return self.next_table(level).put(gpa) | bits
 
     def new_leaf(self, level: Level, flags: Mapping[str, bool]) -> int:
-        """A leaf of this level with these flags, but for its frame."""
-        bits = self.present_at(level).value | level.must.value | self.made | self.encode(flags)[0]
-        return bits | (0 if level.leaf is LAST else self.huge)
+        """A leaf of this level with these flags, but for its frame.
+
+        Raises InvalidState for a flag that the format lacks.
+        """
+        rights, _ = self.encode(flags)
+        bits = self.present_at(level).value | level.must.value | self.made | rights
+        if level.leaf is not LAST:
+            bits |= self.huge
+        return bits
 
     def grants(self, entry: int, is_table: bool) -> int:
         """What an entry leaves of inherited rights, one bit a flag, to be ANDed over all levels."""
@@ -261,7 +297,10 @@ class PagingMode:
         return ~sum(self.flags[name] for name, mask in self.denies.items() if entry & mask)
 
     def root(self, register: int) -> int:
-        """The gpa of the root table in a register such as CR3, without the bits (PCID, C-bit) that are no part of it."""
+        """The gpa of the root table in a register such as CR3.
+
+        Without the bits (PCID, C-bit) that are no part of it.
+        """
         return register & self.pa.get(self.pa.mask)
 
     def frame(self, level: Level, entry: int) -> int:
@@ -269,39 +308,58 @@ class PagingMode:
         return self.pa.get(entry) & -level.size
 
     def leaf_reserved(self, level: Level) -> int:
-        """The bits that must be clear in a leaf of this level: those below a huge frame included."""
+        """The bits that must be clear in a leaf of this level, also those below a huge frame."""
         low = self.pa.get(self.pa.mask) & (level.size - 1) & ~self.pat_huge
         return self.reserved | self.pa.put(low)
 
     def rights(self, entry: int, is_table: bool = False) -> dict[str, bool]:
-        """The flags of one entry by name, whatever the other levels say; of a table that only takes away, what it takes away."""
+        """The flags of one entry by name, whatever the other levels say.
+
+        Of a table in a format whose tables only take away, what it takes away.
+        """
         if is_table and self.denies is not None:
             return {f"no {name}": True for name, mask in self.denies.items() if entry & mask}
         entry ^= self.inverted
         return {name: bool(entry & mask) for name, mask in self.flags.items()}
 
     def encode(self, flags: Mapping[str, bool]) -> tuple[int, int]:
-        """The entry bits (to set, to clear) that give these flags; raises InvalidState for a name the mode lacks."""
-        flags = {name: on for name, on in flags.items() if name not in self.absent}
-        for name in flags:
+        """The entry bits (to set, to clear) that give these flags.
+
+        Raises InvalidState for a name that the format lacks, unless it makes no difference here.
+        """
+        yes = 0
+        mask = 0
+        for name, on in flags.items():
+            if name in self.absent:
+                continue
             if name not in self.flags:
                 raise InvalidState(
                     f"{self.name} has no flag {name!r}, only {' '.join(self.flags)}", flag=name
                 )
-        yes = self._mask(tuple(name for name, on in flags.items() if on))
-        mask = self._mask(tuple(flags))
+            mask |= self.flags[name]
+            if on:
+                yes |= self.flags[name]
         bits = yes ^ (self.inverted & mask)
         return bits, mask & ~bits
 
     def letters(self, entry: int, is_table: bool = False) -> str:
-        """The flags of one entry as "W U A D NX C" (S for a shared bit that is set); P, which every present entry has, is left out."""
-        shown = self.rights(entry, is_table)
-        if self.c_name == "S":
-            shown = {"s" if name == "c" else name: on ^ (name == "c") for name, on in shown.items()}
-        return " ".join(short(name) for name, on in shown.items() if on)
+        """The flags of one entry as "W U A D NX C" (S for a shared bit that is set).
+
+        P, which every present entry has, is left out.
+        """
+        letters = []
+        for name, on in self.rights(entry, is_table).items():
+            if name == "c" and self.c_name == "S":
+                name = "s"
+                on = not on
+            if on:
+                letters.append(short(name))
+        return " ".join(letters)
 
 
 def short(flag: str) -> str:
-    """A flag as a label of one or two letters."""
+    """A flag as a label of a few letters: "W" of writable, "NX" of nx, "noW" of "no writable"."""
     no, _, name = flag.rpartition(" ")
-    return no + (name if len(name) <= 3 else name[0]).upper()
+    if len(name) > 3:
+        name = name[0]
+    return no + name.upper()

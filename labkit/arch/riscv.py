@@ -1,7 +1,11 @@
-"""riscv64 as data (Privileged Architecture 12.1, 12.3 to 12.5), in the state of the selftests' vm_arch_vcpu_add()."""
+"""riscv64 as data: Privileged Architecture 12.1, 12.3 to 12.5.
+
+In the state of the selftests' vm_arch_vcpu_add().
+"""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -20,7 +24,8 @@ _LEVELS = (
     Level("L0", 12, 9, leaf=LAST, table=_POINTER),
 )
 
-# An entry without R, W and X points to a table; W without R is reserved; a pointer has neither A, D nor U.
+# An entry without R, W and X points to a table; W without R is reserved; a pointer has neither A,
+# D nor U.
 RISCV_SV48 = PagingMode(
     name="riscv/SV48_4K",
     levels=_LEVELS,
@@ -89,38 +94,52 @@ def _level(regs: Mapping[str, int]) -> str:
     return f"{'USHM'[regs['priv']]}-mode, {paging}"
 
 
+_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
+    "beq": operator.eq,
+    "bne": operator.ne,
+    "blt": operator.lt,
+    "bge": operator.ge,
+    "bgt": operator.gt,
+    "ble": operator.le,
+}
+
+
 def _condition(mnemonic: str, operands: Sequence[str], read: Callable[[str], int]) -> bool | None:
     """BEQ to BGEU, also with a zero in the name; unsigned where it ends in u."""
     name = mnemonic.removeprefix("c.")
-    how = next(
-        (how for how in ("beq", "bne", "blt", "bge", "bgt", "ble") if name.startswith(how)), None
-    )
-    if how is None:
+    compare = _COMPARISONS.get(name[:3])
+    if compare is None:
         return None
-    a, b = read(operands[0]), 0 if name.endswith("z") else read(operands[1])
-    if not name.endswith("u"):
-        a, b = ((value ^ 1 << 63) - (1 << 63) for value in (a, b))
-    return {"beq": a == b, "bne": a != b, "blt": a < b, "bge": a >= b, "bgt": a > b, "ble": a <= b}[
-        how
-    ]
+    left = read(operands[0])
+    right = 0 if name.endswith("z") else read(operands[1])
+    if name.endswith("u"):
+        return compare(left, right)
+    return compare(_signed(left), _signed(right))
+
+
+def _signed(value: int) -> int:
+    """A 64-bit register as a signed number."""
+    return (value ^ 1 << 63) - (1 << 63)
 
 
 _WIDTHS = {"b": 1, "h": 2, "w": 4, "d": 8}
+
+
+def _accesses(letter: str, suffixes: Sequence[str]) -> dict[str, int]:
+    """Bytes by mnemonic: of one letter and a width, compressed or not, with these suffixes."""
+    found = {}
+    for prefix in ("", "c."):
+        for width, size in _WIDTHS.items():
+            for suffix in suffixes:
+                found[f"{prefix}{letter}{width}{suffix}"] = size
+    return found
+
+
 READING = Reading(
-    r"(?P<disp>-?\w+)\((?P<base>\w+)\)",
-    {
-        f"{c}l{at}{more}": size
-        for at, size in _WIDTHS.items()
-        for c in ("", "c.")
-        for more in ("", "u", "sp")
-    },
-    {
-        f"{c}s{at}{more}": size
-        for at, size in _WIDTHS.items()
-        for c in ("", "c.")
-        for more in ("", "sp")
-    },
-    _condition,
+    address=r"(?P<disp>-?\w+)\((?P<base>\w+)\)",
+    loads=_accesses("l", ("", "u", "sp")),
+    stores=_accesses("s", ("", "sp")),
+    condition=_condition,
 )
 
 RISCV64 = Arch(

@@ -1,6 +1,7 @@
-"""s390x as data (z/Architecture Principles of Operation SA22-7832: chapter 3 for DAT, 4 and 6 for PSWs and interruptions).
+"""s390x as data: z/Architecture Principles of Operation SA22-7832.
 
-The state is that of the selftests' vm_arch_vcpu_add(), but for a lowcore of its own for every vCPU, by way of its prefix.
+Chapter 3 for DAT, 4 and 6 for PSWs and interruptions. The state is that of the selftests'
+vm_arch_vcpu_add(), but for a lowcore of its own for every vCPU, by way of its prefix.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from labkit.bits import bit, genmask
 
 __all__ = ["LOWCORE_SIZE", "S390X", "S390_PXXV64_4K"]
 
-_INVALID, _PROTECT, _PAGE_INVALID = bit(5), bit(9), bit(10)
-_TYPE, _LENGTH = 3 << 2, 3
+_INVALID = bit(5)
+_PROTECT = bit(9)
+_PAGE_INVALID = bit(10)
+_TYPE = 3 << 2
+_LENGTH = 3
 
 
 def _region(name: str, shift: int, kind: int) -> Level:
+    """A region table: its entries say which kind it is, and that the table below is whole."""
     return Level(
         name,
         shift,
@@ -29,7 +34,8 @@ def _region(name: str, shift: int, kind: int) -> Level:
     )
 
 
-# Three region tables, a segment table, a page table: 16 KiB each, the last 2 KiB. No large pages: Unicorn walks none.
+# Three region tables, a segment table, a page table: 16 KiB each, the last 2 KiB. No large pages:
+# Unicorn walks none.
 S390_PXXV64_4K = PagingMode(
     name="s390/P44V64_4K",
     levels=(
@@ -61,7 +67,10 @@ S390_PXXV64_4K = PagingMode(
 
 PSW_MASK = 0x0400000180000000  # DAT, 64-bit addressing
 CR0 = 0x40000  # AFP
-LOWCORE_SIZE, PGM_NEW_PSW = 0x2000, 0x1D0
+LOWCORE_SIZE = 0x2000  # bytes
+PGM_NEW_PSW = 0x1D0  # in the lowcore
+
+# Program interruption codes.
 PROGRAM = {
     0x01: "operation",
     0x02: "privileged operation",
@@ -81,6 +90,7 @@ PROGRAM = {
     0x3A: "region-second translation",
     0x3B: "region-third translation",
 }
+
 FLAGS = {
     "PER": 62,
     "DAT": 58,
@@ -107,15 +117,20 @@ def _reset(tables: BootTables) -> dict[str, int]:
 
 
 def _lowcore(tables: BootTables) -> dict[int, bytes]:
-    return {
-        PGM_NEW_PSW: struct.pack(">2Q", PSW_MASK, tables.vectors) if tables.vectors else bytes(16)
-    }
+    """Where a program interruption goes on; without vectors, to a PSW that is none."""
+    new_psw = bytes(16)
+    if tables.vectors:
+        new_psw = struct.pack(">2Q", PSW_MASK, tables.vectors)
+    return {PGM_NEW_PSW: new_psw}
 
 
 def _level(regs: Mapping[str, int]) -> str:
-    return f"{'problem' if regs['pswm'] >> 48 & 1 else 'supervisor'} state, DAT {'on' if regs['pswm'] >> 58 & 1 else 'off'}"
+    state = "problem" if regs["pswm"] >> FLAGS["PROBLEM"] & 1 else "supervisor"
+    dat = "on" if regs["pswm"] >> FLAGS["DAT"] & 1 else "off"
+    return f"{state} state, DAT {dat}"
 
 
+# The condition codes 0 to 3 on which a branch is taken, as bits 8 to 1.
 _CODES = {
     "e": 8,
     "ne": 7,
@@ -137,36 +152,63 @@ _CODES = {
     "np": 13,
     "m": 4,
     "nm": 11,
-}  # condition codes 0 to 3 as bits 8 to 1
-_COMPARE = re.compile(r"c(l)?(g)?(f)?([ir])(j)(\w+)")
+}
+
+# COMPARE AND BRANCH: logical (unsigned), 64 bits, 32 sign-extended, immediate or register, code.
+_COMPARE = re.compile(r"c(?P<logical>l)?(?P<long>g)?(?P<extended>f)?(?P<form>[ir])j(?P<code>\w+)")
 
 
 def _condition(mnemonic: str, operands: Sequence[str], read: Callable[[str], int]) -> bool | None:
-    """Branches on the condition code, on a count, and on a comparison of their own (Principles of Operation, chapter 7)."""
+    """Whether a branch will be taken (Principles of Operation, chapter 7).
+
+    There are branches on a count, on the condition code, and on a comparison of their own.
+    """
     if mnemonic in ("brct", "brctg"):
-        return read(operands[0]) - 1 & (1 << (64 if mnemonic == "brctg" else 32)) - 1 != 0
-    if mnemonic.removeprefix("j").removeprefix("g") in _CODES and mnemonic[0] == "j":
-        return bool(_CODES[mnemonic[1:].removeprefix("g")] << (read("pswm") >> 44 & 3) & 8)
-    match = _COMPARE.fullmatch(mnemonic)
-    if match is None or match[6] not in _CODES:
+        bits = 64 if mnemonic == "brctg" else 32
+        return _low_bits(read(operands[0]) - 1, bits) != 0
+
+    code = mnemonic.removeprefix("j").removeprefix("g")
+    if mnemonic.startswith("j") and code in _CODES:
+        return _is_taken(code, read("pswm") >> FLAGS["CC1"] & 3)
+
+    compare = _COMPARE.fullmatch(mnemonic)
+    if compare is None or compare["code"] not in _CODES:
         return None
-    bits = 64 if match[2] else 32
-    pair = [
-        value & (1 << bits) - 1
-        for value in (
-            read(operands[0]),
-            read(operands[1]) if match[4] == "r" else int(operands[1], 0),
-        )
-    ]
-    a, b = pair if match[1] else [(value ^ 1 << bits - 1) - (1 << bits - 1) for value in pair]
-    return bool(_CODES[match[6]] & (8 if a == b else 4 if a < b else 2))
+    return _is_taken(compare["code"], _compared(compare, operands, read))
+
+
+def _is_taken(code: str, condition: int) -> bool:
+    return bool(_CODES[code] << condition & 8)
+
+
+def _compared(compare: re.Match[str], operands: Sequence[str], read: Callable[[str], int]) -> int:
+    """The condition code of a comparison: 0 equal, 1 the first is lower, 2 it is higher."""
+    bits = 64 if compare["long"] else 32
+    first = _low_bits(read(operands[0]), bits)
+    second = read(operands[1]) if compare["form"] == "r" else int(operands[1], 0)
+    second = _low_bits(second, bits)
+    if not compare["logical"]:
+        first = _signed(first, bits)
+        second = _signed(second, bits)
+    if first == second:
+        return 0
+    return 1 if first < second else 2
+
+
+def _low_bits(value: int, bits: int) -> int:
+    return value & (1 << bits) - 1
+
+
+def _signed(value: int, bits: int) -> int:
+    sign = 1 << bits - 1
+    return (value ^ sign) - sign
 
 
 _BYTES = {"": 4, "y": 4, "g": 8, "h": 2, "hy": 2, "c": 1, "cy": 1}
-_ATOMIC = {"laog": 8, "lang": 8, "laag": 8}
+_ATOMIC = {"laog": 8, "lang": 8, "laag": 8}  # which load and store
 READING = Reading(
-    r"(?P<disp>-?\w+)\(((?P<index>%\w+), )?(?P<base>%\w+)\)",
-    {
+    address=r"(?P<disp>-?\w+)\(((?P<index>%\w+), )?(?P<base>%\w+)\)",
+    loads={
         **{f"l{kind}": size for kind, size in _BYTES.items() if "c" not in kind},
         **dict.fromkeys(("lgf", "llgf", "a"), 4),
         **dict.fromkeys(("llgc", "llc", "lgb", "ic"), 1),
@@ -174,8 +216,8 @@ READING = Reading(
         **dict.fromkeys(("ag", "sg", "ng", "og", "xg", "cg", "clg", "ltg"), 8),
         **_ATOMIC,
     },
-    {**{f"st{kind}": size for kind, size in _BYTES.items()}, **_ATOMIC},
-    _condition,
+    stores={**{f"st{kind}": size for kind, size in _BYTES.items()}, **_ATOMIC},
+    condition=_condition,
 )
 
 S390X = Arch(

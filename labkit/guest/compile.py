@@ -1,92 +1,44 @@
-"""Compiling guests: ziglang's clang by default, the machine's own gcc or clang when asked; the compiler's own words on error."""
+"""Compiling guests: C in, a Program out, and the compiler's own words on error.
+
+ziglang's clang does it by default, the machine's own gcc or clang when asked.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
-import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from labkit.errors import CompileError, InvalidState, NotAvailable
+from labkit.guest.compilers import (
+    ARCHES,
+    FAMILY_FLAGS,
+    FLAGS,
+    NO_FLOATS,
+    Compiler,
+    find_compiler,
+)
 from labkit.guest.lines import LIBRARY, LIBRARY_NAME
 from labkit.guest.program import Program
 
-__all__ = [
-    "COMPILERS",
-    "Compiler",
-    "build_prebuilt",
-    "compile_guest",
-    "find_compiler",
-    "prebuilt_defines",
-]
+__all__ = ["compile_guest"]
 
-COMPILERS = ("zig", "gcc", "clang", "cc")  # in the order they are tried
 TIMEOUT = 120  # seconds; ziglang's first run fills its cache
-FLAGS = (
-    "-std=gnu11",
-    "-ffreestanding",
-    "-fno-builtin",
-    "-nostdlib",
-    "-static",
-    "-fno-pic",
-    "-no-pie",
-    "-fno-stack-protector",
-    "-fno-strict-aliasing",
-    "-fno-omit-frame-pointer",
-    "-fno-asynchronous-unwind-tables",
-    "-gdwarf-4",
-    "-Wall",
-    "-Werror=implicit-function-declaration",
-    "-Wl,-e,guest_code",
-    "-Wl,-z,max-page-size=4096",
-    "-Wl,--build-id=none",
-)
-FAMILIES = {
-    "zig": ("-fno-sanitize=all", "-Wl,--no-gc-sections", "-fdebug-compilation-dir=."),
-    "clang": (),
-    "gcc": ("-fno-tree-loop-distribute-patterns",),
-}
-NO_FLOATS = {  # (family, arch); ziglang accepts -mgeneral-regs-only and ignores it
-    ("zig", "x86_64"): (
-        "-target",
-        "x86_64-freestanding",
-        "-mcpu=x86_64-sse-sse2-mmx-x87+soft_float",
-        "-mno-red-zone",
-    ),
-    ("zig", "arm64"): ("-target", "aarch64-freestanding", "-mcpu=generic-neon-fp_armv8"),
-    ("zig", "riscv64"): (
-        "-target",
-        "riscv64-freestanding",
-        "-mcpu=generic_rv64+m+a+c+zicsr",
-        "-mabi=lp64",
-    ),
-    ("zig", "s390x"): ("-target", "s390x-freestanding", "-mcpu=z13-vector+soft_float"),
-    ("clang", "x86_64"): ("--target=x86_64-linux-gnu", "-mgeneral-regs-only", "-mno-red-zone"),
-    ("gcc", "x86_64"): ("-m64", "-mgeneral-regs-only", "-mno-red-zone", "-fcf-protection=none"),
-    ("gcc", "arm64"): ("-mgeneral-regs-only", "-mno-outline-atomics"),
-    ("gcc", "riscv64"): ("-march=rv64imac_zicsr", "-mabi=lp64", "-mcmodel=medany"),
-    ("gcc", "s390x"): ("-march=z13", "-msoft-float", "-mno-vx"),
-}
-CROSS = {
-    "arm64": "aarch64-linux-gnu-",
-    "riscv64": "riscv64-linux-gnu-",
-    "s390x": "s390x-linux-gnu-",
-}  # Debian's prefixes
-DEFAULT_ARCH, EVERYWHERE = (
-    "x86_64",
-    ("hello", "two_vcpus"),
-)  # guests that come prebuilt for all architectures
-ARCHES = tuple(arch for family, arch in NO_FLOATS if family == "zig")
+MAX_SOURCE_NAME = 200
+SOURCE = ".source.c"
+RESULT = "guest.elf"
 ANY_BYTES = "surrogateescape"  # a source may have comments in Latin-1
-NOINLINE = re.compile(
-    r"__attribute__\s*\(\([^()]*\bnoinline\b"
-)  # an attribute's name, where the kernel's headers have a macro
+
+# An attribute's name, where the kernel's headers have a macro.
+NOINLINE = re.compile(r"__attribute__\s*\(\([^()]*\bnoinline\b")
+
+# A linker's warning, which is left out: a guest may name its functions as it likes.
+ENTRY_MISSING = re.compile(r"^.*(cannot find entry symbol|entry symbol).*\n?", re.MULTILINE)
+
+# (what a compiler says, one word of ours for the mistakes that everybody makes once)
 HINTS = (
     (
         r"'__noinline__'",
@@ -95,44 +47,6 @@ HINTS = (
     (r"declar.*GUEST_|GUEST_.*declar", 'is #include "labkit.h" missing?'),
     (r"\b__[a-z]+[sdt]f[0-9]?\b|SSE (register|disabled|vector)", "guests have no floating point"),
 )
-ENTRY_MISSING = re.compile(  # a guest may name its functions as it likes
-    r"^.*(cannot find entry symbol|entry symbol).*\n?", re.MULTILINE
-)
-
-
-@dataclass(frozen=True)
-class Compiler:
-    """A C compiler of this machine; family is the key of its flags."""
-
-    name: str
-    family: str
-    command: tuple[str, ...]
-
-
-def find_compiler(name: str | None = None, arch: str = "x86_64") -> Compiler:
-    """The compiler of that name ("zig", "gcc", "clang", "cc") for an architecture, or the first there is; raises NotAvailable."""
-    if name is not None and name not in COMPILERS:
-        raise InvalidState(f"compiler {name!r} is not one of {', '.join(COMPILERS)}", compiler=name)
-    for candidate in (name,) if name else COMPILERS:
-        if (found := _probe(candidate, CROSS.get(arch, ""))) and (found.family, arch) in NO_FLOATS:
-            return found
-    what = f"the compiler {name!r} for {arch}" if name else f"a C compiler for {arch}"
-    raise NotAvailable(
-        f"{what} is not on this machine; pip install ziglang brings one", compiler=name
-    )
-
-
-def _probe(name: str, prefix: str) -> Compiler | None:
-    if name == "zig":
-        spec = importlib.util.find_spec("ziglang")
-        path = (
-            Path(spec.origin).resolve().parent / ("zig.exe" if os.name == "nt" else "zig")
-            if spec and spec.origin
-            else None
-        )
-        return Compiler(name, name, (str(path), "cc")) if path and path.is_file() else None
-    found = shutil.which(prefix + name)
-    return Compiler(name, "clang" if name == "clang" else "gcc", (found,)) if found else None
 
 
 def compile_guest(
@@ -143,86 +57,124 @@ def compile_guest(
     defines: Sequence[str] = (),
     name: str | None = None,
 ) -> Program:
-    """Compile C text, or the file at a Path (or a str that ends in .c), with the guest library into a Program.
+    """Compile C text, or the file at a path, with the guest library into a Program.
 
-    `defines` are "NAME" or "NAME=VALUE"; `name` is what messages and line numbers call the source ("guest.c"). Nothing but the
-    source decides the result: no path of this machine gets into it. Raises CompileError with the compiler's own message.
+    A Path is a file, and so is a str that ends in .c; any other str is the text itself. `defines`
+    are "NAME" or "NAME=VALUE"; `name` is what messages and line numbers call the source
+    ("guest.c"). Nothing but the source decides the result: no path of this machine gets into it.
+
+    Raises CompileError with the compiler's own message, NotAvailable for an architecture or a
+    compiler that is not here, InvalidState for a name that no source can have.
     """
     if arch not in ARCHES:
+        known = ", ".join(ARCHES)
         raise NotAvailable(
-            f"guests for {arch!r} cannot be compiled; there is a guest library for {', '.join(ARCHES)}",
+            f"guests for {arch!r} cannot be compiled; there is a guest library for {known}",
             arch=arch,
         )
-    text, path = _source(source_or_path)
-    name = name or (str(source_or_path) if path else "guest.c")
-    if not name.isprintable() or len(name) > 200 or Path(name).name in ("", ".."):
-        raise InvalidState(f"{name!r} cannot be the name of a source", name=name)
+
+    text, path = _read_source(source_or_path)
+    if not name:
+        name = "guest.c" if path is None else str(source_or_path)
+    _check_name(name)
+
     found = find_compiler(compiler, arch)
+    folder = Path.cwd() if path is None else path.parent.resolve()
+    options = [opt, *(f"-D{define}" for define in defines), f"-iquote{folder}"]
     with tempfile.TemporaryDirectory(prefix="labkit-") as work:
-        source, line = Path(work) / ".source.c", name.replace("\\", "\\\\").replace('"', '\\"')
-        if Path(name).name == name:  # gcc quotes the line from the file that #line names
-            (Path(work) / name).write_bytes(text.encode("utf-8", ANY_BYTES))
-        first = "#define LABKIT_NOINLINE_IS_AN_ATTRIBUTE\n" if NOINLINE.search(text) else ""
-        source.write_bytes(f'{first}#line 1 "{line}"\n{text}\n'.encode("utf-8", ANY_BYTES))
-        flags = (
-            opt,
-            *(f"-D{define}" for define in defines),
-            f"-iquote{path.parent.resolve() if path else Path.cwd()}",
-        )
-        image, output = _run(found, _command(found, arch, source, flags), Path(work))
+        _write_source(Path(work), name, text)
+        command = _command(found, arch, Path(work), options)
+        image, output = _run(found, command, Path(work))
+
     shown = text.encode("utf-8", ANY_BYTES).decode("utf-8", "replace")
     return Program(image, Path(name).stem, None, {name: shown}, output)
 
 
-def _source(source_or_path: str | Path) -> tuple[str, Path | None]:
+def _read_source(source_or_path: str | Path) -> tuple[str, Path | None]:
+    """The C text, and the file that it came from."""
     try:
-        if isinstance(source_or_path, str) and (
-            "\n" in source_or_path or not source_or_path.endswith(".c")
-        ):
-            source_or_path.encode("utf-8", ANY_BYTES)
+        if isinstance(source_or_path, str) and _is_text(source_or_path):
+            source_or_path.encode("utf-8", ANY_BYTES)  # or it could not be written for the compiler
             return source_or_path, None
-        return Path(source_or_path).read_bytes().decode("utf-8", ANY_BYTES), Path(source_or_path)
+        path = Path(source_or_path)
+        return path.read_bytes().decode("utf-8", ANY_BYTES), path
     except (OSError, ValueError) as error:
         raise CompileError(f"the source cannot be read: {error}", command=(), output="") from error
 
 
-def _command(compiler: Compiler, arch: str, source: Path, flags: Sequence[str]) -> list[str]:
-    """The whole command line: the guest and the library in one go, every directory mapped to a name that is the same anywhere."""
-    library = sorted(
-        str(p)
-        for folder in (LIBRARY, LIBRARY / arch)
-        for p in folder.iterdir()
-        if p.suffix in (".c", ".S")
-    )
-    places = {LIBRARY: LIBRARY_NAME.rstrip("/"), Path(compiler.command[0]).parent: "compiler"}
-    if (
-        compiler.family != "zig"
-    ):  # its cache would never match a command line that differs every time
-        places[source.parent] = "."
-    maps = [f"-ffile-prefix-map={there}={shown}" for there, shown in places.items()]
+def _is_text(source_or_path: str) -> bool:
+    return "\n" in source_or_path or not source_or_path.endswith(".c")
+
+
+def _check_name(name: str) -> None:
+    """Raise InvalidState for a name that no source can have."""
+    if not name.isprintable() or len(name) > MAX_SOURCE_NAME or Path(name).name in ("", ".."):
+        raise InvalidState(f"{name!r} cannot be the name of a source", name=name)
+
+    if name in _library_headers():
+        raise InvalidState(
+            f"{name!r} cannot be the name of a source: the guest library has a header of that "
+            "name, and whoever includes it would get the source",
+            name=name,
+        )
+
+
+def _library_headers() -> set[str]:
+    """What guests include: labkit.h, and the kernel's names for it."""
+    headers = [*LIBRARY.glob("*.h"), *(LIBRARY / "compat").glob("*.h")]
+    return {header.name for header in headers}
+
+
+def _write_source(work: Path, name: str, text: str) -> None:
+    """Write the source into the compiler's folder, so that its errors are the user's lines."""
+    if Path(name).name == name:  # gcc quotes the line from the file that #line names
+        (work / name).write_bytes(text.encode("utf-8", ANY_BYTES))
+
+    before = ""
+    if NOINLINE.search(text):
+        before = "#define LABKIT_NOINLINE_IS_AN_ATTRIBUTE\n"
+    quoted = name.replace("\\", "\\\\").replace('"', '\\"')
+    whole = f'{before}#line 1 "{quoted}"\n{text}\n'
+    (work / SOURCE).write_bytes(whole.encode("utf-8", ANY_BYTES))
+
+
+def _command(compiler: Compiler, arch: str, work: Path, options: Sequence[str]) -> list[str]:
+    """The whole command line: the guest and the library in one go."""
     return [
         *compiler.command,
         *FLAGS,
-        *FAMILIES[compiler.family],
+        *FAMILY_FLAGS[compiler.family],
         *NO_FLOATS[compiler.family, arch],
-        *flags,
-        *maps,
+        *options,
+        *_prefix_maps(compiler, work),
         f"-I{LIBRARY}",
         f"-I{LIBRARY / 'compat'}",
         "-T",
         str(LIBRARY / "link.ld"),
         "-o",
-        "guest.elf",
-        source.name,
-        *library,
+        RESULT,
+        SOURCE,
+        *_library_sources(arch),
     ]
 
 
+def _prefix_maps(compiler: Compiler, work: Path) -> list[str]:
+    """Options that give every directory a name that is the same anywhere."""
+    names = {LIBRARY: LIBRARY_NAME.rstrip("/"), Path(compiler.command[0]).parent: "compiler"}
+    # Not for zig: its cache would never match a command line that differs every time.
+    if compiler.family != "zig":
+        names[work] = "."
+    return [f"-ffile-prefix-map={there}={shown}" for there, shown in names.items()]
+
+
+def _library_sources(arch: str) -> list[str]:
+    """The files of the guest library: what all architectures share, and this one's own."""
+    files = [*LIBRARY.iterdir(), *(LIBRARY / arch).iterdir()]
+    return sorted(str(file) for file in files if file.suffix in (".c", ".S"))
+
+
 def _run(compiler: Compiler, command: list[str], work: Path) -> tuple[bytes, str]:
-    """The ELF file's bytes and what the compiler had to say."""
-    env = {**os.environ, "LC_ALL": "C"}
-    if not os.access(Path.home(), os.W_OK):  # zig insists on a cache
-        env.setdefault("ZIG_GLOBAL_CACHE_DIR", str(work / "cache"))
+    """The ELF file's bytes and what the compiler had to say; raises CompileError."""
     try:
         done = subprocess.run(
             command,
@@ -232,60 +184,32 @@ def _run(compiler: Compiler, command: list[str], work: Path) -> tuple[bytes, str
             errors="replace",
             stdin=subprocess.DEVNULL,
             timeout=TIMEOUT,
-            env=env,
+            env=_environment(work),
         )
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise CompileError(
             f"{compiler.name} could not run: {error}", command=tuple(command), output=""
         ) from error
-    output, result = (
-        ENTRY_MISSING.sub("", done.stderr.replace(f"{work}/", "")).strip(),
-        work / "guest.elf",
-    )
-    if done.returncode or not result.is_file():
-        raise CompileError(
-            (output or f"{compiler.name} ended with status {done.returncode}") + _hint(output),
-            command=tuple(command),
-            output=output,
-        )
+
+    output = ENTRY_MISSING.sub("", done.stderr.replace(f"{work}/", "")).strip()
+    result = work / RESULT
+    if done.returncode != 0 or not result.is_file():
+        said = output or f"{compiler.name} ended with status {done.returncode}"
+        raise CompileError(said + _hint(output), command=tuple(command), output=output)
     return result.read_bytes(), output
 
 
+def _environment(work: Path) -> dict[str, str]:
+    """English messages, and a cache for zig, which insists on one, where there is no home."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    if not os.access(Path.home(), os.W_OK):
+        environment.setdefault("ZIG_GLOBAL_CACHE_DIR", str(work / "cache"))
+    return environment
+
+
 def _hint(output: str) -> str:
-    """One word of ours for the mistakes that everybody makes once."""
-    return next((f"\n({hint})" for pattern, hint in HINTS if re.search(pattern, output)), "")
-
-
-def prebuilt_defines(source: Path) -> tuple[str, ...]:
-    """What a prebuilt guest is compiled with: the words -DNAME in the comment that is its first line."""
-    return tuple(re.findall(r"-D(\w+)", source.read_text().partition("\n")[0]))
-
-
-def build_prebuilt(folder: Path) -> list[Path]:
-    """Compile every .c of a folder to the .elf beside it, and some for each other architecture into a folder of its name.
-
-    Always with ziglang, so that everybody gets the same bytes.
-    """
-    built = []
-    for source, arch in [
-        (source, arch) for arch in ARCHES for source in sorted(folder.glob("*.c"))
-    ]:
-        if arch == DEFAULT_ARCH or source.stem in EVERYWHERE:
-            target = (folder / ("" if arch == DEFAULT_ARCH else arch) / source.name).with_suffix(
-                ".elf"
-            )
-            target.parent.mkdir(exist_ok=True)
-            fresh = target.with_suffix(".new")
-            fresh.write_bytes(
-                compile_guest(
-                    source, arch, "zig", defines=prebuilt_defines(source), name=source.name
-                ).image
-            )
-            fresh.replace(target)
-            built.append(target)
-    return built
-
-
-if __name__ == "__main__":
-    for path in build_prebuilt(Path(sys.argv[1] if len(sys.argv) > 1 else "data/guests")):
-        print(path, path.stat().st_size)
+    """Our word for one of the mistakes in HINTS, as a line of its own."""
+    for pattern, hint in HINTS:
+        if re.search(pattern, output):
+            return f"\n({hint})"
+    return ""

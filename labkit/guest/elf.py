@@ -1,51 +1,38 @@
-"""ELF files as facts: what pyelftools reads, checked so far that a hostile file costs an ElfError and nothing else."""
+"""ELF files as facts, checked so far that a hostile one costs an ElfError and nothing else."""
 
 from __future__ import annotations
 
-import io
 import itertools
 from dataclasses import dataclass
-from struct import unpack_from
-from typing import Any, Literal, NoReturn
-
-import numpy as np
-from elftools.elf.elffile import ELFFile
+from struct import Struct
+from typing import Literal, NamedTuple, NoReturn
 
 from labkit.errors import ElfError
+from labkit.guest.sections import MAX_HEADERS, open_elf
+from labkit.guest.symbols import Symbol, read_symbols
 
-__all__ = ["ElfFacts", "Segment", "Symbol", "debug_info", "read_elf"]
+__all__ = ["ElfFacts", "Segment", "Symbol", "read_elf"]
 
-ARCHES = {
+MAX_MEMSZ = 1 << 30  # bytes of all segments together
+
+ARCHES: dict[tuple[str | int, int], str] = {  # by e_machine and EI_DATA
     ("EM_X86_64", 1): "x86_64",
     ("EM_AARCH64", 1): "arm64",
     ("EM_RISCV", 1): "riscv64",
     ("EM_S390", 2): "s390x",
-}  # e_machine, EI_DATA
-MAX_MEMSZ = 1 << 30  # bytes of all segments together
-PHDR_SIZE, SHDR_SIZE, MAX_HEADERS = 56, 64, 4096
-MAX_NAME, MAX_SECTION_NAME, MAX_DEBUG, MAX_RUN = 4096, 256, 1 << 28, 1 << 14
-GP = b"__global_pointer$"  # riscv64: what gp holds; of all absolute symbols the only place
-KINDS: dict[int, Literal["notype", "object", "func"]] = {
-    0: "notype",
-    1: "object",
-    2: "func",
-    10: "func",
-}  # STT_*; 10: IFUNC
-SYM = np.dtype(
-    [
-        ("name", "<u4"),
-        ("info", "u1"),
-        ("other", "u1"),
-        ("shndx", "<u2"),
-        ("value", "<u8"),
-        ("size", "<u8"),
-    ]
-)  # little-endian
+}
 BYTEORDERS: dict[int, Literal["little", "big"]] = {1: "little", 2: "big"}  # EI_DATA
-assert SYM.itemsize == 24  # Elf64_Sym
+EHDR_SIZE = 64  # Elf64_Ehdr
+PHDR = "2I6Q"  # Elf64_Phdr: the fields of _ProgramHeader
+PHDR_SIZE = 56
+PT_LOAD = 1
+PF_X, PF_W, PF_R = 1, 2, 4
 
-HOW = {
-    "ET_DYN": "position independent (PIE or a shared library); link it with -no-pie at a fixed address",
+# What files are that are not linked at a fixed address, by e_type.
+HOW: dict[str | int, str] = {
+    "ET_DYN": (
+        "position independent (PIE or a shared library); link it with -no-pie at a fixed address"
+    ),
     "ET_REL": "an object file that was never linked",
     "ET_CORE": "a core dump",
 }
@@ -68,26 +55,19 @@ class Segment:
         return self.gva + self.memsz
 
     def __repr__(self) -> str:
-        rights = "".join(
-            c if on else "-"
-            for c, on in zip("rwx", (self.readable, self.writable, self.executable), strict=True)
-        )
-        return f"Segment(0x{self.gva:x}..0x{self.end:x} {rights}, {len(self.data)} bytes from the file)"
-
-
-@dataclass(frozen=True, slots=True)
-class Symbol:
-    """A name with an address; size 0 means that nobody said how long it is."""
-
-    name: str
-    gva: int
-    size: int
-    kind: Literal["func", "object", "notype"]
+        granted = (self.readable, self.writable, self.executable)
+        rights = "".join(c if on else "-" for c, on in zip("rwx", granted, strict=True))
+        where = f"0x{self.gva:x}..0x{self.end:x}"
+        return f"Segment({where} {rights}, {len(self.data)} bytes from the file)"
 
 
 @dataclass(frozen=True)
 class ElfFacts:
-    """What one ELF file says, segments sorted by address, symbols in file order."""
+    """What one ELF file says.
+
+    Segments are sorted by address; symbols are global ones first, each kind in file order. entry
+    is a gva, 0 for a file that has none.
+    """
 
     arch: str
     byteorder: Literal["little", "big"]
@@ -96,184 +76,163 @@ class ElfFacts:
     symbols: tuple[Symbol, ...]
 
 
+@dataclass(frozen=True)
+class _File:
+    """An image under the name that messages give it."""
+
+    image: bytes
+    name: str
+
+    def refuse(self, problem: str, **found: object) -> NoReturn:
+        """Say why this file cannot be a guest."""
+        raise ElfError(f"{self.name}: {problem}", path=self.name, what=problem, found=found)
+
+
+class _Header(NamedTuple):
+    """The fields of the ELF header that matter here."""
+
+    e_type: str | int  # a number where pyelftools knows no name
+    e_machine: str | int
+    e_entry: int
+    e_phoff: int
+    e_phnum: int
+    e_phentsize: int
+
+
+class _ProgramHeader(NamedTuple):
+    """One Elf64_Phdr."""
+
+    p_type: int
+    p_flags: int
+    p_offset: int
+    p_vaddr: int
+    p_paddr: int
+    p_filesz: int
+    p_memsz: int
+    p_align: int
+
+
 def read_elf(image: bytes, name: str) -> ElfFacts:
-    """Read segments and symbols; ElfError says what is wrong with `name` otherwise."""
-
-    def refuse(problem: str, **found: object) -> NoReturn:
-        raise ElfError(f"{name}: {problem}", path=name, what=problem, found=found)
-
-    if image[:4] != b"\x7fELF":
-        refuse(f"not an ELF file: it starts with {image[:4].hex(' ') or 'nothing'}")
-    if len(image) < 64:
-        refuse(f"truncated: {len(image)} bytes do not hold an ELF header")
-    if image[4] != 2:
-        refuse(
-            f"{'a 32-bit ELF' if image[4] == 1 else 'an ELF of unknown class'}; guests are 64-bit"
-        )
-    if image[5] not in BYTEORDERS:
-        refuse(f"an ELF of unknown byte order {image[5]}")
+    """Read segments and symbols; raises ElfError, which says what is wrong with `name`."""
+    file = _File(image, name)
+    _check_ident(file)
     try:
-        elf = ELFFile(io.BytesIO(_without_bad_sections(image)))
-        header = {
-            key: elf.header[key]
-            for key in ("e_type", "e_machine", "e_entry", "e_phoff", "e_phnum", "e_phentsize")
-        }
+        elf = open_elf(image)
+        header = _Header(*(elf.header[field] for field in _Header._fields))
     except Exception as error:  # pyelftools meets hostile bytes with exceptions of every kind
-        refuse(f"broken ELF header ({error or type(error).__name__})")
-    byteorder = BYTEORDERS[image[5]]
-    if (header["e_machine"], image[5]) not in ARCHES:
+        file.refuse(f"broken ELF header ({error or type(error).__name__})")
+    arch = _check_machine(file, header)
+
+    segments = _segments(file, header)
+    entry = int(header.e_entry)
+    if entry and not any(segment.gva <= entry < segment.end for segment in segments):
+        file.refuse(f"its entry point 0x{entry:x} lies outside every segment", entry=entry)
+    symbols = read_symbols(elf, image)
+    return ElfFacts(arch, BYTEORDERS[image[5]], entry, segments, symbols)
+
+
+def _check_ident(file: _File) -> None:
+    """Refuse what is no 64-bit ELF file."""
+    image = file.image
+    if image[:4] != b"\x7fELF":
+        file.refuse(f"not an ELF file: it starts with {image[:4].hex(' ') or 'nothing'}")
+    if len(image) < EHDR_SIZE:
+        file.refuse(f"truncated: {len(image)} bytes do not hold an ELF header")
+
+    ei_class = image[4]
+    ei_data = image[5]
+    if ei_class == 1:
+        file.refuse("a 32-bit ELF; guests are 64-bit")
+    if ei_class != 2:
+        file.refuse("an ELF of unknown class; guests are 64-bit")
+    if ei_data not in BYTEORDERS:
+        file.refuse(f"an ELF of unknown byte order {ei_data}")
+
+
+def _check_machine(file: _File, header: _Header) -> str:
+    """The architecture; refuses what is for another machine or not linked at a fixed address."""
+    ei_data = file.image[5]
+    arch = ARCHES.get((header.e_machine, ei_data))
+    if arch is None:
+        machine = f"{header.e_machine}, {BYTEORDERS[ei_data]}-endian"
         runs = ", ".join(
-            f"{arch} ({BYTEORDERS[data]}-endian)" for (_, data), arch in ARCHES.items()
+            f"{known} ({BYTEORDERS[data]}-endian)" for (_, data), known in ARCHES.items()
         )
-        refuse(
-            f"for another machine ({header['e_machine']}, {byteorder}-endian); labkit runs {runs}"
-        )
-    if header["e_type"] != "ET_EXEC":
-        refuse(f"{HOW.get(header['e_type'], 'not an executable')} (e_type {header['e_type']})")
-    segments = _segments(elf, header, image, refuse)
-    entry = int(header["e_entry"])
-    if entry and not any(s.gva <= entry < s.end for s in segments):
-        refuse(f"its entry point 0x{entry:x} lies outside every segment", entry=entry)
-    return ElfFacts(
-        ARCHES[header["e_machine"], image[5]], byteorder, entry, segments, _symbols(elf, image)
-    )
+        file.refuse(f"for another machine ({machine}); labkit runs {runs}")
+    if header.e_type != "ET_EXEC":
+        how = HOW.get(header.e_type, "not an executable")
+        file.refuse(f"{how} (e_type {header.e_type})")
+    return arch
 
 
-def _without_bad_sections(image: bytes) -> bytes:
-    """The image, with a section table that does not fit taken out: a guest runs without one, and pyelftools would trip."""
-    order = "<>"[image[5] == 2]
-    (shoff,), (size, count, names) = (
-        unpack_from(f"{order}Q", image, 40),
-        unpack_from(f"{order}3H", image, 58),
-    )
-    if (
-        size == SHDR_SIZE
-        and 0 < count <= MAX_HEADERS
-        and names < count
-        and shoff + count * SHDR_SIZE <= len(image)
-    ):
-        headers = [
-            unpack_from(f"{order}I20xQ", image, shoff + i * SHDR_SIZE) for i in range(count)
-        ]  # sh_name, sh_offset
-        if all(
-            image.find(b"\0", at := headers[names][1] + name, at + MAX_SECTION_NAME) >= 0
-            for name, _ in headers
-        ):
-            return image
-    return image[:40] + bytes(8) + image[48:58] + bytes(6) + image[64:]
-
-
-def _segments(elf: Any, header: dict[str, Any], image: bytes, refuse: Any) -> tuple[Segment, ...]:
-    if header["e_phentsize"] != PHDR_SIZE or not 0 < header["e_phnum"] <= MAX_HEADERS:
-        refuse(f"no usable program headers ({header['e_phnum']} of {header['e_phentsize']} bytes)")
-    if header["e_phoff"] + header["e_phnum"] * PHDR_SIZE > len(image):
-        refuse(f"truncated: the program headers end behind the file's {len(image)} bytes")
+def _segments(file: _File, header: _Header) -> tuple[Segment, ...]:
+    """What is to be loaded, sorted by address."""
     found: list[Segment] = []
-    try:
-        headers = [elf._get_segment_header(i) for i in range(header["e_phnum"])]
-    except Exception as error:
-        refuse(f"broken program header ({error})")
-    for i, ph in enumerate(headers):
-        if ph["p_type"] != "PT_LOAD" or not ph["p_memsz"]:
+    total = 0
+    for index, program_header in enumerate(_program_headers(file, header)):
+        if program_header.p_type != PT_LOAD or not program_header.p_memsz:
             continue
-        gva, offset, filesz, memsz, flags = (
-            int(ph[key]) for key in ("p_vaddr", "p_offset", "p_filesz", "p_memsz", "p_flags")
-        )
-        if filesz > memsz:
-            refuse(
-                f"segment {i} has more bytes in the file (0x{filesz:x}) than in memory (0x{memsz:x})",
-                segment=i,
-            )
-        if memsz + sum(s.memsz for s in found) > MAX_MEMSZ:
-            refuse(
-                f"segment {i} wants 0x{memsz:x} bytes; all segments together may have 0x{MAX_MEMSZ:x}",
-                segment=i,
-            )
-        if offset + filesz > len(image):
-            refuse(
-                f"truncated: segment {i} ends at byte 0x{offset + filesz:x} of the file's 0x{len(image):x}",
-                segment=i,
-            )
-        if gva + memsz > 1 << 64:
-            refuse(f"segment {i} at 0x{gva:x} leaves the address space", segment=i)
-        found.append(
-            Segment(
-                gva,
-                image[offset : offset + filesz],
-                memsz,
-                bool(flags & 4),
-                bool(flags & 2),
-                bool(flags & 1),
-            )
-        )
+        segment = _segment(file, index, program_header, MAX_MEMSZ - total)
+        total += segment.memsz
+        found.append(segment)
+
     if not found:
-        refuse("nothing to load: it has no PT_LOAD segment")
-    found.sort(key=lambda s: s.gva)
+        file.refuse("nothing to load: it has no PT_LOAD segment")
+    found.sort(key=lambda segment: segment.gva)
     for low, high in itertools.pairwise(found):
         if low.end > high.gva:
-            refuse(
-                f"segments overlap: 0x{low.gva:x}..0x{low.end:x} and 0x{high.gva:x}..0x{high.end:x}"
-            )
+            ranges = f"0x{low.gva:x}..0x{low.end:x} and 0x{high.gva:x}..0x{high.end:x}"
+            file.refuse(f"segments overlap: {ranges}")
     return tuple(found)
 
 
-def _symbols(elf: Any, image: bytes) -> tuple[Symbol, ...]:
-    """The symbol table (the dynamic one when the file is stripped); whatever is broken in it is left out."""
-    try:
-        sections = list(elf.iter_sections())
-        table = next(
-            s for wanted in ("SHT_SYMTAB", "SHT_DYNSYM") for s in sections if s["sh_type"] == wanted
+def _program_headers(file: _File, header: _Header) -> list[_ProgramHeader]:
+    """All program headers, which must lie in the file."""
+    nr_headers = header.e_phnum
+    size = header.e_phentsize
+    if size != PHDR_SIZE or not 0 < nr_headers <= MAX_HEADERS:
+        file.refuse(f"no usable program headers ({nr_headers} of {size} bytes)")
+    end = header.e_phoff + nr_headers * PHDR_SIZE
+    if end > len(file.image):
+        file.refuse(f"truncated: the program headers end behind the file's {len(file.image)} bytes")
+
+    order = "<" if BYTEORDERS[file.image[5]] == "little" else ">"
+    table = file.image[header.e_phoff : end]
+    return [_ProgramHeader(*fields) for fields in Struct(order + PHDR).iter_unpack(table)]
+
+
+def _segment(file: _File, index: int, header: _ProgramHeader, room: int) -> Segment:
+    """One segment, if it fits the file, the address space, and the room that others left."""
+    filesz = header.p_filesz
+    memsz = header.p_memsz
+    if filesz > memsz:
+        file.refuse(
+            f"segment {index} has more bytes in the file (0x{filesz:x}) "
+            f"than in memory (0x{memsz:x})",
+            segment=index,
         )
-        data, names = (_bytes_of(s.header, image) for s in (table, sections[table["sh_link"]]))
-    except Exception:  # no table, or a broken one: a guest without names still runs
-        return ()
-    rows = np.frombuffer(
-        data[: len(data) // SYM.itemsize * SYM.itemsize],
-        SYM.newbyteorder(">" if image[5] == 2 else "<"),
+    if memsz > room:
+        file.refuse(
+            f"segment {index} wants 0x{memsz:x} bytes; "
+            f"all segments together may have 0x{MAX_MEMSZ:x}",
+            segment=index,
+        )
+    end = header.p_offset + filesz
+    if end > len(file.image):
+        file.refuse(
+            f"truncated: segment {index} ends at byte 0x{end:x} "
+            f"of the file's 0x{len(file.image):x}",
+            segment=index,
+        )
+    if header.p_vaddr + memsz > 1 << 64:
+        file.refuse(
+            f"segment {index} at 0x{header.p_vaddr:x} leaves the address space", segment=index
+        )
+    return Segment(
+        gva=header.p_vaddr,
+        data=file.image[header.p_offset : end],
+        memsz=memsz,
+        readable=bool(header.p_flags & PF_R),
+        writable=bool(header.p_flags & PF_W),
+        executable=bool(header.p_flags & PF_X),
     )
-    rows = rows[
-        (rows["shndx"] != 0) & (rows["name"] < len(names)) & np.isin(rows["info"] & 15, list(KINDS))
-    ]
-    found = []
-    for name, info, _, shndx, gva, size in rows.tolist():
-        end = names.find(b"\0", name, name + MAX_NAME)
-        if (
-            end > name
-            and names[name : name + 1] not in (b"$", b".")
-            and (shndx != 0xFFF1 or names[name:end] == GP)
-        ):  # $x, .L: the tools' own
-            found.append(
-                (
-                    info >> 4 == 0,
-                    Symbol(names[name:end].decode("utf-8", "replace"), gva, size, KINDS[info & 15]),
-                )
-            )
-    return tuple(
-        symbol for _, symbol in sorted(found, key=lambda pair: pair[0])
-    )  # global before local
-
-
-def _bytes_of(header: Any, image: bytes) -> bytes:
-    offset, size = int(header["sh_offset"]), int(header["sh_size"])
-    if header["sh_type"] == "SHT_NOBITS" or header["sh_flags"] & 0x800:  # 0x800: SHF_COMPRESSED
-        return b""
-    return image[offset : offset + size]
-
-
-def debug_info(image: bytes) -> Any:
-    """The pyelftools DWARFInfo of an image that read_elf accepted, or None when there is none (or an absurd amount)."""
-    elf = ELFFile(io.BytesIO(_without_bad_sections(image)))
-    sections = [s for s in elf.iter_sections() if s.name.startswith(".debug_")]
-    if sum(s.data_size for s in sections) > MAX_DEBUG or not elf.has_dwarf_info(strict=True):
-        return None
-    if any(
-        _longest_run(s.data()) > MAX_RUN for s in sections
-    ):  # pyelftools reads strings byte by byte, as often as asked
-        return None
-    return elf.get_dwarf_info(relocate_dwarf_sections=False, follow_links=False)
-
-
-def _longest_run(data: bytes) -> int:
-    """How many bytes follow each other without a NUL, at most: the longest string that can be read there."""
-    zeros = np.flatnonzero(np.frombuffer(data, np.uint8) == 0)
-    return int(np.diff(zeros, prepend=-1, append=len(data)).max())

@@ -1,7 +1,8 @@
 """Guest globals, read and written from the host.
 
-As in the kernel selftests a global exists once on the host and once in every VM; each VM's copy is its own. The functions
-take the VM's access to guest-virtual memory as a callable, so that this room needs no VM.
+As in the kernel selftests a global exists once on the host and once in every VM; each VM's copy is
+its own. The functions take the VM's access to guest-virtual memory as a callable, so that this room
+needs no VM.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Literal
 
 from labkit.errors import InvalidState
 from labkit.guest.program import Program
+from labkit.guest.types import Kind
 
 __all__ = [
     "GlobalVar",
@@ -32,7 +34,11 @@ INT_SIZES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class GlobalVar:
-    """A global variable: numbers are ints in Python, everything else is bytes. signed is None when the type is not known."""
+    """A global variable; size is in bytes.
+
+    Numbers are ints in Python, everything else is bytes. signed is None when the type is not known:
+    then a number may be either.
+    """
 
     name: str
     gva: int
@@ -43,22 +49,14 @@ class GlobalVar:
 
     def decode(self, data: bytes) -> Value:
         """The value of its bytes in memory."""
-        return (
-            int.from_bytes(data, self.byteorder, signed=bool(self.signed))
-            if self.is_int
-            else bytes(data)
-        )
+        if not self.is_int:
+            return bytes(data)
+        return int.from_bytes(data, self.byteorder, signed=bool(self.signed))
 
     def encode(self, value: object) -> bytes:
         """The bytes of a value; raises InvalidState when it does not fit."""
         if isinstance(value, bytes | bytearray | memoryview):
-            if len(value) != self.size:
-                raise InvalidState(
-                    f"{self.name} has {self.size} bytes, not {len(value)}",
-                    name=self.name,
-                    size=self.size,
-                )
-            return bytes(value)
+            return self._encode_bytes(bytes(value))
         try:
             number = operator.index(value)  # type: ignore[arg-type]
         except TypeError:
@@ -66,27 +64,51 @@ class GlobalVar:
             raise InvalidState(
                 f"{self.name} takes {what}{self.size} bytes, not {value!r}", name=self.name
             ) from None
+        return self._encode_number(number)
+
+    def _encode_bytes(self, value: bytes) -> bytes:
+        if len(value) != self.size:
+            raise InvalidState(
+                f"{self.name} has {self.size} bytes, not {len(value)}",
+                name=self.name,
+                size=self.size,
+            )
+        return value
+
+    def _encode_number(self, number: int) -> bytes:
         bits = 8 * self.size
         low = 0 if self.signed is False else -(1 << bits - 1)
         high = (1 << bits - 1) - 1 if self.signed else (1 << bits) - 1
         if not self.is_int or not low <= number <= high:
-            sign = {None: "", True: "signed ", False: "unsigned "}[self.signed]
-            what = f"a {bits}-bit {sign}number" if self.is_int else "no number"
             raise InvalidState(
-                f"{number} does not fit: {self.name} is {what} ({self.size} bytes)",
+                f"{number} does not fit: {self.name} is {self._what()} ({self.size} bytes)",
                 name=self.name,
                 value=number,
             )
         return (number & (1 << bits) - 1).to_bytes(self.size, self.byteorder)
 
+    def _what(self) -> str:
+        """What it is, in words."""
+        if not self.is_int:
+            return "no number"
+        sign = {None: "", True: "signed ", False: "unsigned "}[self.signed]
+        return f"a {8 * self.size}-bit {sign}number"
+
 
 def global_var(program: Program, name: str) -> GlobalVar:
-    """Where a global is and what it holds; raises SymbolNotFound, or InvalidState for a function or a name without a size."""
+    """Where a global is and what it holds.
+
+    Raises SymbolNotFound, or InvalidState for a function or a name without a size.
+    """
     symbol = program.symbol(name)
-    if symbol.kind == "func" or not symbol.size:
-        why = "it is a function" if symbol.kind == "func" else "nobody says how large it is"
-        raise InvalidState(f"{name} is no variable: {why}", name=name)
-    kind = program.kind_of_global(symbol.gva) if symbol.size in INT_SIZES else "other"
+    if symbol.kind == "func":
+        raise InvalidState(f"{name} is no variable: it is a function", name=name)
+    if not symbol.size:
+        raise InvalidState(f"{name} is no variable: nobody says how large it is", name=name)
+
+    kind: Kind = "other"
+    if symbol.size in INT_SIZES:
+        kind = program.kind_of_global(symbol.gva)
     signed = {"signed": True, "unsigned": False}.get(kind)
     return GlobalVar(name, symbol.gva, symbol.size, kind != "other", signed, program.byteorder)
 
@@ -104,7 +126,10 @@ def read_guest_global(program: Program, name: str, read: Read) -> Value:
 
 
 class HostGlobals:
-    """The host's own copy of a program's globals: `host["x"] = 5`, then to_guest("x", ...) for each VM that shall see it."""
+    """The host's own copy of a program's globals.
+
+    `host["x"] = 5`, then to_guest("x", ...) for each VM that shall see it.
+    """
 
     def __init__(self, program: Program) -> None:
         self._program = program
@@ -131,13 +156,16 @@ class HostGlobals:
     def _bytes(self, var: GlobalVar) -> bytes:
         """The host's bytes; before anybody set them, those that the ELF file starts with."""
         if var.name not in self._data:
-            segment = self._program.segment_at(var.gva)
-            if segment is None or var.gva + var.size > segment.end:
-                raise InvalidState(
-                    f"{var.name} at 0x{var.gva:x} lies outside the program's segments",
-                    name=var.name,
-                    gva=var.gva,
-                )
-            at = var.gva - segment.gva
-            self._data[var.name] = segment.data[at : at + var.size].ljust(var.size, b"\0")
+            self._data[var.name] = self._first_bytes(var)
         return self._data[var.name]
+
+    def _first_bytes(self, var: GlobalVar) -> bytes:
+        segment = self._program.segment_at(var.gva)
+        if segment is None or var.gva + var.size > segment.end:
+            raise InvalidState(
+                f"{var.name} at 0x{var.gva:x} lies outside the program's segments",
+                name=var.name,
+                gva=var.gva,
+            )
+        start = var.gva - segment.gva
+        return segment.data[start : start + var.size].ljust(var.size, b"\0")

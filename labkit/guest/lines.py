@@ -1,4 +1,4 @@
-"""Source lines of a program: the DWARF line tables, read once when first asked for, then looked up by bisect."""
+"""Source lines of a program: the DWARF line tables, read once when asked for, then bisected."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from labkit.guest.elf import Segment, debug_info
+from labkit.guest.elf import Segment
+from labkit.guest.sections import debug_info
 
-__all__ = ["Line", "LineTable", "SourceFiles"]
+__all__ = ["LIBRARY", "LIBRARY_NAME", "Line", "LineTable", "Row", "SourceFiles"]
 
 LIBRARY = Path(__file__).parent / "lib"
 LIBRARY_NAME = "labkit/"  # compile.py maps the library's directory to this
-MAX_ROWS, MAX_UNITS = 500_000, 4096
+MAX_ROWS = 500_000
+MAX_UNITS = 4096
 MAX_SOURCE = 4 << 20  # bytes
-
-Row = tuple[
-    int, int, str, int, bool
-]  # start gva, end gva, file, line (0: unknown), may a statement begin here
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,19 @@ class Line:
     text: str | None
 
 
+class Row(NamedTuple):
+    """The code from one gva up to another, and where in the source it comes from."""
+
+    gva: int
+    end: int
+    file: str
+    line: int  # 0: unknown
+    is_statement: bool  # a statement may begin here
+
+
 @dataclass(frozen=True)
 class LineTable:
-    """Address ranges with their file and line, sorted."""
+    """Address ranges with their file and line, sorted; gvas are those of the rows."""
 
     rows: tuple[Row, ...] = ()
     gvas: list[int] = field(default_factory=list)
@@ -44,52 +52,62 @@ class LineTable:
     @classmethod
     def read(cls, image: bytes, segments: Sequence[Segment]) -> LineTable:
         """Read all line tables; what is broken in them is left out."""
-        rows: list[Row] = []
+        found: list[Row] = []
         with suppress(Exception):  # pyelftools on hostile bytes; a guest without lines still runs
-            rows.extend(_rows(image))
-        code = [(s.gva, s.end) for s in segments if s.executable]
-        rows = sorted(row for row in rows if any(low <= row[0] < high for low, high in code))
-        return cls(tuple(rows), [row[0] for row in rows])
+            found.extend(_read_rows(image))
+
+        code = [(segment.gva, segment.end) for segment in segments if segment.executable]
+        rows = sorted(row for row in found if any(low <= row.gva < high for low, high in code))
+        return cls(tuple(rows), [row.gva for row in rows])
 
     def at(self, gva: int) -> tuple[str, int] | None:
-        """File and line of an address."""
-        i = bisect_right(self.gvas, gva) - 1
-        if i < 0 or gva >= self.rows[i][1] or not self.rows[i][3]:
+        """File and line of an address, None when nobody says."""
+        index = bisect_right(self.gvas, gva) - 1
+        if index < 0:
             return None
-        return self.rows[i][2], self.rows[i][3]
+        row = self.rows[index]
+        if gva >= row.end or row.line == 0:
+            return None
+        return row.file, row.line
 
     def starts(self, file: str, line: int) -> tuple[int, ...]:
         """The addresses at which code of a line begins; `file` is a full name or the end of one."""
-        names = {name for name in self.files if name == file} or {
-            n for n in self.files if n.endswith("/" + file)
-        }
-        found, before = [], None
-        for start, end, name, number, statement in self.rows:
-            here = name in names and number == line
-            if here and statement and before != start:
-                found.append(start)
-            before = end if here else None
+        names = {name for name in self.files if name == file or name.endswith("/" + file)}
+        found = []
+        end_of_last = None  # where the row before ended, if it was of this line too
+        for row in self.rows:
+            if row.file not in names or row.line != line:
+                end_of_last = None
+                continue
+            if row.is_statement and row.gva != end_of_last:
+                found.append(row.gva)
+            end_of_last = row.end
         return tuple(found)
 
     @property
     def files(self) -> tuple[str, ...]:
         """Every file that has code."""
-        return tuple(dict.fromkeys(row[2] for row in self.rows))
+        return tuple(dict.fromkeys(row.file for row in self.rows))
 
 
-def _rows(image: bytes) -> Iterator[Row]:
-    dwarf, seen, count = debug_info(image), set(), 0
-    for cu in islice(dwarf.iter_CUs(), MAX_UNITS) if dwarf else ():
-        top = cu.get_top_DIE()
-        where = top.attributes.get("DW_AT_stmt_list")
+def _read_rows(image: bytes) -> Iterator[Row]:
+    """At most MAX_ROWS rows, of every line program once."""
+    dwarf = debug_info(image)
+    if dwarf is None:
+        return
+
+    seen = set()
+    count = 0
+    for unit in islice(dwarf.iter_CUs(), MAX_UNITS):
+        attributes = unit.get_top_DIE().attributes
+        where = attributes.get("DW_AT_stmt_list")
         if where is None or where.value in seen:
             continue
         seen.add(where.value)
-        directory = top.attributes.get("DW_AT_comp_dir")
-        program = dwarf.line_program_for_CU(cu)
-        names = _file_names(
-            program, directory.value.decode("utf-8", "replace") if directory else ""
-        )
+
+        directory = attributes.get("DW_AT_comp_dir")
+        program = dwarf.line_program_for_CU(unit)
+        names = _file_names(program, _text(directory.value) if directory else "")
         for row in _program_rows(program, names):
             yield row
             count += 1
@@ -98,34 +116,42 @@ def _rows(image: bytes) -> Iterator[Row]:
 
 
 def _program_rows(program: Any, names: Mapping[int, str]) -> Iterator[Row]:
+    """Each state of a line program lasts up to the next one's address."""
     last = None
     for entry in program.get_entries():
         state = entry.state
         if state is None:
             continue
         if last is not None and last.address < state.address:
-            yield (
-                last.address,
-                state.address,
-                names.get(last.file, "?"),
-                max(last.line, 0),
-                last.is_stmt,
-            )
+            file = names.get(last.file, "?")
+            yield Row(last.address, state.address, file, max(last.line, 0), last.is_stmt)
         last = None if state.end_sequence else state
 
 
 def _file_names(program: Any, directory: str) -> dict[int, str]:
-    """File numbers of a line program to names; DWARF 5 counts both files and directories from 0, older ones from 1."""
-    header, names = program.header, {}
-    first = 0 if header["version"] >= 5 else 1
-    directories = [directory] * first + [
-        d.decode("utf-8", "replace") for d in header["include_directory"]
-    ]
+    """File numbers of a line program to names.
+
+    DWARF 5 counts both files and directories from 0, older ones from 1.
+    """
+    header = program.header
+    directories = [_text(name) for name in header["include_directory"]]
+    first = 0
+    if header["version"] < 5:
+        first = 1
+        directories.insert(0, directory)
+
+    names = {}
     for number, entry in enumerate(header["file_entry"], first):
-        inside = directories[entry.dir_index] if entry.dir_index < len(directories) else ""
-        path = posixpath.join(directory, inside, entry.name.decode("utf-8", "replace"))
+        inside = ""
+        if entry.dir_index < len(directories):
+            inside = directories[entry.dir_index]
+        path = posixpath.join(directory, inside, _text(entry.name))
         names[number] = posixpath.normpath(path)
     return names
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace")
 
 
 class SourceFiles:
@@ -138,12 +164,20 @@ class SourceFiles:
         }
 
     def lines(self, file: str) -> list[str] | None:
-        """The lines of a file: given with the program, from the guest library, at its own path, or beside the program."""
+        """The lines of a file, None when it is nowhere.
+
+        Given with the program, from the guest library, beside the program, or at its own path.
+        """
         if file not in self._known:
-            self._known[file] = next(
-                (t for path in self._places(file) if (t := _read_lines(path)) is not None), None
-            )
+            self._known[file] = self._find(file)
         return self._known[file]
+
+    def _find(self, file: str) -> list[str] | None:
+        for path in self._places(file):
+            lines = _read_lines(path)
+            if lines is not None:
+                return lines
+        return None
 
     def _places(self, file: str) -> Iterator[Path]:
         if file.startswith(LIBRARY_NAME):
@@ -154,6 +188,7 @@ class SourceFiles:
 
 
 def _read_lines(path: Path) -> list[str] | None:
+    """The lines of a file that is there and no larger than source is."""
     try:
         if not path.is_file() or path.stat().st_size > MAX_SOURCE:
             return None

@@ -1,4 +1,4 @@
-"""A guest program: bytes at fixed addresses, the names of those addresses, and the source lines behind them."""
+"""A guest program: bytes at fixed addresses, their names, and the source lines behind them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from labkit.errors import ElfError, InvalidState, SymbolNotFound
 from labkit.guest.elf import Segment, Symbol, read_elf
@@ -16,13 +17,23 @@ from labkit.guest.types import Kind, kind_of_global
 __all__ = ["Line", "Program", "Segment", "Symbol"]
 
 MAX_IMAGE = 1 << 28  # bytes of an ELF file
+MAX_NESTED = 8  # symbols inside another one that symbol_at looks behind
+
+
+class _ByGva(NamedTuple):
+    """Symbols sorted by address, one for each address, and where each of them starts and ends."""
+
+    gvas: list[int]
+    symbols: list[Symbol]
+    ends: list[int]
 
 
 class Program:
     """A guest that can be loaded into any number of VMs; it never changes.
 
-    Attributes: arch ("x86_64"), byteorder ("little"), name, path (None: compiled from text), image (the ELF file), entry (gva, 0: none),
-    segments (sorted by gva), compiler_output (warnings, "" for loaded files).
+    Attributes: arch ("x86_64"), byteorder ("little"), name, path (None: compiled from text), image
+    (the ELF file), entry (gva, 0: none), segments (sorted by gva), symbols (by name),
+    all_symbols (those that share a name too), compiler_output (warnings, "" for loaded files).
     """
 
     def __init__(
@@ -34,38 +45,32 @@ class Program:
         compiler_output: str = "",
     ) -> None:
         facts = read_elf(image, name)
-        self.image, self.name, self.path = image, name, path
-        self.arch, self.byteorder, self.entry, self.segments = (
-            facts.arch,
-            facts.byteorder,
-            facts.entry,
-            facts.segments,
-        )
+        self.image = image
+        self.name = name
+        self.path = path
+        self.arch = facts.arch
+        self.byteorder = facts.byteorder
+        self.entry = facts.entry
+        self.segments = facts.segments
         self.compiler_output = compiler_output
-        self.symbols: dict[str, Symbol] = {symbol.name: symbol for symbol in facts.symbols}
-        self._all_symbols = facts.symbols
+        self.all_symbols = facts.symbols
+        self.symbols: dict[str, Symbol] = {}
+        for symbol in facts.symbols:
+            # The first counts: a global one, else that of the file that was linked first.
+            self.symbols.setdefault(symbol.name, symbol)
         self._kinds: dict[int, Kind] = {}
         self._files = SourceFiles(sources or {}, path)
 
     @classmethod
     def load(cls, path_or_bytes: str | Path | bytes, name: str | None = None) -> Program:
-        """Load an ELF file linked at fixed addresses, a kernel selftest's binary included; raises ElfError for any other."""
+        """Load an ELF file linked at fixed addresses, a kernel selftest's binary included.
+
+        Raises ElfError for any other file, and for one that cannot be read.
+        """
         if isinstance(path_or_bytes, bytes | bytearray | memoryview):
             return cls(bytes(path_or_bytes), name or "guest")
         path = Path(path_or_bytes)
-        try:
-            if not path.is_file():
-                raise ElfError(
-                    f"{path}: no such file" if not path.exists() else f"{path}: not a regular file",
-                    path=str(path),
-                )
-            with path.open("rb") as file:
-                image = file.read(MAX_IMAGE + 1)
-        except (OSError, ValueError) as error:
-            raise ElfError(f"{path}: cannot be read ({error})", path=str(path)) from error
-        if len(image) > MAX_IMAGE:
-            raise ElfError(f"{path}: larger than 0x{MAX_IMAGE:x} bytes", path=str(path))
-        return cls(image, name or path.name, path)
+        return cls(_read_image(path), name or path.name, path)
 
     @classmethod
     def compile(
@@ -77,14 +82,19 @@ class Program:
         defines: Sequence[str] = (),
         name: str | None = None,
     ) -> Program:
-        """Compile a guest written in C; see labkit.guest.compile.compile_guest."""
+        """Compile a guest written in C; see labkit.guest.compile.compile_guest.
+
+        `source_or_path` is a Path, a str that ends in .c, or the C text itself. Raises CompileError
+        with the compiler's own message, NotAvailable, InvalidState.
+        """
         from labkit.guest.compile import compile_guest
 
         return compile_guest(source_or_path, arch, compiler, opt, defines, name)
 
     def __repr__(self) -> str:
-        size = sum(s.memsz for s in self.segments)
-        return f"Program({self.name!r}, {self.arch}, {len(self.segments)} segments of {size} bytes at 0x{self.segments[0].gva:x})"
+        size = sum(segment.memsz for segment in self.segments)
+        segments = f"{len(self.segments)} segments of {size} bytes at 0x{self.segments[0].gva:x}"
+        return f"Program({self.name!r}, {self.arch}, {segments})"
 
     # --- names ---
 
@@ -93,45 +103,62 @@ class Program:
         try:
             return self.symbols[name]
         except KeyError:
-            near = difflib.get_close_matches(name, self.symbols, n=3)
-            hint = (
-                f"; did you mean {' or '.join(near)}?"
-                if near
-                else ""
-                if self.symbols
-                else "; it has no symbols at all"
-            )
-            raise SymbolNotFound(
-                f"{self.name} has no symbol {name!r}{hint}", name=name, near=tuple(near)
-            ) from None
+            raise self._no_symbol(name) from None
+
+    def _no_symbol(self, name: str) -> SymbolNotFound:
+        near = difflib.get_close_matches(name, self.symbols, n=3)
+        hint = ""
+        if near:
+            hint = f"; did you mean {' or '.join(near)}?"
+        elif not self.symbols:
+            hint = "; it has no symbols at all"
+        return SymbolNotFound(
+            f"{self.name} has no symbol {name!r}{hint}", name=name, near=tuple(near)
+        )
 
     @cached_property
-    def _by_gva(self) -> tuple[list[int], list[Symbol], list[int]]:
-        """Symbols by address, one for each; with each the address up to which it or an earlier one reaches."""
+    def _by_gva(self) -> _ByGva:
+        """Of symbols that share an address the one that says most: typed, and with a size."""
         best: dict[int, Symbol] = {}
-        for symbol in sorted(self._all_symbols, key=lambda s: (s.kind != "notype", s.size > 0)):
+        for symbol in sorted(self.all_symbols, key=lambda s: (s.kind != "notype", s.size > 0)):
             best[symbol.gva] = symbol
         symbols = [best[gva] for gva in sorted(best)]
-        return [s.gva for s in symbols], symbols, [s.gva + s.size for s in symbols]
+        return _ByGva([s.gva for s in symbols], symbols, [s.gva + s.size for s in symbols])
 
     def symbol_at(self, gva: int) -> tuple[Symbol, int] | None:
-        """The symbol that covers an address and how far into it the address is; None when none does."""
-        gvas, symbols, ends = self._by_gva
+        """The symbol that covers an address and how far into it the address is, in bytes.
+
+        A symbol without a size covers what follows it up to the next one or its segment's end. None
+        when no symbol does.
+        """
         segment = self.segment_at(gva)
-        at = bisect_right(gvas, gva) - 1
         if segment is None:
             return None
-        for i in range(at, max(at - 8, -1), -1):  # a nested symbol may end before its outer one
-            if gva < ends[i] or (i == at and not symbols[i].size and gvas[i] >= segment.gva):
+
+        gvas, symbols, ends = self._by_gva
+        last = bisect_right(gvas, gva) - 1
+        if last < 0:
+            return None
+        if not symbols[last].size and gvas[last] >= segment.gva:
+            return symbols[last], gva - gvas[last]
+        # A nested symbol may end before its outer one does.
+        for i in range(last, max(last - MAX_NESTED, -1), -1):
+            if gva < ends[i]:
                 return symbols[i], gva - gvas[i]
         return None
 
     def segment_at(self, gva: int) -> Segment | None:
         """The segment that an address lies in."""
-        return next((s for s in self.segments if s.gva <= gva < s.end), None)
+        for segment in self.segments:
+            if segment.gva <= gva < segment.end:
+                return segment
+        return None
 
     def kind_of_global(self, gva: int) -> Kind:
-        """What the variable at an address is: a "signed" or "unsigned" number, "other", or "unknown" for want of DWARF."""
+        """What the variable at an address is: a "signed" or "unsigned" number, or "other".
+
+        "unknown" for want of DWARF.
+        """
         if gva not in self._kinds:
             self._kinds[gva] = kind_of_global(self.image, gva)
         return self._kinds[gva]
@@ -151,20 +178,29 @@ class Program:
         return LineTable.read(self.image, self.segments)
 
     def line_at(self, gva: int) -> Line | None:
-        """The source line that an instruction belongs to, None when the debug information does not say."""
+        """The source line that an instruction belongs to, None when nobody says."""
         found = self._lines.at(gva)
         if found is None:
             return None
         file, line = found
+        text = None
         source = self.source(file)
-        return Line(file, line, source[line - 1] if source and line <= len(source) else None)
+        if source is not None and line <= len(source):
+            text = source[line - 1]
+        return Line(file, line, text)
 
     def gva_of_line(self, file: str, line: int) -> tuple[int, ...]:
-        """Where the code of a source line begins, one address for each place it was compiled to; () when it has no code."""
+        """Where the code of a source line begins, one address for each place it was compiled to.
+
+        () when it has no code. `file` is a full name or the end of one.
+        """
         return self._lines.starts(file, line)
 
     def places(self, place: str) -> tuple[int, ...]:
-        """The addresses of a symbol, or of a line as "file.c:12"; raises SymbolNotFound, or InvalidState for a line without code."""
+        """The addresses of a symbol, or of a line as "file.c:12".
+
+        Raises SymbolNotFound, or InvalidState for a line without code.
+        """
         if ":" not in place:
             return (self.symbol(place).gva,)
         file, _, line = place.rpartition(":")
@@ -183,3 +219,19 @@ class Program:
     def source(self, file: str) -> list[str] | None:
         """The lines of a source file, None when it is nowhere to be found."""
         return self._files.lines(file)
+
+
+def _read_image(path: Path) -> bytes:
+    """The bytes of an ELF file; raises ElfError when there are none, or too many."""
+    try:
+        if not path.exists():
+            raise ElfError(f"{path}: no such file", path=str(path))
+        if not path.is_file():
+            raise ElfError(f"{path}: not a regular file", path=str(path))
+        with path.open("rb") as file:
+            image = file.read(MAX_IMAGE + 1)
+    except (OSError, ValueError) as error:
+        raise ElfError(f"{path}: cannot be read ({error})", path=str(path)) from error
+    if len(image) > MAX_IMAGE:
+        raise ElfError(f"{path}: larger than 0x{MAX_IMAGE:x} bytes", path=str(path))
+    return image

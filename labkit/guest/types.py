@@ -7,11 +7,16 @@ from typing import Any, Literal
 
 from elftools.dwarf.die import DIE
 
-from labkit.guest.elf import debug_info
+from labkit.guest.sections import debug_info
 
 __all__ = ["Kind", "kind_of_global"]
 
-MAX_DIES, MAX_TYPE_CHAIN = 100_000, 32
+Kind = Literal["signed", "unsigned", "other", "unknown"]
+
+MAX_DIES = 100_000
+MAX_TYPE_CHAIN = 32
+
+# Types that are another type under a name or a qualifier; an enum has its own integer type.
 SAME_AS = (
     "DW_TAG_typedef",
     "DW_TAG_const_type",
@@ -19,71 +24,98 @@ SAME_AS = (
     "DW_TAG_atomic_type",
     "DW_TAG_enumeration_type",
 )
-_MERGED = re.compile(rb"(?=([\x0b-\x0d])\x03(.{8})\x23([\x80-\xff]{0,2}[\0-\x7f]))", re.DOTALL)
-Kind = Literal["signed", "unsigned", "other", "unknown"]
-ENCODINGS: dict[int, Kind] = {
-    2: "unsigned",
+
+ENCODINGS: dict[int, Kind] = {  # DW_ATE_*
+    2: "unsigned",  # boolean
     5: "signed",
-    6: "signed",
+    6: "signed",  # signed char
     7: "unsigned",
-    8: "unsigned",
-}  # DW_ATE_*; 2: boolean
+    8: "unsigned",  # unsigned char
+}
+
+# An exprloc (its length first) with DW_OP_addr base, DW_OP_plus_uconst offset. In a lookahead, so
+# that matches may overlap: the bytes may stand inside something else.
+_MERGED = re.compile(rb"(?=([\x0b-\x0d])\x03(.{8})\x23([\x80-\xff]{0,2}[\0-\x7f]))", re.DOTALL)
+DW_OP_ADDR = b"\x03"
+EXPRLOC_9 = b"\x09"  # an exprloc of nine bytes: DW_OP_addr and its address
 
 
 def kind_of_global(image: bytes, gva: int) -> Kind:
-    """Signed or unsigned number (a pointer is unsigned, an enum as it is stored), other type, or unknown without debug information."""
+    """Signed or unsigned number, other type, or unknown without debug information.
+
+    A pointer is unsigned, an enum as it is stored.
+    """
     try:
         die = _variable(image, gva)
-        return _kind(die) if die is not None else "unknown"
+        return "unknown" if die is None else _kind(die)
     except Exception:  # pyelftools on hostile bytes
         return "unknown"
 
 
 def _variable(image: bytes, gva: int) -> DIE | None:
-    """The DIE whose location is this address. Entries are read one behind the other: links between them may be forged."""
+    """The DIE whose location is this address.
+
+    Entries are read one behind the other: links between them may be forged.
+    """
     dwarf = debug_info(image)
     if dwarf is None or dwarf.debug_info_sec is None:
         return None
     stream = dwarf.debug_info_sec.stream
     at = _location(stream.getvalue(), gva, "big" if image[5] == 2 else "little")
-    cu = (
-        next((cu for cu in dwarf.iter_CUs() if cu.cu_offset <= at < cu.cu_offset + cu.size), None)
-        if at >= 0
-        else None
-    )
-    offset = cu.cu_die_offset if cu else at
+    if at is None:
+        return None
+    unit = _unit_at(dwarf, at)
+    if unit is None:
+        return None
+
+    offset = unit.cu_die_offset
     for _ in range(MAX_DIES):
-        if cu is None or offset > at:
+        if offset > at:
             return None
-        die = DIE(cu, stream, offset)
+        die = DIE(unit, stream, offset)
         offset += die.size
         if offset > at:
             return die if die.tag == "DW_TAG_variable" else None
     return None
 
 
-def _location(data: bytes, gva: int, order: Literal["little", "big"]) -> int:
-    """Where an exprloc says DW_OP_addr gva, or as LLVM merges globals, DW_OP_addr base, DW_OP_plus_uconst offset; -1: nowhere."""
-    at = data.find(b"\x09\x03" + gva.to_bytes(8, order))
-    for found in _MERGED.finditer(data) if at < 0 else ():
+def _unit_at(dwarf: Any, at: int) -> Any:
+    """The compilation unit that a byte of .debug_info lies in, or None."""
+    for unit in dwarf.iter_CUs():
+        if unit.cu_offset <= at < unit.cu_offset + unit.size:
+            return unit
+    return None
+
+
+def _location(data: bytes, gva: int, order: Literal["little", "big"]) -> int | None:
+    """Where in .debug_info an exprloc says this address, None when none does.
+
+    It says DW_OP_addr gva, or, as LLVM merges globals, DW_OP_addr base, DW_OP_plus_uconst offset.
+    """
+    at = data.find(EXPRLOC_9 + DW_OP_ADDR + gva.to_bytes(8, order))
+    if at >= 0:
+        return at
+    for found in _MERGED.finditer(data):
         size, base, uleb = found.groups()
         offset = sum((byte & 127) << 7 * i for i, byte in enumerate(uleb))
         if size[0] == 10 + len(uleb) and int.from_bytes(base, order) + offset == gva:
             return found.start()
-    return at
+    return None
 
 
 def _kind(die: Any) -> Kind:
+    """The kind of a variable's type, behind its typedefs and qualifiers."""
     for _ in range(MAX_TYPE_CHAIN):
         if "DW_AT_type" not in die.attributes and "DW_AT_specification" in die.attributes:
             die = die.get_DIE_from_attribute("DW_AT_specification")
         die = die.get_DIE_from_attribute("DW_AT_type")
+
         if die.tag == "DW_TAG_base_type":
             return ENCODINGS.get(die.attributes["DW_AT_encoding"].value, "other")
-        if die.tag == "DW_TAG_pointer_type" or (
-            die.tag == "DW_TAG_enumeration_type" and "DW_AT_type" not in die.attributes
-        ):
+        if die.tag == "DW_TAG_pointer_type":
+            return "unsigned"
+        if die.tag == "DW_TAG_enumeration_type" and "DW_AT_type" not in die.attributes:
             return "unsigned"
         if die.tag not in SAME_AS:
-            break
+            return "other"
     return "other"

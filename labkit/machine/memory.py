@@ -1,18 +1,18 @@
-"""Guest-physical memory: memslots, one anonymous mmap each, shared with the engine without a copy."""
+"""Guest-physical memory: memslots, an anonymous mmap each, which the engine has without a copy."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from labkit.bits import is_aligned
 from labkit.errors import InvalidState, MemoryFault
 
-__all__ = ["Memory", "Memslot"]
+__all__ = ["LIMIT", "PAGE", "Memory", "Memslot"]
 
-PAGE = 4096
+PAGE = 4096  # bytes
 LIMIT = 1 << 40  # MAXPHYADDR of the default machine
 
 
@@ -25,15 +25,22 @@ class Memslot:
     hva: int
     data: mmap.mmap
 
+    @property
+    def end(self) -> int:
+        """The first gpa behind it."""
+        return self.gpa + self.size
+
     def __repr__(self) -> str:
-        return f"<Memslot gpa {self.gpa:#x}-{self.gpa + self.size - 1:#x}, {self.size >> 10} KiB at hva {self.hva:#x}>"
+        where = f"gpa {self.gpa:#x}-{self.end - 1:#x}"
+        return f"<Memslot {where}, {self.size >> 10} KiB at hva {self.hva:#x}>"
 
 
 class Memory:
-    """The memslots of one VM; `on_write(gpa, size)` is told of every write that the host made.
+    """The memslots of one VM; gpas and sizes are in bytes.
 
-    `on_look(gpa, size, is_write)` is told before every access of the host: what lies there may have to be made first, or be
-    none of the host's business.
+    `on_write(gpa, size)` is told of every write that the host made. `on_look(gpa, size, is_write)`
+    is told before every access of the host: what lies there may have to be made first, or be none
+    of the host's business.
     """
 
     def __init__(self) -> None:
@@ -42,29 +49,30 @@ class Memory:
         self.on_look: list[Callable[[int, int, bool], None]] = []
 
     def add(self, gpa: int, size: int) -> Memslot:
-        """Add a zeroed memslot; raises InvalidState when it is not page aligned, too high, or overlaps another."""
-        if (
-            size <= 0
-            or not is_aligned(gpa, PAGE)
-            or not is_aligned(size, PAGE)
-            or gpa < 0
-            or gpa + size > LIMIT
-        ):
-            raise InvalidState(
-                f"memslot of {size:#x} bytes at gpa {gpa:#x}: it must be page aligned and end below {LIMIT:#x}"
-            )
-        for slot in self.slots:
-            if gpa < slot.gpa + slot.size and slot.gpa < gpa + size:
-                raise InvalidState(f"memslot of {size:#x} bytes at gpa {gpa:#x} overlaps {slot!r}")
+        """Add a zeroed memslot.
+
+        Raises InvalidState when it is not page aligned, too high, or overlaps another.
+        """
+        self._check_slot(gpa, size)
         try:
             data = mmap.mmap(-1, size)
-        except (OSError, ValueError) as err:
+        except (OSError, ValueError) as error:
             raise InvalidState(
-                f"this machine cannot give a memslot of {size:#x} bytes: {err}"
-            ) from err
-        slot = Memslot(gpa, size, ctypes.addressof(ctypes.c_char.from_buffer(data)), data)
+                f"this machine cannot give a memslot of {size:#x} bytes: {error}"
+            ) from error
+        hva = ctypes.addressof(ctypes.c_char.from_buffer(data))
+        slot = Memslot(gpa, size, hva, data)
         self.slots.append(slot)
         return slot
+
+    def _check_slot(self, gpa: int, size: int) -> None:
+        what = f"memslot of {size:#x} bytes at gpa {gpa:#x}"
+        is_whole = is_aligned(gpa, PAGE) and is_aligned(size, PAGE)
+        if gpa < 0 or size <= 0 or not is_whole or gpa + size > LIMIT:
+            raise InvalidState(f"{what}: it must be page aligned and end below {LIMIT:#x}")
+        for slot in self.slots:
+            if gpa < slot.end and slot.gpa < gpa + size:
+                raise InvalidState(f"{what} overlaps {slot!r}")
 
     def slot(self, gpa: int) -> Memslot | None:
         """The memslot that holds gpa."""
@@ -87,30 +95,34 @@ class Memory:
         return slot.data[offset:] + self.read(gpa + head, size - head)
 
     def write(self, gpa: int, data: bytes) -> None:
-        """Write data at gpa; raises MemoryFault, with nothing written, when it does not fit into memslots."""
-        self._put(gpa, data, True)
+        """Write data at gpa.
+
+        Raises MemoryFault, with nothing written, when it does not fit into memslots.
+        """
+        parts = self._parts(gpa, len(data))
+        self.looked_at(gpa, len(data), True)
+        _copy(data, parts)
         self.was_written(gpa, len(data))
 
     def put(self, gpa: int, data: bytes) -> None:
-        """Put whole pages of a snapshot back: as `write`, but no host looks and none writes, so nobody is asked or told."""
-        self._put(gpa, data, False)
+        """Put whole pages of a snapshot back, as `write`, but nobody is asked or told.
 
-    def _put(self, gpa: int, data: bytes, looks: bool) -> None:
-        size, at = len(data), gpa
-        parts: list[tuple[Memslot, int, int]] = []
-        while at < gpa + size:
-            slot = self.slot(at)
+        No host looks here, and none writes.
+        """
+        _copy(data, self._parts(gpa, len(data)))
+
+    def _parts(self, gpa: int, size: int) -> list[tuple[Memslot, int, int]]:
+        """(memslot, offset in it, bytes) of a range; raises MemoryFault at the first hole."""
+        parts = []
+        end = gpa + size
+        while gpa < end:
+            slot = self.slot(gpa)
             if slot is None:
-                raise self._fault("write", at, gpa + size - at)
-            count = min(gpa + size, slot.gpa + slot.size) - at
-            parts.append((slot, at - slot.gpa, count))
-            at += count
-        if looks:
-            self.looked_at(gpa, size, True)
-        done = 0
-        for slot, offset, count in parts:
-            slot.data[offset : offset + count] = data[done : done + count]
-            done += count
+                raise self._fault("write", gpa, end - gpa)
+            count = min(end, slot.gpa + slot.size) - gpa
+            parts.append((slot, gpa - slot.gpa, count))
+            gpa += count
+        return parts
 
     def looked_at(self, gpa: int, size: int, is_write: bool) -> None:
         """The host is about to look at these bytes, or to write a part of them."""
@@ -128,9 +140,9 @@ class Memory:
         if slot is None or not 0 <= size <= slot.gpa + slot.size - gpa:
             raise self._fault("view", gpa, size)
         self.looked_at(gpa, size, True)
-        for tell in self.on_write:
-            tell(gpa, size)
-        return memoryview(slot.data)[gpa - slot.gpa : gpa - slot.gpa + size]
+        self.was_written(gpa, size)
+        offset = gpa - slot.gpa
+        return memoryview(slot.data)[offset : offset + size]
 
     def zero(self, gpa: int, size: int) -> None:
         """Clear memory inside one memslot; raises MemoryFault."""
@@ -145,14 +157,14 @@ class Memory:
         return slot.hva + gpa - slot.gpa
 
     def gpa(self, hva: int) -> int:
-        """The gpa of a host address inside a memslot (addr_hva2gpa); raises MemoryFault for any other."""
+        """The gpa of a host address (addr_hva2gpa); raises MemoryFault outside every memslot."""
         for slot in self.slots:
             if slot.hva <= hva < slot.hva + slot.size:
                 return slot.gpa + hva - slot.hva
         raise MemoryFault(f"hva {hva:#x} lies in no memslot of this VM", hva=hva)
 
     def _fault(self, what: str, gpa: int, size: int) -> MemoryFault:
-        slots = ", ".join(f"{s.gpa:#x}-{s.gpa + s.size - 1:#x}" for s in self.slots) or "none"
+        slots = ", ".join(f"{slot.gpa:#x}-{slot.end - 1:#x}" for slot in self.slots) or "none"
         return MemoryFault(
             f"{what} of {size} bytes at gpa {gpa:#x}: no memslot there (memslots: {slots})",
             gpa=gpa,
@@ -160,4 +172,13 @@ class Memory:
         )
 
     def __repr__(self) -> str:
-        return f"<Memory {len(self.slots)} memslots, {sum(s.size for s in self.slots) >> 10} KiB>"
+        size = sum(slot.size for slot in self.slots)
+        return f"<Memory {len(self.slots)} memslots, {size >> 10} KiB>"
+
+
+def _copy(data: bytes, parts: Sequence[tuple[Memslot, int, int]]) -> None:
+    """Copy data into parts of memslots, one after the other."""
+    done = 0
+    for slot, offset, count in parts:
+        slot.data[offset : offset + count] = data[done : done + count]
+        done += count

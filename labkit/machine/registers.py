@@ -11,16 +11,22 @@ from labkit.errors import InvalidState, KvmError
 __all__ = ["Registers", "flags_text"]
 
 MASK64 = (1 << 64) - 1
+COLUMNS = 3  # of the registers as text
 
 
 def flags_text(arch: Arch, value: int) -> str:
     """The names of the set flags, most significant first."""
-    names = sorted(arch.flag_names, key=lambda name: -arch.flag_names[name])
+    names = sorted(arch.flag_names, key=lambda name: arch.flag_names[name], reverse=True)
     return " ".join(name for name in names if value >> arch.flag_names[name] & 1)
 
 
 class Registers:
-    """`regs.rip` reads a register, `regs.rip = 0x1000` writes it; `regs["xmm0"]` works too."""
+    """`regs.rip` reads a register, `regs.rip = 0x1000` writes it; `regs["xmm0"]` works too.
+
+    `ready` is called after every write. `check` is called before every access and raises KvmError
+    when the registers are none of the host's business. A name or a value that does not fit is
+    InvalidState; for an attribute's name, AttributeError.
+    """
 
     _arch: Arch
     _cpu: EngineVcpu
@@ -30,12 +36,11 @@ class Registers:
     def __init__(
         self, arch: Arch, cpu: EngineVcpu, ready: Callable[[], None], check: Callable[[], None]
     ) -> None:
+        # Plain assignments would be writes of registers.
         object.__setattr__(self, "_arch", arch)
         object.__setattr__(self, "_cpu", cpu)
         object.__setattr__(self, "_ready", ready)
-        object.__setattr__(
-            self, "_check", check
-        )  # raises when they are none of the host's business
+        object.__setattr__(self, "_check", check)
 
     def __getitem__(self, name: str) -> int:
         self._check()
@@ -45,7 +50,9 @@ class Registers:
         if not isinstance(value, int):
             raise InvalidState(f"{name} takes a number, not {value!r}", name=name)
         self._check()
-        self._cpu.set_regs({name: value & MASK64 if -(1 << 63) <= value < 0 else value})
+        if -(1 << 63) <= value < 0:
+            value &= MASK64
+        self._cpu.set_regs({name: value})
         self._ready()
 
     def __getattr__(self, name: str) -> int:
@@ -53,10 +60,10 @@ class Registers:
             raise AttributeError(name)
         try:
             return self[name]
-        except InvalidState as err:
-            if "name" not in err.facts:
+        except InvalidState as error:
+            if "name" not in error.facts:
                 raise
-            raise AttributeError(str(err)) from None
+            raise AttributeError(str(error)) from None
 
     def __setattr__(self, name: str, value: int) -> None:
         self[name] = value
@@ -72,11 +79,9 @@ class Registers:
     def __repr__(self) -> str:
         try:
             self._check()
-        except KvmError as err:
-            return f"<registers that the host cannot see: {err}>"
-        rows = [f"{name:>8} {self[name]:016x}" for name in self._arch.shown]
+        except KvmError as error:
+            return f"<registers that the host cannot see: {error}>"
+        shown = [f"{name:>8} {self[name]:016x}" for name in self._arch.shown]
+        lines = ["  ".join(shown[at : at + COLUMNS]) for at in range(0, len(shown), COLUMNS)]
         flags = flags_text(self._arch, self[self._arch.flags])
-        return (
-            "\n".join("  ".join(rows[i : i + 3]) for i in range(0, len(rows), 3))
-            + f"\n   flags {flags or 'none'}"
-        )
+        return "\n".join([*lines, f"   flags {flags or 'none'}"])

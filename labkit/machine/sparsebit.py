@@ -23,36 +23,48 @@ class Sparsebit:
         """Set count bits from start on (sparsebit_set_num)."""
         self._check(start, count)
         end = start + count
-        i, j = bisect_left(self._ends, start), bisect_right(self._starts, end)
-        if i < j:
-            start, end = min(start, self._starts[i]), max(end, self._ends[j - 1])
-        self._starts[i:j], self._ends[i:j] = [start], [end]
+        # The runs first..last-1 overlap the new one or touch it, and become one with it.
+        first = bisect_left(self._ends, start)
+        last = bisect_right(self._starts, end)
+        if first < last:
+            start = min(start, self._starts[first])
+            end = max(end, self._ends[last - 1])
+        self._starts[first:last] = [start]
+        self._ends[first:last] = [end]
 
     def clear(self, start: int, count: int = 1) -> None:
         """Clear count bits from start on (sparsebit_clear_num)."""
         self._check(start, count)
         end = start + count
-        i, j = bisect_right(self._ends, start), bisect_left(self._starts, end)
-        keep = (
-            [(s, e) for s, e in ((self._starts[i], start), (end, self._ends[j - 1])) if s < e]
-            if i < j
-            else []
-        )
-        self._starts[i:j], self._ends[i:j] = [s for s, _ in keep], [e for _, e in keep]
+        # The runs first..last-1 overlap; of the outermost ones something may be left.
+        first = bisect_right(self._ends, start)
+        last = bisect_left(self._starts, end)
+        if first >= last:
+            return
+        starts = []
+        ends = []
+        if self._starts[first] < start:
+            starts.append(self._starts[first])
+            ends.append(start)
+        if end < self._ends[last - 1]:
+            starts.append(end)
+            ends.append(self._ends[last - 1])
+        self._starts[first:last] = starts
+        self._ends[first:last] = ends
 
     def is_set(self, start: int, count: int = 1) -> bool:
         """Whether all of count bits from start on are set."""
         self._check(start, count)
-        i = bisect_right(self._starts, start) - 1
-        return i >= 0 and start + count <= self._ends[i]
+        index = bisect_right(self._starts, start) - 1
+        return index >= 0 and start + count <= self._ends[index]
 
     def next_clear(self, start: int, count: int = 1) -> int:
         """The first of count clear bits in a row, not before start (sparsebit_next_clear_num)."""
         self._check(start, count)
-        for i in range(bisect_right(self._ends, start), len(self._starts)):
-            if start + count <= self._starts[i]:
+        for index in range(bisect_right(self._ends, start), len(self._starts)):
+            if start + count <= self._starts[index]:
                 return start
-            start = max(start, self._ends[i])
+            start = max(start, self._ends[index])
         return start
 
     def ranges(self) -> Iterator[tuple[int, int]]:
@@ -61,7 +73,8 @@ class Sparsebit:
 
     def assign(self, other: Sparsebit) -> None:
         """Become what another one is."""
-        self._starts, self._ends = list(other._starts), list(other._ends)
+        self._starts = list(other._starts)
+        self._ends = list(other._ends)
 
     def copy(self) -> Sparsebit:
         """An independent set of the same bits."""
@@ -74,15 +87,15 @@ class Sparsebit:
         return self.is_set(bit)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sparsebit) and (self._starts, self._ends) == (
-            other._starts,
-            other._ends,
-        )
+        if not isinstance(other, Sparsebit):
+            return NotImplemented
+        return self._starts == other._starts and self._ends == other._ends
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"<Sparsebit {len(self)} set: {', '.join(f'{s:#x}+{n:#x}' for s, n in self.ranges()) or 'none'}>"
+        shown = ", ".join(f"{start:#x}+{count:#x}" for start, count in self.ranges())
+        return f"<Sparsebit {len(self)} set: {shown or 'none'}>"
 
     @staticmethod
     def _check(start: int, count: int) -> None:

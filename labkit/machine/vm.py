@@ -1,77 +1,50 @@
-"""One machine: memory, address space and vCPUs on an engine, booted into the state that the selftests' guests expect."""
+"""One machine: memory, address space and vCPUs on an engine, booted as selftests' guests expect.
+
+It knows no ucall, no way of encryption and no view.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
 
-from labkit.arch.desc import PagingMode
 from labkit.arch.model import Arch, BootTables
 from labkit.bits import align_up
-from labkit.engines import need
+from labkit.engines import Capability, need
 from labkit.engines.base import (
     EngineVcpu,
     EngineVm,
     Exit,
     LoggingVm,
-    Ownership,
     ParallelVm,
     ProtectingVm,
     Trace,
 )
 from labkit.errors import InvalidState, NotAvailable
 from labkit.machine.memory import PAGE, Memory
+from labkit.machine.protection import Protection
 from labkit.machine.space import AddressSpace
-from labkit.machine.sparsebit import Sparsebit
+from labkit.machine.state import MachineState, MachineTables, SlotImage, WriteLog
+from labkit.paging.entries import Bools
 
-__all__ = ["STACK_PAGES", "Machine", "MachineState", "Protection"]
+__all__ = ["MAX_VCPUS", "STACK_PAGES", "Machine", "MachineState", "Protection"]
 
 STACK_PAGES = 5  # DEFAULT_STACK_PGS
-MOST_WRITES = 4096  # of the host between two snapshots, to be kept one by one
+STACK_SIZE = STACK_PAGES * PAGE
 MAX_VCPUS = 512  # KVM_MAX_VCPUS of the selftests: one pool slot each
-
-
-@dataclass(frozen=True)
-class MachineState:
-    """Everything that makes a machine what it is, bit for bit."""
-
-    slots: tuple[tuple[int, bytes], ...]  # (gpa, contents)
-    cpus: tuple[bytes, ...]
-    space: Any
-    stacks: tuple[int, ...]
-    areas: tuple[int, ...] = ()
-    tasks: tuple[int, ...] = ()
-
-
-class Protection(Ownership, Protocol):
-    """What makes a machine an encrypted one: its key, and which page frames are under it."""
-
-    protected: Sparsebit
-    inverted: bool
-    on_encrypted: list[
-        Callable[[str], None]
-    ]  # called with the reason when the page tables become ciphertext
-
-    @property
-    def level(self) -> int:
-        """1 memory, 2 registers too, 3 with ownership of pages."""
-
-    def adopt_vcpu(self, registers: Callable[[], Mapping[str, int]]) -> None:
-        """There is one vCPU more, and this reads its registers."""
-
-    def connect(self, engine: ProtectingVm) -> None:
-        """The engine that must be told when a page changes hands."""
-
-    def mode(self, mode: PagingMode) -> PagingMode:
-        """The page-table format with its encryption bit."""
-
-    def look(self, gpa: int, size: int, is_write: bool) -> None:
-        """The host is about to access memory; raises what hardware would."""
+MASK64 = (1 << 64) - 1
 
 
 class Machine:
-    """A machine without ucalls: what the selftests call a barebones VM."""
+    """A machine without ucalls: what the selftests call a barebones VM.
+
+    Attributes: arch, engine, memory, space (the address space), is_user (guests begin in the least
+    privileged ring), vcpus. By vCPU: stacks (gva of its stack's lowest byte), tasks (gva of its own
+    descriptor page, where guests run as users), areas (gpa of its own memory, where the
+    architecture wants it). preset are registers that every vCPU begins with.
+
+    Raises InvalidState for a privilege that is none, NotAvailable for one that the architecture,
+    and for a protection that the engine lacks.
+    """
 
     def __init__(
         self,
@@ -81,100 +54,86 @@ class Machine:
         privilege: str | None = "kernel",
         protection: Protection | None = None,
     ) -> None:
-        if privilege is None:
-            privilege = (
-                "user"
-                if any(can.name == "user_by_default" and can.have for can in engine.capabilities)
-                else "kernel"
-            )
-        if privilege not in ("kernel", "user"):
-            raise InvalidState(f'privilege {privilege!r}: there are "kernel" and "user"')
-        if privilege == "user" and arch.tables is None:
-            raise NotAvailable(
-                f"privilege \"user\": {arch.name}'s guests begin in the kernel's mode; only x86-64 has a user's"
-            )
-        self.arch, self.engine, self.memory, self.is_user = (
-            arch,
-            engine,
-            memory,
-            privilege == "user",
-        )
+        self.arch = arch
+        self.engine = engine
+        self.memory = memory
+        self.is_user = _is_user(privilege, arch, engine)
         for slot in memory.slots:
             engine.add_memslot(slot.gpa, slot.hva, slot.size)
-        memory.on_write += [engine.memory_written, self._note]
-        self._logging = engine if isinstance(engine, LoggingVm) else None
-        self._parallel = engine if isinstance(engine, ParallelVm) else None
-        self._base: MachineState | None = (
-            None  # what pages written by guest and host are counted from
-        )
-        self._written: list[tuple[int, int]] | None = (
-            None  # (gpa, bytes) by the host; None: not known
-        )
-        self._protecting = (
-            engine if isinstance(engine, ProtectingVm) and protection is not None else None
-        )
-        self._protection = protection
-        self.space = (
-            AddressSpace(memory, arch.mode, self.is_user)
-            if protection is None
-            else self._protect(protection)
-        )
-        self.space.check_size = self._check_size
-        self.vcpus: list[EngineVcpu] = []
-        self.stacks: list[int] = []  # gva of each vCPU's stack, lowest byte
-        self.tasks: list[
-            int
-        ] = []  # gva of each vCPU's own descriptor page, where guests run as users
-        self.areas: list[int] = []  # gpa of each vCPU's own memory, where the architecture wants it
-        self.preset: dict[str, int] = {}  # registers that every vCPU begins with
-        self.tables_gva = self.idt_gva = self.handlers_gva = self.vectors_gva = 0
 
-    def _protect(self, protection: Protection) -> AddressSpace:
-        if self._protecting is None:
+        self._log = WriteLog(engine if isinstance(engine, LoggingVm) else None)
+        memory.on_write += [engine.memory_written, self._log.note]
+        self._parallel = engine if isinstance(engine, ParallelVm) else None
+
+        self._protection = protection
+        self._protecting: ProtectingVm | None = None
+        if protection is None:
+            self.space = AddressSpace(memory, arch.mode, self.is_user)
+        else:
+            self._protecting = self._protecting_engine(protection)
+            self.space = self._protect(protection, self._protecting)
+        self.space.check_size = self._check_size
+
+        self.vcpus: list[EngineVcpu] = []
+        self.stacks: list[int] = []
+        self.tasks: list[int] = []
+        self.areas: list[int] = []
+        self.preset: dict[str, int] = {}
+        self.tables_gva = 0
+        self.idt_gva = 0
+        self.handlers_gva = 0
+        self.vectors_gva = 0
+
+    def close(self) -> None:
+        """Release the engine; memory goes with the last reference."""
+        self.engine.close()
+
+    # --- encryption
+
+    def _protecting_engine(self, protection: Protection) -> ProtectingVm:
+        if not isinstance(self.engine, ProtectingVm):
             raise NotAvailable(
                 f'the {self.engine.name} engine cannot encrypt guests: use backend="unicorn"'
             )
         if self.is_user and protection.level > 1:
             raise NotAvailable(
-                'privilege "user": only CPL0 can write the GHCB\'s MSR, and without it a guest reaches no host'
+                'privilege "user": only CPL0 can write the GHCB\'s MSR, '
+                "and without it a guest reaches no host"
             )
+        return self.engine
+
+    def _protect(self, protection: Protection, engine: ProtectingVm) -> AddressSpace:
+        """Put engine, host and page tables under a key."""
         mode = protection.mode(self.arch.mode)
-        self._protecting.protect(mode, protection, protection.inverted, protection.level)
-        protection.connect(self._protecting)
-        self.memory.on_look += [protection.look, self._protecting.memory_needed]
+        engine.protect(mode, protection, protection.inverted, protection.level)
+        protection.connect(engine)
+        self.memory.on_look += [protection.look, engine.memory_needed]
         protection.on_encrypted.append(self.seal)
         return AddressSpace(self.memory, mode, self.is_user, protection.protected)
 
-    @property
-    def usual_schedule(self) -> str:
-        """The deterministic one, unless it would have to count instructions in a ring where the engine cannot."""
-        uncounted = self.is_user and any(
-            can.name == "step_user" and not can.have for can in self.engine.capabilities
-        )
-        return "parallel" if uncounted else "round_robin"
-
-    def _check_size(self, page_size: int) -> None:
-        if page_size > 2 << 20:
-            need(self.engine, "huge_pages")
-
     def seal(self, why: str) -> None:
-        """The guest was launched: from here on the host can follow no page table, and only the guest's eye sees private pages.
+        """The guest was launched: from here on the host can follow no page table.
 
-        Without a reason, it was not yet.
+        Only the guest's eye sees private pages. Without a reason, it was not yet launched.
         """
-        self.space.sealed, self.space.eye = why, self.plain if why else self.memory.read
+        self.space.sealed = why
+        self.space.eye = self.plain if why else self.memory.read
 
     def plain(self, gpa: int, size: int) -> bytes:
         """Memory as the guest's key shows it: as the guest's own page walker reads it."""
-        return (
-            self.memory.read(gpa, size)
-            if self._protecting is None
-            else self._protecting.plain(gpa, size)
-        )
+        if self._protecting is None:
+            return self.memory.read(gpa, size)
+        return self._protecting.plain(gpa, size)
 
-    def written(self) -> list[tuple[int, Any, Any]]:
-        """How the guest wrote its pages last: (gpa of the memslot, through its key, without it), arrays of one bool a page."""
-        return [] if self._protecting is None else self._protecting.written()
+    def written(self) -> list[tuple[int, Bools, Bools]]:
+        """How the guest wrote its pages last, one item a memslot.
+
+        (gpa of the memslot, through its key, without it): arrays of one bool a page. Empty without
+        protection.
+        """
+        if self._protecting is None:
+            return []
+        return self._protecting.written()
 
     def poke(self, gpa: int, data: bytes) -> None:
         """Write memory as the guest's own kernel would, through its key where it is private."""
@@ -184,13 +143,25 @@ class Machine:
             self._protecting.write_plain(gpa, data)
 
     def swap_pages(self, gpa: int, other: int) -> None:
-        """Exchange the pages of DRAM behind two gpas, as a host can in its nested page table; raises NotAvailable without protection."""
+        """Exchange the pages of DRAM behind two gpas, as a host can in its nested page table.
+
+        Raises NotAvailable without protection.
+        """
         if self._protecting is None:
             raise NotAvailable("only an encrypted machine has a nested page table to play with")
         self._protecting.swap(gpa, other)
 
+    # --- booting
+
+    def _check_size(self, page_size: int) -> None:
+        if page_size > 2 << 20:
+            need(self.engine, "huge_pages")
+
     def boot(self) -> None:
-        """Allocate the machine's own tables (x86: GDT, TSS, IDT) and the table of guest exception handlers."""
+        """Allocate the machine's own tables and the table of guest exception handlers.
+
+        On x86 its own are GDT, TSS and IDT.
+        """
         arch = self.arch
         if arch.tables is not None:
             self.tables_gva = self.space.alloc(PAGE, "tables")
@@ -200,38 +171,43 @@ class Machine:
         self.handlers_gva = self.space.alloc(8 * arch.nr_vectors, "tables")
 
     def install_handlers(self, handlers: Sequence[int]) -> None:
-        """Point the exception table at the guest's own entry stubs."""
+        """Point the exception table at the guest's own entry stubs, given by their gvas."""
         assert self.arch.idt is not None
         self.space.write(self.idt_gva, self.arch.idt(handlers))
 
     def create_vcpu(self, entry: int, trace: Trace) -> EngineVcpu:
-        """Add a vCPU with a stack of its own that will begin at `entry` with its index as first argument."""
+        """Add a vCPU with a stack of its own, which begins at `entry` (a gva).
+
+        Its index is the first argument. Raises InvalidState when there are MAX_VCPUS already.
+        """
         index = len(self.vcpus)
         if index >= MAX_VCPUS:
             raise InvalidState(
                 f"a VM has at most {MAX_VCPUS} vCPUs, as the selftests' KVM_MAX_VCPUS"
             )
         self.space.guard()  # a stack that overflows faults there, instead of eating what lies below
-        self.stacks.append(self.space.alloc(STACK_PAGES * PAGE, "stacks"))
+        self.stacks.append(self.space.alloc(STACK_SIZE, "stacks"))
         if self.is_user:
             self.tasks.append(self._make_task())
         if self.arch.area:
-            size = self.arch.area  # which is its alignment too
-            self.areas.append(
-                align_up(self.space.alloc_pages(2 * size // PAGE - 1, "tables"), size)
-            )
+            self.areas.append(self._make_area(self.arch.area))
         vcpu = self.engine.create_vcpu(index, trace)
         self._attach(vcpu)
         self.reset_vcpu(index, entry)
         return vcpu
 
     def _make_task(self) -> int:
-        """A descriptor page whose exceptions go to a stack of its own: vCPUs must not meet on one."""
-        top = self.space.alloc(STACK_PAGES * PAGE, "stacks") + STACK_PAGES * PAGE
+        """A descriptor page whose exceptions go to a stack of its own: vCPUs must not share one."""
+        top = self.space.alloc(STACK_SIZE, "stacks") + STACK_SIZE
         gva = self.space.alloc(PAGE, "tables")
         assert self.arch.tables is not None
         self.space.write(gva, self.arch.tables(gva, top))
         return gva
+
+    def _make_area(self, size: int) -> int:
+        """Physical memory for one vCPU; its size is its alignment too."""
+        gpa = self.space.alloc_pages(2 * size // PAGE - 1, "tables")
+        return align_up(gpa, size)
 
     def adopt_vcpu(self, trace: Trace) -> None:
         """Add a vCPU whose state will come from a snapshot."""
@@ -243,35 +219,44 @@ class Machine:
             self._protection.adopt_vcpu(vcpu.get_regs)
 
     def reset_vcpu(self, index: int, entry: int) -> None:
-        """Bring a vCPU back to its reset state at `entry` (vcpu_arch_set_entry_point() and more)."""
-        arch, top = self.arch, self.stacks[index] + STACK_PAGES * PAGE
-        gdt, area = (
-            self.tasks[index] if self.is_user else self.tables_gva,
-            self.areas[index] if self.areas else 0,
-        )
-        tables = BootTables(
-            self.space.root_gpa,
-            gdt,
-            self.idt_gva,
-            gdt + arch.tss_offset,
-            self.is_user,
-            arch.root_field.put(self.space.root_gpa) | arch.mode.selector,
-            self.vectors_gva,
-            area,
-        )
+        """Bring a vCPU back to its reset state at `entry`.
+
+        vcpu_arch_set_entry_point() and more.
+        """
+        arch = self.arch
+        tables = self._boot_tables(index)
         for offset, data in arch.area_image(tables).items():
-            self.memory.write(area + offset, data)
-        own = {arch.cpu_id: index} if arch.cpu_id else {}
-        regs = (
-            arch.reset(tables)
-            | self.preset
-            | own
-            | {arch.pc: entry, arch.sp: top - arch.stack_bias, arch.arguments[0]: index}
+            self.memory.write(tables.area + offset, data)
+
+        registers = arch.reset(tables) | self.preset
+        if arch.cpu_id:
+            registers[arch.cpu_id] = index
+        registers[arch.pc] = entry
+        registers[arch.sp] = self.stacks[index] + STACK_SIZE - arch.stack_bias
+        registers[arch.arguments[0]] = index
+        self.vcpus[index].set_regs(registers)
+
+    def _boot_tables(self, index: int) -> BootTables:
+        """Where one vCPU finds the tables that it begins with."""
+        arch = self.arch
+        root_gpa = self.space.root_gpa
+        gdt = self.tasks[index] if self.is_user else self.tables_gva
+        return BootTables(
+            root_gpa=root_gpa,
+            gdt=gdt,
+            idt=self.idt_gva,
+            tss=gdt + arch.tss_offset,
+            user=self.is_user,
+            root=arch.root_field.put(root_gpa) | arch.mode.selector,
+            vectors=self.vectors_gva,
+            area=self.areas[index] if self.areas else 0,
         )
-        self.vcpus[index].set_regs(regs)
 
     def set_arguments(self, index: int, values: Sequence[int]) -> None:
-        """Set the integer arguments of the entry function (vcpu_args_set)."""
+        """Set the integer arguments of the entry function (vcpu_args_set).
+
+        Raises InvalidState for more than there are registers, and for one that does not fit.
+        """
         names = self.arch.arguments
         if not 1 <= len(values) <= len(names):
             raise InvalidState(
@@ -283,18 +268,41 @@ class Machine:
                     f"args_set: {value:#x} does not fit into the 64 bits of an argument"
                 )
         self.vcpus[index].set_regs(
-            {name: value & (1 << 64) - 1 for name, value in zip(names, values, strict=False)}
+            {name: value & MASK64 for name, value in zip(names, values, strict=False)}
         )
 
+    def stack_of(self, gva: int) -> int | None:
+        """The vCPU whose stack a gva lies in."""
+        for index, base in enumerate(self.stacks):
+            if base <= gva < base + STACK_SIZE:
+                return index
+        return None
+
+    # --- running
+
+    @property
+    def usual_schedule(self) -> str:
+        """The deterministic one, unless it would count instructions where the engine cannot.
+
+        That is in a ring where it has no way to.
+        """
+        if self.is_user:
+            step_user = _capability(self.engine.capabilities, "step_user")
+            if step_user is not None and not step_user.have:
+                return "parallel"
+        return "round_robin"
+
     def run_parallel(self, indices: Sequence[int]) -> tuple[int, Exit]:
-        """Run these vCPUs at once, on real threads, until one exits; raises NotAvailable for an engine that cannot."""
+        """Run these vCPUs at once, on real threads, until one exits: (its index, the exit).
+
+        Raises NotAvailable for an engine that cannot.
+        """
         if self._parallel is None:
-            why = next(
-                (can.why for can in self.engine.capabilities if can.name == "parallel_vcpus"),
-                "it does not say why",
-            )
+            can = _capability(self.engine.capabilities, "parallel_vcpus")
+            why = "it does not say why" if can is None else can.why
             raise NotAvailable(
-                f'schedule "parallel": the {self.engine.name} engine runs vCPUs one after the other: {why}'
+                f'schedule "parallel": the {self.engine.name} engine runs vCPUs '
+                f"one after the other: {why}"
             )
         return self._parallel.run_parallel(indices)
 
@@ -303,95 +311,82 @@ class Machine:
         if self._parallel is not None:
             self._parallel.pause()
 
-    def stack_of(self, gva: int) -> int | None:
-        """The vCPU whose stack a gva lies in."""
-        return next(
-            (i for i, base in enumerate(self.stacks) if base <= gva < base + STACK_PAGES * PAGE),
-            None,
-        )
+    # --- snapshots
 
     def state(self) -> MachineState:
         """All memory, CPU and allocator state."""
-        cpus = tuple(vcpu.save() for vcpu in self.vcpus)
-        slots = tuple(
-            (slot.gpa, self.memory.read(slot.gpa, slot.size)) for slot in self.memory.slots
-        )
-        views = [] if self._protecting is None else self._protecting.views_state()
-        tables = (
-            self.tables_gva,
-            self.idt_gva,
-            self.handlers_gva,
-            self.vectors_gva,
-            dict(self.preset),
+        tables = MachineTables(
+            tables_gva=self.tables_gva,
+            idt_gva=self.idt_gva,
+            handlers_gva=self.handlers_gva,
+            vectors_gva=self.vectors_gva,
+            preset=dict(self.preset),
         )
         state = MachineState(
-            slots,
-            cpus,
-            (views, self.space.state(), tables),
-            tuple(self.stacks),
-            tuple(self.areas),
-            tuple(self.tasks),
+            cpus=tuple(vcpu.save() for vcpu in self.vcpus),
+            slots=tuple(
+                SlotImage(slot.gpa, self.memory.read(slot.gpa, slot.size))
+                for slot in self.memory.slots
+            ),
+            views=[] if self._protecting is None else self._protecting.views_state(),
+            space=self.space.state(),
+            tables=tables,
+            stacks=tuple(self.stacks),
+            areas=tuple(self.areas),
+            tasks=tuple(self.tasks),
         )
-        self._begin_log(state)
+        self._log.restart(state)
         return state
 
     def set_state(self, state: MachineState) -> None:
-        """Put a state back; raises InvalidState when it is of a machine with other memslots or vCPUs."""
+        """Put a state back.
+
+        Raises InvalidState when it is of a machine with other memslots or vCPUs.
+        """
+        self._check_shape(state)
+        # Before memory, which an instruction that was under way may still change.
+        for vcpu, saved in zip(self.vcpus, state.cpus, strict=True):
+            vcpu.restore(saved)
+        for gpa, data in state.pieces(self._log.restart(state)):
+            self.memory.put(gpa, data)
+
+        if self._protecting is not None:
+            self._protecting.set_views_state(list(state.views))
+        self.space.set_state(state.space)
+        self.tables_gva = state.tables.tables_gva
+        self.idt_gva = state.tables.idt_gva
+        self.handlers_gva = state.tables.handlers_gva
+        self.vectors_gva = state.tables.vectors_gva
+        self.preset = dict(state.tables.preset)
+        self.stacks = list(state.stacks)
+        self.areas = list(state.areas)
+        self.tasks = list(state.tasks)
+
+    def _check_shape(self, state: MachineState) -> None:
         mine = [(slot.gpa, slot.size) for slot in self.memory.slots]
-        if mine != [(gpa, len(data)) for gpa, data in state.slots] or len(self.vcpus) != len(
-            state.cpus
-        ):
+        its = [(slot.gpa, len(slot.data)) for slot in state.slots]
+        if mine != its or len(self.vcpus) != len(state.cpus):
             raise InvalidState(
                 f"the snapshot is of a machine with {len(state.cpus)} vCPUs and memslots "
-                f"{[(hex(gpa), hex(len(data))) for gpa, data in state.slots]}, not of this one"
+                f"{[(hex(gpa), hex(size)) for gpa, size in its]}, not of this one"
             )
-        for vcpu, blob in zip(self.vcpus, state.cpus, strict=True):
-            vcpu.restore(
-                blob
-            )  # before memory, which an instruction that was under way may still change
-        for gpa, data in self._changed(state):
-            self.memory.put(gpa, data)
-        self._begin_log(state, fresh=state is self._base)
-        views, space, tables = state.space
-        self.tables_gva, self.idt_gva, self.handlers_gva, self.vectors_gva, self.preset = tables
-        if self._protecting is not None:
-            self._protecting.set_views_state(views)
-        self.space.set_state(space)
-        self.stacks, self.areas, self.tasks = (
-            list(state.stacks),
-            list(state.areas),
-            list(state.tasks),
+
+
+def _capability(capabilities: Iterable[Capability], name: str) -> Capability | None:
+    """What an engine says of one thing that it can or cannot do."""
+    return next((can for can in capabilities if can.name == name), None)
+
+
+def _is_user(privilege: str | None, arch: Arch, engine: EngineVm) -> bool:
+    """Whether guests begin in the least privileged ring; without a word, as the engine would."""
+    if privilege is None:
+        by_default = _capability(engine.capabilities, "user_by_default")
+        privilege = "user" if by_default is not None and by_default.have else "kernel"
+    if privilege not in ("kernel", "user"):
+        raise InvalidState(f'privilege {privilege!r}: there are "kernel" and "user"')
+    if privilege == "user" and arch.tables is None:
+        raise NotAvailable(
+            f"privilege \"user\": {arch.name}'s guests begin in the kernel's mode; "
+            "only x86-64 has a user's"
         )
-
-    def _changed(self, state: MachineState) -> Sequence[tuple[int, bytes]]:
-        """What of a state's memory to write back: the pages written since, where engine and host know them; else all."""
-        if state is not self._base or self._written is None or self._logging is None:
-            return state.slots
-        pages = {
-            page for gpa, size in self._written for page in range(gpa & -PAGE, gpa + size, PAGE)
-        }
-        pages.update(self._logging.pages_written())
-        return [
-            (page, data[page - gpa : page - gpa + PAGE])
-            for gpa, data in state.slots
-            for page in pages
-            if gpa <= page < gpa + len(data)
-        ]
-
-    def _begin_log(self, state: MachineState, fresh: bool = False) -> None:
-        """From here on, know what differs from this state."""
-        if self._logging is not None:
-            if not fresh or self._written is None:
-                self._logging.pages_written()
-            self._base, self._written = state, []
-
-    def _note(self, gpa: int, size: int) -> None:
-        """The host wrote memory."""
-        if self._written is not None:
-            self._written.append((gpa, size))
-            if len(self._written) > MOST_WRITES:
-                self._written = None
-
-    def close(self) -> None:
-        """Release the engine; memory goes with the last reference."""
-        self.engine.close()
+    return privilege == "user"

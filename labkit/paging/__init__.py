@@ -1,1 +1,1 @@
-"""Page tables: walk one address, scan them all, build them, compare them. One reader for every format."""
+"""Page tables of every format: walk one address, scan them all, build them, compare them."""

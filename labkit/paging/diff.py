@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from labkit.errors import InvalidState
-from labkit.paging.entries import U64, Bools, runs
+from labkit.paging.entries import MASK64, U64, Bools, Indices, runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,20 +16,32 @@ if TYPE_CHECKING:
 
 __all__ = ["diff"]
 
+LEVEL_MASK = 15  # the low bits of a key, which hold a level
+
 
 class _Side(NamedTuple):
-    """One snapshot seen from the changed leaves: there or not, gpa (gva where absent, so that runs go on), flags."""
+    """One snapshot seen from the changed leaves."""
 
     there: Bools
-    gpa: U64
+    gpa: U64  # the gva where a leaf is absent, so that runs go on
     flags: U64
 
 
-def diff(before: PageTable, after: PageTable) -> pd.DataFrame:
-    """Changed ranges, by gva: sign, gva, gva_end, nr_pages, page_size, before, after.
+class _Changes(NamedTuple):
+    """The leaves that differ, ordered by gva, then by size."""
 
-    "+" is mapped now and was not, "-" was mapped and is not, "~" maps another gpa or gives other rights (accessed
-    and dirty count). A page of another size is a "-" and a "+". Raises InvalidState between unlike formats.
+    gva: U64
+    size: U64
+    old: _Side
+    new: _Side
+
+
+def diff(before: PageTable, after: PageTable) -> pd.DataFrame:
+    """Changed ranges, by gva: sign, gva, gva_end, nr_pages, page_size (bytes), before, after.
+
+    "+" is mapped now and was not, "-" was mapped and is not, "~" maps another gpa or gives other
+    rights (accessed and dirty count). A page of another size is a "-" and a "+". Raises
+    InvalidState between unlike formats.
     """
     import pandas as pd
 
@@ -56,22 +67,20 @@ def diff(before: PageTable, after: PageTable) -> pd.DataFrame:
     )
 
 
-def _changes(before: PageTable, after: PageTable) -> tuple[U64, U64, _Side, _Side]:
-    """The leaves that differ, ordered by gva, then by size."""
+def _changes(before: PageTable, after: PageTable) -> _Changes:
     keys = np.unique(np.concatenate([_keys(before), _keys(after)]))
-    old, new = _side(before, keys), _side(after, keys)
+    old = _side(before, keys)
+    new = _side(after, keys)
     differs = (old.there != new.there) | (old.gpa != new.gpa) | (old.flags != new.flags)
+
     keys = keys[differs]
     shifts = np.array([level.shift for level in before.mode.levels], np.uint64)
-    gva, size = (
-        keys & np.uint64(-16 & (1 << 64) - 1),
-        np.uint64(1) << shifts[(keys & np.uint64(15)).astype(np.intp)],
-    )
-    return (
-        gva,
-        size,
-        _Side(*(column[differs] for column in old)),
-        _Side(*(column[differs] for column in new)),
+    level = (keys & np.uint64(LEVEL_MASK)).astype(np.intp)
+    return _Changes(
+        gva=_gvas(keys),
+        size=np.uint64(1) << shifts[level],
+        old=_Side(*(column[differs] for column in old)),
+        new=_Side(*(column[differs] for column in new)),
     )
 
 
@@ -80,23 +89,33 @@ def _keys(table: PageTable) -> U64:
     return table.gva | table.level.astype(np.uint64)
 
 
+def _gvas(keys: U64) -> U64:
+    return keys & np.uint64(~LEVEL_MASK & MASK64)
+
+
 def _side(table: PageTable, keys: U64) -> _Side:
+    """What one snapshot has for each key."""
     own = _keys(table)
-    gva = keys & np.uint64(-16 & (1 << 64) - 1)
+    gva = _gvas(keys)
     if not len(own):
         return _Side(np.zeros(len(keys), np.bool_), gva, np.zeros_like(keys))
     at = np.minimum(np.searchsorted(own, keys), len(own) - 1)
     there = own[at] == keys
     flags = table.rights & np.uint64(table.mode.flag_mask)
     return _Side(
-        there, np.where(there, table.gpa[at], gva), np.where(there, flags[at], np.uint64(0))
+        there,
+        gpa=np.where(there, table.gpa[at], gva),
+        flags=np.where(there, flags[at], np.uint64(0)),
     )
 
 
-def _words(table: PageTable, side: _Side, at: NDArray[np.intp]) -> list[str]:
-    return [
-        f"gpa {int(side.gpa[i]):#x} P {table.mode.letters(int(side.flags[i]))}".rstrip()
-        if side.there[i]
-        else ""
-        for i in at
-    ]
+def _words(table: PageTable, side: _Side, at: Indices) -> list[str]:
+    """What some leaves map and grant, "" where there is none."""
+    words = []
+    for index in at:
+        if side.there[index]:
+            flags = table.mode.letters(int(side.flags[index]))
+            words.append(f"gpa {int(side.gpa[index]):#x} P {flags}".rstrip())
+        else:
+            words.append("")
+    return words

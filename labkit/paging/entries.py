@@ -9,11 +9,24 @@ from numpy.typing import NDArray
 
 from labkit.arch.desc import LAST, NONE, Field, Level, Match, PagingMode
 
-__all__ = ["U64", "Bools", "Kinds", "classify_all", "frames", "grants", "runs"]
+__all__ = [
+    "MASK64",
+    "U64",
+    "Bools",
+    "Indices",
+    "Kinds",
+    "classify_all",
+    "frames",
+    "grants",
+    "match_all",
+    "runs",
+]
 
 U64 = NDArray[np.uint64]
 Bools = NDArray[np.bool_]
 Indices = NDArray[np.intp]
+
+MASK64 = (1 << 64) - 1
 
 
 class Kinds(NamedTuple):
@@ -26,41 +39,57 @@ class Kinds(NamedTuple):
 
 def classify_all(mode: PagingMode, level: Level, entries: U64) -> Kinds:
     """walk.classify() for many entries of one level."""
-    present = _match(mode.present_at(level), entries)
-    good = present if level.must.mask == 0 else present & _match(level.must, entries)
+    present = match_all(mode.present_at(level), entries)
+    good = present
+    if level.must.mask:
+        good = good & match_all(level.must, entries)
     if mode.bad is not None:
-        good = good & ~_match(mode.bad, entries)
-    table = good & _match(mode.table_at(level), entries)
+        good = good & ~match_all(mode.bad, entries)
+    table = good & match_all(mode.table_at(level), entries)
+
     leaf = np.zeros_like(present)
     if level.leaf is not NONE:
-        leaf = good & ~table & ((entries & np.uint64(mode.leaf_reserved(level))) == 0)
-    reserved = mode.reserved | mode.table_reserved
+        leaf = good & ~table & _all_clear(mode.leaf_reserved(level), entries)
+
+    table_reserved = mode.reserved | mode.table_reserved
     if level.leaf is LAST:
         table = np.zeros_like(present)
-    elif reserved:
-        table = table & ((entries & np.uint64(reserved)) == 0)
+    elif table_reserved:
+        table = table & _all_clear(table_reserved, entries)
     return Kinds(present, table, leaf)
 
 
-def _match(match: Match, entries: U64) -> Bools:
+def match_all(match: Match, entries: U64) -> Bools:
+    """Match.__call__() for many entries."""
     hits: Bools = (entries & np.uint64(match.mask)) == np.uint64(match.value)
     return hits
 
 
+def _all_clear(mask: int, entries: U64) -> Bools:
+    """Whether none of the bits of mask is set."""
+    clear: Bools = (entries & np.uint64(mask)) == 0
+    return clear
+
+
 def frames(field: Field, entries: U64) -> U64:
     """The frame, or the next table, that every entry holds in a field, as a gpa."""
-    low = entries & np.uint64(field.mask)
-    return low >> np.uint64(field.shift) if field.shift >= 0 else low << np.uint64(-field.shift)
+    found: U64 = entries & np.uint64(field.mask)
+    if field.shift >= 0:
+        found >>= np.uint64(field.shift)
+    else:
+        found <<= np.uint64(-field.shift)
+    return found
 
 
 def grants(mode: PagingMode, entries: U64, table: Bools) -> U64:
-    """PagingMode.grants() for many entries."""
+    """PagingMode.grants() for many entries; table says which of them point to tables."""
     plain = entries ^ np.uint64(mode.flip)
     if mode.denies is None:
         return plain
-    left = np.full_like(entries, (1 << 64) - 1)
+    left = np.full_like(entries, MASK64)
     for name, mask in mode.denies.items():
-        left &= ~np.where(entries & np.uint64(mask), np.uint64(mode.flags[name]), np.uint64(0))
+        taken = np.where(entries & np.uint64(mask), np.uint64(mode.flags[name]), np.uint64(0))
+        left &= ~taken
     return np.where(table, left, plain)
 
 
@@ -69,7 +98,8 @@ def runs(
 ) -> tuple[Indices, Indices]:
     """First and last index of each run of neighbouring pages.
 
-    Within a run gva and every running column advance by the page size; size and every equal column stay.
+    Within a run gva and every running column advance by the page size; size and every equal column
+    stay.
     """
     if not len(gva):
         return np.empty(0, np.intp), np.empty(0, np.intp)
@@ -79,4 +109,5 @@ def runs(
     for other in equal:
         cut |= other[1:] != other[:-1]
     first = np.concatenate([[0], np.flatnonzero(cut) + 1])
-    return first, np.concatenate([first[1:], [len(gva)]]) - 1
+    last = np.concatenate([first[1:], [len(gva)]]) - 1
+    return first, last

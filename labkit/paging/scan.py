@@ -1,45 +1,46 @@
-"""The whole address space at once: page tables read level by level into numpy arrays."""
+"""The whole address space at once: a snapshot of every page that is mapped, and of the tables."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from labkit.arch.desc import PagingMode
 from labkit.errors import MemoryFault
-from labkit.paging.entries import U64, Bools, classify_all, frames, grants, runs
+from labkit.paging.entries import U64, Bools, Indices, runs
+from labkit.paging.labels import Label, Labels, as_labels, range_label
+from labkit.paging.leaves import read_tables
 from labkit.paging.walk import Read, Walk, walk
-from labkit.shown import mimebundle
+from labkit.shown import Bundle, mimebundle
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["MAX_LEAVES", "Label", "PageTable", "scan"]
+__all__ = ["MAX_LEAVES", "PageTable", "scan"]
 
 MAX_LEAVES = 1 << 18  # 1 GiB of 4K pages; a table that points to itself makes up to 2**36
 MAX_PROBLEMS = 100  # bad entries remembered one by one
-CHUNK = 1024  # tables decoded at once, which bounds the memory that hostile tables can cost
-
-Label = Callable[[int], str]  # what lives at a gva, in a word
+SHOWN_RANGES = 40  # lines of ranges in a terminal
+SHOWN_PROBLEMS = 5
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class PageTable:
     """One address space at one step: every leaf, ordered by gva, and the tables as they were read.
 
-    The arrays have one element per leaf. gva, gpa, size (bytes) and entry are uint64, level indexes mode.levels,
-    rights is the entry with the flags that all levels together give. truncated means that leaves may be missing.
+    The arrays gva, gpa, size, entry, level and rights have one element per leaf; size is in bytes,
+    level indexes mode.levels, rights is the entry with the flags that all levels together give.
+    truncated means that leaves may be missing.
     """
 
     mode: PagingMode
-    root: int
-    step: int | None
+    root: int  # gpa of the root table
+    step: int | None  # the VM's clock when it was taken
     tables: dict[int, bytes]  # gpa -> content, for every table read
     gva: U64
     gpa: U64
@@ -47,23 +48,40 @@ class PageTable:
     entry: U64
     level: NDArray[np.uint8]
     rights: U64
-    bad: U64  # first gva below each entry that is reserved or points outside memory; at most MAX_PROBLEMS
+    # First gva below each entry that is reserved or points outside memory; at most MAX_PROBLEMS.
+    bad: U64
     nr_bad: int
     outside: frozenset[int]  # gpas of tables that no memslot holds
     truncated: bool
-    labels: Label | None = None
+    names: Labels | None = None  # who says what lies where
 
     def __len__(self) -> int:
         return len(self.gva)
 
+    # --- one address
+
     def walk(self, gva: int) -> Walk:
         """Translate gva in this snapshot, from the saved tables alone; never raises."""
-        found = walk(self._read, self.mode, self.root, gva)
+        found = replace(walk(self._read, self.mode, self.root, gva), page_table=self)
         last = found.steps[-1] if found.steps else None
         if last is None or last.kind != "outside" or last.next_gpa in self.outside:
-            return replace(found, page_table=self)
-        missing = f"gva {gva:#x}: {last} points to gpa {last.next_gpa:#x}, a table that this capped scan did not read"
-        return replace(found, problem=missing, page_table=self)
+            return found
+        where = f"gpa {last.next_gpa:#x}, a table that this capped scan did not read"
+        return replace(found, problem=f"gva {gva:#x}: {last} points to {where}")
+
+    def _read(self, gpa: int, size: int) -> bytes:
+        """Memory, as far as it was read for this snapshot."""
+        index = bisect_right(self._table_gpas, gpa) - 1
+        if index >= 0:
+            start = self._table_gpas[index]
+            content = self.tables[start]
+            if gpa + size <= start + len(content):
+                return content[gpa - start : gpa - start + size]
+        raise MemoryFault(f"gpa {gpa:#x} is in no table of this snapshot", gpa=gpa, size=size)
+
+    @cached_property
+    def _table_gpas(self) -> list[int]:
+        return sorted(self.tables)
 
     def maps(self, gpa: int) -> list[int]:
         """Every gva that maps gpa, lowest first."""
@@ -73,22 +91,53 @@ class PageTable:
         hit = offset < self.size
         return [int(gva) for gva in self.gva[hit] + offset[hit]]
 
-    def diff(self, other: PageTable) -> pd.DataFrame:
-        """What changed from other (earlier) to this snapshot: sign (+ - ~), gva, gva_end, nr_pages, page_size, before, after."""
-        from labkit.paging.diff import diff
+    def label(self, gva: int) -> str:
+        """What lies at a gva, in a word; "" when nobody knows."""
+        return "" if self.names is None else self.names.label(gva)
 
-        return diff(other, self)
+    @property
+    def labels(self) -> Label | None:
+        """The same as a callable, None when there is nobody to ask."""
+        return None if self.names is None else self.names.label
+
+    # --- rights
 
     def flag(self, name: str) -> Bools:
         """One effective flag of every leaf."""
-        on: Bools = (
-            (self.rights ^ np.uint64(self.mode.inverted)) & np.uint64(self.mode.flags[name])
-        ) != 0
+        says_yes = self.rights ^ np.uint64(self.mode.inverted)
+        on: Bools = (says_yes & np.uint64(self.mode.flags[name])) != 0
         return on
+
+    @property
+    def executable(self) -> Bools:
+        """Whether each leaf's own bits let code run there: nx is clear, or the format lacks it."""
+        if "nx" not in self.mode.flags:
+            return np.ones(len(self), np.bool_)
+        return ~self.flag("nx")
+
+    def _flag_columns(self, at: Indices | slice) -> dict[str, Bools]:
+        """A column for each flag of some leaves, and whether they are executable."""
+        columns = {name: self.flag(name)[at] for name in self.mode.flags}
+        columns["executable"] = self.executable[at]
+        return columns
+
+    # --- tables to compute with
+
+    def ranges(self, ignore: tuple[str, ...] = ()) -> tuple[Indices, Indices]:
+        """First and last leaf of each range.
+
+        Within a range gva and gpa run on, page size and flags (but those to ignore) are equal.
+        """
+        mask = self.mode.flag_mask & ~sum(self.mode.flags[name] for name in ignore)
+        return runs(self.gva, self.size, (self.gpa,), (self.rights & np.uint64(mask),))
 
     @cached_property
     def df(self) -> pd.DataFrame:
-        """Ranges of neighbouring pages with equal flags: gva, gva_end, nr_pages, page_size, gpa, a bool column per flag, what."""
+        """Ranges of neighbouring pages with equal flags.
+
+        gva, gva_end, nr_pages, page_size (bytes), gpa, a bool column per flag, executable, and
+        what lies there.
+        """
         import pandas as pd
 
         first, last = self.ranges()
@@ -99,89 +148,103 @@ class PageTable:
             "page_size": self.size[first],
             "gpa": self.gpa[first],
         }
-        columns |= {name: self.flag(name)[first] for name in self.mode.flags}
-        columns["what"] = [
-            self._what(int(low), int(high))
-            for low, high in zip(self.gva[first], self.gva[last], strict=True)
-        ]
+        columns |= self._flag_columns(first)
+        columns["what"] = self._range_labels(first, last)
         return pd.DataFrame(columns)
 
     @cached_property
     def leaves(self) -> pd.DataFrame:
-        """One row per leaf: gva, gpa, page_size, level, entry and a bool column per flag."""
+        """One row per leaf: gva, gpa, page_size (bytes), level, entry, flags, executable."""
         import pandas as pd
 
-        names = np.array([level.name for level in self.mode.levels])
-        columns = {
+        level_names = np.array([level.name for level in self.mode.levels])
+        columns: dict[str, object] = {
             "gva": self.gva,
             "gpa": self.gpa,
             "page_size": self.size,
-            "level": names[self.level],
+            "level": level_names[self.level],
             "entry": self.entry,
         }
-        return pd.DataFrame(columns | {name: self.flag(name) for name in self.mode.flags})
+        return pd.DataFrame(columns | self._flag_columns(slice(None)))
 
-    def ranges(self, ignore: tuple[str, ...] = ()) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """First and last leaf of each range: gva and gpa run on, page size and flags (but those to ignore) are equal."""
-        mask = self.mode.flag_mask & ~sum(self.mode.flags[name] for name in ignore)
-        return runs(self.gva, self.size, (self.gpa,), (self.rights & np.uint64(mask),))
+    def _range_labels(self, first: Indices, last: Indices) -> list[str]:
+        """What each range is called, given its first and last leaf."""
+        if self.names is None:
+            return [""] * len(first)
+        found = list(self.names.labels(self.gva[first], self.gpa[first]))
+        longer = np.flatnonzero(first != last)
+        ends = self.names.labels(self.gva[last[longer]], self.gpa[last[longer]])
+        for index, end in zip(longer.tolist(), ends, strict=True):
+            found[index] = range_label(found[index], end)
+        return found
+
+    def diff(self, other: PageTable) -> pd.DataFrame:
+        """What changed from other (earlier) to this snapshot.
+
+        sign (+ - ~), gva, gva_end, nr_pages, page_size, before, after: see labkit.paging.diff.
+        """
+        from labkit.paging.diff import diff
+
+        return diff(other, self)
+
+    # --- words
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """A sentence for each entry that is reserved or points outside memory, for at most MAX_PROBLEMS of them."""
+        """A sentence for each entry that is reserved or points outside memory.
+
+        For at most MAX_PROBLEMS of them.
+        """
         return tuple(str(self.walk(int(gva)).problem) for gva in self.bad)
 
     @property
     def text(self) -> str:
-        """The ranges for a terminal: title, status, one line per range (40 at most); accessed and dirty split none."""
+        """The ranges for a terminal: title, status, one line per range, problems.
+
+        At most SHOWN_RANGES lines of ranges; accessed and dirty split none.
+        """
         traces = tuple(name for name in ("accessed", "dirty") if name in self.mode.flags)
-        unseen = sum(self.mode.flags[name] for name in traces)
         first, last = self.ranges(ignore=traces)
         lines = [f"{self.mode.name}, root {self.root:#x}", self.status]
-        for low, high in list(zip(first, last, strict=True))[:40]:
-            start, last_page, size = int(self.gva[low]), int(self.gva[high]), int(self.size[low])
-            count = f"{high - low + 1} x {_bytes(size)}"
-            flags = self.mode.letters(int(self.rights[low]) & ~unseen | self.mode.inverted & unseen)
-            words = " ".join(filter(None, ["P", flags, self._what(start, last_page)]))
-            lines.append(
-                f"{start:#018x}..{last_page + size - 1:#018x} {count:>10} -> {int(self.gpa[low]):#x} {words}"
-            )
-        return "\n".join(
-            lines
-            + ([f"... {len(first) - 40} more ranges"] if len(first) > 40 else [])
-            + list(self.problems[:5])
-        )
+        for low, high in zip(first[:SHOWN_RANGES], last[:SHOWN_RANGES], strict=True):
+            lines.append(self._range_line(int(low), int(high), traces))
+        if len(first) > SHOWN_RANGES:
+            lines.append(f"... {len(first) - SHOWN_RANGES} more ranges")
+        lines.extend(self.problems[:SHOWN_PROBLEMS])
+        return "\n".join(lines)
+
+    def _range_line(self, low: int, high: int, ignore: tuple[str, ...]) -> str:
+        """One range, from leaf low to leaf high, without the flags to ignore."""
+        mode = self.mode
+        size = int(self.size[low])
+        start = int(self.gva[low])
+        last_page = int(self.gva[high])
+        where = f"{start:#018x}..{last_page + size - 1:#018x}"
+        count = f"{high - low + 1} x {_bytes(size)}"
+        ignored = sum(mode.flags[name] for name in ignore)
+        # An inverted flag says no when it is set.
+        flags = mode.letters(int(self.rights[low]) & ~ignored | mode.inverted & ignored)
+        what = range_label(self.label(start), self.label(last_page))
+        words = " ".join(word for word in ("P", flags, what) if word)
+        return f"{where} {count:>10} -> {int(self.gpa[low]):#x} {words}"
 
     @property
     def status(self) -> str:
         """What the snapshot holds, in one sentence."""
-        step = "" if self.step is None else f" at step {self.step}"
-        bad = f", {self.nr_bad} bad entries" if self.nr_bad else ""
-        capped = ", more not read (truncated)" if self.truncated else ""
-        return f"{len(self)} leaves ({_bytes(int(self.size.sum()))}) in {len(self.tables)} tables{step}{bad}{capped}."
+        found = f"{len(self)} leaves ({_bytes(int(self.size.sum()))}) in {len(self.tables)} tables"
+        if self.step is not None:
+            found += f" at step {self.step}"
+        if self.nr_bad:
+            found += f", {self.nr_bad} bad entries"
+        if self.truncated:
+            found += ", more not read (truncated)"
+        return f"{found}."
 
     def __repr__(self) -> str:
         return f"<PageTable {self.mode.name} root {self.root:#x}: {self.status}>"
 
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Bundle:
         return mimebundle(self)
-
-    def _what(self, low: int, high: int) -> str:
-        if self.labels is None:
-            return ""
-        first, last = self.labels(low), self.labels(high)
-        return first if first == last else f"{first} .. {last}"
-
-    def _read(self, gpa: int, size: int) -> bytes:
-        at = bisect_right(self._starts, gpa) - 1
-        table = self._starts[at] if at >= 0 else 0
-        if at < 0 or gpa + size > table + len(self.tables[table]):
-            raise MemoryFault(f"gpa {gpa:#x} is in no table of this snapshot", gpa=gpa, size=size)
-        return self.tables[table][gpa - table : gpa - table + size]
-
-    @cached_property
-    def _starts(self) -> list[int]:
-        return sorted(self.tables)
 
 
 def scan(
@@ -189,148 +252,39 @@ def scan(
     mode: PagingMode,
     root_gpa: int,
     step: int | None = None,
-    label: Label | None = None,
+    label: Label | Labels | None = None,
     max_leaves: int = MAX_LEAVES,
 ) -> PageTable:
     """Read every table below root_gpa (or raw CR3) and give a snapshot of all leaves; never raises.
 
-    Without .truncated it holds exactly the translations that walk() finds; tables that loop or are very many
-    are cut off after max_leaves leaves, and what is there is still true.
+    Without .truncated it holds exactly the translations that walk() finds; tables that loop or are
+    very many are cut off after max_leaves leaves, and what is there is still true. `label` says
+    what lies where: Labels, or a callable that is given one gva, which takes its time when there
+    are many.
     """
-    return _Scan(read, mode, max_leaves).run(mode.root(root_gpa), step, label)
-
-
-class _Scan:
-    """The state of one scan: tables read so far, leaves found so far."""
-
-    def __init__(self, read: Read, mode: PagingMode, max_leaves: int) -> None:
-        self.read, self.mode, self.left = read, mode, max_leaves
-        self.max_visits = max(512, max_leaves >> 6)
-        self.tables: dict[int, bytes] = {}
-        self.outside: set[int] = set()
-        self.leaves: list[tuple[U64, U64, U64, U64, U64, NDArray[np.uint8]]] = []
-        self.bad: list[U64] = []
-        self.truncated = False
-
-    def run(self, root: int, step: int | None, label: Label | None) -> PageTable:
-        """Go down level by level; a visit is a table as seen from one gva, with the rights granted so far."""
-        mode = self.mode
-        visits = (
-            np.zeros(1, np.uint64),
-            np.array([root], np.uint64),
-            np.array([mode.inherit], np.uint64),
-        )
-        for depth in range(len(mode.levels)):
-            visits = self._level(depth, *visits)
-        parts = [np.concatenate(column) for column in zip(*self.leaves, strict=True)] or [
-            np.empty(0, np.uint64)
-        ] * 6
-        if len(self.leaves) > 1:
-            order = np.argsort(parts[0], kind="stable")
-            parts = [part[order] for part in parts]
-        gva, gpa, size, entry, rights, level = parts
-        bad = np.concatenate([np.empty(0, np.uint64), *self.bad])
-        return PageTable(
-            mode,
-            root,
-            step,
-            self.tables,
-            gva,
-            gpa,
-            size,
-            entry,
-            level.astype(np.uint8),
-            rights,
-            np.sort(bad)[:MAX_PROBLEMS],
-            len(bad),
-            frozenset(self.outside),
-            self.truncated,
-            label,
-        )
-
-    def _level(self, depth: int, base: U64, table: U64, rights: U64) -> tuple[U64, U64, U64]:
-        below, nr_below = [(base[:0], table[:0], rights[:0])], 0
-        for at in range(0, len(base), CHUNK):
-            if nr_below > self.max_visits or not self.left:
-                self.truncated = True
-                break
-            part = slice(at, at + CHUNK)
-            below.append(self._chunk(depth, base[part], table[part], rights[part]))
-            nr_below += len(below[-1][0])
-        self.truncated |= nr_below > self.max_visits
-        gva, gpa, acc = (
-            np.concatenate(column)[: self.max_visits] for column in zip(*below, strict=True)
-        )
-        return gva, gpa, acc
-
-    def _chunk(self, depth: int, base: U64, table: U64, rights: U64) -> tuple[U64, U64, U64]:
-        """Decode some tables of one level: keeps their leaves, gives the visits below them."""
-        mode, level = self.mode, self.mode.levels[depth]
-        tables = self.tables
-        size = level.table_size
-        data = [
-            raw if len(raw := tables.get(gpa, b"")) == size else self._table(gpa, size)
-            for gpa in table.tolist()
-        ]
-        if not all(data):
-            there = np.array([bool(raw) for raw in data])
-            self.bad.append(base[~there])
-            base, rights = base[there], rights[there]
-        entries = np.frombuffer(b"".join(data), mode.dtype).astype(np.uint64, copy=False)
-        present = mode.present_at(level)
-        at = np.flatnonzero((entries & np.uint64(present.mask)) == np.uint64(present.value))
-        entries = entries[at]
-        index = (at & (level.nr_entries - 1)).astype(np.uint64)
-        owner = at >> level.bits
-        gva = base[owner] + (index << np.uint64(level.shift))
-        if depth == 0:
-            top = 1 << (mode.va_bits - 1)
-            gva[(gva & np.uint64(top)) != 0] |= np.uint64(mode.extend(top))
-        kinds = classify_all(mode, level, entries)
-        acc = rights[owner] & grants(mode, entries, kinds.table)
-        leaf, below = np.flatnonzero(kinds.leaf), np.flatnonzero(kinds.table)
-        if len(leaf) + len(below) < len(at):
-            self.bad.append(gva[~(kinds.table | kinds.leaf)])
-        self._keep(depth, gva[leaf], entries[leaf], acc[leaf])
-        return gva[below], frames(mode.next_table(level), entries[below]), acc[below]
-
-    def _keep(self, depth: int, gva: U64, entry: U64, acc: U64) -> None:
-        if len(gva) > self.left:
-            self.truncated = True
-            gva, entry, acc = gva[: self.left], entry[: self.left], acc[: self.left]
-        self.left -= len(gva)
-        if not len(gva):
-            return
-        mode, size = self.mode, self.mode.levels[depth].size
-        gpa = frames(mode.pa, entry) & np.uint64(-size & (1 << 64) - 1)
-        rights = (entry & np.uint64(~mode.inherit & (1 << 64) - 1)) | (
-            acc ^ np.uint64(mode.flip & mode.inherit)
-        )
-        self.leaves.append(
-            (
-                gva,
-                gpa,
-                np.full(len(gva), size, np.uint64),
-                entry,
-                rights,
-                np.full(len(gva), depth, np.uint8),
-            )
-        )
-
-    def _table(self, gpa: int, size: int) -> bytes:
-        """Read a table, b"" outside the memslots; each is read once, so loops see one state."""
-        known = self.tables.get(gpa, b"")
-        if len(known) > size:  # as a larger table of another level
-            return known[:size]
-        try:
-            self.tables[gpa] = data = known + self.read(gpa + len(known), size - len(known))
-        except MemoryFault:
-            self.outside.add(gpa)
-            return b""
-        return data
+    root = mode.root(root_gpa)
+    found = read_tables(read, mode, root, max_leaves)
+    return PageTable(
+        mode=mode,
+        root=root,
+        step=step,
+        tables=found.tables,
+        gva=found.leaves.gva,
+        gpa=found.leaves.gpa,
+        size=found.leaves.size,
+        entry=found.leaves.entry,
+        level=found.leaves.level,
+        rights=found.leaves.rights,
+        bad=found.bad[:MAX_PROBLEMS],
+        nr_bad=len(found.bad),
+        outside=found.outside,
+        truncated=found.truncated,
+        names=as_labels(label),
+    )
 
 
 def _bytes(size: int) -> str:
+    """A size with its unit: "4K", "2.027M"."""
     for unit, name in ((1 << 40, "T"), (1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")):
         if size >= unit:
             return f"{size / unit:.4g}{name}"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from labkit.arch.desc import LAST, NONE, Level, PagingMode
 from labkit.errors import MemoryFault, PageFault
-from labkit.shown import mimebundle
+from labkit.shown import Bundle, mimebundle
+
+if TYPE_CHECKING:
+    from labkit.paging.scan import PageTable
 
 __all__ = ["Kind", "Read", "Walk", "WalkStep", "classify", "describe", "walk"]
 
@@ -19,7 +22,10 @@ COUNT = ("No", "One", "Two", "Three", "Four", "Five", "Six")
 
 @dataclass(frozen=True)
 class WalkStep:
-    """One entry read by a walk; next_gpa is the table or page it points to, None when it points nowhere."""
+    """One entry read by a walk.
+
+    next_gpa is the table or page that it points to, None when it points nowhere.
+    """
 
     level: Level
     index: int
@@ -34,21 +40,21 @@ class WalkStep:
 
 @dataclass(frozen=True, repr=False)
 class Walk:
-    """How one gva is translated: the entries read, and the gpa or the problem that ended the walk."""
+    """How one gva is translated: the entries read, and the gpa or the problem that ended the walk.
+
+    flags are the effective rights, all levels together, and empty without a translation; page_size
+    is in bytes, 0 without one. page_table is the snapshot that was walked, when it was one.
+    """
 
     mode: PagingMode
     root: int  # gpa of the root table
     gva: int
     steps: tuple[WalkStep, ...]
     gpa: int | None = None
-    page_size: int = 0  # bytes, 0 without a translation
-    flags: dict[str, bool] = field(
-        default_factory=dict
-    )  # effective rights: all levels together; empty without a translation
+    page_size: int = 0
+    flags: dict[str, bool] = field(default_factory=dict)
     problem: str | None = None
-    page_table: Any = field(
-        default=None, compare=False
-    )  # the snapshot that was walked, when it was one
+    page_table: PageTable | None = field(default=None, compare=False)
 
     def require(self) -> int:
         """The gpa; raises PageFault with who, where and what was found when there is none."""
@@ -58,12 +64,18 @@ class Walk:
 
     @property
     def status(self) -> str:
-        """The result in one sentence."""
+        """The result in one sentence, and how many entries were read in another."""
         if self.gpa is None:
             return f"{self.problem}."
-        nr = COUNT[len(self.steps)] if len(self.steps) < len(COUNT) else str(len(self.steps))
-        read = "entry read, present" if nr == "One" else "entries read, all present"
-        return f"gva {self.gva:#x} is gpa {self.gpa:#x}: {describe(self.mode, self.flags)}. {nr} {read}."
+        rights = describe(self.mode, self.flags)
+        return f"gva {self.gva:#x} is gpa {self.gpa:#x}: {rights}. {self._entries_read()}"
+
+    def _entries_read(self) -> str:
+        nr_steps = len(self.steps)
+        if nr_steps == 1:
+            return "One entry read, present."
+        count = COUNT[nr_steps] if nr_steps < len(COUNT) else str(nr_steps)
+        return f"{count} entries read, all present."
 
     @property
     def text(self) -> str:
@@ -76,30 +88,32 @@ class Walk:
             return f"{where}not present (entry {step.entry:#x})"
         if step.kind == "reserved":
             return f"{where}reserved bits set (entry {step.entry:#x})"
-        note = "  outside guest memory" if step.kind == "outside" else ""
         flags = self.mode.letters(step.entry, is_table=step.kind != "leaf")
-        return f"{where}{step.next_gpa:#x} P {flags}".rstrip() + note
+        line = f"{where}{step.next_gpa:#x} P {flags}".rstrip()
+        if step.kind == "outside":
+            line += "  outside guest memory"
+        return line
 
     def __repr__(self) -> str:
         return f"<Walk {self.mode.name}: {self.status}>"
 
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Bundle:
         return mimebundle(self)
 
 
 def classify(mode: PagingMode, level: Level, entry: int) -> Kind:
-    """What an entry of this level is, as far as the entry itself can tell ("outside" needs memory)."""
+    """What an entry of this level is, as far as the entry can tell ("outside" needs memory)."""
     if not mode.present_at(level)(entry):
         return "hole"
     if not level.must(entry) or (mode.bad is not None and mode.bad(entry)):
         return "reserved"
     if mode.table_at(level)(entry):
-        return (
-            "reserved"
-            if level.leaf is LAST or entry & (mode.reserved | mode.table_reserved)
-            else "table"
-        )
-    return "reserved" if level.leaf is NONE or entry & mode.leaf_reserved(level) else "leaf"
+        if level.leaf is LAST or entry & (mode.reserved | mode.table_reserved):
+            return "reserved"
+        return "table"
+    if level.leaf is NONE or entry & mode.leaf_reserved(level):
+        return "reserved"
+    return "leaf"
 
 
 def walk(read: Read, mode: PagingMode, root_gpa: int, gva: int) -> Walk:
@@ -107,61 +121,68 @@ def walk(read: Read, mode: PagingMode, root_gpa: int, gva: int) -> Walk:
 
     root_gpa may be the raw CR3: bits that are no frame number are masked out, a C-bit too.
     """
-    table = root = mode.root(root_gpa)
-    steps: list[WalkStep] = []
+    root = mode.root(root_gpa)
     if not mode.canonical(gva):
         return Walk(mode, root, gva, (), problem=_not_canonical(mode, gva))
+
+    steps: list[WalkStep] = []
     rights = mode.inherit
+    table = root
     for level in mode.levels:
         index = level.index(gva)
         entry_gpa = table + index * mode.entry_size
         try:
             entry = int.from_bytes(read(entry_gpa, mode.entry_size), mode.byteorder)
         except MemoryFault:
-            steps[-1:] = [replace(step, kind="outside") for step in steps[-1:]]
+            if steps:  # the one before points outside
+                steps[-1] = replace(steps[-1], kind="outside")
             break
         kind = classify(mode, level, entry)
-        if kind == "table":
-            table = mode.next_table(level).get(entry)
-        steps.append(
-            WalkStep(level, index, entry_gpa, entry, kind, table if kind == "table" else None)
-        )
-        rights &= mode.grants(entry, kind == "table")
         if kind != "table":
+            rights &= mode.grants(entry, False)
+            steps.append(WalkStep(level, index, entry_gpa, entry, kind, None))
             break
+        rights &= mode.grants(entry, True)
+        table = mode.next_table(level).get(entry)
+        steps.append(WalkStep(level, index, entry_gpa, entry, kind, table))
     return _finish(mode, root, gva, steps, rights)
 
 
 def _finish(mode: PagingMode, root: int, gva: int, steps: list[WalkStep], rights: int) -> Walk:
+    """The result of a walk that read these entries and was granted these rights on its way."""
     last = steps[-1] if steps else None
     if last is None or last.kind != "leaf":
         return Walk(mode, root, gva, tuple(steps), problem=_problem(mode, root, gva, last))
     frame = mode.frame(last.level, last.entry)
     steps[-1] = replace(last, next_gpa=frame)
-    effective = (last.entry & ~mode.inherit) | (rights ^ (mode.flip & mode.inherit))
+    own = last.entry & ~mode.inherit
+    inherited = rights ^ (mode.flip & mode.inherit)
     size = last.level.size
     return Walk(
-        mode, root, gva, tuple(steps), frame + (gva & (size - 1)), size, mode.rights(effective)
+        mode,
+        root,
+        gva,
+        tuple(steps),
+        gpa=frame + (gva & (size - 1)),
+        page_size=size,
+        flags=mode.rights(own | inherited),
     )
 
 
 def _problem(mode: PagingMode, root: int, gva: int, last: WalkStep | None) -> str:
+    """What ended a walk that found no page, in one sentence without its full stop."""
     if last is None:
         return f"gva {gva:#x}: the root table at gpa {root:#x} is outside guest memory"
-    who = f"gva {gva:#x}: {last} at gpa {last.entry_gpa:#x}"
+    entry = f"(entry {last.entry:#x})"
     if last.kind == "hole":
-        return f"{who} is not present (entry {last.entry:#x})"
-    if last.kind == "outside":
-        return (
-            f"{who} points to gpa {last.next_gpa:#x}, outside guest memory (entry {last.entry:#x})"
-        )
-    leaf = not mode.table_at(last.level)(last.entry)
-    why = (
-        f"is a leaf, which {last.level} may not hold"
-        if leaf and last.level.leaf is NONE
-        else "has reserved bits set"
-    )
-    return f"{who} {why} (entry {last.entry:#x})"
+        what = "is not present"
+    elif last.kind == "outside":
+        what = f"points to gpa {last.next_gpa:#x}, outside guest memory"
+    elif last.level.leaf is NONE and not mode.table_at(last.level)(last.entry):
+        what = f"is a leaf, which {last.level} may not hold"
+    else:
+        what = "has reserved bits set"
+    return f"gva {gva:#x}: {last} at gpa {last.entry_gpa:#x} {what} {entry}"
 
 
 def _not_canonical(mode: PagingMode, gva: int) -> str:
@@ -171,14 +192,15 @@ def _not_canonical(mode: PagingMode, gva: int) -> str:
     return f"gva {gva:#x} is not canonical: bits 63..{mode.va_bits} must {wants}"
 
 
-def describe(mode: PagingMode, flags: dict[str, bool]) -> str:
+def describe(mode: PagingMode, flags: Mapping[str, bool]) -> str:
     """Effective rights in words: "shared (C=0), writable, no execute"."""
-    words = (
-        [f"{'encrypted' if flags['c'] else 'shared'} ({mode.c_word(flags['c'])})"]
-        if "c" in flags
-        else []
-    )
+    words = []
+    if "c" in flags:
+        state = "encrypted" if flags["c"] else "shared"
+        words.append(f"{state} ({mode.c_word(flags['c'])})")
     words.append("writable" if flags.get("writable") else "read only")
     if "nx" in flags:
         words.append("no execute" if flags["nx"] else "executable")
-    return ", ".join(words + ["user"] * flags.get("user", False))
+    if flags.get("user"):
+        words.append("user")
+    return ", ".join(words)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from labkit.errors import InvalidState
 from labkit.guest.program import Program
 from labkit.machine.memory import PAGE
-from labkit.machine.vm import Machine
+from labkit.machine.vm import STACK_PAGES, Machine
+from labkit.paging.entries import U64, Indices
 from labkit.ucall.abi import (
     BITMAP_BYTES,
     HEADER_SIZE,
@@ -59,8 +62,36 @@ class Names:
         A symbol, a field of the pool, a stack, or what the page was allocated for.
         """
         gpa = self._machine.space.walk(gva).gpa
-        if gpa is None:
-            return ""
+        return "" if gpa is None else self._mapped_label(gva, gpa)
+
+    def labels(self, gvas: U64, gpas: U64) -> list[str]:
+        """`label` of many gvas at once, for a page table that maps them to these gpas.
+
+        Only what may have a name of its own is looked up alone: the uses of pages are found by the
+        thousand.
+        """
+        uses = self._machine.space.uses
+        at = _holders(gpas, [(use.gpa, use.gpa + PAGE * use.nr_pages) for use in uses])
+        kinds = np.array([*(use.kind for use in uses), ""], object)  # the last for -1: no use
+        found: list[str] = kinds[at].tolist()
+
+        has_own_name = _holders(gvas, self._named_gvas()) >= 0
+        pool = self._vm.host_pool
+        if pool is not None:
+            has_own_name |= _holders(gpas, [(pool.gpa, pool.gpa + HEADER_SIZE)]) >= 0
+        for index in np.flatnonzero(has_own_name).tolist():
+            found[index] = self._mapped_label(int(gvas[index]), int(gpas[index]))
+        return found
+
+    def _named_gvas(self) -> list[tuple[int, int]]:
+        """(first, end) of what has a name of its own: stacks, and the program with its symbols."""
+        ranges = [(base, base + STACK_PAGES * PAGE) for base in self._machine.stacks]
+        if self._vm.program is not None:
+            ranges += [(segment.gva, segment.end) for segment in self._vm.program.segments]
+        return ranges
+
+    def _mapped_label(self, gva: int, gpa: int) -> str:
+        """What lies at a gva that is mapped to gpa."""
         pool = self._vm.host_pool
         if pool is not None and 0 <= gpa - pool.gpa < HEADER_SIZE:
             return pool_field(gpa - pool.gpa)
@@ -114,3 +145,18 @@ class Names:
         if self._vm.program is None:
             raise InvalidState(f"{self._vm.name} has no program, so it has no symbols")
         return self._vm.program
+
+
+def _holders(addresses: U64, ranges: Sequence[tuple[int, int]]) -> Indices:
+    """For each address the index of the range (first, end) that it lies in, or -1.
+
+    The ranges do not overlap.
+    """
+    if not ranges:
+        return np.full(len(addresses), -1, np.intp)
+    starts = np.array([start for start, _ in ranges], np.uint64)
+    last = np.array([end - 1 for _, end in ranges], np.uint64)
+    order = np.argsort(starts)
+    at = np.searchsorted(starts[order], addresses, "right") - 1
+    holder = order[at]
+    return np.where((at >= 0) & (addresses <= last[holder]), holder, -1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from labkit.errors import InvalidState
-from labkit.machine.schedule import Schedule
+from labkit.machine.schedule import Schedule, ScheduleState
 from labkit.machine.vm import MachineState
 from labkit.session.events import Happened
 
@@ -24,7 +24,7 @@ class VmState:
     shape: str  # what a VM must be like to take it, in words
     machine: MachineState
     pool: dict[str, object] | None  # what the host knows of the pool beyond guest memory
-    schedule: tuple[Any, ...]  # where it stands: Schedule.save()
+    schedule: ScheduleState
     events: tuple[Happened, ...]
     states: tuple[str, ...]  # of each vCPU: "running", "done", ...
     guest: dict[str, Any] | None = None  # of a protected VM: its key and how far its launch is

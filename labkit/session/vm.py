@@ -305,7 +305,7 @@ class Vm:
         It has df, walk(gva), maps(gpa) and diff(other).
         """
         space = self.machine.space
-        return scan(space.eye, space.mode, space.root_gpa, self.step, self.names.label)
+        return scan(space.eye, space.mode, space.root_gpa, self.step, self.names)
 
     @property
     def pool(self) -> PoolSnapshot:

@@ -10,7 +10,7 @@ import pytest
 from conftest import lacking
 
 from labkit.engines.kvm.abi import CAPS, CONSTANTS, EXITS, IOCTLS, MEMBERS, STRUCTS
-from labkit.guest.compile import find_compiler
+from labkit.guest.compilers import find_compiler
 
 HEADER = Path("/usr/include/linux/kvm.h")
 OURS = {"kvm_vcpu_events": {"raw"}, "kvm_run": {"padding"}}  # members that are one lump with us

@@ -12,7 +12,7 @@ from guests import CODE, STACK_TOP, USER_CS, USER_SS, asm, bare, frame
 import labkit as lk
 from labkit.engines.base import HaltExit
 from labkit.engines.kvm.abi import EXITS
-from labkit.guest.compile import find_compiler
+from labkit.guest.compilers import find_compiler
 
 pytestmark = pytest.mark.usefixtures("kvm")
 HLT, DEBUG = EXITS["KVM_EXIT_HLT"], EXITS["KVM_EXIT_DEBUG"]

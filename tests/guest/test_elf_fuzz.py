@@ -113,9 +113,15 @@ def test_that_a_section_full_of_one_byte_does_no_harm(name, byte):
 
 
 def test_that_a_name_without_an_end_is_no_trap():
-    """Every section's name points into two megabytes without a NUL: pyelftools alone would read them byte by byte, each time."""
+    """Every section's name points into two megabytes without a NUL.
+
+    pyelftools alone would read them byte by byte, each time.
+    """
     image = bytearray(IMAGE)
-    shoff, shnum = int.from_bytes(image[40:48], "little"), int.from_bytes(image[60:62], "little")
-    headers, body = bytes(image[shoff : shoff + 64 * shnum]), b"A" * (2 << 20)
-    image[40:48], image[60:62] = len(image).to_bytes(8, "little"), (3900).to_bytes(2, "little")
-    load_and_look(bytes(image) + headers[: 64 * shnum] + headers[64:128] * (3900 - shnum) + body)
+    shoff = int.from_bytes(image[40:48], "little")
+    shnum = int.from_bytes(image[60:62], "little")
+    headers = bytes(image[shoff : shoff + 64 * shnum])
+    more = headers[64:128] * (3900 - shnum)
+    image[40:48] = len(image).to_bytes(8, "little")
+    image[60:62] = (3900).to_bytes(2, "little")
+    load_and_look(bytes(image) + headers + more + b"A" * (2 << 20))

@@ -33,7 +33,10 @@ def guest(body, *more):
 
 @cache
 def together(bodies):
-    """All the bodies of a table in one program, each in its own line and function: the compiler runs once."""
+    """All the bodies of a table in one program, each in its own line and function.
+
+    So the compiler runs once.
+    """
     return compiled(
         *(f"void t{i}(uint64_t a, uint64_t b) {{ {body} }}" for i, body in enumerate(bodies))
     )
@@ -73,13 +76,11 @@ def test_that_python_and_c_agree_on_every_size_and_offset():
         "offsetof(struct ex_regs, vector)": 15 * 8,
         "offsetof(struct ex_regs, rip)": 17 * 8,
     }
-    program = compiled(
-        f"const uint64_t facts[] = {{ {', '.join(f'(uint64_t)({e})' for e in expressions)} }};"
-    )
+    values = ", ".join(f"(uint64_t)({e})" for e in expressions)
+    program = compiled(f"const uint64_t facts[] = {{ {values} }};")
     symbol = program.symbol("facts")
-    data = program.segment_at(symbol.gva).data[symbol.gva - program.segment_at(symbol.gva).gva :][
-        : symbol.size
-    ]
+    segment = program.segment_at(symbol.gva)
+    data = segment.data[symbol.gva - segment.gva :][: symbol.size]
     assert dict(zip(expressions, memoryview(data).cast("Q"), strict=True)) == expressions
     offsets = [abi.OFFSET_ARGS, abi.OFFSET_BUFFER, abi.OFFSET_HVA]
     assert [abi.UCALL.fields[name][1] for name in ("args", "buffer", "hva")] == offsets
@@ -94,11 +95,9 @@ def test_that_decoding_believes_nothing():
             int.from_bytes(raw[56:64], order),
             None,
         )
-    assert (
-        abi.decode_text(raw[64:]) == "�" * 1024
-        and abi.decode_text(b"ab\0cd") == "ab"
-        and abi.decode_text(b"") == ""
-    )
+    assert abi.decode_text(raw[64:]) == "�" * 1024
+    assert abi.decode_text(b"ab\0cd") == "ab"
+    assert abi.decode_text(b"") == ""
     assert [abi.cmd_name(n) for n in (0, 1, 5, 6, 0x17)] == [
         "NONE",
         "SYNC",
@@ -112,7 +111,8 @@ def test_that_decoding_believes_nothing():
 @given(st.binary(max_size=2000))
 def test_that_any_buffer_decodes_to_bounded_text(data):
     text = abi.decode_text(data)
-    assert len(text) <= 1024 and "\0" not in text
+    assert len(text) <= 1024
+    assert "\0" not in text
 
 
 # --- ucalls ---
@@ -133,11 +133,15 @@ SENDING = [
 def test_that_each_macro_sends_its_command_and_arguments(body, cmd, args):
     machine = one_of(SENDING, body)
     found = machine.run()
-    assert (found[0], found[3]) == (cmd, 0) and machine.in_use() == [0]
-    assert found[1][1:] == args[1:] and (
-        machine.cstring(found[1][0]) == "hello" if args[0] is None else found[1][0] == args[0]
-    )
-    assert machine.run() is None and machine.in_use() == []
+    assert (found[0], found[3]) == (cmd, 0)
+    assert machine.in_use() == [0]
+    assert found[1][1:] == args[1:]
+    if args[0] is None:
+        assert machine.cstring(found[1][0]) == "hello"
+    else:
+        assert found[1][0] == args[0]
+    assert machine.run() is None
+    assert machine.in_use() == []
 
 
 FAILING = [
@@ -165,7 +169,10 @@ def test_that_a_failed_assertion_says_what_where_and_why(body, exp, text):
 
 
 def test_that_assertions_that_hold_say_nothing():
-    body = 'GUEST_ASSERT(a); GUEST_ASSERT_EQ(a, 11); GUEST_ASSERT_NE(a, b); if (a) GUEST_ASSERT(b); else GUEST_FAIL("x");'
+    body = (
+        "GUEST_ASSERT(a); GUEST_ASSERT_EQ(a, 11); GUEST_ASSERT_NE(a, b); "
+        'if (a) GUEST_ASSERT(b); else GUEST_FAIL("x");'
+    )
     assert guest(body).run() is None
 
 
@@ -196,7 +203,8 @@ def test_that_a_slot_is_taken_by_one_locked_instruction(compiler, opt):
     )
     found = {}
     for name in ("ucall_alloc", "ucall_free"):
-        symbol, code = program.symbol(name), program.segments[0]
+        symbol = program.symbol(name)
+        code = program.segments[0]
         insns = DISASSEMBLER.disasm(code.data[symbol.gva - code.gva :][: symbol.size], 0)
         found[name] = [i.mnemonic for i in insns if i.mnemonic.startswith("lock")]
     assert found == {"ucall_alloc": ["lock bts"], "ucall_free": ["lock btr"]}
@@ -233,14 +241,12 @@ def test_that_an_unhandled_exception_of_every_vector_reaches_the_host():
         error_code = 0xE0 + vector if vector in ERROR_CODES else 0
         cmd, args, text, _ = machine.run(iretq)
         assert (cmd, args) == (5, (vector, error_code, 0x1234, 0xC2, 0, 0, 0))
-        assert (
-            text
-            == f"no handler for exception {vector} at 0x1234 (error code {error_code:#x}, fault address 0xc2)"
+        assert text == (
+            f"no handler for exception {vector} at 0x1234 "
+            f"(error code {error_code:#x}, fault address 0xc2)"
         )
-        assert (
-            machine.run(iretq) is None
-            and machine.uc.reg_read(x86.UC_X86_REG_RSP) == STACK + 0x8000 - 40
-        )
+        assert machine.run(iretq) is None
+        assert machine.uc.reg_read(x86.UC_X86_REG_RSP) == STACK + 0x8000 - 40
 
 
 def test_that_a_handler_sees_and_changes_every_register():
@@ -279,9 +285,11 @@ def test_that_an_expected_fault_comes_back_as_its_vector():
     at = code.gva + code.data.index(b"\x0f\x32\x45\x31\xc9")  # rdmsr; xor %r9d, %r9d
     assert machine.run(at) is None
     r10, r11 = (machine.uc.reg_read(r) for r in (x86.UC_X86_REG_R10, x86.UC_X86_REG_R11))
-    assert r10 == at and machine.uc.reg_read(x86.UC_X86_REG_R9) != 0
+    assert r10 == at
+    assert machine.uc.reg_read(x86.UC_X86_REG_R9) != 0
     iretq = take(machine, 13, rip=at)
-    assert machine.run(iretq) is None and machine.read_u64(STACK + 0x8000 - 40) == r11
+    assert machine.run(iretq) is None
+    assert machine.read_u64(STACK + 0x8000 - 40) == r11
     assert [machine.uc.reg_read(r) for r in (x86.UC_X86_REG_R9, x86.UC_X86_REG_R10)] == [
         13,
         0xE0 + 13,
@@ -290,10 +298,8 @@ def test_that_an_expected_fault_comes_back_as_its_vector():
 
 def test_that_a_guest_installs_its_own_handler():
     machine = guest("set_exception_handler(3, handler);", "void handler(struct ex_regs *regs) { }")
-    assert (
-        machine.run() is None
-        and machine.read_u64(HANDLERS + 24) == machine.program.symbol("handler").gva
-    )
+    assert machine.run() is None
+    assert machine.read_u64(HANDLERS + 24) == machine.program.symbol("handler").gva
 
 
 # --- words of the kernel ---
@@ -325,7 +331,8 @@ static void guest_code(void)
 }
 void *keep = guest_code;
 """)
-    assert program.compiler_output == "" and program.symbol("guest_code").kind == "func"
+    assert program.compiler_output == ""
+    assert program.symbol("guest_code").kind == "func"
 
 
 WORDS = [
@@ -356,7 +363,8 @@ def test_that_small_words_mean_what_they_mean_in_the_kernel(expression, value):
 
 def test_that_text_that_does_not_fit_becomes_an_abort_and_nothing_is_overwritten():
     machine = guest(
-        'char big[1100]; memset(big, 97, sizeof(big)); big[1099] = 0; GUEST_PRINTF("%s", big); GUEST_DONE();'
+        "char big[1100]; memset(big, 97, sizeof(big)); big[1099] = 0; "
+        'GUEST_PRINTF("%s", big); GUEST_DONE();'
     )
     cmd, args, text, slot = machine.run()
     assert (cmd, slot, text, machine.cstring(args[1])) == (
@@ -366,14 +374,13 @@ def test_that_text_that_does_not_fit_becomes_an_abort_and_nothing_is_overwritten
         "labkit/printf.c",
     )
     assert machine.run()[:1] + machine.run()[:1] == (3, 4), "a host that goes on gets what did fit"
-    assert (
-        guest('GUEST_PRINTF("%1023d", 5);').run()[0] == 3
-        and guest('GUEST_PRINTF("%1024d", 5);').run()[0] == 2
-    )
+    assert guest('GUEST_PRINTF("%1023d", 5);').run()[0] == 3
+    assert guest('GUEST_PRINTF("%1024d", 5);').run()[0] == 2
 
 
 def test_that_the_library_has_no_float_instruction():
     program = compiled("void guest_code(void) { GUEST_DONE(); }")
     code = program.segments[0].data
     names = " ".join(i.op_str for i in DISASSEMBLER.disasm(code, 0))
-    assert "rsp" in names and not re.search(r"\b[xyz]mm\d|\bst\(", names)
+    assert "rsp" in names
+    assert not re.search(r"\b[xyz]mm\d|\bst\(", names)

@@ -1,4 +1,4 @@
-"""GUEST_PRINTF's formatting, built natively and held against two oracles: the C library and the kernel's own."""
+"""GUEST_PRINTF's formatting, built natively, against the C library and the kernel's own."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ LIBRARY = REPO / "labkit" / "guest" / "lib"
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
-    """guest_snprintf() as a function of this process; `aborted` counts what would have been ABORT ucalls."""
+    """guest_snprintf() as a function of this process.
+
+    `aborted` counts what would have been ABORT ucalls.
+    """
     source = """#include "labkit.h"
 int aborted;
-void ucall_assert(u64 cmd, const char *exp, const char *file, unsigned int line, const char *fmt, ...) { aborted++; }
+void ucall_assert(u64 cmd, const char *exp, const char *file, unsigned int line,
+		const char *fmt, ...)
+{
+	aborted++;
+}
 """
     folder = tmp_path_factory.mktemp("printf")
     return shared_library(
@@ -104,10 +111,14 @@ def precisions_of(letter, flags, kernel):
 
 @st.composite
 def conversions(draw, kernel):
-    """A conversion and its arguments; without `kernel` only those where the kernel's rules and C's are the same."""
+    """A conversion and its arguments.
+
+    Without `kernel` only those where the kernel's rules and C's are the same.
+    """
     letter = draw(st.sampled_from("diuxXcs" + ("op%nyL" if kernel else "")))
     flags = "".join(draw(st.lists(st.sampled_from(flags_of(letter, kernel)), max_size=3)))
-    width, args = draw(WIDTHS), []
+    width = draw(WIDTHS)
+    args = []
     precision = draw(st.sampled_from(precisions_of(letter, flags, kernel)))
     if kernel and draw(st.booleans()):
         width = "*"
@@ -123,9 +134,8 @@ def conversions(draw, kernel):
         args.append(ctypes.c_int(draw(st.integers(1, 255))))
     elif letter in "diouxXp":
         args.append(ctypes.c_int64(draw(NUMBERS)))
-    if (
-        letter == "L"
-    ):  # a qualifier: it takes the next character for its conversion, were it the % of the next one
+    if letter == "L":
+        # A qualifier: it takes the next character for its conversion, were it the % of the next.
         letter = "Ly"
     return f"%{flags}{width}{precision}{qualifier}{letter}", args
 
@@ -154,10 +164,8 @@ def test_that_text_is_what_the_c_library_prints(ours, case):
 def test_that_text_is_what_the_kernels_guest_printf_prints(ours, kernels, case, room):
     aborted = ctypes.c_int.in_dll(ours, "aborted")
     aborted.value = 0
-    theirs, mine = (
-        formatted(kernels.checked, *case, room),
-        formatted(ours.guest_snprintf, *case, room),
-    )
+    theirs = formatted(kernels.checked, *case, room)
+    mine = formatted(ours.guest_snprintf, *case, room)
     assert aborted.value == (theirs[0] < 0)
     assert theirs[0] < 0 or mine == theirs
 

@@ -57,7 +57,7 @@ def test_that_it_is_so_on_every_architecture(cross_selftests):
     program = lk.Program.load(cross_selftests / "guest_print_test")
     code = next(
         symbol
-        for symbol in program._all_symbols
+        for symbol in program.all_symbols
         if symbol.name == "guest_code"  # of two static functions of that name
         and program.line_at(symbol.gva).file.endswith("guest_print_test.c")
     )

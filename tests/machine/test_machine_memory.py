@@ -1,4 +1,4 @@
-"""Memslots, allocation and translation: what fits is found, what does not is said with its address."""
+"""Memslots, allocation, translation: what fits is found, what does not is said with its address."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ def test_that_an_access_runs_on_into_the_neighbouring_slot(memory):
     told = []
     memory.on_write.append(lambda gpa, size: told.append((gpa, size)))
     memory.write(PAGE, bytes(range(256)) * 32)
-    assert memory.read(PAGE + 4000, 300) == (bytes(range(256)) * 32)[4000:4300] and told == [
-        (PAGE, 8192)
-    ]
+    assert memory.read(PAGE + 4000, 300) == (bytes(range(256)) * 32)[4000:4300]
+    assert told == [(PAGE, 8192)]
 
 
 @pytest.mark.parametrize(
@@ -81,13 +80,16 @@ def test_that_a_second_slot_is_seen_by_host_and_guest(guest):
     vm.machine.engine.add_memslot(slot.gpa, slot.hva, slot.size)
     vm.machine.space.map(0x60000000, 1 << 32, 1)
     vm.write(0x60000000, b"abcdefgh")
-    assert vm.vcpus[0].run(9).end == "halted" and vm.memory.read((1 << 32) + 8, 8) == b"abcdefgh"
+    assert vm.vcpus[0].run(9).end == "halted"
+    assert vm.memory.read((1 << 32) + 8, 8) == b"abcdefgh"
 
 
 def test_that_allocation_takes_the_lowest_gap_and_ends_with_an_error_that_helps():
     vm = lk.Vm.create_barebones(memory=1 << 20)
-    first, second = vm.alloc(1), vm.alloc(3 * PAGE, min_gva=0x10001)
-    assert (first, second) == (0x2000, 0x11000) and vm.gva2gpa(second) % PAGE == 0
+    first = vm.alloc(1)
+    second = vm.alloc(3 * PAGE, min_gva=0x10001)
+    assert (first, second) == (0x2000, 0x11000)
+    assert vm.gva2gpa(second) % PAGE == 0
     with pytest.raises(lk.OutOfMemory, match=r"no 256 free guest pages .* give the VM more"):
         vm.alloc(1 << 20)
     assert vm.alloc(PAGE) == 0x3000
@@ -100,14 +102,13 @@ def test_that_allocation_takes_the_lowest_gap_and_ends_with_an_error_that_helps(
 def test_that_memory_which_cannot_be_mapped_is_given_back():
     vm = lk.Vm.create_barebones(memory=8 << 20)
     vm.alloc(0x17D * PAGE)  # up to the page tables
-    before, uses = vm.page_table(), set(vm.machine.space.uses)
+    before = vm.page_table()
+    uses = set(vm.machine.space.uses)
     with pytest.raises(lk.OutOfMemory, match="for page tables"):
-        vm.alloc(
-            0x67B * PAGE, min_gva=0x4000000000 - PAGE
-        )  # all but one page of the rest, under a table of its own each side
-    assert len(vm.page_table()) == len(before) and {
-        use.kind for use in set(vm.machine.space.uses) - uses
-    } == {"page tables"}
+        # All but one page of the rest, under a table of its own each side.
+        vm.alloc(0x67B * PAGE, min_gva=0x4000000000 - PAGE)
+    assert len(vm.page_table()) == len(before)
+    assert {use.kind for use in set(vm.machine.space.uses) - uses} == {"page tables"}
     assert vm.alloc(4 << 20)
 
 
@@ -143,8 +144,10 @@ def test_that_a_vcpu_reads_through_its_own_page_tables(guest):
 @pytest.mark.parametrize("size", [2 << 20, 1 << 30])
 def test_that_huge_pages_work_for_guest_and_host(size):  # 1 GiB is a reserved bit to kvm_pvm
     with bare("mov rax,[rbx+0x1234]; hlt") as vm:
-        vm.machine.space.map(gva := 1 << 40, 0, 1, page_size=size)
+        gva = 1 << 40
+        vm.machine.space.map(gva, 0, 1, page_size=size)
         vm.memory.write(0x1234, b"12345678")
         vm.vcpus[0].regs.rbx = gva
-        assert vm.read(gva + 0x1234, 8) == b"12345678" and vm.vcpus[0].run(9).end == "halted"
+        assert vm.read(gva + 0x1234, 8) == b"12345678"
+        assert vm.vcpus[0].run(9).end == "halted"
         assert vm.vcpus[0].regs.rax == int.from_bytes(b"12345678", "little")

@@ -31,7 +31,8 @@ def test_that_a_vcpu_keeps_its_turn_over_an_exit_and_loses_it_when_it_can_run_no
     schedule = Schedule.named("round_robin:10")
     assert schedule.pick([0, 1, 2]) == (0, 10)
     schedule.ran(4)
-    assert schedule.pick([0, 1, 2]) == (0, 6) and schedule.pick([1, 2]) == (1, 10)
+    assert schedule.pick([0, 1, 2]) == (0, 6)
+    assert schedule.pick([1, 2]) == (1, 10)
 
 
 def test_that_sequential_stays_with_the_first_and_one_alone_is_not_bounded():
@@ -44,11 +45,9 @@ def test_that_random_is_decided_by_its_seed():
         turns(Schedule.named(name), [0, 1, 2], 50)
         for name in ("random:1:9", "random:1:9", "random:2:9")
     )
-    assert (
-        one == two != other
-        and {i for i, _ in one} == {0, 1, 2}
-        and {n for _, n in one} == set(range(1, 10))
-    )
+    assert one == two != other
+    assert {i for i, _ in one} == {0, 1, 2}
+    assert {n for _, n in one} == set(range(1, 10))
 
 
 @pytest.mark.parametrize("name", ["round_robin:3", "random:5:20", "sequential", "random"])

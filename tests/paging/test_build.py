@@ -1,4 +1,4 @@
-"""Tables built, read back by the walker, and given to Unicorn's own MMU as an independent oracle."""
+"""Tables built, read back by the walker, and given to Unicorn's MMU as an independent oracle."""
 
 from __future__ import annotations
 
@@ -44,9 +44,11 @@ mapping = st.tuples(
 @given(st.lists(mapping, max_size=4), st.sampled_from([C51, X86_PXXV57_4K.with_c_bit(51)]))
 def test_that_what_was_mapped_is_what_walk_and_scan_find(mappings, mode):
     memory = Memory(8 << 20)
-    builder, expected = memory.builder(mode), {}
+    builder = memory.builder(mode)
+    expected = {}
     for size, gva, gpa, nr_pages, flags in mappings:
-        gva, gpa = mode.extend(gva & -size), gpa & -size & 0x3FFFFFFFFFFFF
+        gva = mode.extend(gva & -size)
+        gpa = gpa & -size & 0x3FFFFFFFFFFFF
         pages = range(gva, gva + nr_pages * size, size)
         try:
             builder.map(gva, gpa, nr_pages, size, **flags)
@@ -60,12 +62,12 @@ def test_that_what_was_mapped_is_what_walk_and_scan_find(mappings, mode):
             for page in pages
         }
     table = scan(memory.read, mode, builder.root_gpa)
-    assert table.gva.tolist() == sorted(expected) and not table.nr_bad
+    assert table.gva.tolist() == sorted(expected)
+    assert not table.nr_bad
     for gva in [*expected][::97]:
         found = walk(memory.read, mode, builder.root_gpa, gva + 5)
-        assert (found.gpa - 5, found.page_size, found.flags) == expected[gva] and table.walk(
-            gva + 5
-        ) == found
+        assert (found.gpa - 5, found.page_size, found.flags) == expected[gva]
+        assert table.walk(gva + 5) == found
 
 
 def test_that_kernel_style_tables_come_out_bit_for_bit(lab):
@@ -88,10 +90,8 @@ def test_that_a_given_root_is_kept_and_continued(lab):
     builder.map(0x400000, 0x10000)
     again = memory.builder(root=builder.root_gpa | 0x18)
     again.map(0x401000, 0x20000)
-    assert (
-        again.root_gpa == builder.root_gpa
-        and len(scan(memory.read, builder.mode, builder.root_gpa)) == 2
-    )
+    assert again.root_gpa == builder.root_gpa
+    assert len(scan(memory.read, builder.mode, builder.root_gpa)) == 2
 
 
 @pytest.mark.parametrize(
@@ -303,22 +303,21 @@ def with_code(memory, root):
 @pytest.mark.parametrize("writable", [True, False])
 def test_that_a_cpu_loads_and_stores_through_built_pages_and_marks_them(page_size, gpa, writable):
     memory = Memory(8 << 20)
-    builder, gva = memory.builder(), 0x7AC0000000
+    builder = memory.builder()
+    gva = 0x7AC0000000
     with_code(memory, builder.root_gpa)
     builder.map(gva, gpa, 1, page_size, writable=writable, nx=True)
     memory.write(gpa + 0x18, struct.pack("<Q", 0x1122334455667788))
-    cpu, flags = (
-        Cpu(memory, builder.root_gpa),
-        lambda: walk(memory.read, builder.mode, builder.root_gpa, gva).flags,
-    )
-    assert cpu.access(gva + 0x18, 0) == 0x1122334455667788 and (
-        flags()["accessed"],
-        flags()["dirty"],
-    ) == (True, False)
-    assert (
-        cpu.access(gva + 0x18, 3, 99) == (99 if writable else "#PF")
-        and flags()["dirty"] == writable
-    )
+    cpu = Cpu(memory, builder.root_gpa)
+
+    def flag(name):
+        return walk(memory.read, builder.mode, builder.root_gpa, gva).flags[name]
+
+    assert cpu.access(gva + 0x18, 0) == 0x1122334455667788
+    assert flag("accessed")
+    assert not flag("dirty")
+    assert cpu.access(gva + 0x18, 3, 99) == (99 if writable else "#PF")
+    assert flag("dirty") == writable
     assert memory.read(gpa + 0x18, 8) == struct.pack("<Q", 99 if writable else 0x1122334455667788)
 
 
@@ -331,7 +330,8 @@ def test_that_a_cpu_loads_and_stores_through_built_pages_and_marks_them(page_siz
 def test_that_a_cpu_agrees_with_the_walker_on_hostile_tables(tables, other, store):
     memory = load(tables, 8 << 20)
     with_code(memory, ROOT)
-    mode, pristine = X86_PXXV48_4K.with_maxphyaddr(40), memory.read(0, 0x20000)
+    mode = X86_PXXV48_4K.with_maxphyaddr(40)
+    pristine = memory.read(0, 0x20000)
     leaves, bad = brute_force(memory, maxphyaddr=40)
     for gva in {mode.extend(other), *[*leaves][:6], *bad[:3]} - {CODE_GVA}:
         memory.write(0, pristine)
@@ -358,7 +358,8 @@ def check_access(found, before, got, store, memory):
         assert memory.read(found.gpa, 8) == (struct.pack("<Q", 7) if store else before)
 
 
-# RISC-V privileged spec 10.4: the frame is shifted, a pointer is an entry with R = W = X = 0, and X grants what nx denies.
+# RISC-V privileged spec 10.4: the frame is shifted, a pointer is an entry with R = W = X = 0, and X
+# grants what nx denies.
 SV39 = PagingMode(
     "riscv/SV39",
     (Level("L2", 30, 9, leaf=HUGE), Level("L1", 21, 9, leaf=HUGE), Level("L0", 12, 9, leaf=LAST)),
@@ -374,17 +375,19 @@ SV39 = PagingMode(
 @pytest.mark.parametrize("size", SV39.page_sizes)
 def test_that_the_vocabulary_also_describes_another_architecture(size):
     memory = Memory()
-    builder, gva = memory.builder(SV39), 0xFFFFFFFF_C0000000
+    builder = memory.builder(SV39)
+    gva = 0xFFFFFFFF_C0000000
     builder.map(gva, 1 << 40, 2 if size < 1 << 30 else 1, size, readable=True, nx=True)
     builder.protect(gva, size // 4096, nx=False, writable=False)
     found, table = (
         walk(memory.read, SV39, builder.root_gpa, gva),
         scan(memory.read, SV39, builder.root_gpa),
     )
-    assert found.gpa == 1 << 40 == table.gpa[0] and table.gva[0] == gva and found.page_size == size
-    assert [name for name, on in found.flags.items() if on] == [
-        "readable"
-    ] and table.df.writable.tolist()[0] is False
+    assert found.gpa == 1 << 40 == table.gpa[0]
+    assert table.gva[0] == gva
+    assert found.page_size == size
+    assert [name for name, on in found.flags.items() if on] == ["readable"]
+    assert table.df.writable.tolist()[0] is False
     assert found.steps[-1].entry == 1 << 38 | 8 | 2 | 1
 
 

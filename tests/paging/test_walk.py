@@ -59,7 +59,8 @@ def test_that_leaves_of_every_size_translate(entries, gpa, size):
         None,
         "leaf",
     )
-    assert found.steps[-1].next_gpa == gpa & -size and len(found.steps) == len(entries)
+    assert found.steps[-1].next_gpa == gpa & -size
+    assert len(found.steps) == len(entries)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,8 @@ def test_that_leaves_of_every_size_translate(entries, gpa, size):
     ],
 )
 def test_that_a_walk_which_fails_is_a_value_with_a_sentence(entries, kind, problem):
-    found, problem = walked(*entries), f"gva 0x201234: {problem}"
+    found = walked(*entries)
+    problem = f"gva 0x201234: {problem}"
     assert (found.gpa, found.page_size, found.flags, found.steps[-1].kind, found.problem) == (
         None,
         0,
@@ -101,7 +103,9 @@ def test_that_a_walk_which_fails_is_a_value_with_a_sentence(entries, kind, probl
     )
     with pytest.raises(PageFault) as caught:
         found.require()
-    assert str(caught.value) == problem and caught.value.gva == GVA and caught.value.walk is found
+    assert str(caught.value) == problem
+    assert caught.value.gva == GVA
+    assert caught.value.walk is found
 
 
 @pytest.mark.parametrize(
@@ -133,10 +137,8 @@ def test_that_an_address_no_cpu_translates_is_a_problem_sentence(mode, gva, prob
 
 def test_that_a_root_outside_memory_is_a_problem_sentence():
     found = walk(Memory(1 << 16).read, X86_PXXV48_4K, 0x7FF00018, 0)
-    assert (
-        found.problem == "gva 0x0: the root table at gpa 0x7ff00000 is outside guest memory"
-        and found.root == 0x7FF00000
-    )
+    assert found.problem == "gva 0x0: the root table at gpa 0x7ff00000 is outside guest memory"
+    assert found.root == 0x7FF00000
 
 
 @pytest.mark.parametrize(
@@ -169,12 +171,10 @@ def test_that_effective_rights_join_all_levels(level, change, flag, value):
 def test_that_a_c_bit_is_a_flag_and_no_part_of_any_frame(c_bit):
     c = 1 << c_bit
     found = walk(walked_memory(c).read, X86_PXXV48_4K.with_c_bit(c_bit), ROOT | c, GVA)
-    assert (
-        found.gpa == 0x5234
-        and found.flags["c"]
-        and "encrypted (C=1)" in found.status
-        and found.root == ROOT
-    )
+    assert found.gpa == 0x5234
+    assert found.flags["c"]
+    assert "encrypted (C=1)" in found.status
+    assert found.root == ROOT
     assert walk(walked_memory(c).read, X86_PXXV48_4K, ROOT, GVA).steps[0].kind == "outside"
 
 
@@ -204,15 +204,14 @@ def test_that_frame_bits_above_maxphyaddr_are_reserved_but_for_the_c_bit(level):
     entries = [*TABLES, 0x5000 | P]
     entries[level] |= 1 << 47
     small = X86_PXXV48_4K.with_maxphyaddr(40)
-    assert (
-        walked(*entries, mode=small).steps[-1].kind == "reserved"
-        and len(walked(*entries, mode=small).steps) == level + 1
-    )
+    assert walked(*entries, mode=small).steps[-1].kind == "reserved"
+    assert len(walked(*entries, mode=small).steps) == level + 1
     assert walked(*entries, mode=small.with_c_bit(47)).gpa == 0x5234
 
 
 def test_that_five_levels_are_walked():
-    memory, gva = Memory(1 << 16), 0x00FF000000201234
+    memory = Memory(1 << 16)
+    gva = 0x00FF000000201234
     for depth, entry in enumerate((*TABLES, 0x5000 | P | W, 0x7000 | P)):
         memory.put(ROOT + 0x1000 * depth, gva >> (48 - 9 * depth) & 511, entry)
     found = walk(memory.read, X86_PXXV57_4K, ROOT, gva)
@@ -232,7 +231,8 @@ def test_that_the_text_is_one_line_per_entry_and_the_result():
         "PDPT[0x000] 0x2000 -> 0x3000 P W U",
         "PD[0x001]   0x3008 -> 0x4000 P W U",
         "PT[0x001]   0x4008 -> 0x5000 P W A NX C",
-        "gva 0x201234 is gpa 0x5234: encrypted (C=1), writable, no execute. Four entries read, all present.",
+        "gva 0x201234 is gpa 0x5234: encrypted (C=1), writable, no execute. "
+        "Four entries read, all present.",
     ]
     assert walked(*TABLES[:2], 0).text.splitlines()[2:] == [
         "PD[0x001]   0x3008 -> not present (entry 0x0)",
@@ -246,7 +246,8 @@ def test_that_the_text_is_one_line_per_entry_and_the_result():
 
 def test_that_the_repr_is_one_line():
     assert repr(walked(*TABLES, 0x5000 | P | U)) == (
-        "<Walk x86/PXXV48_4K: gva 0x201234 is gpa 0x5234: read only, executable, user. Four entries read, all present.>"
+        "<Walk x86/PXXV48_4K: gva 0x201234 is gpa 0x5234: read only, executable, user. "
+        "Four entries read, all present.>"
     )
 
 
@@ -263,7 +264,8 @@ interesting = st.tuples(index, index, index, index).map(
     st.lists(interesting | st.integers(-5, (1 << 64) + 5), max_size=8),
 )
 def test_that_walks_of_hostile_tables_never_raise_and_are_right(tables, c_bit, gvas):
-    memory, mode = load(tables), X86_PXXV48_4K.with_c_bit(c_bit) if c_bit else X86_PXXV48_4K
+    memory = load(tables)
+    mode = X86_PXXV48_4K.with_c_bit(c_bit) if c_bit else X86_PXXV48_4K
     leaves, bad = brute_force(memory, c_bit=c_bit)
     for gva in [*gvas, *leaves, *(gva + size - 1 for gva, (_, size, *_rest) in leaves.items())]:
         gva = mode.extend(gva) if 0 <= gva < 1 << 48 else gva
@@ -276,7 +278,9 @@ def test_that_walks_of_hostile_tables_never_raise_and_are_right(tables, c_bit, g
             None,
         )
         found = walk(memory.read, mode, ROOT, gva)
-        assert (found.gpa is None) == (page is None) and found.text and repr(found)
+        assert (found.gpa is None) == (page is None)
+        assert found.text
+        assert repr(found)
         if page is not None:
             flags = tuple(
                 found.flags[name] for name in ("writable", "user", "nx", "accessed", "dirty")
@@ -290,7 +294,5 @@ def test_that_a_hole_names_the_first_entry_that_is_missing(gva, target):
     found = walk(
         load({ROOT: {gva >> 39: target}}).read, X86_PXXV48_4K, ROOT, X86_PXXV48_4K.extend(gva)
     )
-    assert (
-        found.steps[-1].kind == "hole"
-        and f"PML4[{gva >> 39:#x}] at gpa {ROOT + 8 * (gva >> 39):#x}" in found.problem
-    )
+    assert found.steps[-1].kind == "hole"
+    assert f"PML4[{gva >> 39:#x}] at gpa {ROOT + 8 * (gva >> 39):#x}" in found.problem
