@@ -16,7 +16,8 @@ from labkit.arch.x86_boot import TSS_OFFSET, X86_64
 from labkit.arch.x86_cpu import IA32_TSC, CpuModel
 from labkit.engines.base import BudgetExit, Capability, DebugExit, Exit, PioExit
 from labkit.engines.kvm.abi import call, msrs
-from labkit.engines.kvm.step import ENABLE, HW_BP, UD
+from labkit.engines.kvm.kinds import UD
+from labkit.engines.kvm.step import ENABLE, HW_BP
 from labkit.errors import LabError
 
 if TYPE_CHECKING:

@@ -216,7 +216,7 @@ class Registers:
         if group == "GPR":
             for name, value in regs.items():
                 self.vcpu.gprs[GPR[name]] = value
-            self.vcpu.run_page.kvm_dirty_regs |= 1
+            self.vcpu.page.fields.kvm_dirty_regs |= 1
         elif group == "other":
             for name, value in regs.items():
                 if name == "tsc_offset":
@@ -242,7 +242,7 @@ class Registers:
             member, part = _SREGS[name]
             setattr(getattr(state, member) if part else state, part or member, value)
             if name == "cr8":
-                self.vcpu.run_page.cr8 = value
+                self.vcpu.page.fields.cr8 = value
             if member == "tr":
                 _fill(state.tr, _BUSY_TSS)
         elif name in _DEBUG:
@@ -266,7 +266,7 @@ class Registers:
             return
         table = state.ldt if selector & 4 else state.gdt
         at = table.base + (selector & ~7)
-        raw = self.vcpu.fetch(at, 8) if selector | 7 <= table.limit else b""
+        raw = self.vcpu.memory.fetch(at, 8) if selector | 7 <= table.limit else b""
         call(
             self.fd, "KVM_TRANSLATE", struct("kvm_translation", linear_address=at)
         )  # it leaves the accessed bits of a CPU's own look-up

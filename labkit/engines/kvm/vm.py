@@ -120,7 +120,7 @@ class KvmVm:
         if self.fd < 0:
             raise InvalidState("this VM is closed")
         try:
-            self.vcpus.append(KvmVcpu(self, index, trace))
+            self.vcpus.append(KvmVcpu(self, index))
         except OSError as err:
             raise NotAvailable(f"{DEVICE} makes no vCPU {index}: {err.strerror}") from err
         return self.vcpus[-1]
