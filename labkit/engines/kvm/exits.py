@@ -14,7 +14,7 @@ from labkit.engines.base import Exit, HaltExit, InternalErrorExit, MmioExit, Pio
 from labkit.engines.disasm import disassemble
 from labkit.engines.kvm.abi import CONSTANTS, EXITS, MEMBERS
 from labkit.engines.kvm.page import EXIT
-from labkit.engines.kvm.regs import GPR
+from labkit.engines.kvm.places import GPR
 
 if TYPE_CHECKING:
     from labkit.engines.kvm.vcpu import KvmVcpu

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from labkit.engines.kvm.abi import CONSTANTS, MEMBERS, STRUCTS
-from labkit.engines.kvm.regs import GPR
+from labkit.engines.kvm.places import GPR
 
 __all__ = ["EXIT", "EXIT_REASON", "RunPage"]
 

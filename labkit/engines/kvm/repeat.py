@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from labkit.engines.kvm.abi import call, struct
 from labkit.engines.kvm.kinds import Kind
-from labkit.engines.kvm.regs import GPR
+from labkit.engines.kvm.places import GPR
 
 if TYPE_CHECKING:
     from labkit.engines.kvm.vcpu import KvmVcpu

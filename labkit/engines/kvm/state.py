@@ -12,7 +12,7 @@ import struct as packing
 from typing import TYPE_CHECKING, Any
 
 from labkit.engines.kvm.abi import STRUCTS, call, msrs, struct
-from labkit.engines.kvm.regs import GPR
+from labkit.engines.kvm.places import GPR
 from labkit.errors import InvalidState
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from labkit.engines.base import Exit
 from labkit.engines.kvm.abi import CONSTANTS, call, struct
 from labkit.engines.kvm.kinds import GP, NP, PF, SS, UD, Kind, kind_of
-from labkit.engines.kvm.regs import GPR
+from labkit.engines.kvm.places import GPR
 from labkit.engines.kvm.repeat import events_of, one_iteration
 
 if TYPE_CHECKING:

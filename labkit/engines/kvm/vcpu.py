@@ -18,7 +18,8 @@ from labkit.engines.kvm.exits import HANDLERS, on_io
 from labkit.engines.kvm.kinds import Kind, kind_of
 from labkit.engines.kvm.memory import GuestMemory
 from labkit.engines.kvm.page import EXIT_REASON, RunPage
-from labkit.engines.kvm.regs import GPR, Registers
+from labkit.engines.kvm.places import GPR
+from labkit.engines.kvm.regs import Registers
 from labkit.engines.kvm.repeat import one_iteration
 from labkit.engines.kvm.state import restore, save
 from labkit.engines.kvm.step import HW_BREAKPOINTS, Stepper

@@ -12,8 +12,8 @@ from labkit.engines.base import Capability, Exit, Trace
 from labkit.engines.interrupt import shield
 from labkit.engines.kvm.abi import CAPS, CONSTANTS, IOCTLS, call, cpuid2, enter, msrs, struct
 from labkit.engines.kvm.lanes import Lanes
+from labkit.engines.kvm.places import SAVED_MSRS
 from labkit.engines.kvm.probe import probe
-from labkit.engines.kvm.regs import SAVED_MSRS
 from labkit.engines.kvm.vcpu import KvmVcpu
 from labkit.errors import InvalidState, NotAvailable
 
