@@ -59,7 +59,7 @@ def write_msr(vcpu: KvmVcpu, index: int, value: int) -> None:
 
 
 def read_tsc_offset(vcpu: KvmVcpu) -> int:
-    """What KVM adds to the host's TSC for this vCPU (KVM_VCPU_TSC_OFFSET), else 0."""
+    """What KVM adds to the host's TSC for this vCPU, as far as it says (KVM_VCPU_TSC_OFFSET)."""
     place = ctypes.c_uint64(0)
     if _has_offset(vcpu):
         call(vcpu.fd, "KVM_GET_DEVICE_ATTR", _offset_in(place))
