@@ -13,13 +13,13 @@ from labkit.engines import need
 from labkit.engines.base import (
     EngineVcpu,
     EngineVm,
-    Exit,
     LoggingVm,
     Ownership,
     ParallelVm,
     ProtectingVm,
     Trace,
 )
+from labkit.engines.exits import Exit
 from labkit.errors import InvalidState, NotAvailable
 from labkit.machine.memory import PAGE, Memory
 from labkit.machine.space import AddressSpace

@@ -8,7 +8,7 @@ import pytest
 from guests import DATA, bare
 
 import labkit as lk
-from labkit.engines.base import Exit, HaltExit, MmioExit, PioExit
+from labkit.engines.exits import Exit, HaltExit, MmioExit, PioExit
 
 pytestmark = pytest.mark.usefixtures("kvm")
 HOLE_GVA, HOLE = 0x7000_0000, 0xC000_0000  # four mapped pages where no memslot is

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
-from labkit.engines.base import Exit, HaltExit, InternalErrorExit, MmioExit, PioExit, ShutdownExit
 from labkit.engines.disasm import disassemble
+from labkit.engines.exits import Exit, HaltExit, InternalErrorExit, MmioExit, PioExit, ShutdownExit
 from labkit.engines.kvm.abi import CONSTANTS, EXITS, MEMBERS
 from labkit.engines.kvm.page import EXIT
 from labkit.engines.kvm.places import GPR

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from labkit.engines.base import Exit, InterruptExit
+from labkit.engines.exits import Exit, InterruptExit
 from labkit.engines.kvm.waiting import Came
 from labkit.errors import InvalidState
 

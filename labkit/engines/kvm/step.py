@@ -19,7 +19,7 @@ from collections.abc import Generator
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from labkit.engines.base import Exit
+from labkit.engines.exits import Exit
 from labkit.engines.kvm.abi import CONSTANTS, call, struct
 from labkit.engines.kvm.kinds import GP, NP, PF, SS, UD, Kind, kind_of
 from labkit.engines.kvm.places import GPR

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from labkit.arch.model import BootTables
 from labkit.arch.x86_boot import TSS_OFFSET, X86_64
 from labkit.arch.x86_cpu import IA32_TSC, CpuModel
-from labkit.engines.base import BudgetExit, DebugExit, Exit, PioExit
+from labkit.engines.exits import BudgetExit, DebugExit, Exit, PioExit
 from labkit.engines.kvm.abi import call, msrs
 from labkit.engines.kvm.kinds import UD
 from labkit.engines.kvm.step import ENABLE, HW_BP

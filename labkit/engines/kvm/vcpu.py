@@ -12,7 +12,8 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from labkit.engines import need
-from labkit.engines.base import BudgetExit, DeadlineExit, DebugExit, Exit, InterruptExit, Regs
+from labkit.engines.base import Regs
+from labkit.engines.exits import BudgetExit, DeadlineExit, DebugExit, Exit, InterruptExit
 from labkit.engines.kvm.abi import CONSTANTS, EXITS, IOCTLS, call, enter, struct
 from labkit.engines.kvm.exits import HANDLERS, on_io
 from labkit.engines.kvm.kinds import Kind, kind_of

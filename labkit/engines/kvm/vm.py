@@ -8,7 +8,8 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 from labkit.arch.x86_cpu import CpuModel
-from labkit.engines.base import Capability, Exit, Trace
+from labkit.engines.base import Capability, Trace
+from labkit.engines.exits import Exit
 from labkit.engines.interrupt import shield
 from labkit.engines.kvm.abi import CAPS, CONSTANTS, IOCTLS, call, cpuid2, enter, msrs, struct
 from labkit.engines.kvm.device import open_device

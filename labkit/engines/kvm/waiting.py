@@ -28,8 +28,8 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
-from labkit.engines import base
-from labkit.engines.base import Exit
+from labkit.engines import exits
+from labkit.engines.exits import Exit
 from labkit.engines.kvm.page import RunPage
 
 __all__ = [
@@ -296,5 +296,5 @@ def _exit_as_text(exit: Exit) -> tuple[str, str]:
 
 
 def _exit_from_text(name: str, values: str) -> Exit:
-    made: Exit = getattr(base, name)(*literal_eval(values))
+    made: Exit = getattr(exits, name)(*literal_eval(values))
     return made
