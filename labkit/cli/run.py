@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from labkit.errors import InvalidState, NotAvailable
 
 if TYPE_CHECKING:
-    from labkit.engines.base import Exit
+    from labkit.engines.exits import Exit
     from labkit.guest.program import Program
     from labkit.lab import Vm
     from labkit.ucall.pool import Ucall

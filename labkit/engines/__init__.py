@@ -1,4 +1,4 @@
-"""Engines run vCPUs. They are chosen by name here and nowhere else; everybody above asks for capabilities."""
+"""Engines run vCPUs. They are chosen by name here and nowhere else; others ask for capabilities."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BACKENDS = ("unicorn", "kvm")
 
 
 def open_engine(backend: str, arch: str, cpu: CpuModel) -> EngineVm:
-    """A new VM of the engine called backend; raises NotAvailable, with what to do, when it cannot be had."""
+    """A new VM of the engine called backend; raises NotAvailable, with what to do, without it."""
     if backend not in BACKENDS:
         raise NotAvailable(
             f"backend {backend!r} is not part of this labkit, only {', '.join(BACKENDS)}",
@@ -34,7 +34,7 @@ def open_engine(backend: str, arch: str, cpu: CpuModel) -> EngineVm:
 
 
 def need(engine: EngineVm, name: str) -> None:
-    """Raise NotAvailable, with the engine's own reason, for what it declares that it cannot do."""
+    """Raise NotAvailable, with the engine's own reason, for what it says that it cannot do."""
     for capability in engine.capabilities:
         if capability.name == name and not capability.have:
             raise NotAvailable(f"{engine.name}: no {name}: {capability.why}", capability=name)

@@ -1,247 +1,37 @@
-"""What every engine offers, and the exits it can end a run with."""
+"""What an engine offers: a VM, its vCPUs, and Protocols for what only some engines can do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from labkit.engines.exits import Exit
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from labkit.arch.desc import PagingMode
 
 __all__ = [
-    "BudgetExit",
     "Capability",
     "Cipher",
-    "DeadlineExit",
-    "DebugExit",
-    "DiagExit",
     "EngineVcpu",
     "EngineVm",
-    "Exit",
     "GuestFault",
-    "HaltExit",
-    "HypercallExit",
-    "InternalErrorExit",
-    "InterruptExit",
     "LoggingVm",
-    "MemoryFaultExit",
-    "MmioExit",
     "MonitorVcpu",
     "Ownership",
     "ParallelVm",
-    "PioExit",
     "ProtectingVm",
     "Regs",
-    "SbiExit",
-    "ShutdownExit",
-    "SystemEventExit",
     "Trace",
-    "VmgexitExit",
 ]
 
 Regs = dict[str, int]
-Trace = Callable[
-    [str, dict[str, object]], None
-]  # (kind, facts): what an engine reports without ending the run
-
-
-@dataclass(frozen=True)
-class Exit:
-    """Why a vCPU came back to the host; `end` is the word that `labkit run` prints."""
-
-    end = "exit"
-    number = -1  # what tells a ucall from other exits of its kind: a port, a gpa, an extension
-    hva = 0  # of a ucall whose hva is in the exit itself
-
-    def __str__(self) -> str:
-        facts = (f"{k}={v:#x}" if type(v) is int else f"{k}={v}" for k, v in vars(self).items())
-        return f"{type(self).__name__.removesuffix('Exit').lower()} {' '.join(facts)}".strip()
-
-
-@dataclass(frozen=True)
-class PioExit(Exit):
-    """IN or OUT (KVM_EXIT_IO); the instruction is complete, an IN has read 0 until `complete()` says otherwise."""
-
-    port: int
-    size: int  # bytes
-    is_write: bool
-    data: int
-    end = "pio"
-    number = property(attrgetter("port"))
-
-
-@dataclass(frozen=True)
-class MmioExit(Exit):
-    """An access to a GPA without memslot (KVM_EXIT_MMIO); a read ends at the next run with what `complete()` gave."""
-
-    gpa: int
-    size: int  # bytes
-    is_write: bool
-    data: int
-    end = "mmio"
-    hva = property(attrgetter("data"))
-
-    @property
-    def number(self) -> int:  # type: ignore[override]
-        """The gpa of a write: only those are ucalls."""
-        return self.gpa if self.is_write else -1
-
-
-@dataclass(frozen=True)
-class HaltExit(Exit):
-    """HLT at CPL0 (KVM_EXIT_HLT); the program counter is behind it."""
-
-    end = "halted"
-
-
-@dataclass(frozen=True)
-class ShutdownExit(Exit):
-    """Triple fault (KVM_EXIT_SHUTDOWN, SDM 3A 6.15 #DF): which vectors led there, and the page-fault address."""
-
-    vectors: tuple[int, ...]
-    pc: int
-    cr2: int
-    why: str
-    end = "shutdown"
-
-    def __str__(self) -> str:
-        return f"triple fault at pc {self.pc:#x}: {self.why} (vectors {list(self.vectors)}, cr2 {self.cr2:#x})"
-
-
-@dataclass(frozen=True)
-class SbiExit(Exit):
-    """RISC-V ECALL from S-mode (KVM_EXIT_RISCV_SBI); a0 holds SBI_ERR_NOT_SUPPORTED until `complete()` says otherwise."""
-
-    extension: int
-    function: int
-    args: tuple[int, ...]
-    end = "sbi"
-    number = property(
-        lambda self: self.function << 64 | self.extension
-    )  # the function above the extension's 64 bits
-    hva = property(lambda self: self.args[0])
-
-
-@dataclass(frozen=True)
-class DiagExit(Exit):
-    """s390x DIAGNOSE (KVM_EXIT_S390_SIEIC with intercept code 4): its function code and what its first register holds."""
-
-    code: int
-    data: int
-    end = "diag"
-    number, hva = property(attrgetter("code")), property(attrgetter("data"))
-
-
-@dataclass(frozen=True)
-class HypercallExit(Exit):
-    """VMCALL, VMMCALL, HVC or SMC; the result register holds -KVM_ENOSYS until `complete()` says otherwise."""
-
-    nr: int
-    args: tuple[int, ...]
-    end = "hypercall"
-
-
-@dataclass(frozen=True)
-class VmgexitExit(Exit):
-    """VMGEXIT of a guest whose registers are encrypted: MSR 0xc0010130; from a host that answered, what was asked and its answer."""
-
-    ghcb: int
-    request: str = ""
-    answer: str = ""
-    end = "vmgexit"
-
-    def __str__(self) -> str:
-        return (
-            f"vmgexit {self.request} (ghcb {self.ghcb:#x}): {self.answer}"
-            if self.request
-            else f"vmgexit ghcb {self.ghcb:#x}"
-        )
-
-
-@dataclass(frozen=True)
-class SystemEventExit(Exit):
-    """The guest asked for the end of its VM (KVM_EXIT_SYSTEM_EVENT)."""
-
-    type: int  # KVM_SYSTEM_EVENT_SEV_TERM is 6
-    data: tuple[int, ...]
-    why: str
-    end = "terminated"
-
-    def __str__(self) -> str:
-        return f"{self.why} (system event {self.type}, data {', '.join(map(hex, self.data))})"
-
-
-@dataclass(frozen=True)
-class MemoryFaultExit(Exit):
-    """An access that the nested tables refuse (KVM_EXIT_MEMORY_FAULT): the host changes what it wants and runs the instruction again."""
-
-    gpa: int
-    is_private: bool
-    error_code: int  # of the nested page fault
-    why: str
-    end = "memory-fault"
-
-    def __str__(self) -> str:
-        return (
-            f"nested page fault at gpa {self.gpa:#x} (error code {self.error_code:#x}): {self.why}"
-        )
-
-
-@dataclass(frozen=True)
-class DebugExit(Exit):
-    """A breakpoint: the instruction at `pc` has not run yet (KVM_EXIT_DEBUG)."""
-
-    pc: int
-    end = "debug"
-
-
-@dataclass(frozen=True)
-class BudgetExit(Exit):
-    """The instruction budget of this run is used up."""
-
-    insns: int
-    end = "budget"
-
-    def __str__(self) -> str:
-        return f"{self.insns} instructions run"
-
-
-@dataclass(frozen=True)
-class InterruptExit(Exit):
-    """Ctrl-C; the caller records what there is to record and raises KeyboardInterrupt."""
-
-    end = "interrupted"
-
-
-@dataclass(frozen=True)
-class DeadlineExit(Exit):
-    """The guest ran for so long without leaving: it spins, or wants more time than the engine's `deadline` gives."""
-
-    seconds: float
-    pc: int
-    end = "deadline"
-
-    def __str__(self) -> str:
-        return (
-            f"no exit in {self.seconds:g} s, now at pc {self.pc:#x}; the next run goes on from here"
-        )
-
-
-@dataclass(frozen=True)
-class InternalErrorExit(Exit):
-    """The engine cannot go on faithfully (KVM_EXIT_INTERNAL_ERROR): what, where, and the bytes it would not run."""
-
-    why: str
-    pc: int
-    data: bytes = b""
-    disassembly: str = ""
-    end = "internal-error"
-
-    def __str__(self) -> str:
-        shown = f": {self.disassembly} ({self.data.hex(' ')})" if self.data else ""
-        return f"{self.why} at pc {self.pc:#x}{shown}"
+# (kind, facts): what an engine reports without ending the run
+Trace = Callable[[str, dict[str, object]], None]
 
 
 @dataclass(frozen=True)
@@ -254,24 +44,32 @@ class Capability:
 
 
 class Cipher(Protocol):
-    """What stands between the guest's view of a page and DRAM's: length-preserving, by 16-byte blocks at system physical addresses."""
+    """What stands between the guest's view of a page and DRAM's.
 
-    def encrypt_into(self, spa: int, data: Any, out: Any) -> None:
-        """Encrypt from one buffer into another."""
+    It keeps the length, and works by blocks of 16 bytes at system physical addresses.
+    """
 
-    def decrypt_into(self, spa: int, data: Any, out: Any) -> None:
-        """Decrypt from one buffer into another."""
+    def encrypt_into(self, spa: int, data: memoryview, out: memoryview) -> None:
+        """Encrypt from one buffer into another, which may be the same."""
+
+    def decrypt_into(self, spa: int, data: memoryview, out: memoryview) -> None:
+        """Decrypt from one buffer into another, which may be the same."""
 
 
 class GuestFault(Protocol):
-    """What a guest's access to a page that is not its own meets: "#VC" in the guest, "#NPF" at the host."""
+    """What a guest's access to a page that is not its own meets."""
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """What is raised: "#VC" in the guest, or "#NPF" at the host."""
+
     @property
-    def error_code(self) -> int: ...
+    def error_code(self) -> int:
+        """Of that exception, or of the nested page fault."""
+
     @property
-    def why(self) -> str: ...
+    def why(self) -> str:
+        """In words."""
 
 
 class Ownership(Cipher, Protocol):
@@ -289,7 +87,9 @@ class EngineVcpu(Protocol):
 
     insns: int  # retired so far: one instruction, one REP iteration or one exception delivery each
     exact: bool  # insns is exact; a very long unbounded run is not counted to the end
-    locked_at: int  # step of the VM at the last run's last locked instruction, -1 when it had none or the engine cannot tell
+    # Step of the VM at the last run's last locked instruction; -1 when it had none, or the engine
+    # cannot tell
+    locked_at: int
 
     def get_regs(self) -> Regs:
         """All registers by their architectural names."""
@@ -321,7 +121,7 @@ class EngineVcpu(Protocol):
 
 @runtime_checkable
 class MonitorVcpu(Protocol):
-    """The vCPU of an engine that can say what becomes of an exclusive monitor between two runs."""
+    """The vCPU of an engine that says what becomes of an exclusive monitor between two runs."""
 
     monitor_survives: bool
 
@@ -348,7 +148,7 @@ class EngineVm(Protocol):
         """Instructions retired by all vCPUs: the VM's clock."""
 
     def memory_written(self, gpa: int, size: int) -> None:
-        """The host wrote guest memory: forget translations and translated code that depend on it."""
+        """The host wrote guest memory: forget translations and code translated from it."""
 
     def close(self) -> None:
         """Release what the engine holds."""
@@ -359,7 +159,10 @@ class ParallelVm(Protocol):
     """The VM of an engine with the capability parallel_vcpus."""
 
     def run_parallel(self, indices: Sequence[int]) -> tuple[int, Exit]:
-        """Let these vCPUs run, each on its own thread, until one exits; the others go on until they are touched, or `pause`."""
+        """Let these vCPUs run, each on its own thread, until one exits.
+
+        The others go on until they are touched, or `pause`.
+        """
 
     def pause(self) -> None:
         """Bring all of them out of the guest."""
@@ -370,7 +173,7 @@ class LoggingVm(Protocol):
     """The VM of an engine that knows which pages its guests wrote (capability dirty_log)."""
 
     def pages_written(self) -> list[int]:
-        """The gpas of the pages that guests wrote since the last call; what the host wrote is not among them."""
+        """The gpas of the pages that guests, not the host, wrote since the last call."""
 
 
 @runtime_checkable
@@ -378,13 +181,19 @@ class ProtectingVm(Protocol):
     """The VM of an engine whose guests can be encrypted (capability protect)."""
 
     def protect(self, mode: PagingMode, cipher: Ownership, inverted: bool, level: int) -> None:
-        """Before any vCPU: the guest sees memory through the key where an entry's encryption bit says so (inverted: where not).
+        """Let the guest see memory through its key where an entry's encryption bit says so.
 
-        level 2: registers are encrypted too, what the guest cannot do alone is #VC and VMGEXIT; 3: pages have owners (`own_pages`).
+        Called before there is any vCPU. `inverted`: where the bit does not say so. `level` 1:
+        memory only; 2: registers are encrypted too, and what the guest cannot do alone is #VC and
+        VMGEXIT; 3: pages have owners (`own_pages`).
         """
 
-    def own_pages(self, gpa: int, assigned: Any, usable: Any) -> None:
-        """From now on, for pages from gpa on, arrays of bool: it is a guest's, so no shared write; this guest may use it privately."""
+    def own_pages(self, gpa: int, assigned: NDArray[np.bool_], usable: NDArray[np.bool_]) -> None:
+        """Set owners of the pages from gpa on.
+
+        `assigned`: the page is a guest's, so that nobody writes it as shared; `usable`: this guest
+        may use it privately.
+        """
 
     def memory_needed(self, gpa: int, size: int, is_write: bool) -> None:
         """The host is about to look at guest memory, or to write a part of it."""
@@ -398,11 +207,17 @@ class ProtectingVm(Protocol):
     def swap(self, gpa: int, other: int) -> None:
         """Exchange the pages of DRAM behind two gpas, as a host can in its nested page table."""
 
-    def written(self) -> list[tuple[int, Any, Any]]:
-        """For each memslot its gpa, and arrays of bool, one a page: the guest wrote it last through its key; last without."""
+    def written(self) -> list[tuple[int, NDArray[np.bool_], NDArray[np.bool_]]]:
+        """How the guest wrote each page last, for each memslot.
+
+        The slot's gpa, and two arrays with an element a page: last through its key, last without.
+        """
 
     def views_state(self) -> list[tuple[bytes, bytes]]:
-        """What a snapshot keeps beside the bytes of memory: which page of DRAM is where, how the guest wrote each last."""
+        """What a snapshot keeps beside the bytes of memory, for each memslot.
+
+        Which page of DRAM is where, and how the guest wrote each last.
+        """
 
     def set_views_state(self, state: list[tuple[bytes, bytes]]) -> None:
         """Put it back."""

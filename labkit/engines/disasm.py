@@ -1,4 +1,4 @@
-"""Disassembly by capstone, for engines that must recognise instructions and for people who want to read them."""
+"""Disassembly by capstone, for engines that recognise instructions and for people who read them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ from typing import Any, NamedTuple
 from labkit.errors import NotAvailable
 
 __all__ = ["Decoded", "MemoryOperand", "branch_target", "decoder", "disassemble", "memory_operands"]
+
+# Of capstone, as numbers: it loads when it is first needed.
+X86_OP_MEM = 3  # x86_op_type
+AC_READ, AC_WRITE = 1, 2  # cs_ac_type
+
+# How the mnemonic of a direct branch begins.
+BRANCHES = {
+    "x86_64": re.compile(r"j|call|loop"),
+    "arm64": re.compile(r"bl?$|b\.|cbn?z|tbn?z"),
+    "riscv64": re.compile(r"(c\.)?(j$|jal$|b)"),
+    "s390x": re.compile(r"j|br(?!asl?$)|c(l?g?r?i?|g?f?i?)j|lo?c"),
+}
+NUMBER = re.compile(r"-?(0x[0-9a-f]+|\d+)")
 
 
 class Decoded(NamedTuple):
@@ -27,7 +40,7 @@ class Decoded(NamedTuple):
 
 
 class MemoryOperand(NamedTuple):
-    """What an instruction says of a memory access of its own; names are empty where it says nothing."""
+    """What an instruction says of a memory access of its own; what it does not name is empty."""
 
     base: str
     segment: str
@@ -54,41 +67,45 @@ def decoder(arch: str, detail: bool = False) -> Any:
 
 
 def disassemble(arch: str, data: bytes, gva: int) -> Iterator[Decoded]:
-    """The instructions in data, which lies at gva; stops at the first bytes that are no instruction."""
+    """The instructions in data, which lies at gva; stops at the first bytes that are none."""
     for at, size, mnemonic, op_str in decoder(arch).disasm_lite(data, gva):
         yield Decoded(at, size, mnemonic, op_str)
 
 
-_BRANCHES = {  # how the mnemonic of a direct branch begins; a number without sign is an address, but in riscv64 an offset
-    "x86_64": re.compile(r"j|call|loop"),
-    "arm64": re.compile(r"bl?$|b\.|cbn?z|tbn?z"),
-    "riscv64": re.compile(r"(c\.)?(j$|jal$|b)"),
-    "s390x": re.compile(r"j|br(?!asl?$)|c(l?g?r?i?|g?f?i?)j|lo?c"),
-}
-
-
 def branch_target(arch: str, insn: Decoded) -> int | None:
     """Where a direct branch or call goes; None for any other instruction."""
-    last = insn.op_str.rpartition(",")[2].strip().lstrip("#")
-    if not _BRANCHES[arch].match(insn.mnemonic) or not re.fullmatch(r"-?(0x[0-9a-f]+|\d+)", last):
+    if not BRANCHES[arch].match(insn.mnemonic):
         return None
-    return int(last, 0) + (insn.gva if arch == "riscv64" else 0) & (1 << 64) - 1
+    last_operand = insn.op_str.rpartition(",")[2].strip().lstrip("#")
+    if not NUMBER.fullmatch(last_operand):
+        return None
+
+    target = int(last_operand, 0)
+    if arch == "riscv64":  # there it is an offset, elsewhere an address
+        target += insn.gva
+    return target & (1 << 64) - 1
 
 
 def memory_operands(arch: str, data: bytes) -> list[MemoryOperand]:
-    """The explicit memory operands of the first instruction in data; none for bytes that are no instruction."""
-    insn = next(iter(decoder(arch, detail=True).disasm(data, 0)), None)
-    name = decoder(arch, detail=True).reg_name
+    """The memory operands that the first instruction in data names; none where there is no such."""
+    engine = decoder(arch, detail=True)
+    insn = next(iter(engine.disasm(data, 0)), None)
     if insn is None:
         return []
-    both = 3 * ("cmpxchg" in insn.mnemonic)  # capstone says that it only reads
-    return [
-        MemoryOperand(
-            name(op.mem.base) or "",
-            name(op.mem.segment) or "",
-            bool((op.access | both) & 1),
-            bool((op.access | both) & 2),
+    # Of CMPXCHG, capstone says that it only reads.
+    unsaid = AC_READ | AC_WRITE if "cmpxchg" in insn.mnemonic else 0
+
+    operands = []
+    for operand in insn.operands:
+        if operand.type != X86_OP_MEM:
+            continue
+        access = operand.access | unsaid
+        operands.append(
+            MemoryOperand(
+                base=engine.reg_name(operand.mem.base) or "",
+                segment=engine.reg_name(operand.mem.segment) or "",
+                reads=bool(access & AC_READ),
+                writes=bool(access & AC_WRITE),
+            )
         )
-        for op in insn.operands
-        if op.type == 3
-    ]  # X86_OP_MEM
+    return operands

@@ -1,13 +1,15 @@
-"""Ctrl-C while native code runs: the engine stops first, its state is settled, and only then KeyboardInterrupt is raised.
+"""Ctrl-C while native code runs: engine first, then its state, and only then KeyboardInterrupt.
 
-A KeyboardInterrupt in the middle of an engine's bookkeeping would lose an exit, so while a run is on SIGINT only sets a flag
-and asks the engine to stop. Python runs its own signal handlers between bytecodes only; for a native call that does not
-return, a thread reads what the C-level handler writes to the wakeup descriptor, and asks in its stead.
+A KeyboardInterrupt in the middle of an engine's bookkeeping would lose an exit, so while a run is
+on SIGINT only sets a flag and asks the engine to stop. Python runs its own signal handlers between
+bytecodes only; for a native call that does not return, a thread reads what the C-level handler
+writes to the wakeup descriptor, and asks in its stead.
 """
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # signal.getsignal makes an enum of what it returns, which takes as long as a whole ucall
+# signal.getsignal makes an enum of what it returns, which takes as long as a whole ucall.
+import _signal  # type: ignore[import-not-found]
 import contextlib
 import os
 import signal
@@ -21,10 +23,14 @@ __all__ = ["Shield", "shield"]
 
 _SIGINT = int(signal.SIGINT)
 AGAIN = 0.02  # seconds until a stop that was not followed is asked for once more
+NO_CALL = 0
 
 
 class Shield:
-    """Guards one run at a time per process; runs on other threads than the main one get no SIGINT and need no guard."""
+    """Guards one run at a time per process.
+
+    Runs on other threads than the main one get no SIGINT and need no guard.
+    """
 
     def __init__(self) -> None:
         self.running = False
@@ -35,17 +41,14 @@ class Shield:
         self._pipe: tuple[int, int] | None = None
         self._old_fd = -1
         self._lock = threading.Lock()
-        self._call = self._calls = (
-            0  # which native call is on, 0 between calls; how many there were
-        )
+        self._call = NO_CALL  # the number of the native call that is on
+        self._calls = 0  # how many there were
 
     def enter(self, stop: Callable[[], object]) -> None:
-        """Begin a run; `stop()` is called from any thread to end it, and more than once if need be."""
+        """Begin a run; `stop()` is called from any thread to end it, more than once if need be."""
         self._stop = stop
-        if (
-            _signal.getsignal(_SIGINT) is not self._handler
-            and threading.current_thread() is threading.main_thread()
-        ):
+        is_set = _signal.getsignal(_SIGINT) is self._handler
+        if not is_set and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._handler)
         self.running = True
 
@@ -54,7 +57,7 @@ class Shield:
         self.running = False
 
     def check(self) -> None:
-        """Raise the KeyboardInterrupt that a run held back; called when its exit has been recorded."""
+        """Raise the KeyboardInterrupt that a run held back; called when its exit is recorded."""
         if self.interrupted:
             self.interrupted = False
             raise KeyboardInterrupt
@@ -62,13 +65,13 @@ class Shield:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Around what must not be left half done: Ctrl-C is raised behind it."""
-        was = self.running
+        was_running = self.running
         self.enter(lambda: None)
         try:
             yield
         finally:
-            self.running = was
-        if not was:
+            self.running = was_running
+        if not was_running:
             self.check()
 
     @contextlib.contextmanager
@@ -78,11 +81,8 @@ class Shield:
             yield
             return
         if self._pipe is None:
-            self._pipe = os.pipe()
-            os.set_blocking(self._pipe[1], False)
-            threading.Thread(
-                target=self._listen, args=(self._pipe[0],), name="labkit-sigint", daemon=True
-            ).start()
+            self._pipe = self._start_listening()
+
         self._old_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._calls += 1
         with self._lock:
@@ -91,16 +91,28 @@ class Shield:
             yield
         finally:
             with self._lock:  # a stop that is under way is over before anything else happens
-                self._call = 0
+                self._call = NO_CALL
             signal.set_wakeup_fd(self._old_fd, warn_on_full_buffer=False)
+
+    def _start_listening(self) -> tuple[int, int]:
+        """A pipe whose reading end has a thread of its own."""
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        threading.Thread(
+            target=self._listen, args=(reading,), name="labkit-sigint", daemon=True
+        ).start()
+        return reading, writing
 
     def _listen(self, fd: int) -> None:
         while True:
-            signals, call = os.read(fd, 64), self._call
+            signals = os.read(fd, 64)
+            call = self._call
             if self._old_fd >= 0:  # an event loop wants to hear of them too
                 with contextlib.suppress(OSError):
                     os.write(self._old_fd, signals)
-            while signal.SIGINT in signals and call and self._stopped_again(call):
+            if signal.SIGINT not in signals or call == NO_CALL:
+                continue
+            while self._stopped_again(call):
                 time.sleep(AGAIN)
 
     def _stopped_again(self, call: int) -> bool:
@@ -112,10 +124,12 @@ class Shield:
             return True
 
     def later(self) -> None:
-        """Let Ctrl-C come again soon: where it came, Python would swallow it. To the main thread, which may be asleep by then."""
-        threading.Timer(
-            AGAIN, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)
-        ).start()
+        """Let Ctrl-C come again soon, where Python would swallow it now.
+
+        To the main thread, which may be asleep by then.
+        """
+        main = threading.main_thread().ident
+        threading.Timer(AGAIN, signal.pthread_kill, (main, signal.SIGINT)).start()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.running:
@@ -128,12 +142,17 @@ class Shield:
 
 def _in_finalizer(frame: FrameType | None) -> bool:
     """Whether this is inside a __del__, where Python swallows every exception."""
-    while frame is not None and frame.f_code.co_name != "__del__":
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
         frame = frame.f_back
-    return frame is not None
+    return False
 
 
 @cache
 def shield() -> Shield:
-    """The process's one guard against Ctrl-C inside native code, for all engines: two would hand SIGINT to each other for ever."""
+    """The process's one guard against Ctrl-C inside native code, for all engines.
+
+    Two would hand SIGINT to each other for ever.
+    """
     return Shield()

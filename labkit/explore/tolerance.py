@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from labkit.engines.base import BudgetExit
+from labkit.engines.exits import BudgetExit
 from labkit.explore.findings import Finding
 from labkit.explore.sides import NO_GPA, Pair, Side
 

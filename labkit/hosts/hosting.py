@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from labkit.engines.base import Exit, HypercallExit, InternalErrorExit, MmioExit, PioExit
+from labkit.engines.exits import Exit, HypercallExit, InternalErrorExit, MmioExit, PioExit
 from labkit.errors import LabError, NotAvailable
 from labkit.guest.program import Program
 from labkit.session.running import Came, can

@@ -13,12 +13,12 @@ from labkit.engines import Capability, need
 from labkit.engines.base import (
     EngineVcpu,
     EngineVm,
-    Exit,
     LoggingVm,
     ParallelVm,
     ProtectingVm,
     Trace,
 )
+from labkit.engines.exits import Exit
 from labkit.errors import InvalidState, NotAvailable
 from labkit.machine.memory import PAGE, Memory
 from labkit.machine.protection import Protection

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from labkit.engines.base import BudgetExit, Exit, InterruptExit, VmgexitExit
+from labkit.engines.exits import BudgetExit, Exit, InterruptExit, VmgexitExit
 from labkit.sev.vmgexit import answer
 from labkit.ucall.pool import BadUcallExit, Ucall
 

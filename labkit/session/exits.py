@@ -7,7 +7,7 @@ A run that Ctrl-C ends returns none of them: it raises KeyboardInterrupt.
 
 from __future__ import annotations
 
-from labkit.engines.base import (
+from labkit.engines.exits import (
     BudgetExit,
     DeadlineExit,
     DebugExit,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from labkit.engines.base import BudgetExit, Exit
+from labkit.engines.exits import BudgetExit, Exit
 from labkit.session.events import Event, Happened
 from labkit.session.listing import Listing
 from labkit.ucall.pool import BadUcallExit, Ucall

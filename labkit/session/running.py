@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from labkit.engines.base import BudgetExit, DebugExit, Exit, HypercallExit
+from labkit.engines.exits import BudgetExit, DebugExit, Exit, HypercallExit
 from labkit.errors import (
     BudgetExceeded,
     GuestAssertFailed,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from labkit.engines.base import BudgetExit, EngineVcpu, Exit, MonitorVcpu, VmgexitExit
+from labkit.engines.base import EngineVcpu, MonitorVcpu
 from labkit.engines.disasm import Decoded
+from labkit.engines.exits import BudgetExit, Exit, VmgexitExit
 from labkit.errors import InvalidState, LabError, NotAvailable
 from labkit.machine.registers import Registers
 from labkit.session.arrivals import arrived

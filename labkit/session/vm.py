@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from labkit.arch.x86_cpu import CpuModel
 from labkit.engines import Capability
-from labkit.engines.base import Exit
+from labkit.engines.exits import Exit
 from labkit.errors import InvalidState
 from labkit.guest.globals import GlobalVar, HostGlobals, write_guest_global
 from labkit.guest.loader import DEFAULT_MEMORY, program_string

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from labkit.arch.x86_cpu import IA32_TSC, IA32_TSC_ADJUST
-from labkit.engines.base import (
+from labkit.engines.exits import (
     Exit,
     HaltExit,
     HypercallExit,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from labkit.arch.model import UcallExit
-from labkit.engines.base import Exit
+from labkit.engines.exits import Exit
 from labkit.guest.globals import write_guest_global
 from labkit.guest.program import Program
 from labkit.machine.space import AddressSpace

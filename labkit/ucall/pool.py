@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.engines.base import Exit
+from labkit.engines.exits import Exit
 from labkit.errors import MemoryFault
 from labkit.machine.memory import Memory
 from labkit.machine.space import AddressSpace

@@ -12,7 +12,7 @@ import labkit as lk
 from labkit.arch.arm64 import ARM64_PXXV48_4K
 from labkit.arch.riscv import RISCV_SV39, RISCV_SV48
 from labkit.arch.s390 import S390_PXXV64_4K
-from labkit.engines.base import (
+from labkit.engines.exits import (
     BudgetExit,
     HaltExit,
     HypercallExit,

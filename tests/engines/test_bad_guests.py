@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from paths import GUESTS, TESTS
 
 import labkit as lk
-from labkit.engines.base import BudgetExit, InternalErrorExit, ShutdownExit
+from labkit.engines.exits import BudgetExit, InternalErrorExit, ShutdownExit
 
 HOLE_GVA, HOLE = 0x7000_0000, 0xC000_0000
 PROGRAM = lk.Program.compile("""#include "labkit.h"

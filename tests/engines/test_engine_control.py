@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from guests import CODE, DATA, HANDLERS
 
-from labkit.engines.base import HaltExit
+from labkit.engines.exits import HaltExit
 
 UD, GP = 6, 13
 WRONG = [  # register, bits to set, bits to clear

@@ -9,7 +9,7 @@ from guests import CODE, HANDLERS, bare, frame, go, lacks
 
 import labkit as lk
 from labkit.arch.x86_cpu import CpuModel
-from labkit.engines.base import HaltExit
+from labkit.engines.exits import HaltExit
 
 GP, UD = 13, 6
 EFER, TSC, TSC_AUX, STAR, LSTAR, FS_BASE, KERNEL_GS_BASE = (

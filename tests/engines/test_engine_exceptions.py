@@ -22,7 +22,7 @@ from guests import (
 )
 
 import labkit as lk
-from labkit.engines.base import BudgetExit, HaltExit, InternalErrorExit, PioExit, ShutdownExit
+from labkit.engines.exits import BudgetExit, HaltExit, InternalErrorExit, PioExit, ShutdownExit
 
 DE, DB, BP, UD, DF, TS, NP, SS, GP, PF = 0, 1, 3, 6, 8, 10, 11, 12, 13, 14
 NOWHERE, BAD = 0x6000_0000, 1 << 63

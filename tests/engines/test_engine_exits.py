@@ -6,7 +6,7 @@ import pytest
 from guests import CODE, DATA, HANDLERS, bare
 
 import labkit as lk
-from labkit.engines.base import (
+from labkit.engines.exits import (
     BudgetExit,
     DebugExit,
     HaltExit,

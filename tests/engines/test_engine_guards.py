@@ -6,7 +6,7 @@ import pytest
 from guests import CODE, DATA, HANDLERS, PAGES, asm, bare
 
 import labkit as lk
-from labkit.engines.base import BudgetExit, DebugExit, HaltExit, InternalErrorExit, PioExit
+from labkit.engines.exits import BudgetExit, DebugExit, HaltExit, InternalErrorExit, PioExit
 
 VEX = asm("vpaddd xmm0,xmm1,xmm2")
 REFUSED = {

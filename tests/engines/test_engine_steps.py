@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from native import GPRS, Native
 
 import labkit as lk
-from labkit.engines.base import BudgetExit
 from labkit.engines.disasm import Decoded, disassemble
+from labkit.engines.exits import BudgetExit
 
 SIZE = 4 * 4096
 DATA_AT_START = bytes(range(256)) * 2

@@ -16,7 +16,7 @@ from guests import CODE, DATA, bare
 from paths import GUESTS
 
 import labkit as lk
-from labkit.engines.base import (
+from labkit.engines.exits import (
     DeadlineExit,
     DebugExit,
     HaltExit,

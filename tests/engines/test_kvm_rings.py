@@ -10,7 +10,7 @@ from conftest import lacking
 from guests import CODE, STACK_TOP, USER_CS, USER_SS, asm, bare, frame
 
 import labkit as lk
-from labkit.engines.base import HaltExit
+from labkit.engines.exits import HaltExit
 from labkit.engines.kvm.abi import EXITS
 from labkit.guest.compilers import find_compiler
 

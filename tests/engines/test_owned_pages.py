@@ -11,7 +11,7 @@ from sev_sample import ghcb_page as ghcb
 from sev_sample import once
 
 import labkit as lk
-from labkit.engines.base import InternalErrorExit, MemoryFaultExit, ShutdownExit, VmgexitExit
+from labkit.engines.exits import InternalErrorExit, MemoryFaultExit, ShutdownExit, VmgexitExit
 from labkit.errors import InvalidState
 from labkit.explore.attacks import flip_c_bit
 from labkit.sev.rmp import PAGE_NOT_VALIDATED, RmpEntry

@@ -16,7 +16,7 @@ from sev_sample import once
 
 import labkit as lk
 from labkit.arch.x86_cpu import CpuModel
-from labkit.engines.base import (
+from labkit.engines.exits import (
     Exit,
     HaltExit,
     HypercallExit,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import labkit as lk
-from labkit.engines.base import PioExit
+from labkit.engines.exits import PioExit
 
 FORMS = [  # bytes, exit with DX 0x1234 and RAX 0x1122334455667788
     ("ec", PioExit(0x1234, 1, False, 0)),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from paths import GUESTS
 
 import labkit as lk
-from labkit.engines.base import HaltExit
+from labkit.engines.exits import HaltExit
 from labkit.hosts.hosting import Hosted, play, require
 from labkit.hosts.selftests import HOSTED
 

@@ -10,7 +10,7 @@ import pytest
 from paths import GUESTS
 
 import labkit as lk
-from labkit.engines.base import HaltExit
+from labkit.engines.exits import HaltExit
 from labkit.errors import ElfError, InvalidState, SymbolNotFound
 from labkit.guest.program import Program
 

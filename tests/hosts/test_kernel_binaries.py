@@ -12,7 +12,7 @@ import pytest
 from kernel_host import BUDGET, MASK64, run, synced, value_at
 
 import labkit as lk
-from labkit.engines.base import (
+from labkit.engines.exits import (
     DebugExit,
     HypercallExit,
     MmioExit,

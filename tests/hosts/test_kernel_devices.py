@@ -12,7 +12,7 @@ import pytest
 from kernel_host import BUDGET, hole, run, synced
 
 from labkit.arch.x86_cpu import CpuModel
-from labkit.engines.base import BudgetExit, DebugExit, HypercallExit, MmioExit, ShutdownExit
+from labkit.engines.exits import BudgetExit, DebugExit, HypercallExit, MmioExit, ShutdownExit
 
 # To self, to other destinations, in all flavours.
 ICR = (0x44000, 0x440FF, 0x4000, 0xFE000000000043FF, 0xC4000)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from kernel_host import BUDGET, run, synced, value_at
 
-from labkit.engines.base import BudgetExit
+from labkit.engines.exits import BudgetExit
 
 PAGE, MIB = 4096, 1 << 20
 TEST_VALUE = 0x0123456789ABCDEF

@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 import labkit as lk
-from labkit.engines.base import Exit
+from labkit.engines.exits import Exit
 from labkit.ucall.pool import Ucall
 
 BUDGET, EXITS, SECONDS = 300_000, 2_000, 20

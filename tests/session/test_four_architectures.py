@@ -14,8 +14,8 @@ from paths import GUESTS
 import labkit as lk
 from labkit.arch import ARCHES, find_arch
 from labkit.cli import main
-from labkit.engines.base import BudgetExit, DebugExit
 from labkit.engines.disasm import disassemble
+from labkit.engines.exits import BudgetExit, DebugExit
 from labkit.errors import ElfError, GuestAssertFailed, GuestCrashed, InvalidState
 from labkit.look.touch import operands
 from labkit.ucall.pool import Ucall

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import labkit as lk
-from labkit.engines.base import HaltExit, HypercallExit, MmioExit, PioExit
+from labkit.engines.exits import HaltExit, HypercallExit, MmioExit, PioExit
 
 HOLE_GVA, HOLE = 0x7000_0000, 0xC000_0000
 BUSY = lk.Program.compile("""#include "labkit.h"

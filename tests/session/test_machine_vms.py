@@ -15,7 +15,7 @@ from guests import CODE, DATA
 from paths import GUESTS
 
 import labkit as lk
-from labkit.engines.base import BudgetExit, HaltExit
+from labkit.engines.exits import BudgetExit, HaltExit
 from labkit.errors import InvalidState
 
 SCHEDULES = [

@@ -13,7 +13,7 @@ from paths import GUESTS
 
 import labkit as lk
 from labkit.arch.x86_cpu import CpuModel
-from labkit.engines.base import MemoryFaultExit
+from labkit.engines.exits import MemoryFaultExit
 from labkit.explore import attacks
 from labkit.hosts.buttons import VmController
 from labkit.sev.cpu import LEAF, encryption_leaf

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from paths import GUESTS
 
 import labkit as lk
-from labkit.engines.base import BudgetExit
+from labkit.engines.exits import BudgetExit
 from labkit.ucall.abi import (
     BITMAP_BYTES,
     HEADER_SIZE,

@@ -1,6 +1,7 @@
-"""The KVM ABI of x86-64 as far as labkit uses it: structures, ioctl numbers, exit reasons (Documentation/virt/kvm/api.rst).
+"""The KVM ABI of x86-64 as far as labkit uses it: structures, ioctl numbers, exit reasons.
 
-tests/test_kvm_abi.py compiles a C file against <linux/kvm.h> and compares every size, offset and number with these.
+Documentation/virt/kvm/api.rst. tests/engines/test_kvm_abi.py compiles C against <linux/kvm.h>
+and compares every size, offset and number with these.
 """
 
 from __future__ import annotations
@@ -33,18 +34,28 @@ __all__ = [
 
 Struct = ctypes.Structure
 enter = fcntl.ioctl  # for KVM_RUN and numbers: it releases the GIL and is the fastest way in
+
+# A member is name:type, or name:type*count; the types are B H I Q as in Python's struct module, and
+# structures above.
 _SEGMENT = (
     "base:Q limit:I selector:H type:B present:B dpl:B db:B s:B l:B g:B avl:B unusable:B padding:B"
 )
 _LAYOUT = {
-    "kvm_regs": "rax:Q rbx:Q rcx:Q rdx:Q rsi:Q rdi:Q rsp:Q rbp:Q r8:Q r9:Q r10:Q r11:Q r12:Q r13:Q r14:Q r15:Q rip:Q rflags:Q",
+    "kvm_regs": (
+        "rax:Q rbx:Q rcx:Q rdx:Q rsi:Q rdi:Q rsp:Q rbp:Q "
+        "r8:Q r9:Q r10:Q r11:Q r12:Q r13:Q r14:Q r15:Q rip:Q rflags:Q"
+    ),
     "kvm_segment": _SEGMENT,
     "kvm_dtable": "base:Q limit:H padding:H*3",
-    "kvm_sregs": " ".join(
-        f"{name}:kvm_segment" for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
-    )
-    + " gdt:kvm_dtable idt:kvm_dtable cr0:Q cr2:Q cr3:Q cr4:Q cr8:Q efer:Q apic_base:Q interrupt_bitmap:Q*4",
-    "kvm_fpu": "fpr:B*128 fcw:H fsw:H ftwx:B pad1:B last_opcode:H last_ip:Q last_dp:Q xmm:B*256 mxcsr:I pad2:I",
+    "kvm_sregs": (
+        "cs:kvm_segment ds:kvm_segment es:kvm_segment fs:kvm_segment gs:kvm_segment "
+        "ss:kvm_segment tr:kvm_segment ldt:kvm_segment gdt:kvm_dtable idt:kvm_dtable "
+        "cr0:Q cr2:Q cr3:Q cr4:Q cr8:Q efer:Q apic_base:Q interrupt_bitmap:Q*4"
+    ),
+    "kvm_fpu": (
+        "fpr:B*128 fcw:H fsw:H ftwx:B pad1:B last_opcode:H last_ip:Q last_dp:Q "
+        "xmm:B*256 mxcsr:I pad2:I"
+    ),
     "kvm_debugregs": "db:Q*4 dr6:Q dr7:Q flags:Q reserved:Q*9",
     "kvm_vcpu_events": "raw:Q*8",
     "kvm_mp_state": "mp_state:I",
@@ -58,13 +69,18 @@ _LAYOUT = {
     "kvm_cpuid2": "nent:I padding:I",
     "kvm_guest_debug": "control:I pad:I debugreg:Q*8",
     "kvm_translation": "linear_address:Q physical_address:Q valid:B writeable:B usermode:B pad:B*5",
-    "kvm_userspace_memory_region": "slot:I flags:I guest_phys_addr:Q memory_size:Q userspace_addr:Q",
+    "kvm_userspace_memory_region": (
+        "slot:I flags:I guest_phys_addr:Q memory_size:Q userspace_addr:Q"
+    ),
     "kvm_dirty_log": "slot:I padding1:I dirty_bitmap:Q",
     "kvm_enable_cap": "cap:I flags:I args:Q*4 pad:B*64",
     "kvm_device_attr": "flags:I group:I attr:Q addr:Q",
     "kvm_sync_regs": "regs:kvm_regs sregs:kvm_sregs events:kvm_vcpu_events",
-    "kvm_run": "request_interrupt_window:B immediate_exit:B padding1:B*6 exit_reason:I ready_for_interrupt_injection:B if_flag:B flags:H "
-    "cr8:Q apic_base:Q padding:B*256 kvm_valid_regs:Q kvm_dirty_regs:Q s:kvm_sync_regs",
+    "kvm_run": (
+        "request_interrupt_window:B immediate_exit:B padding1:B*6 exit_reason:I "
+        "ready_for_interrupt_injection:B if_flag:B flags:H cr8:Q apic_base:Q padding:B*256 "
+        "kvm_valid_regs:Q kvm_dirty_regs:Q s:kvm_sync_regs"
+    ),
 }
 # The members of the union in struct kvm_run, from where it begins (kvm_run.padding)
 _MEMBERS = {
@@ -83,11 +99,13 @@ _TYPES: dict[str, Any] = {"B": u8, "H": u16, "I": u32, "Q": u64}
 def _field(text: str) -> tuple[str, Any]:
     name, _, kind = text.partition(":")
     kind, _, count = kind.partition("*")
-    return name, _TYPES[kind] * int(count) if count else _TYPES[kind]
+    element = _TYPES[kind]
+    return name, element * int(count) if count else element
 
 
 def _declare(name: str, layout: str) -> Any:
-    _TYPES[name] = type(name, (Struct,), {"_fields_": [_field(text) for text in layout.split()]})
+    fields = [_field(text) for text in layout.split()]
+    _TYPES[name] = type(name, (Struct,), {"_fields_": fields})
     return _TYPES[name]
 
 
@@ -95,10 +113,13 @@ STRUCTS = {name: _declare(name, layout) for name, layout in _LAYOUT.items()}
 MEMBERS = {name: _declare(name, layout) for name, layout in _MEMBERS.items()}
 
 _NONE, _W, _R = 0, 1, 2  # asm-generic/ioctl.h: the caller writes, the caller reads
+KVMIO = 0xAE
 
 
 def _number(nr: int, direction: int = _NONE, name: str = "") -> int:
-    return direction << 30 | (ctypes.sizeof(STRUCTS[name]) if name else 0) << 16 | 0xAE << 8 | nr
+    """The number of an ioctl, with the size of its structure if it has one (_IOC)."""
+    size = ctypes.sizeof(STRUCTS[name]) if name else 0
+    return direction << 30 | size << 16 | KVMIO << 8 | nr
 
 
 IOCTLS = {
@@ -189,10 +210,12 @@ _LIBC.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 
 
 def call(fd: int, name: str, argument: ctypes.Structure | int) -> int:
-    """An ioctl on a structure of any size, or a number, without the GIL; raises OSError with the ioctl's name."""
-    done: int = _LIBC.ioctl(
-        fd, IOCTLS[name], argument if isinstance(argument, int) else ctypes.addressof(argument)
-    )
+    """An ioctl on a structure of any size, or a number, without the GIL; what it returns.
+
+    Raises OSError with the ioctl's name. fcntl.ioctl keeps the GIL for structures over 1024 bytes.
+    """
+    given = argument if isinstance(argument, int) else ctypes.addressof(argument)
+    done: int = _LIBC.ioctl(fd, IOCTLS[name], given)
     if done < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
@@ -204,15 +227,18 @@ def struct(name: str, **fields: int) -> Any:
     return STRUCTS[name](**fields)
 
 
+_ENTRIES = {"kvm_cpuid2": "kvm_cpuid_entry2", "kvm_msrs": "kvm_msr_entry"}
+
+
 @cache
 def _table(head: str, count: int) -> type[Struct]:
-    """A structure with a flexible array, of this length; its ioctl number has the size of the head alone."""
-    entry = STRUCTS[{"kvm_cpuid2": "kvm_cpuid_entry2", "kvm_msrs": "kvm_msr_entry"}[head]]
-    return type(
-        f"{head}_{count}",
-        (Struct,),
-        {"_fields_": [("count", u32), ("padding", u32), ("entries", entry * count)]},
-    )
+    """A structure with a flexible array of this length.
+
+    Its ioctl number has the size of the head alone.
+    """
+    entry = STRUCTS[_ENTRIES[head]]
+    fields = [("count", u32), ("padding", u32), ("entries", entry * count)]
+    return type(f"{head}_{count}", (Struct,), {"_fields_": fields})
 
 
 def cpuid2(entries: Sequence[tuple[int, ...]]) -> Any:
@@ -222,6 +248,5 @@ def cpuid2(entries: Sequence[tuple[int, ...]]) -> Any:
 
 def msrs(values: Mapping[int, int]) -> Any:
     """struct kvm_msrs of these indices and values."""
-    return _table("kvm_msrs", len(values))(
-        len(values), 0, tuple((index, 0, value) for index, value in values.items())
-    )
+    entries = tuple((index, 0, value) for index, value in values.items())
+    return _table("kvm_msrs", len(values))(len(values), 0, entries)

@@ -1,4 +1,8 @@
-"""Parallel vCPUs: a thread each, which alone is in its vCPU while it runs, and hands it back with every exit."""
+"""Parallel vCPUs: a thread each.
+
+While a vCPU runs, its thread alone is in it; with every exit it is handed back to the thread that
+made the VM.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from labkit.engines.base import Exit, InterruptExit
+from labkit.engines.exits import Exit, InterruptExit
+from labkit.engines.kvm.waiting import Came
 from labkit.errors import InvalidState
 
 if TYPE_CHECKING:
@@ -16,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Lanes"]
 
-Came = Exit | BaseException
 LOOK_UP = 0.05  # seconds between two looks for Ctrl-C while nothing comes in
 
 
@@ -24,9 +28,12 @@ class _Lane:
     """The thread of one vCPU; it waits outside the guest until it is told to go on."""
 
     def __init__(self, vcpu: KvmVcpu, post: Callable[[int, Came], None]) -> None:
-        self.vcpu, self.post = vcpu, post
-        self._go, self._parked = threading.Semaphore(0), threading.Event()
-        self._end = self.running = False
+        self.vcpu = vcpu
+        self.running = False
+        self._post = post
+        self._go = threading.Semaphore(0)
+        self._parked = threading.Event()
+        self._end = False
         self.thread = threading.Thread(
             target=self._loop, name=f"labkit-vcpu-{vcpu.index}", daemon=True
         )
@@ -37,6 +44,12 @@ class _Lane:
         self.running = True
         self._parked.clear()
         self._go.release()
+
+    def ask_to_pause(self) -> None:
+        """Bring it out of the guest soon, if it is there."""
+        self.vcpu.pausing = self.running
+        if self.running:
+            self.vcpu.kick()
 
     def pause(self) -> None:
         """Bring it out of the guest; returns when it is out."""
@@ -54,21 +67,27 @@ class _Lane:
         self.thread.join()
 
     def _loop(self) -> None:
-        vcpu = self.vcpu
         while True:
             self._go.acquire()
             if self._end:
                 return
-            vcpu.owner, vcpu.tid = threading.get_ident(), threading.get_native_id()
-            try:
-                came: Came = vcpu.run_here(None)
-            except BaseException as err:
-                came = err
-            vcpu.owner, vcpu.tid = vcpu.home
-            if not (vcpu.pausing and isinstance(came, InterruptExit)):
-                self.post(vcpu.index, came)
+            came = self._run()
+            only_paused = self.vcpu.pausing and isinstance(came, InterruptExit)
+            if not only_paused:
+                self._post(self.vcpu.index, came)
             self.running = False
             self._parked.set()
+
+    def _run(self) -> Came:
+        """One run of the vCPU, which is this thread's until it is over."""
+        vcpu = self.vcpu
+        vcpu.owner, vcpu.tid = threading.get_ident(), threading.get_native_id()
+        try:
+            return vcpu.run_here(None)
+        except BaseException as err:
+            return err
+        finally:
+            vcpu.owner, vcpu.tid = vcpu.home
 
 
 class Lanes:
@@ -77,34 +96,37 @@ class Lanes:
     def __init__(self, vm: KvmVm) -> None:
         self.vm = vm
         self.lanes: dict[int, _Lane] = {}
-        self.arrivals: queue.Queue[int] = (
-            queue.Queue()
-        )  # a SimpleQueue waits for ever if a signal comes as its time ends
-        self.posted: dict[
-            int, Came
-        ] = {}  # what nobody has taken yet; an exit lies with its vCPU too, as a part of its state
+        # Who has posted something; a SimpleQueue waits for ever if a signal comes as its time ends.
+        self.arrivals: queue.Queue[int] = queue.Queue()
 
     def _post(self, index: int, came: Came) -> None:
-        if isinstance(came, Exit):
-            self.vm.vcpus[index].queue.insert(0, came)
-        self.posted[index] = came
+        """A lane brings something: it lies with its vCPU until somebody takes it."""
+        self.vm.vcpus[index].waiting.post(came)
         self.arrivals.put(index)
 
     def run(self, indices: Sequence[int]) -> tuple[int, Exit]:
-        """Let these vCPUs run until any of them exits; the others go on meanwhile, until `end` or somebody touches them."""
+        """Let these vCPUs run until any of them exits.
+
+        The others go on meanwhile, until `end`, or until somebody touches them.
+        """
         with self.vm.shield.held():
             for index in indices:
-                if index not in self.lanes:
-                    self.vm.vcpus[index].mine()
-                    self.lanes[index] = _Lane(self.vm.vcpus[index], self._post)
-                if (
-                    not self.lanes[index].running and index not in self.posted
-                ):  # asked in this order: it posts, then stops running
-                    self.lanes[index].go()
+                self._let_run(index)
         index, came = self._next()
         if isinstance(came, BaseException):
             raise came
         return index, came
+
+    def _let_run(self, index: int) -> None:
+        """Unless it runs already, or what it brought was not taken."""
+        vcpu = self.vm.vcpus[index]
+        lane = self.lanes.get(index)
+        if lane is None:
+            vcpu.mine()
+            lane = self.lanes[index] = _Lane(vcpu, self._post)
+        # Asked in this order: a lane posts, then stops running.
+        if not lane.running and vcpu.waiting.posted is None:
+            lane.go()
 
     def _next(self) -> tuple[int, Came]:
         shield = self.vm.shield
@@ -117,25 +139,33 @@ class Lanes:
                     if shield.interrupted:
                         return next(iter(self.lanes)), InterruptExit()
                     continue
-                if (
-                    came := self.posted.pop(index, None)
-                ) is not None:  # None: another state was put there, or somebody took it
-                    if index in self.lanes:
-                        self.lanes[
-                            index
-                        ].pause()  # it is about to park, and must have before it can be told to go on
-                    del self.vm.vcpus[index].queue[: isinstance(came, Exit)]
+                came = self._take(index)
+                if came is not None:
                     return index, came
         finally:
             shield.leave()
 
+    def _take(self, index: int) -> Came | None:
+        """What a vCPU brought; None when another state was put there since, or somebody took it."""
+        waiting = self.vm.vcpus[index].waiting
+        if waiting.posted is None:
+            return None
+        if index in self.lanes:
+            # It is about to park, and must have before it can be told to go on.
+            self.lanes[index].pause()
+        return waiting.take_posted()
+
     def pause(self, vcpu: KvmVcpu) -> None:
-        """Bring one vCPU out of the guest because its owner wants to touch it; any other thread is refused."""
+        """Bring one vCPU out of the guest because the thread that made it wants to touch it.
+
+        Raises InvalidState for any other thread.
+        """
         lane = self.lanes.get(vcpu.index)
         if lane is None or threading.get_ident() != vcpu.home[0]:
             raise InvalidState(
-                f"vCPU {vcpu.index} belongs to thread {vcpu.owner:#x}, which alone may touch it; this is thread "
-                f"{threading.get_ident():#x}: make the VM where it is used, or hand over what you need as data"
+                f"vCPU {vcpu.index} belongs to thread {vcpu.owner:#x}, which alone may touch it; "
+                f"this is thread {threading.get_ident():#x}: make the VM where it is used, or hand "
+                "over what you need as data"
             )
         with self.vm.shield.held():
             lane.pause()
@@ -144,9 +174,7 @@ class Lanes:
         """Stop all; what came in and was not taken is taken by the next run."""
         with self.vm.shield.held():
             for lane in self.lanes.values():
-                lane.vcpu.pausing = lane.running
-                if lane.running:
-                    lane.vcpu.kick()
+                lane.ask_to_pause()
             for lane in self.lanes.values():
                 lane.end()
             self.lanes.clear()

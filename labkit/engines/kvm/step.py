@@ -1,154 +1,72 @@
-"""Stepping on KVM: exactly one instruction, one REP iteration or one exception delivery at a time, as on the default engine.
+"""Stepping on KVM: one instruction, one REP iteration or one exception delivery at a time.
 
-KVM_GUESTDBG_SINGLESTEP alone is not that. Its step over a faulting instruction ends behind the handler's first instruction, so
-debug registers hold the handlers that may be entered next. A REP instruction that KVM emulates runs many iterations, so it is
-given a count of one. A HLT would lose its exit, so it runs without being stepped. Behind IRET, SWAPGS, ENDBR64, the groups of
-the fences and of RDRAND, kvm_pvm stops one instruction too late, so a debug register holds the place behind them too. MOV SS
-keeps the trap away from the next instruction (SDM vol. 3A 6.8.3); where KVM stops between the two, both are stepped.
+So it is on the default engine, and KVM_GUESTDBG_SINGLESTEP alone is not that:
+
+- Its step over a faulting instruction ends behind the handler's first instruction, so debug
+  registers hold the handlers that may be entered next.
+- A REP instruction that KVM emulates runs many iterations, so it is given a count of one.
+- A HLT would lose its exit, so it runs without being stepped.
+- Behind IRET, SWAPGS, ENDBR64, the groups of the fences and of RDRAND, kvm_pvm stops one
+  instruction too late, so a debug register holds the place behind them too.
+- MOV SS keeps the trap away from the next instruction (SDM vol. 3A 6.8.3); where KVM stops between
+  the two, both are stepped.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Generator
+from contextlib import closing
+from typing import TYPE_CHECKING
 
-from labkit.engines.base import Exit
-from labkit.engines.disasm import disassemble
-from labkit.engines.kvm.abi import CONSTANTS, EXITS, call, struct
-from labkit.engines.kvm.regs import GPR
+from labkit.engines.exits import Exit
+from labkit.engines.kvm.abi import CONSTANTS, call, struct
+from labkit.engines.kvm.kinds import GP, NP, PF, SS, UD, Kind, kind_of
+from labkit.engines.kvm.places import GPR
+from labkit.engines.kvm.repeat import events_of, one_iteration
 
 if TYPE_CHECKING:
     from labkit.engines.kvm.vcpu import KvmVcpu
 
-__all__ = ["ENABLE", "HW_BP", "HW_BREAKPOINTS", "Kind", "Stepper", "kind_of"]
+__all__ = ["ENABLE", "HW_BP", "HW_BREAKPOINTS", "Stepper"]
 
-DEBUG = EXITS["KVM_EXIT_DEBUG"]
 ENABLE, STEP, HW_BP = (
     CONSTANTS[f"KVM_GUESTDBG_{name}"] for name in ("ENABLE", "SINGLESTEP", "USE_HW_BP")
 )
 SYNC_REGS, SYNC_SREGS = CONSTANTS["KVM_SYNC_X86_REGS"], CONSTANTS["KVM_SYNC_X86_SREGS"]
 HW_BREAKPOINTS = 4
-RIP, RCX, RSP, FLAGS = (GPR[name] for name in ("rip", "rcx", "rsp", "rflags"))
-ZF, RF = 1 << 6, 1 << 16
-DE, DB, BP, UD, NP, SS, GP, PF, MF, XM = 0, 1, 3, 6, 11, 12, 13, 14, 16, 19
-_PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
-_STRINGS = frozenset(b"\x6c\x6d\x6e\x6f\xa4\xa5\xa6\xa7\xaa\xab\xac\xad\xae\xaf")
-_COMPARES = frozenset(b"\xa6\xa7\xae\xaf")
-_LATE = (b"\x01", b"\x1e", b"\xae", b"\xc7")  # behind 0F
-_FAR = frozenset(
-    b"\xca\xcb\xcf"
-)  # RET to another segment, IRET: RIP lies on top of the stack, CS behind it
-
-
-class Kind(NamedTuple):
-    """What matters of an instruction before it is stepped."""
-
-    length: int  # of prefixes and opcode: of a string instruction and of HLT, all of it
-    halts: bool
-    string: bool
-    rep: int  # 0, 0xF2 or 0xF3 of a string instruction
-    compares: bool
-    narrow: bool  # counts in ECX
-    vector: int  # of an exception that it may raise beside #UD #GP #PF
-    selector: int  # where on the stack it finds its next CS; 0 for what leads to CPL3 whatever lies there, -1 for what stays
-    behind: int  # bytes of all of it, where KVM may not stop behind it or must not; else 0
-    shadow: bool  # it loads SS
-    locked: bool
-
-    @property
-    def mask(self) -> int:
-        """The bits of RCX that count iterations."""
-        return 0xFFFFFFFF if self.narrow else (1 << 64) - 1
-
-
-@lru_cache(4096)
-def kind_of(code: bytes) -> Kind:
-    """From the first bytes of an instruction."""
-    rep, at, narrow, wide = 0, 0, False, 4
-    while at < len(code) - 1 and code[at] in _PREFIXES:
-        rep, narrow, at = (
-            code[at] if code[at] in (0xF2, 0xF3) else rep,
-            narrow or code[at] == 0x67,
-            at + 1,
-        )
-        wide = 2 if code[at - 1] == 0x66 else wide
-    if at < len(code) - 1 and code[at] >> 4 == 4:  # REX
-        wide = 8 if code[at] & 8 else wide
-        at += 1
-    opcode, second = code[at] if code else 0, code[at + 1 : at + 2]
-    string = opcode in _STRINGS
-    selector = (
-        wide if opcode in _FAR else 0 if opcode == 0x0F and second in (b"\x07", b"\x35") else -1
-    )  # SYSRET, SYSEXIT
-    shadow = opcode == 0x8E and bool(second) and second[0] & 0x38 == 0x10
-    insn = (
-        next(disassemble("x86_64", code, 0), None)
-        if shadow or (opcode == 0x0F and second in _LATE)
-        else None
-    )
-    locked = 0xF0 in code[:at] or (
-        opcode in (0x86, 0x87) and bool(second) and second[0] < 0xC0
-    )  # XCHG with memory
-    return Kind(
-        at + 1,
-        opcode == 0xF4,
-        string,
-        rep if string else 0,
-        opcode in _COMPARES,
-        narrow,
-        _vector(opcode, second),
-        selector,
-        insn.size if insn else 0,
-        shadow,
-        locked,
-    )
-
-
-def _vector(opcode: int, second: bytes) -> int:
-    match opcode:
-        case 0xF6 | 0xF7:
-            return DE
-        case 0xCC:
-            return BP
-        case 0xCD:
-            return second[0] if second else GP
-        case 0xF1:
-            return DB
-        case 0x8E | 0xCA | 0xCB | 0xCF:
-            return NP
-        case 0x9B | 0xD8 | 0xD9 | 0xDA | 0xDB | 0xDC | 0xDD | 0xDE | 0xDF:
-            return MF
-        case 0x0F:
-            return XM
-        case _:
-            return SS
+RIP, RCX, RSP = GPR["rip"], GPR["rcx"], GPR["rsp"]
+PAGE = 4096
+LONGEST = 15  # bytes of an instruction (SDM vol. 2A 2.3.11)
+TF = 1  # in the second byte of RFLAGS
+GATE = 16  # bytes of an entry of the IDT (SDM vol. 3A 6.14.1)
 
 
 class Stepper:
-    """Steps one vCPU; `control` is what KVM_SET_GUEST_DEBUG was told last."""
+    """Steps one vCPU."""
 
     def __init__(self, vcpu: KvmVcpu) -> None:
         self.vcpu = vcpu
+        # What KVM_SET_GUEST_DEBUG was told last: its flags, and the gvas in DR0 to DR3
         self.control: tuple[int, tuple[int, ...]] = (0, ())
-        self.sregs = vcpu.run_page.s.sregs
+        self.sregs = vcpu.page.fields.s.sregs
         self._pages: dict[int, int] = {}  # gva of a page -> hva, under one CR3
         self._cr3 = -1
-        self.inside = False  # a REP instruction that has iterations left
 
     def debug(self, control: int, gvas: tuple[int, ...] = (), kinds: int = 0) -> None:
-        """KVM_SET_GUEST_DEBUG, when it is not so already; execution breakpoints in DR0 to DR3 (SDM vol. 3B 17.2), others as DR7 says.
+        """KVM_SET_GUEST_DEBUG, when it is not so already.
 
-        KVM notes the RIP that a step begins at and takes the trap flag away when registers are set to another later (kvm_set_rflags()).
+        Execution breakpoints in DR0 to DR3 (SDM vol. 3B 17.2), others as the bits of DR7 in `kinds`
+        say. KVM notes the RIP that a step begins at, and takes the trap flag away when registers
+        are set to another later (kvm_set_rflags()).
         """
-        run = self.vcpu.run_page
-        if control & STEP and run.kvm_dirty_regs:
-            call(self.vcpu.fd, "KVM_SET_REGS", run.s.regs)
-            run.kvm_dirty_regs = 0
+        fields = self.vcpu.page.fields
+        if control & STEP and fields.kvm_dirty_regs:
+            call(self.vcpu.fd, "KVM_SET_REGS", fields.s.regs)
+            fields.kvm_dirty_regs = 0
         elif self.control == (control, gvas):
             return
+
         wish = struct("kvm_guest_debug", control=control)
         for i, gva in enumerate(gvas):
             wish.debugreg[i] = gva
@@ -157,47 +75,60 @@ class Stepper:
         self.control = control, gvas
 
     def free(self) -> Exit | None:
-        """Let the guest run up to a breakpoint, if there are any; one where it stands is stepped over, which may end in an exit."""
+        """Prepare a run up to a breakpoint, if there are any.
+
+        One where the guest stands is stepped over, which may end in an exit.
+        """
         gvas = tuple(sorted(self.vcpu.breakpoints))
-        exit, before = None, self.vcpu.insns
-        if self.vcpu.gprs[RIP] in gvas:
-            with closing(self.steps()) as steps:
-                exit = next(
-                    exit
-                    for exit in steps
-                    if exit is not None or (self.vcpu.insns > before and not self.inside)
-                )
+        exit = self._step_over() if self.vcpu.gprs[RIP] in gvas else None
         self.debug(ENABLE | HW_BP if gvas else 0, gvas)
         return exit
 
+    def _step_over(self) -> Exit | None:
+        """The instruction where the guest stands, with all its iterations."""
+        vcpu = self.vcpu
+        before = vcpu.insns
+        with closing(self.steps()) as steps:
+            for exit in steps:
+                is_over = vcpu.insns > before and not vcpu.waiting.inside_rep
+                if exit is not None or is_over:
+                    return exit
+        return None
+
     def steps(self) -> Generator[Exit | None, None, None]:
-        """One step after the other: an exit, or None for a step that is over or interrupted by somebody who wants a look around."""
+        """One step after the other, for ever.
+
+        Each is an exit, or None for a step that is over, or was interrupted by somebody who wants
+        to look around.
+        """
         vcpu = self.vcpu
         ctypes.memmove(
             ctypes.addressof(self.sregs),
             ctypes.addressof(vcpu.regs.get("SREGS")),
             ctypes.sizeof(self.sregs),
         )
-        vcpu.run_page.kvm_valid_regs = (
-            SYNC_REGS | SYNC_SREGS
-        )  # KVM keeps the special registers in the run page too
+        # KVM keeps the special registers in the run page too.
+        vcpu.page.fields.kvm_valid_regs = SYNC_REGS | SYNC_SREGS
         self._pages.clear()
         try:
             while True:
                 yield self._step()
         finally:
-            vcpu.run_page.kvm_valid_regs = SYNC_REGS
+            vcpu.page.fields.kvm_valid_regs = SYNC_REGS
 
     def _step(self) -> Exit | None:
         vcpu = self.vcpu
-        self.inside = False
-        kind = kind_of(self._peek(vcpu.gprs[RIP]))
+        vcpu.waiting.inside_rep = False
+        start = vcpu.gprs[RIP]
+        kind = kind_of(self._peek(start))
         vcpu.need_step(self._ring_behind(kind))
-        if kind.halts and not self.sregs.cs.selector & 3:
+
+        cs = self.sregs.cs.selector
+        if kind.halts and not cs & 3:
             self.debug(0)
             return vcpu.stay()
+
         self.debug(ENABLE | STEP | HW_BP, self._landings(kind))
-        start, cs = vcpu.gprs[RIP], self.sregs.cs.selector
         exit = self._iterate(kind) if kind.rep else vcpu.stay()
         if exit is None and vcpu.gprs[RIP] in self.control[1]:
             self._hide_trap(start, cs)
@@ -205,102 +136,98 @@ class Stepper:
             vcpu.locked_at = vcpu.vm.retired()
         if kind.shadow and exit is None and vcpu.gprs[RIP] == start + kind.behind:
             done = vcpu.insns
-            exit, vcpu.insns = self._step(), done
+            exit = self._step()
+            vcpu.insns = done
         return exit
-
-    def _hide_trap(self, start: int, cs: int) -> None:
-        """In a handler: the flags that were pushed have TF, which the step needed and the guest never set."""
-        rsp = self.vcpu.gprs[RSP]
-        for gva in (rsp, rsp + 8):  # RIP, CS and RFLAGS lie above an error code, or alone
-            pushed = self.vcpu.fetch(gva, 24)
-            rip = int.from_bytes(pushed[:8], "little")
-            if (
-                len(pushed) == 24
-                and start <= rip < start + 16
-                and pushed[8:16] == cs.to_bytes(8, "little")
-            ):
-                ctypes.memset(self.vcpu.hva(gva + 17), pushed[17] & ~1, 1)
-                return
-
-    def _landings(self, kind: Kind) -> tuple[int, ...]:
-        """Where to stop, whatever KVM takes for a step: the handlers that may come, and behind some instructions."""
-        rip, rsp = self.vcpu.gprs[RIP], self.vcpu.gprs[RSP]
-        if kind.behind and not kind.shadow:
-            return self._elsewhere(rip + kind.behind, *self._handlers(PF, GP, UD))
-        target = self._peek(rsp)[: kind.selector] if kind.selector > 0 else b""
-        if target:
-            return self._elsewhere(int.from_bytes(target, "little"), *self._handlers(PF, GP, NP))
-        return self._elsewhere(
-            *self._handlers(PF, GP, UD, SS if kind.selector > 0 else kind.vector)
-        )
-
-    def _elsewhere(self, *gvas: int) -> tuple[int, ...]:
-        """Without repetition, and without where the guest is: KVM would stop there at once, whatever RF says."""
-        return tuple(dict.fromkeys(gva for gva in gvas if gva != self.vcpu.gprs[RIP]))
-
-    def _ring_behind(self, kind: Kind) -> int:
-        """The privilege level to which an instruction leads: KVM_GUESTDBG_SINGLESTEP that is wrong there is wrong from here on."""
-        ring: int = self.sregs.cs.selector & 3
-        if kind.selector < 0 or ring:
-            return ring
-        if not kind.selector:
-            return 3
-        return int.from_bytes(self._peek(self.vcpu.gprs[RSP] + kind.selector)[:2], "little") & 3
 
     def _iterate(self, kind: Kind) -> Exit | None:
         """One iteration of a REP instruction, or the fault that the last one met."""
-        vcpu, gprs, mask = self.vcpu, self.vcpu.gprs, kind.mask
-        if not gprs[RCX] & mask or self._events().raw[0] & 0xFF:  # exception.injected
+        vcpu, gprs = self.vcpu, self.vcpu.gprs
+        exception_injected = 0xFF  # of the first word of struct kvm_vcpu_events
+        if not gprs[RCX] & kind.mask or events_of(vcpu).raw[0] & exception_injected:
             return vcpu.stay()
+
         before, left = vcpu.insns, gprs[RCX]
-        with self.once(kind):
+        with one_iteration(vcpu, kind):
             exit = vcpu.stay()
             vcpu.settle()
         if exit is None and vcpu.insns == before and gprs[RCX] != left:
             vcpu.insns += 1
         return exit
 
-    @contextmanager
-    def once(self, kind: Kind) -> Iterator[None]:
-        """Around one iteration of a REP instruction (SDM vol. 2B REP): it is told that it is the last, then stands where one leads."""
-        vcpu, gprs, mask = self.vcpu, self.vcpu.gprs, kind.mask
-        start, left, gprs[RCX] = gprs[RIP], gprs[RCX] & mask, 1
-        vcpu.run_page.kvm_dirty_regs |= SYNC_REGS
-        yield
-        if gprs[RCX] & mask == 0:
-            over = left == 1 or (kind.compares and bool(gprs[FLAGS] & ZF) != (kind.rep == 0xF3))
-            gprs[RCX], gprs[RIP] = left - 1, start + kind.length if over else start
-            gprs[FLAGS] = gprs[FLAGS] & ~RF if over else gprs[FLAGS] | RF  # SDM vol. 3B 17.3.1.1
-            self.inside = not over
-            vcpu.run_page.kvm_dirty_regs |= SYNC_REGS
-        else:  # a fault, or a read from a hole: nothing was done; KVM_SET_REGS drops a fault that is not delivered yet
-            events, gprs[RCX] = self._events(), left
-            call(vcpu.fd, "KVM_SET_REGS", vcpu.run_page.s.regs)
-            call(vcpu.fd, "KVM_SET_VCPU_EVENTS", events)
+    def _hide_trap(self, start: int, cs: int) -> None:
+        """In a handler: the flags that were pushed have TF, which only the step needed."""
+        memory = self.vcpu.memory
+        rsp = self.vcpu.gprs[RSP]
+        for gva in (rsp, rsp + 8):  # RIP, CS and RFLAGS lie above an error code, or alone
+            pushed = memory.fetch(gva, 24)
+            rip = int.from_bytes(pushed[:8], "little")
+            from_here = start <= rip < start + 16 and pushed[8:16] == cs.to_bytes(8, "little")
+            if len(pushed) == 24 and from_here:
+                ctypes.memset(memory.hva(gva + 17), pushed[17] & ~TF, 1)
+                return
 
-    def _events(self) -> Any:
-        events = struct("kvm_vcpu_events")
-        call(self.vcpu.fd, "KVM_GET_VCPU_EVENTS", events)
-        return events
+    # --- where a step may lead
 
-    def _peek(self, gva: int) -> bytes:
-        """The bytes at gva, of one page; b"" where nothing is mapped."""
-        if self.sregs.cr3 != self._cr3:
-            self._pages.clear()
-            self._cr3 = self.sregs.cr3
-        page = gva & -4096
-        hva = self._pages.get(page)
-        if hva is None:
-            hva = self._pages[page] = self.vcpu.hva(page)
-        return ctypes.string_at(hva + gva - page, min(15, page + 4096 - gva)) if hva else b""
+    def _landings(self, kind: Kind) -> tuple[int, ...]:
+        """Where to stop, whatever KVM takes for a step.
+
+        That is at the handlers that may come, and behind some instructions.
+        """
+        rip, rsp = self.vcpu.gprs[RIP], self.vcpu.gprs[RSP]
+        if kind.behind and not kind.shadow:
+            return self._elsewhere(rip + kind.behind, *self._handlers(PF, GP, UD))
+        if kind.selector <= 0:
+            return self._elsewhere(*self._handlers(PF, GP, UD, kind.vector))
+
+        target = self._peek(rsp)[: kind.selector]
+        if not target:
+            return self._elsewhere(*self._handlers(PF, GP, UD, SS))
+        return self._elsewhere(int.from_bytes(target, "little"), *self._handlers(PF, GP, NP))
+
+    def _elsewhere(self, *gvas: int) -> tuple[int, ...]:
+        """Without repetition, and without where the guest is.
+
+        There KVM would stop at once, whatever RF says.
+        """
+        rip = self.vcpu.gprs[RIP]
+        return tuple(dict.fromkeys(gva for gva in gvas if gva != rip))
+
+    def _ring_behind(self, kind: Kind) -> int:
+        """The ring to which an instruction leads.
+
+        A KVM_GUESTDBG_SINGLESTEP that is wrong there is wrong from here on.
+        """
+        ring: int = self.sregs.cs.selector & 3
+        if kind.selector < 0 or ring:
+            return ring
+        if not kind.selector:
+            return 3
+        selector = self._peek(self.vcpu.gprs[RSP] + kind.selector)[:2]
+        return int.from_bytes(selector, "little") & 3
 
     def _handlers(self, *vectors: int) -> list[int]:
         """Where these exceptions would lead, from the guest's IDT as it is now."""
         base, limit = self.sregs.idt.base, self.sregs.idt.limit
         found = []
         for vector in vectors:
-            at = base + 16 * vector
-            gate = self._peek(at) if 16 * vector + 15 <= limit else b""
+            offset = GATE * vector
+            if offset + GATE - 1 > limit:
+                continue
+            gate = self._peek(base + offset)
             if len(gate) >= 12:
                 found.append(int.from_bytes(gate[0:2] + gate[6:12], "little"))
         return found
+
+    def _peek(self, gva: int) -> bytes:
+        """The bytes at gva, of one page; b"" where nothing is mapped."""
+        if self.sregs.cr3 != self._cr3:
+            self._pages.clear()
+            self._cr3 = self.sregs.cr3
+        page = gva & -PAGE
+        hva = self._pages.get(page)
+        if hva is None:
+            hva = self._pages[page] = self.vcpu.memory.hva(page)
+        if not hva:
+            return b""
+        return ctypes.string_at(hva + gva - page, min(LONGEST, page + PAGE - gva))

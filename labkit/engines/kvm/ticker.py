@@ -1,8 +1,9 @@
-"""The one thread that looks up now and then: a run that lasts is kicked out of the guest, so that its own thread can see what is asked.
+"""The one thread that looks up now and then, and kicks a run that lasts out of the guest.
 
-KVM_RUN comes back to Python only with an exit or a signal. A vCPU that is in the guest at two ticks in a row is kicked
-(Documentation/virt/kvm/api.rst, immediate_exit); its thread then checks deadline, Ctrl-C and pauses, and goes on. So nothing
-that is asked of a run waits longer than two ticks, and no run can freeze the process.
+KVM_RUN comes back to Python only with an exit or a signal. A vCPU that is in the guest at two ticks
+in a row is kicked (Documentation/virt/kvm/api.rst, immediate_exit); its own thread then checks
+deadline, Ctrl-C and pauses, and goes on. So nothing that is asked of a run waits longer than two
+ticks, and no run can freeze the process.
 """
 
 from __future__ import annotations
@@ -31,14 +32,18 @@ class Kicked(Protocol):
     def kick(self) -> None: ...
 
 
-def _ready() -> None:
-    """Give the signal a handler that does nothing, in C: Python's own would run on the main thread and need it to be free."""
-    _LIBC.signal.argtypes, _LIBC.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+def _handle_kicks() -> None:
+    """Give the signal a handler that does nothing, in C.
+
+    Python's own would run on the main thread and need it to be free. abs() does nothing that lasts.
+    """
+    _LIBC.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    _LIBC.signal.restype = ctypes.c_void_p
     _LIBC.signal(KICK, ctypes.cast(_LIBC.abs, ctypes.c_void_p))
 
 
 def send_kick(tid: int) -> None:
-    """Interrupt the system call that a thread of this process is in; nothing happens when the thread is gone."""
+    """Interrupt the system call that a thread of this process is in, if there is such a thread."""
     _LIBC.tgkill(os.getpid(), tid, int(KICK))
 
 
@@ -53,25 +58,32 @@ class Ticker:
     def start(self) -> None:
         """Begin to tick, unless somebody did already."""
         with self._lock:
-            if self.alive != os.getpid():
-                _ready()
-                self.alive = os.getpid()
-                threading.Thread(target=self._tick, name="labkit-kvm-ticker", daemon=True).start()
+            if self.alive == os.getpid():
+                return
+            _handle_kicks()
+            self.alive = os.getpid()
+            threading.Thread(target=self._tick, name="labkit-kvm-ticker", daemon=True).start()
 
     def _tick(self) -> None:
-        seen, idle = set[int](), 0
+        seen: set[int] = set()
+        idle = 0
         while True:
             time.sleep(TICK)
             seen = self._look(seen)
             idle = 0 if seen else idle + 1
             if idle > IDLE or not len(self.vcpus):
                 self.alive = 0
+                # Somebody who entered just before saw a ticker, and relies on it.
                 if not any(vcpu.entered for vcpu in list(self.vcpus)):
                     return
-                self.alive, idle = os.getpid(), 0
+                self.alive = os.getpid()
+                idle = 0
 
     def _look(self, seen: set[int]) -> set[int]:
-        """Kick the stays that were on a tick ago, return those that are on now; no vCPU is held on to between ticks."""
+        """Kick the stays that were on a tick ago, and return those that are on now.
+
+        No vCPU is held on to between ticks.
+        """
         vcpus = list(self.vcpus)
         now = {vcpu.entered for vcpu in vcpus} - {0}
         for vcpu in vcpus:

@@ -1,35 +1,31 @@
-"""One vCPU of /dev/kvm: its run page, its run loop, and what each KVM exit means in labkit's words."""
+"""One vCPU of /dev/kvm: its registers and state, its run loop, and how what waits is settled."""
 
 from __future__ import annotations
 
 import ctypes
 import itertools
-import mmap
 import os
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import closing, suppress
-from typing import TYPE_CHECKING, Any
+from contextlib import closing
+from typing import TYPE_CHECKING
 
-from labkit.arch.desc import LAST
-from labkit.arch.x86 import X86_PXXV48_4K as MODE
 from labkit.engines import need
-from labkit.engines.base import (
-    BudgetExit,
-    DeadlineExit,
-    DebugExit,
-    Exit,
-    InterruptExit,
-    Regs,
-    Trace,
-)
-from labkit.engines.kvm.abi import CONSTANTS, EXITS, IOCTLS, STRUCTS, call, enter, struct
+from labkit.engines.base import Regs
+from labkit.engines.exits import BudgetExit, DeadlineExit, DebugExit, Exit, InterruptExit
+from labkit.engines.kvm.abi import CONSTANTS, EXITS, IOCTLS, call, enter, struct
 from labkit.engines.kvm.exits import HANDLERS, on_io
-from labkit.engines.kvm.regs import GPR, Registers
+from labkit.engines.kvm.kinds import Kind, kind_of
+from labkit.engines.kvm.memory import GuestMemory
+from labkit.engines.kvm.page import EXIT_REASON, RunPage
+from labkit.engines.kvm.places import GPR
+from labkit.engines.kvm.regs import Registers
+from labkit.engines.kvm.repeat import one_iteration
 from labkit.engines.kvm.state import restore, save
-from labkit.engines.kvm.step import HW_BREAKPOINTS, Stepper, kind_of
+from labkit.engines.kvm.step import HW_BREAKPOINTS, Stepper
 from labkit.engines.kvm.ticker import TICKER, send_kick
+from labkit.engines.kvm.waiting import AT_PORT, In, Load, Taken, Waiting
 from labkit.errors import InvalidState, LabError
 
 if TYPE_CHECKING:
@@ -39,53 +35,33 @@ __all__ = ["KvmVcpu"]
 
 RUN = IOCTLS["KVM_RUN"]
 IO, DEBUG, INTR = EXITS["KVM_EXIT_IO"], EXITS["KVM_EXIT_DEBUG"], EXITS["KVM_EXIT_INTR"]
-_GPRS = STRUCTS["kvm_run"].s.offset
-PG = 1 << 31  # of CR0
-RIP, RAX, RDI = GPR["rip"], GPR["rax"], GPR["rdi"]
+RIP, RAX, RDI, FLAGS = GPR["rip"], GPR["rax"], GPR["rdi"], GPR["rflags"]
+LONGEST = 15  # bytes of an instruction (SDM vol. 2A 2.3.11)
 _SERIAL = itertools.count(1)
 
 
 class KvmVcpu:
-    """A vCPU with its file descriptor; it belongs to one thread at a time, which alone touches the descriptor."""
+    """A vCPU with its file descriptor, which only the thread that the vCPU belongs to touches."""
 
-    def __init__(self, vm: KvmVm, index: int, trace: Trace) -> None:
-        self.vm, self.index, self.trace = vm, index, trace
-        self.insns, self.exact, self.locked_at, self.entered = 0, True, -1, 0
-        self.home = self.owner, self.tid = threading.get_ident(), threading.get_native_id()
+    def __init__(self, vm: KvmVm, index: int) -> None:
+        self.vm = vm
+        self.index = index
+        self.insns = 0
+        self.exact = True
+        self.locked_at = -1
+        self.entered = 0  # the number of the present stay in the guest, 0 outside
+        self.home = threading.get_ident(), threading.get_native_id()
+        self.owner, self.tid = self.home
         self.fd = enter(vm.fd, IOCTLS["KVM_CREATE_VCPU"], index)
-        self.page = mmap.mmap(self.fd, vm.run_size)
-        self.run_page: Any = STRUCTS["kvm_run"].from_buffer(self.page)
-        view = memoryview(self.page)
-        self.u8, self.u32, self.u64 = view, view.cast("I"), view.cast("Q")
-        self.gprs = self.u64[_GPRS // 8 : _GPRS // 8 + len(GPR)]
+        self.page = RunPage(self.fd, vm.run_size)
+        self.gprs = self.page.gprs
+        self.waiting = Waiting(self.page)
         self.regs = Registers(self)
+        self.memory = GuestMemory(vm, self.regs)
         self.msrs: dict[int, int] = {}  # MSRs that KVM lacks and the VM's table has, as written
-        self.pending = (
-            ""  # what the next KVM_RUN completes first: "", "pio", "string", "read", "write"
-        )
-        self.awaits: tuple[int, int] | None = (
-            None  # (place in the run page, bytes) that complete() sets
-        )
-        self.wrote: int | None = (
-            None  # gva that an INS was settled to, whose value complete() still may change
-        )
-        self.took_many = (
-            False  # KVM has read ahead elements of a REP INS, of which only one is done
-        )
-        self.queue: list[Exit] = []  # exits that came in one with another
-        self.answers: list[
-            tuple[int, int]
-        ] = []  # (gpa, value) of the reads that the present instruction has had
-        self.replay: list[
-            tuple[int, int]
-        ] = []  # the same, for an instruction that a restored state begins again
-        self.replay_size = 0  # bytes of the last of them
-        self.read_at, self.wrote_at = (
-            (-1, 0),
-            -1,
-        )  # RIP at the last access to a hole, for a read with RCX
         self.breakpoints: frozenset[int] = frozenset()
-        self._until, self.pausing = float("inf"), False
+        self.pausing = False  # somebody wants it out of the guest, without an exit
+        self._until = float("inf")  # the present run's deadline
         self._setup()
         self.stepper = Stepper(self)
         TICKER.vcpus.add(self)
@@ -94,18 +70,21 @@ class KvmVcpu:
         call(self.fd, "KVM_SET_CPUID2", self.vm.cpuid(self.index))
         regs = struct("kvm_regs")
         call(self.fd, "KVM_GET_REGS", regs)
-        self.gprs[RIP], self.gprs[GPR["rflags"]] = (
-            regs.rip,
-            regs.rflags,
-        )  # the others are 0, RDX too, which says who made the CPU
-        self.run_page.kvm_dirty_regs = self.run_page.kvm_valid_regs = CONSTANTS["KVM_SYNC_X86_REGS"]
+        # The others are 0, RDX too, which says who made the CPU.
+        self.gprs[RIP] = regs.rip
+        self.gprs[FLAGS] = regs.rflags
+        self.page.fields.kvm_valid_regs = CONSTANTS["KVM_SYNC_X86_REGS"]
+        self.page.registers_changed()
         self.cpuid_given = dict(self.vm.cpu.cpuid)
         self.started = False
 
     # --- registers and state
 
     def mine(self) -> None:
-        """Raise InvalidState unless the calling thread is the one that this vCPU belongs to, and it is open."""
+        """Raise InvalidState unless this vCPU is open and belongs to the calling thread.
+
+        One that runs in parallel is paused first, and then belongs to the thread that made it.
+        """
         if threading.get_ident() != self.owner:
             self.vm.lanes.pause(self)
         if self.fd < 0:
@@ -125,11 +104,10 @@ class KvmVcpu:
 
     def read_reg(self, name: str) -> int:
         """One register."""
-        if (
-            self.pending == "pio" and name == "rdi"
-        ):  # what every ucall asks for; the pending IN does not change it
+        if name == "rdi" and isinstance(self.waiting.stage, AT_PORT):
+            # What every ucall asks for; the IN that is under way does not change it.
             self.mine()
-            return int(self.gprs[RDI])
+            return self.gprs[RDI]
         self.settle()
         return self.regs.read(name)
 
@@ -150,56 +128,134 @@ class KvmVcpu:
 
     def set_host_msr(self, index: int, value: int) -> bool:
         """Set one of those; False when the table does not have it."""
-        if index in self.vm.cpu.msrs:
-            self.msrs[index] = value
-        return index in self.vm.cpu.msrs
-
-    def hva(self, gva: int) -> int:
-        """The host address behind a gva as the CPU itself would find it; 0 where nothing is."""
-        return self.vm.hva(gpa) if (gpa := self.gpa(gva)) is not None else 0
-
-    def gpa(self, gva: int) -> int | None:
-        """The gpa behind a gva, None where nothing is mapped; not from KVM_TRANSLATE, which leaves accessed bits in the guest's tables."""
-        if not self.regs.read("cr0") & PG:
-            return gva
-        table = MODE.root(self.regs.read("cr3"))
-        for level in MODE.levels if MODE.canonical(gva) else ():
-            hva = self.vm.hva(table + 8 * level.index(gva))
-            entry = ctypes.c_uint64.from_address(hva).value if hva else 0
-            if not MODE.present(entry):
-                return None
-            if level.leaf is LAST or not MODE.table(entry):
-                return MODE.frame(level, entry) + (gva & level.size - 1)
-            table = MODE.pa.get(entry)
-        return None
-
-    def fetch(self, gva: int, size: int) -> bytes:
-        """Guest-virtual memory as far as it is mapped."""
-        data = b""
-        while len(data) < size and (hva := self.hva(gva + len(data))):
-            data += ctypes.string_at(hva, min(size - len(data), 4096 - (gva + len(data) & 4095)))
-        return data
+        if index not in self.vm.cpu.msrs:
+            return False
+        self.msrs[index] = value
+        return True
 
     def close(self) -> None:
         """Release the descriptor and its page; a second call does nothing."""
         TICKER.vcpus.discard(self)
         if self.fd >= 0:
-            del self.run_page, self.stepper
-            for view in (self.gprs, self.u32, self.u64, self.u8):
-                view.release()
-            with suppress(
-                BufferError
-            ):  # somebody still holds a part of it, such as the frame of an exception; it goes with that
-                self.page.close()
+            del self.stepper  # which holds a part of the page
+            self.page.close()
             os.close(self.fd)
             self.fd = -1
 
-    # --- running
+    # --- what waits in the run page
+
+    def settle(self) -> None:
+        """Let KVM finish the instruction of the last exit, so that registers are those behind it.
+
+        A read from a hole has to wait for its value.
+        """
+        self.mine()
+        stage = self.waiting.stage
+        if isinstance(stage, In):
+            self._settle_in(stage)
+        else:
+            self._finish()
+
+    def _settle_in(self, stage: In) -> None:
+        """Of a REP INS, one iteration; a store of INS to a hole is no further instruction."""
+        kind = self._kind()
+        gva = self.gprs[RDI] if kind.string else None
+        counted = self.insns
+        if kind.rep:
+            with one_iteration(self, kind):
+                self._finish()
+        else:
+            self._finish()
+        self.insns = counted
+        self.waiting.settled_in(stage.size, gva)
+
+    def _kind(self) -> Kind:
+        """What instruction the guest stands at."""
+        return kind_of(self.memory.fetch(self.gprs[RIP], LONGEST))
+
+    def _finish(self) -> None:
+        while self.waiting.can_settle():
+            self._complete_only()
+
+    def _complete_only(self) -> None:
+        """Enter the guest so that KVM completes what is under way, and no more.
+
+        An exit that this brings waits, before others that came with it.
+        """
+        self.waiting.go_on()
+        self.page.leave_at_once(True)
+        reason = self._enter()
+        self.page.leave_at_once(False)
+        if reason in (INTR, DEBUG):
+            return
+        behind = len(self.waiting.exits)
+        exit = self._meet(reason)
+        if exit is not None:
+            self.waiting.exits.insert(behind, exit)
+
+    def flush(self) -> None:
+        """Let go of whatever instruction is under way; what it still reads is 0."""
+        self.settle()
+        while isinstance(self.waiting.stage, Load):
+            self._complete_only()
+            self._finish()
+        self.waiting.forget()
+
+    def complete(self, value: int) -> None:
+        """Give the value that the last IN or MMIO read returns.
+
+        Raises InvalidState when the last exit reads nothing.
+        """
+        self.mine()
+        stage = self.waiting.stage
+        if isinstance(stage, Taken):
+            self._change_taken(stage, value)
+        elif not self.waiting.complete(value):
+            raise InvalidState(
+                f"vCPU {self.index}: the last exit reads nothing, so there is nothing to complete"
+            )
+        elif isinstance(stage, In) and self._kind().string:
+            self.settle()  # INS: what was read lies in memory from now on
+
+    def _change_taken(self, taken: Taken, value: int) -> None:
+        """Change the value of an IN that is over already."""
+        value &= (1 << 8 * taken.size) - 1
+        if taken.gva is not None:
+            for i, byte in enumerate(value.to_bytes(taken.size, "little")):
+                hva = self.memory.hva(taken.gva + i)
+                if hva:
+                    ctypes.memset(hva, byte, 1)
+            return
+
+        # 4 bytes clear the upper half, fewer keep what is above them (SDM vol. 1 3.4.1.1).
+        above = -1 << 8 * taken.size
+        kept = self.gprs[RAX] & above if taken.size < 4 else 0
+        self.gprs[RAX] = kept | value
+        self.page.registers_changed()
+
+    # --- what is asked of a run
 
     def kick(self) -> None:
         """Make the present KVM_RUN return; the only thing that other threads may do here."""
-        self.u8[1] = 1  # immediate_exit: a kick that comes before the guest is entered counts too
+        self.page.leave_at_once(True)  # a kick that comes before the guest is entered counts too
         send_kick(self.tid)
+
+    def asked(self, in_time: bool) -> Exit | None:
+        """What somebody asked of this run meanwhile; None when nobody did.
+
+        Only where `in_time` is the deadline one of the askers: counted runs end by themselves.
+        """
+        if self.pausing or self._is_interrupted():
+            return InterruptExit()
+        if in_time and time.monotonic() > self._until:
+            return DeadlineExit(self.vm.deadline, self.gprs[RIP])
+        return None
+
+    def _is_interrupted(self) -> bool:
+        """Ctrl-C is for the main thread's run alone."""
+        if not self.vm.shield.interrupted:
+            return False
+        return threading.current_thread() is threading.main_thread()
 
     def set_breakpoints(self, gvas: frozenset[int]) -> None:
         """Stop with DebugExit before the instructions at these addresses."""
@@ -208,30 +264,11 @@ class KvmVcpu:
             self.need_step(self.read_reg("cs") & 3)
         self.breakpoints = gvas
 
-    def complete(self, value: int) -> None:
-        """Give the value that the last IN or MMIO read returns."""
-        self.mine()
-        if self.replay:
-            self.replay[-1] = self.replay[-1][0], value & (1 << 8 * self.replay_size) - 1
-            return
-        if self.awaits is None:
-            raise InvalidState(
-                f"vCPU {self.index}: the last exit reads nothing, so there is nothing to complete"
-            )
-        at, size = self.awaits
-        data = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
-        if self.pending:
-            self.u8[at : at + size] = data
-            if self.pending == "pio" and kind_of(self.fetch(int(self.gprs[RIP]), 15)).string:
-                self.settle()  # INS: what was read lies in memory from now on
-        elif self.wrote is not None:
-            for i, byte in enumerate(data):
-                if hva := self.hva(self.wrote + i):
-                    ctypes.memset(hva, byte, 1)
-        else:
-            keep = self.gprs[RAX] & -1 << 8 * size if size < 4 else 0
-            self.gprs[RAX] = keep | int.from_bytes(data, "little")
-            self.run_page.kvm_dirty_regs |= 1
+    def need_step(self, ring: int) -> None:
+        """Raise NotAvailable where KVM's single step is wrong."""
+        need(self.vm, "step_user" if ring == 3 else "step")
+
+    # --- running
 
     def run(self, insns: int | None = None) -> Exit:
         """Run until an exit; with `insns`, until that many instructions retired (BudgetExit)."""
@@ -241,7 +278,7 @@ class KvmVcpu:
         try:
             return self.run_here(insns)
         finally:
-            shield.running = False
+            shield.leave()
 
     def run_here(self, insns: int | None) -> Exit:
         """Run on the calling thread, wherever Ctrl-C goes."""
@@ -249,17 +286,13 @@ class KvmVcpu:
             return BudgetExit(insns)
         if not self.started:
             self._first_run()
-        self._until, self.locked_at = time.monotonic() + self.vm.deadline, -1
-        if self.queue:
-            self.vm.lanes.posted.pop(self.index, None)
-            return self.queue.pop(0)
+        self._until = time.monotonic() + self.vm.deadline
+        self.locked_at = -1
+        if self.waiting.exits:
+            return self.waiting.take()
         if insns is None and len(self.breakpoints) <= HW_BREAKPOINTS:
             self.exact = False
-            if self.breakpoints or self.stepper.control[0]:
-                self.settle()
-                if (exit := self.stepper.free()) is not None:
-                    return exit
-            return self.stay_free()
+            return self._free()
         return self._stepped(insns)
 
     def _first_run(self) -> None:
@@ -268,14 +301,59 @@ class KvmVcpu:
         if self.vm.cpu.cpuid != self.cpuid_given:
             call(self.fd, "KVM_SET_CPUID2", self.vm.cpuid(self.index))
 
-    def _leave(self) -> None:
-        """The guest goes on: what was pending is completed with what the run page holds."""
-        if self.pending == "read" and self.awaits is not None:
-            at, size = self.awaits
-            self.answers.append(
-                (self.u64[at // 8 - 1], int.from_bytes(self.u8[at : at + size], "little"))
-            )
-        self.pending, self.awaits = "", None
+    def _free(self) -> Exit:
+        """As fast as the CPU goes, up to an exit or a breakpoint of a debug register."""
+        debugs = self.breakpoints or self.stepper.control[0]
+        if debugs or self.waiting.has_read_ahead():
+            self.settle()
+            if self.waiting.exits:
+                return self.waiting.take()
+        if debugs:
+            exit = self.stepper.free()
+            if exit is not None:
+                return exit
+        return self.stay_free()
+
+    def stay_free(self) -> Exit:
+        """Stay in the guest until an exit, with debug registers as they are."""
+        while True:
+            self.waiting.go_on()
+            reason = self._enter()
+            if reason == DEBUG:
+                return DebugExit(self.gprs[RIP])
+            exit = on_io(self) if reason == IO else self._meet(reason)
+            if exit is not None:
+                return exit
+
+    def _stepped(self, insns: int | None) -> Exit:
+        """Instruction by instruction: exactly as many as asked for, any number of breakpoints."""
+        self.need_step(0)
+        self.settle()
+        if self.waiting.exits:
+            return self.waiting.take()
+
+        start = self.insns
+        with closing(self.stepper.steps()) as steps:
+            while insns is None or self.insns - start < insns:
+                if self.insns > start and self._at_breakpoint():
+                    return DebugExit(self.gprs[RIP])
+                exit = next(steps) or self.asked(in_time=insns is None)
+                if exit is not None:
+                    return exit
+        return BudgetExit(insns)
+
+    def _at_breakpoint(self) -> bool:
+        return self.gprs[RIP] in self.breakpoints and not self.waiting.inside_rep
+
+    def stay(self) -> Exit | None:
+        """One stay in the guest: an exit, or None when a step was counted or nobody need know."""
+        self.waiting.go_on()
+        reason = self._enter()
+        if reason != DEBUG:
+            return self._meet(reason)
+        self.insns += 1
+        self.waiting.insn_over()
+        return None
 
     def _enter(self) -> int:
         """One stay in the guest; the exit reason, INTR when somebody asked for a look around."""
@@ -286,9 +364,9 @@ class KvmVcpu:
             TICKER.start()
         try:
             enter(self.fd, RUN, 0)
-            return int(self.u32[2])
+            return self.page.u32[EXIT_REASON]
         except InterruptedError:
-            self.u8[1] = 0
+            self.page.leave_at_once(False)
             return INTR
         except OSError as err:
             raise InvalidState(
@@ -297,99 +375,12 @@ class KvmVcpu:
         finally:
             self.entered = 0
 
-    def stay_free(self) -> Exit:
-        """Stay in the guest until an exit, with debug registers as they are."""
-        if self.took_many:
-            self.settle()
-        while True:
-            self._leave()
-            reason = self._enter()
-            if reason == DEBUG:
-                return DebugExit(int(self.gprs[RIP]))
-            exit = on_io(self) if reason == IO else self._meet(reason)
-            if exit is not None:
-                return exit
-
     def _meet(self, reason: int) -> Exit | None:
         handler = HANDLERS.get(reason)
         if handler is None:
             raise LabError(
-                f"vCPU {self.index}: KVM came back with exit reason {reason}, which labkit does not know",
+                f"vCPU {self.index}: KVM came back with exit reason {reason}, "
+                "which labkit does not know",
                 reason=reason,
             )
         return handler(self)
-
-    def stay(self) -> Exit | None:
-        """One stay in the guest: an exit, or None when a step was counted or there was only something to see to."""
-        self._leave()
-        reason = self._enter()
-        if reason != DEBUG:
-            return self._meet(reason)
-        self.insns += 1
-        self.answers.clear()
-        self.wrote_at = -1
-        return None
-
-    def _stepped(self, insns: int | None) -> Exit:
-        """Instruction by instruction: exactly as many as asked for, and any number of breakpoints."""
-        self.need_step(0)
-        self.settle()
-        if self.queue:
-            return self.queue.pop(0)
-        start = self.insns
-        with closing(self.stepper.steps()) as steps:
-            while insns is None or self.insns - start < insns:
-                if (
-                    self.insns > start
-                    and self.gprs[RIP] in self.breakpoints
-                    and not self.stepper.inside
-                ):
-                    return DebugExit(int(self.gprs[RIP]))
-                if (exit := next(steps) or self.asked(insns is None)) is not None:
-                    return exit
-        return BudgetExit(insns)
-
-    def need_step(self, ring: int) -> None:
-        """Raise NotAvailable where KVM's single step is wrong."""
-        need(self.vm, "step_user" if ring == 3 else "step")
-
-    def settle(self) -> None:
-        """Let KVM finish the instruction of the last exit, so that registers are those behind it; a read from a hole has to wait."""
-        self.mine()
-        if self.pending == "pio" and self.awaits:
-            kind = kind_of(self.fetch(int(self.gprs[RIP]), 15))
-            self.wrote = int(self.gprs[RDI]) if kind.string else None
-            self.took_many = False
-            if kind.rep:
-                with self.stepper.once(kind):
-                    return self._finish()
-        self._finish()
-
-    def _finish(self) -> None:
-        while self.pending and self.pending != "read":
-            self.pending, self.u8[1] = "", 1
-            reason = self._enter()
-            self.u8[1] = 0
-            if reason not in (INTR, DEBUG) and (exit := self._meet(reason)) is not None:
-                self.queue.append(exit)
-
-    def flush(self) -> None:
-        """Let go of whatever instruction is under way; what it still reads is 0."""
-        self.settle()
-        while self.pending:
-            self.pending = "flushed"
-            self.settle()
-        self.awaits = None
-        self.vm.lanes.posted.pop(self.index, None)
-        for kept in (self.queue, self.answers, self.replay):
-            kept.clear()
-
-    def asked(self, in_time: bool) -> Exit | None:
-        """What somebody asked of this run meanwhile; counted runs end by themselves and may take their time."""
-        if self.pausing or (
-            self.vm.shield.interrupted and threading.current_thread() is threading.main_thread()
-        ):
-            return InterruptExit()
-        if in_time and time.monotonic() > self._until:
-            return DeadlineExit(self.vm.deadline, int(self.gprs[RIP]))
-        return None

@@ -15,7 +15,7 @@ from labkit.engines.unicorn.native.words import AGAIN, COUNT, EXTRA, GVA, LOCKED
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from labkit.engines.base import Exit
+    from labkit.engines.exits import Exit
     from labkit.engines.unicorn.isa.traps import Trap
     from labkit.engines.unicorn.vcpu import UnicornVcpu
 

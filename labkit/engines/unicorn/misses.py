@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc
 
-from labkit.engines.base import Exit, InternalErrorExit
 from labkit.engines.disasm import disassemble
+from labkit.engines.exits import Exit, InternalErrorExit
 from labkit.engines.unicorn.mmu import FETCH, NEED, NONCANONICAL, NOT_YOURS
 
 if TYPE_CHECKING:

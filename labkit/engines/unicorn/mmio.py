@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc
 
-from labkit.engines.base import Exit, InternalErrorExit, MmioExit
+from labkit.engines.exits import Exit, InternalErrorExit, MmioExit
 from labkit.engines.unicorn.native.lib import LIB, MemHook, Page
 
 if TYPE_CHECKING:

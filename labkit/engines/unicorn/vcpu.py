@@ -13,16 +13,9 @@ from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc
 
-from labkit.engines.base import (
-    BudgetExit,
-    DebugExit,
-    Exit,
-    InternalErrorExit,
-    InterruptExit,
-    Regs,
-    Trace,
-)
+from labkit.engines.base import Regs, Trace
 from labkit.engines.disasm import disassemble
+from labkit.engines.exits import BudgetExit, DebugExit, Exit, InternalErrorExit, InterruptExit
 from labkit.engines.unicorn.blocks import is_over
 from labkit.engines.unicorn.guards import Guards
 from labkit.engines.unicorn.misses import fetch_fault, mmu_miss

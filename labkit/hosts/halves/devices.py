@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from labkit.engines.base import Exit, HypercallExit, MmioExit, PioExit
+from labkit.engines.exits import Exit, HypercallExit, MmioExit, PioExit
 from labkit.hosts.halves.memory import alloc_at, hole
 from labkit.hosts.hosting import Act
 from labkit.session.vcpu import Vcpu

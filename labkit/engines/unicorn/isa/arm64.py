@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from unicorn import arm64_const as arm
 from unicorn import unicorn_const as uc
 
-from labkit.engines.base import Exit, HaltExit, HypercallExit, MmioExit
 from labkit.engines.disasm import disassemble
+from labkit.engines.exits import Exit, HaltExit, HypercallExit, MmioExit
 from labkit.engines.unicorn.isa.plain import PlainQuirks, common_words, probe
 from labkit.engines.unicorn.isa.traps import Trap
 from labkit.engines.unicorn.native.lib import Handle, RegBatch, check

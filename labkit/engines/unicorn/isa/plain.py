@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from unicorn import unicorn_const as uc
 
-from labkit.engines.base import Capability, Exit, GuestFault, InternalErrorExit
+from labkit.engines.base import Capability, GuestFault
+from labkit.engines.exits import Exit, InternalErrorExit
 from labkit.engines.unicorn.native.lib import LIB, Handle, IntrHook, RegBatch, check
 from labkit.errors import InvalidState
 

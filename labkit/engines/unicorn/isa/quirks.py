@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from labkit.engines.base import Capability, Exit, GuestFault, Regs
+from labkit.engines.base import Capability, GuestFault, Regs
+from labkit.engines.exits import Exit
 
 if TYPE_CHECKING:
     from labkit.engines.unicorn.isa.traps import Trap

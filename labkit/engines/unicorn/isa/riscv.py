@@ -11,8 +11,8 @@ from unicorn import riscv_const as riscv
 from unicorn import unicorn_const as uc
 
 from labkit.arch.riscv import GPRS
-from labkit.engines.base import Exit, HaltExit, SbiExit
 from labkit.engines.disasm import disassemble
+from labkit.engines.exits import Exit, HaltExit, SbiExit
 from labkit.engines.unicorn.isa.plain import PlainQuirks, common_words, probe
 from labkit.engines.unicorn.isa.traps import Trap
 from labkit.engines.unicorn.native.lib import IntrHook, RegBatch

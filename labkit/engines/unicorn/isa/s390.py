@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 from unicorn import s390x_const as s390
 from unicorn import unicorn_const as uc
 
-from labkit.engines.base import Capability, DiagExit, Exit, HaltExit
+from labkit.engines.base import Capability
 from labkit.engines.disasm import disassemble
+from labkit.engines.exits import DiagExit, Exit, HaltExit
 from labkit.engines.unicorn.isa.plain import probe
 from labkit.engines.unicorn.isa.s390_host import CC, HostInsns, host_kind, size_of
 from labkit.engines.unicorn.isa.s390_table import mend

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from labkit.engines.unicorn.isa.plain import PlainQuirks
 
 if TYPE_CHECKING:
-    from labkit.engines.base import Exit
+    from labkit.engines.exits import Exit
     from labkit.engines.unicorn.isa.traps import Trap
 
 __all__ = ["CC", "HostInsns", "host_kind", "key", "size_of"]

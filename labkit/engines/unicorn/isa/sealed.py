@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from labkit.engines.base import Exit, VmgexitExit
+from labkit.engines.exits import Exit, VmgexitExit
 from labkit.engines.unicorn.isa.traps import SIZES, Trap, pio_form
 from labkit.engines.unicorn.isa.x86_events import GP, UD, VC
 

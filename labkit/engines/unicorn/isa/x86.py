@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 from unicorn import unicorn_const as uc
 
 from labkit.arch.x86_cpu import APIC_BASE, IA32_TSC, IA32_TSC_ADJUST
-from labkit.engines.base import Capability, Exit, HaltExit, HypercallExit, PioExit
+from labkit.engines.base import Capability
+from labkit.engines.exits import Exit, HaltExit, HypercallExit, PioExit
 from labkit.engines.unicorn.isa.sealed import HANDLERS
 from labkit.engines.unicorn.isa.traps import SIZES, Trap, pio_form, scan
 from labkit.engines.unicorn.isa.x86_control import CONTROL

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from labkit.arch.x86_cpu import XCR0_SUPPORTED
-from labkit.engines.base import Exit
+from labkit.engines.exits import Exit
 from labkit.engines.unicorn.isa.traps import Trap
 from labkit.engines.unicorn.isa.x86_events import GP, UD
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc
 
-from labkit.engines.base import Exit, GuestFault, MemoryFaultExit, ShutdownExit
+from labkit.engines.base import GuestFault
 from labkit.engines.disasm import disassemble, memory_operands
+from labkit.engines.exits import Exit, MemoryFaultExit, ShutdownExit
 from labkit.engines.unicorn.mmu import NOT_YOURS
 from labkit.engines.unicorn.native.calibrate import CC_OP_EFLAGS, calibrate
 
