@@ -10,18 +10,15 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-import nbformat
+import books
 import pytest
-from nbformat import v4
 
 from labkit.cli import lab, main
 
 
 def write(path: Path, *cells: str) -> Path:
-    nbformat.write(
-        v4.new_notebook(cells=[v4.new_markdown_cell("# Title"), *map(v4.new_code_cell, cells)]),
-        path,
-    )
+    notebook = books.notebook(books.markdown("# Title"), *map(books.code, cells))
+    books.write(notebook, path)
     return path
 
 

@@ -7,15 +7,15 @@ import os
 import random
 import re
 import time
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import nbformat
+import books
 import pytest
 from elftools.elf.elffile import ELFFile
-from nbclient import NotebookClient
 from paths import GUESTS, REPO
 
 import labkit as lk
@@ -49,7 +49,7 @@ PLACES = re.compile(r"/(home|Users|root|tmp|work|usr|opt|mnt|var)/|site-packages
 @cache
 def read(path: Path) -> Any:
     """The notebook as it is committed."""
-    return nbformat.read(path, as_version=4)
+    return books.read(path)
 
 
 def cells(path: Path, kind: str) -> list[Any]:
@@ -142,7 +142,7 @@ def test_that_a_commit_is_cited(path: Path) -> None:
 
 @each
 def test_that_it_is_frozen_with_its_outputs(path: Path) -> None:
-    copy = nbformat.from_dict(read(path))
+    copy = deepcopy(read(path))
     assert freeze.freeze(copy) == []
     assert [cell.execution_count for cell in cells(path, "code")] == list(
         range(1, len(cells(path, "code")) + 1)
@@ -326,7 +326,9 @@ class Run:
 
 def run(path: Path, seed: int | None = None, **env: str) -> Run:
     """Run a copy of a notebook in a kernel of this Python that finds no program in PATH; raises when a cell fails."""
-    notebook = nbformat.from_dict(read(path))
+    from nbclient import NotebookClient  # nbformat comes with it: see books.py
+
+    notebook = deepcopy(read(path))
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
