@@ -13,7 +13,7 @@ from urllib.request import urlopen
 import books
 import pytest
 
-from labkit.cli import lab, main
+from labkit.cli import jupyter_server, lab, main
 
 
 def write(path: Path, *cells: str) -> Path:
@@ -97,7 +97,7 @@ def test_that_what_is_no_notebook_is_one_line(
 
 
 def test_that_the_server_is_bound_to_loopback(tmp_path: Path) -> None:
-    command = lab.jupyter_command(tmp_path / "my notes.ipynb", port=9000, browser=False)
+    command = jupyter_server.jupyter_command(tmp_path / "my notes.ipynb", port=9000, browser=False)
     assert (
         "--ServerApp.ip=127.0.0.1" in command
         and "--LabApp.default_url=/lab/tree/my%20notes.ipynb" in command
@@ -107,9 +107,9 @@ def test_that_the_server_is_bound_to_loopback(tmp_path: Path) -> None:
 
 
 def test_that_the_tour_opens_inside_the_clone() -> None:
-    command = lab.jupyter_command(lab.TOUR)
+    command = jupyter_server.jupyter_command(lab.TOUR)
     assert (
-        f"--ServerApp.root_dir={lab.HOME}" in command
+        f"--ServerApp.root_dir={jupyter_server.HOME}" in command
         and "--LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb" in command
     )
 

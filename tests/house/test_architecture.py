@@ -20,9 +20,11 @@ ROOMS = (
     ("look", "explore"),
     ("hosts", "views"),
     ("lab",),
-    ("magics", "cli", "bench"),
+    ("magics", "bench"),
+    ("cli",),
     ("",),  # "" is labkit/__init__.py: the public names
 )
+USERS = {"magics", "bench", "cli"}  # these may use the public names too
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
 # Where each third-party name lives (a path prefix below labkit/). Those in LAZY also load only when first needed.
@@ -89,11 +91,11 @@ def arrows_up(module: Module) -> Iterator[str]:
 
 
 def _may_import(room: str, target: str) -> bool:
-    """Whether a room may import another; the highest ones may use the public names too."""
+    """Whether a room may import another."""
     if target not in LEVEL:
         return False
-    if target == "" and room in ROOMS[-2]:
-        return True
+    if target == "":
+        return room in USERS
     return target == room or LEVEL[target] < LEVEL[room]
 
 
