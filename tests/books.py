@@ -1,7 +1,7 @@
 """Notebooks made for tests.
 
-nbformat is imported when the first one is made and not with this file: its JSON schema builds 39 parsers, which takes
-1.6 s, as long as collecting a tenth of all tests.
+nbformat is imported when the first one is made and not with this file: its JSON schema builds 39
+parsers, which takes 1.6 s, as long as collecting a third of all tests.
 """
 
 from __future__ import annotations

@@ -11,5 +11,9 @@ GUESTS = REPO / "data" / "guests"  # prebuilt guests and their sources
 
 
 def prebuilt_entries(name: str) -> list[str]:
-    """The guest functions of a prebuilt guest, read off its source: cheap enough for a parameter list."""
-    return re.findall(r"^void (guest_\w+)\(", (GUESTS / f"{name}.c").read_text(), re.MULTILINE)
+    """The guest functions of a prebuilt guest.
+
+    They are read off its source, which is cheap enough for a list of parameters.
+    """
+    source = (GUESTS / f"{name}.c").read_text()
+    return re.findall(r"^void (guest_\w+)\(", source, re.MULTILINE)

@@ -122,11 +122,8 @@ def test_that_a_failing_notebook_is_not_written(
     before = path.read_bytes()
     assert main(["freeze", "--execute", "--json", str(path)]) == 1
     [record] = records(capsys)
-    assert (
-        record["error"] == "InvalidState"
-        and says in record["message"]
-        and path.read_bytes() == before
-    )
+    assert record["error"] == "InvalidState" and says in record["message"]
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -152,7 +149,5 @@ def test_that_what_is_no_notebook_is_one_line(
 def test_that_check_and_execute_exclude_each_other(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        main(["freeze", "--check", "--execute", str(path)]) == 1
-        and "--execute" in capsys.readouterr().err
-    )
+    assert main(["freeze", "--check", "--execute", str(path)]) == 1
+    assert "--execute" in capsys.readouterr().err

@@ -29,16 +29,8 @@ def lines(text: str) -> list[dict[str, object]]:
 def test_that_a_notebook_runs_in_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        main(
-            [
-                "lab",
-                "--terminal",
-                str(write(tmp_path / "a.ipynb", "import sys; print(sys.prefix)\nx = 20", "x + 1")),
-            ]
-        )
-        == 0
-    )
+    path = write(tmp_path / "a.ipynb", "import sys; print(sys.prefix)\nx = 20", "x + 1")
+    assert main(["lab", "--terminal", str(path)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "# Title",
         "",
@@ -55,29 +47,16 @@ def test_that_a_notebook_runs_in_the_terminal(
 def test_that_a_failing_cell_ends_it_and_is_the_status(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        main(
-            ["lab", "--terminal", "--json", str(write(tmp_path / "a.ipynb", "1 / 0", "never = 1"))]
-        )
-        == 1
-    )
+    path = write(tmp_path / "a.ipynb", "1 / 0", "never = 1")
+    assert main(["lab", "--terminal", "--json", str(path)]) == 1
     *cells, end = lines(capsys.readouterr().out)
     assert end == {"end": "error", "why": "cell 1: ZeroDivisionError"} and len(cells) == 2
     assert "division by zero" in str(cells[1]["outputs"])
 
 
 def test_that_a_dead_kernel_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(
-            [
-                "lab",
-                "--terminal",
-                "--json",
-                str(write(tmp_path / "a.ipynb", "import os; os._exit(3)")),
-            ]
-        )
-        == 1
-    )
+    path = write(tmp_path / "a.ipynb", "import os; os._exit(3)")
+    assert main(["lab", "--terminal", "--json", str(path)]) == 1
     assert lines(capsys.readouterr().out)[-1] == {"end": "error", "why": "cell 1: DeadKernelError"}
 
 

@@ -1,4 +1,4 @@
-"""The package's source files, and what every house rule is: a function from one file to what is wrong in it."""
+"""The source files, and what every house rule is: a function from a file to what is wrong in it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Module:
 
     @cached_property
     def imports(self) -> tuple[tuple[str, int, bool], ...]:
-        """(dotted name, line, whether it runs when the module is imported) of everything imported."""
+        """(dotted name, line, whether that runs when the module is imported) of all imports."""
         eager = set(_eager(self.tree.body))
         return tuple(
             (name, node.lineno, node in eager)
@@ -94,7 +94,10 @@ def check(rule: Rule, modules: tuple[Module, ...] = MODULES) -> None:
 
 
 def check_fewer(rule: Rule, allowed: dict[str, int], modules: tuple[Module, ...] = MODULES) -> None:
-    """The same for a rule that is not kept everywhere yet: `allowed` says how often in which file, and only shrinks."""
+    """The same for a rule that is not kept everywhere yet.
+
+    `allowed` says how often it may be broken in which file, and only shrinks.
+    """
     places = [
         place
         for module in modules

@@ -1,4 +1,4 @@
-"""Who imports whom: the rooms, the homes of third-party names, and where an architecture may be named."""
+"""Who imports whom: rooms, the homes of third-party names; where an architecture may be named."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from modules import MODULES, Module, Rule, broken, check, example
 
-# Lowest first; a room imports from lower lines only, and neighbours on a line do not import each other.
+# Lowest first; a room imports from lower lines only, neighbours on a line not from each other.
 ROOMS = (
     ("bits", "errors", "shown"),
     ("arch",),
@@ -27,7 +27,7 @@ ROOMS = (
 USERS = {"magics", "bench", "cli"}  # these may use the public names too
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
-# Where each third-party name lives (a path prefix below labkit/). Those in LAZY also load only when first needed.
+# Where each third-party name lives (a path prefix below labkit/).
 HOMES = {
     "unicorn": ("engines/unicorn",),
     "fcntl": ("engines/kvm",),
@@ -60,6 +60,7 @@ HOMES = {
     "nbclient": ("cli",),
     "nbformat": ("cli",),
 }
+# These load only when first needed.
 LAZY = {
     "pandas",
     "matplotlib",

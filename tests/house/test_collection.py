@@ -1,6 +1,7 @@
 """Collecting the tests is quick: nothing is compiled, loaded or run when a test's file is imported.
 
-A guest that several tests share is a cached function or a fixture, so that it is compiled when the first of them runs:
+A guest that several tests share is a cached function or a fixture, compiled when the first of them
+runs:
 
     @cache
     def program() -> lk.Program:
@@ -34,7 +35,7 @@ SLOW_IMPORTS = {"jupyterlab", "nbclient", "nbformat"}
 
 
 def slow_to_import(module: Module) -> Iterator[str]:
-    """Slow calls and imports that a file makes when it is imported, directly or in a function of its own."""
+    """Slow imports and calls when a file is imported, directly or in a function of its own."""
     for name, line, eager in module.imports:
         if eager and name.partition(".")[0] in SLOW_IMPORTS:
             yield f"{module.rel}:{line} imports {name}; see books.py"

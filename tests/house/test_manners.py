@@ -102,7 +102,10 @@ def _defined(tree: ast.Module) -> dict[str, Function | ast.ClassDef]:
 def _public(
     name: str, node: Function | ast.ClassDef
 ) -> Iterator[tuple[str, Function | ast.ClassDef]]:
-    """The thing itself, and of a class its public methods (a property's setter and a Protocol's line say nothing new)."""
+    """The thing itself, and of a class its public methods.
+
+    A property's setter and a line of a Protocol say nothing new.
+    """
     yield name, node
     if not isinstance(node, ast.ClassDef) or _is_protocol(node):
         return
@@ -152,8 +155,9 @@ def _words(annotation: ast.expr) -> set[str]:
 def reaching(module: Module) -> Iterator[str]:
     """Uses of another object's `_name`.
 
-    Its own are those that the class around the use has itself (so that `other._name` in a method is fine, and
-    `made._name` in a class method), and those of a module of the standard library or of a third party.
+    Its own are those that the class around the use has itself (so that `other._name` in a method is
+    fine, and `made._name` in a class method), and those of a module of the standard library or of a
+    third party.
     """
     yield from _reaching(module.rel, module.tree, frozenset(), _foreign_modules(module.tree))
 

@@ -79,7 +79,10 @@ class Run:
 
 
 def run(path: Path, seed: int | None = None, **env: str) -> Run:
-    """Run a copy of a notebook in a kernel of this Python that finds no program in PATH; raises when a cell fails."""
+    """Run a copy of a notebook in a kernel of this Python that finds no program in PATH.
+
+    Raises when a cell fails.
+    """
     from nbclient import NotebookClient  # nbformat comes with it: see books.py
 
     notebook = _fresh(path, seed)

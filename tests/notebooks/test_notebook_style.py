@@ -65,7 +65,7 @@ def long_cells(path: Path) -> Iterator[str]:
 
 
 def nr_statements(source: str) -> int:
-    """How many lines of Python a cell has; one that the formatter wrapped counts once, a magic counts too."""
+    """How many statements a cell has, wrapped or not; a magic is one."""
     python = re.sub(r"^%", "#%", source, flags=re.MULTILINE)
     tokens = tokenize.generate_tokens(io.StringIO(python).readline)
     return sum(token.type == tokenize.NEWLINE for token in tokens) + source.startswith("%")
@@ -123,7 +123,7 @@ def outputs(path: Path) -> list[Any]:
 
 
 def bare_pictures(path: Path) -> Iterator[str]:
-    """A picture comes from nowhere else and has a text, for those who do not see it and for terminals."""
+    """A picture comes from nowhere else and has a text, for terminals and who does not see it."""
     datas = [output.data for output in outputs(path) if "data" in output]
     html = "".join(data["text/html"] for data in datas if "text/html" in data)
     images = re.findall(r"<img[^>]*>", html)
