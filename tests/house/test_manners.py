@@ -20,32 +20,53 @@ STILL_ANY = {
     "explore/attacks.py": 9,
     "explore/compare.py": 1,
     "explore/sides.py": 1,
-    "hosts/buttons.py": 1,
-    "hosts/hosting.py": 9,
+    "hosts/hosting.py": 7,
     "hosts/selftests.py": 22,
-    "look/vcpu.py": 12,
-    "look/vm.py": 8,
     "machine/vm.py": 1,
-    "session/arrivals.py": 2,
-    "session/explain.py": 10,
-    "session/running.py": 1,
-    "session/state.py": 5,
-    "session/stepping.py": 1,
 }
 
-NAMED_TUPLE = {"_asdict", "_replace"}  # public in spite of their names
-STILL_REACHING = {
-    "bench/kvm.py": 1,
-    "engines/unicorn/isa/s390_table.py": 1,
-    "engines/unicorn/native/lib.py": 1,
-    "explore/sides.py": 2,
-    "guest/elf.py": 1,
-    "look/vcpu.py": 9,
-    "look/vm.py": 2,
-    "session/arrivals.py": 6,
-    "session/explain.py": 1,
-    "session/state.py": 11,
-    "sev/psp.py": 2,
+# names that only look private, and those that libraries give nowhere else
+PUBLIC_IN_SPITE = {
+    "_asdict",  # of a NamedTuple
+    "_replace",  # of a NamedTuple
+    "_name",  # of a ctypes.CDLL: the path it was loaded from
+    "_get_segment_header",  # of pyelftools: a header without reading what it points to
+}
+STILL_REACHING = {"sev/psp.py": 2}
+
+STILL_FOLDED = {
+    "arch/s390.py": 1,
+    "arch/x86_boot.py": 1,
+    "engines/disasm.py": 1,
+    "engines/kvm/step.py": 1,
+    "engines/unicorn/guards.py": 1,
+    "engines/unicorn/isa/arm64.py": 1,
+    "engines/unicorn/isa/s390_host.py": 7,
+    "engines/unicorn/isa/traps.py": 1,
+    "engines/unicorn/isa/x86.py": 4,
+    "engines/unicorn/isa/x86_regs.py": 1,
+    "explore/compare.py": 1,
+    "guest/program.py": 1,
+    "look/encryption.py": 6,
+    "look/eyes.py": 2,
+    "look/launch.py": 2,
+    "sev/ghcb.py": 1,
+    "sev/guest.py": 1,
+    "sev/kvm.py": 1,
+    "sev/rmp.py": 1,
+    "ucall/pool.py": 2,
+    "views/compare.py": 2,
+    "views/dashboard.py": 4,
+    "views/encryption.py": 4,
+    "views/eyes.py": 7,
+    "views/launch.py": 6,
+    "views/memory.py": 2,
+    "views/pages.py": 1,
+    "views/pool.py": 3,
+    "views/ruler.py": 3,
+    "views/show.py": 2,
+    "views/stepper.py": 6,
+    "views/strip.py": 5,
 }
 
 
@@ -166,7 +187,7 @@ def _reaching(rel: str, node: ast.AST, own: frozenset[str], foreign: set[str]) -
     if isinstance(node, ast.ClassDef):
         own |= _own_names(node)
     if isinstance(node, ast.Attribute) and _is_private(node.attr):
-        allowed = own | NAMED_TUPLE
+        allowed = own | PUBLIC_IN_SPITE
         if node.attr not in allowed and not _is_own(node.value, foreign):
             yield f"{rel}:{node.lineno}: {ast.unparse(node)}"
     for child in ast.iter_child_nodes(node):
@@ -214,6 +235,31 @@ def _foreign_modules(tree: ast.Module) -> set[str]:
     }
 
 
+def folded(module: Module) -> Iterator[str]:
+    """Conditions that are no `if`: a product with one, a ternary in one, `and` as a statement."""
+    for node in ast.walk(module.tree):
+        match node:
+            case ast.BinOp(op=ast.Mult(), left=left, right=right):
+                is_folded = _is_condition(left) or _is_condition(right)
+            case ast.IfExp(test=test, body=body, orelse=orelse):
+                is_folded = any(isinstance(part, ast.IfExp) for part in (test, body, orelse))
+            case ast.Expr(value=value):
+                is_folded = isinstance(value, ast.BoolOp | ast.IfExp)
+            case _:
+                is_folded = False
+        if is_folded:
+            yield f"{module.rel}:{node.lineno}: {ast.unparse(node)[:80]}"
+
+
+def _is_condition(node: ast.expr) -> bool:
+    match node:
+        case ast.Compare() | ast.UnaryOp(op=ast.Not()) | ast.BoolOp(op=ast.And()):
+            return True
+        case ast.Call(func=ast.Name(id="bool")):
+            return True
+    return False
+
+
 def test_that_files_and_functions_are_short() -> None:
     check(too_long)
 
@@ -234,9 +280,17 @@ def test_that_nobody_touches_another_objects_names() -> None:
     check_fewer(reaching, STILL_REACHING)
 
 
+def test_that_a_condition_is_an_if() -> None:
+    check_fewer(folded, STILL_FOLDED)
+
+
 @pytest.mark.parametrize(
     ("rule", "source"),
     [
+        (folded, "text = 's' * (count != 1)"),
+        (folded, "rows = [row] * bool(row)"),
+        (folded, "word = 'a' if x else 'b' if y else 'c'"),
+        (folded, "found and print(found)"),
         (too_long, "x = 1\n" * 501),
         (too_long, "def f():\n" + "    x = 1\n" * 50),
         (undocumented, "'doc'\n__all__ = []\nclass A: 'doc'"),
@@ -262,6 +316,7 @@ def test_that_a_rule_can_be_broken(rule: Rule, source: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "source"),
     [
+        (folded, "size = (count or 1) * 8\nword = 'a' if x else 'b'"),
         (too_long, "def f():\n" + "    x = 1\n" * 49),
         (untyped, "def f(vm: Vm, vms: list[Any], read: Callable[[Any], int]): pass"),
         (reaching, "import os\nos._exit(1)"),

@@ -1,4 +1,4 @@
-"""The set-up: what is declared is used; `make setup` does its work once, and says when it cannot."""
+"""The set-up: what is declared is used; `make setup` works once, and says when it cannot."""
 
 from __future__ import annotations
 
