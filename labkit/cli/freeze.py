@@ -85,31 +85,31 @@ def freeze(notebook: Any) -> list[str]:
     One word each time: "widget", "state", "trace" or "kernel". An output that was a widget and
     nothing else is removed as a whole; all others keep their text, HTML and pictures.
     """
-    removed = ["state"] * _remove(notebook.metadata, STATE)
+    removed = _remove("state", notebook.metadata, STATE)
     for cell in notebook.cells:
-        removed += ["trace"] * _remove(cell.metadata, TRACES)
+        removed += _remove("trace", cell.metadata, TRACES)
         if cell.cell_type == "code":
-            removed += ["widget"] * _remove_widgets(cell)
+            removed += _remove_widgets(cell)
     if any(notebook.metadata.get(name) != facts for name, facts in KERNEL.items()):
         notebook.metadata.update(deepcopy(KERNEL))
         removed.append("kernel")
     return removed
 
 
-def _remove(facts: dict[str, Any], names: tuple[str, ...]) -> int:
-    """Remove these names; how many were there."""
+def _remove(word: str, facts: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    """Remove these names; the word for what went, once for each that was there."""
     found = [name for name in names if name in facts]
     for name in found:
         del facts[name]
-    return len(found)
+    return [word for _ in found]
 
 
-def _remove_widgets(cell: Any) -> int:
-    """Remove the widgets from a cell's outputs, and outputs that are empty then; how many."""
-    removed = 0
+def _remove_widgets(cell: Any) -> list[str]:
+    """Remove the widgets from a cell's outputs, and outputs that are empty then."""
+    removed = []
     for output in cell.outputs:
         if "data" in output:
-            removed += _remove(output["data"], (WIDGET,))
+            removed += _remove("widget", output["data"], (WIDGET,))
     cell.outputs = [output for output in cell.outputs if output.get("data", True)]
     return removed
 
