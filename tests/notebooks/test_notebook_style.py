@@ -14,15 +14,14 @@ import books
 import pytest
 from committed import BITS, FOUR, LAUNCH, NOTEBOOKS, REAL_KVM, TOUR, cells, read, sections, text
 
+import labkit as lk
 from labkit.cli import freeze
 
 MAX_CELL, MEDIAN_CELL = 12, 3
 LONG_DEF = re.compile(r"^def .*\n(?:[ \t]+.*\n){5}", re.MULTILINE)
 COMMIT = re.compile(r"commit [0-9a-f]{12}\b")
-INNER_IMPORT = re.compile(r"^(?:from labkit\.\S+ import|import labkit\.).*$", re.MULTILINE)
+INNER_IMPORT = re.compile(r"^\s*(?:from|import)\s+labkit\..*$", re.MULTILINE)
 PLACES = re.compile(r"/(home|Users|root|tmp|work|usr|opt|mnt|var)/|site-packages|[A-Z]:\\\\")
-# What is left of the time before that rule: how often in which notebook. It may only shrink.
-STILL_INNER = {"05_encryption_bits": 3, "06_sev_launch": 1, "07_four_architectures": 1}
 
 # yields what is wrong in a notebook
 Rule = Callable[[Path], Iterator[str]]
@@ -103,6 +102,15 @@ def inner_imports(path: Path) -> Iterator[str]:
         yield f"{found[0]}: not from an inner room"
 
 
+def words_not_public(path: Path) -> Iterator[str]:
+    """Every word of `lk` that it uses is public."""
+    words = re.findall(r"\blk\.(\w+)", text(path, "code"))
+    if not words:
+        yield "uses no word of lk"
+    for word in sorted(set(words) - set(dir(lk))):
+        yield f"lk.{word} is not public"
+
+
 def not_frozen(path: Path) -> Iterator[str]:
     """It is committed frozen, with the outputs of one run from top to bottom."""
     removed = freeze.freeze(deepcopy(read(path)))
@@ -153,6 +161,7 @@ RULES = (
     exercises_missing,
     no_commit,
     inner_imports,
+    words_not_public,
     not_frozen,
     bare_pictures,
     machines_named,
@@ -165,12 +174,7 @@ def test_that_the_notebooks_are_there() -> None:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_that_every_notebook_keeps_the_rule(rule: Rule) -> None:
-    allowed = STILL_INNER if rule is inner_imports else {}
-    places = []
-    for path in NOTEBOOKS:
-        found = [f"{path.name}: {what}" for what in rule(path)]
-        if len(found) > allowed.get(path.stem, 0):
-            places += found
+    places = [f"{path.name}: {what}" for path in NOTEBOOKS for what in rule(path)]
     assert not places, "\n".join(places)
 
 
@@ -189,7 +193,9 @@ def test_that_every_notebook_keeps_the_rule(rule: Rule) -> None:
         (exercises_missing, ["## Exercises", ">>> seed = 1"]),
         (no_commit, ["commit 1234"]),
         (inner_imports, [">>> from labkit.arch import ARCHES"]),
-        (inner_imports, [">>> import labkit.lab"]),
+        (inner_imports, [">>> def f():\n    import labkit.lab"]),
+        (words_not_public, [">>> lk.nonsense()"]),
+        (words_not_public, [">>> 1"]),
         (not_frozen, [">>> 1"]),
         (bare_pictures, [">>> 1"]),
         (machines_named, ["/home/me/labkit"]),
