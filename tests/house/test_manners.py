@@ -48,18 +48,6 @@ STILL_FOLDED = {
     "sev/kvm.py": 1,
     "sev/rmp.py": 1,
     "ucall/pool.py": 2,
-    "views/compare.py": 2,
-    "views/dashboard.py": 4,
-    "views/encryption.py": 4,
-    "views/eyes.py": 7,
-    "views/launch.py": 6,
-    "views/memory.py": 2,
-    "views/pages.py": 1,
-    "views/pool.py": 3,
-    "views/ruler.py": 3,
-    "views/show.py": 2,
-    "views/stepper.py": 6,
-    "views/strip.py": 5,
 }
 
 
