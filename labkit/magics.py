@@ -1,4 +1,7 @@
-"""%%guest: a cell of C becomes a Program; %%needs: a cell for an engine that may be missing. `%load_ext labkit.magics` turns both on."""
+"""%%guest: a cell of C becomes a Program; %%needs: a cell for an engine that may be missing.
+
+`%load_ext labkit.magics` turns both on.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,20 @@ from labkit.guest.program import Program
 __all__ = ["Needs", "guest", "load_ipython_extension"]
 
 HERE = Path(__file__).parent
-GUESTS = (
-    HERE / "data" / "guests",
-    HERE.parent / "data" / "guests",
-)  # of an installed labkit, of a clone
+# of an installed labkit, of a clone
+GUESTS = (HERE / "data" / "guests", HERE.parent / "data" / "guests")
+NEEDS = "%%needs"
 
 
 class _Parser(argparse.ArgumentParser):
+    """One that raises where argparse would end the process."""
+
     def error(self, message: str) -> NoReturn:
         raise InvalidState(f"%%guest: {message}\n{self.format_usage().strip()}")
 
 
 def _arguments(line: str) -> argparse.Namespace:
+    """What stands behind %%guest; raises InvalidState."""
     parser = _Parser(prog="%%guest", add_help=False)
     parser.add_argument("name", help="the Python variable that gets the Program")
     parser.add_argument("--arch", default="x86_64")
@@ -39,15 +44,19 @@ def _arguments(line: str) -> argparse.Namespace:
         arguments = parser.parse_args(shlex.split(line))
     except ValueError as error:  # an open quote
         raise InvalidState(f"%%guest: {error}") from error
-    if not arguments.name.isidentifier() or keyword.iskeyword(arguments.name):
-        raise InvalidState(
-            f"%%guest: {arguments.name!r} cannot be the name of a variable", name=arguments.name
-        )
+    name = arguments.name
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise InvalidState(f"%%guest: {name!r} cannot be the name of a variable", name=name)
     return arguments
 
 
 def guest(line: str, cell: str) -> tuple[str, Program]:
-    """Compile one cell; the magic's own line counts as the first, so that messages and steps carry the cell's line numbers."""
+    """Compile one cell; returns the variable's name and the program.
+
+    The magic's own line counts as the first, so that messages and steps carry the cell's line
+    numbers. Without a compiler the guest of that name that comes with labkit will do, if it was
+    built from this very cell. Raises InvalidState for a wrong line, CompileError and NotAvailable.
+    """
     arguments = _arguments(line)
     text = f"// %%guest {arguments.name}\n{cell}"
     try:
@@ -60,43 +69,65 @@ def guest(line: str, cell: str) -> tuple[str, Program]:
             name=f"{arguments.name}.c",
         )
     except NotAvailable:
-        kept = _prebuilt(arguments.name, cell, tuple(arguments.defines))
-        if kept is None or arguments != _arguments(
-            f"{arguments.name} {' '.join(f'-D{define}' for define in arguments.defines)}"
-        ):
+        prebuilt = _prebuilt(arguments, cell)
+        if prebuilt is None:
             raise
-        program = kept
+        program = prebuilt
     return arguments.name, program
 
 
-def _prebuilt(name: str, cell: str, defines: tuple[str, ...]) -> Program | None:
-    """The guest of that name that comes with labkit, if its source is this cell: all lines but the first, a comment there."""
-    for source in (folder / f"{name}.c" for folder in GUESTS):
-        same = source.is_file() and source.read_text().partition("\n")[2].strip() == cell.strip()
-        if same and prebuilt_defines(source) == defines:
+def _prebuilt(arguments: argparse.Namespace, cell: str) -> Program | None:
+    """The guest that comes with labkit, if it is what compiling this cell would give.
+
+    Its source is the cell but for the first line, which is a comment there. It was built for
+    x86-64 with the options that %%guest has by default, and with the defines its source names.
+    """
+    by_default = _arguments(arguments.name)
+    by_default.defines = arguments.defines
+    if arguments != by_default:
+        return None
+    for folder in GUESTS:
+        source = folder / f"{arguments.name}.c"
+        if _is_source(source, cell) and prebuilt_defines(source) == tuple(arguments.defines):
             elf = source.with_suffix(".elf")
             said = f"No compiler here, so this is {elf.name}, built from the same source."
-            return Program(elf.read_bytes(), name, elf, compiler_output=said)
+            return Program(elf.read_bytes(), arguments.name, elf, compiler_output=said)
     return None
 
 
+def _is_source(path: Path, cell: str) -> bool:
+    """Whether this file is the source of a cell, blank lines at either end left out."""
+    if not path.is_file():
+        return False
+    _, _, below_the_comment = path.read_text().partition("\n")
+    return below_the_comment.strip() == cell.strip()
+
+
 class Needs:
-    """The first line `%%needs BACKEND`: where that engine can be had the cell is as any other, elsewhere it only says why not."""
+    """The first line `%%needs BACKEND` makes a cell depend on an engine.
+
+    Where that engine can be had the cell is as any other, elsewhere it only says why not: in full
+    in the first such cell, in short in the others. An instance is one of IPython's input
+    transformers.
+    """
 
     def __init__(self) -> None:
-        self.told: dict[
-            str, list[str]
-        ] = {}  # reason -> the cell that says it in full; IPython asks more than once a run
+        # reason -> the cell that says it in full; IPython asks more than once a run
+        self.told: dict[str, list[str]] = {}
 
     def __call__(self, lines: list[str]) -> list[str]:
         """A cell's lines as IPython shall run them."""
-        if not lines or lines[0].split()[:1] != ["%%needs"]:
+        if not lines or lines[0].split()[:1] != [NEEDS]:
             return lines
-        why = _lacks(backend := lines[0][len("%%needs") :].strip())
+        first, *rest = lines
+        backend = first.removeprefix(NEEDS).strip()
+        why = _lacks(backend)
         if not why:
-            return [f"# {lines[0]}", *lines[1:]]
-        in_full = self.told.setdefault(why, lines) == lines
-        said = f"Not run: {why}." if in_full else f"Not run, for the same reason: no {backend}."
+            return [f"# {first}", *rest]
+        if self.told.setdefault(why, lines) == lines:
+            said = f"Not run: {why}."
+        else:
+            said = f"Not run, for the same reason: no {backend}."
         return [f"print({said!r})\n"]
 
 
@@ -110,22 +141,32 @@ def _lacks(backend: str) -> str:
 
 
 def load_ipython_extension(ipython: Any) -> None:
-    """Register %%guest NAME [--arch A] [--compiler C] [--opt=-O1] [-DNAME] and %%needs BACKEND with this IPython."""
+    """Register both magics with this IPython, an InteractiveShell.
+
+    %%guest NAME [--arch A] [--compiler C] [--opt=-O1] [-DNAME], and %%needs BACKEND.
+    """
 
     def run(line: str, cell: str) -> Program:
         try:
             name, program = guest(line, cell)
         except LabError as error:
-            text = str(
-                error
-            )  # what the compiler said is the whole story; Python's own traceback would bury it
-            error.__dict__["_render_traceback_"] = lambda *_: text.splitlines()
+            _show_without_traceback(error)
             raise
         if program.compiler_output:
             print(program.compiler_output)
         ipython.user_ns[name] = program
         return program
 
-    if not any(isinstance(known, Needs) for known in ipython.input_transformers_cleanup):
-        ipython.input_transformers_cleanup.append(Needs())
+    transformers = ipython.input_transformers_cleanup
+    if not any(isinstance(known, Needs) for known in transformers):
+        transformers.append(Needs())
     ipython.register_magic_function(run, magic_kind="cell", magic_name="guest")
+
+
+def _show_without_traceback(error: LabError) -> None:
+    """IPython then prints the message alone.
+
+    What the compiler said is the whole story; Python's own traceback would bury it.
+    """
+    lines = str(error).splitlines()
+    error.__dict__["_render_traceback_"] = lambda *_: lines

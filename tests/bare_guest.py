@@ -1,4 +1,7 @@
-"""A guest on a bare Unicorn without paging, made with nothing of labkit's but the loader: the guest library's own test bench."""
+"""A guest on a bare Unicorn without paging: the guest library's own test bench.
+
+Nothing of labkit's is in it but the loader.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,30 @@ from unicorn import x86_const as x86
 
 from labkit.guest.program import Program
 from labkit.ucall.abi import (
+    BITMAP_BYTES,
     GUEST_UCALL_FAILED,
     HEADER_SIZE,
     NR_SLOTS,
+    OFFSET_HVA,
     UCALL,
     UCALL_PIO_PORT,
     UCALL_SIZE,
     decode_text,
 )
 
-STACK, POOL, HANDLERS = 0x10000000, 0x20000000, 0x30000000
-HVA = 0x7F0000000000
+STACK, POOL, HANDLERS = 0x1000_0000, 0x2000_0000, 0x3000_0000
+STACK_SIZE, PAGE = 0x10000, 0x1000
+HVA = 0x7F00_0000_0000  # of slot 0; slot n has the next number, which is all that run() needs
 ARGS = (x86.UC_X86_REG_RDI, x86.UC_X86_REG_RSI, x86.UC_X86_REG_RDX, x86.UC_X86_REG_RCX)
+
+
+def pages(size: int) -> int:
+    """As many bytes in whole pages."""
+    return -(-size // PAGE) * PAGE
+
+
+def slot_gva(slot: int) -> int:
+    return POOL + BITMAP_BYTES + slot * UCALL_SIZE
 
 
 class Exhausted(Exception):
@@ -27,23 +42,21 @@ class Exhausted(Exception):
 
 
 class BareGuest:
-    """One vCPU; `run` goes to the next ucall and returns (cmd, args, text, slot), or None when the entry function returned."""
+    """One vCPU, and the host's half of a ucall pool."""
 
     def __init__(self, program: Program) -> None:
-        self.program, self.uc, self.left = program, Uc(UC_ARCH_X86, UC_MODE_64), None
+        self.program = program
+        self.uc = Uc(UC_ARCH_X86, UC_MODE_64)
+        self.left: int | None = None  # what the guest left with at the port
         for segment in program.segments:
-            self.uc.mem_map(
-                segment.gva & ~0xFFF, (segment.gva & 0xFFF) + segment.memsz + 0xFFF & ~0xFFF
-            )
+            offset = segment.gva % PAGE
+            self.uc.mem_map(segment.gva - offset, pages(offset + segment.memsz))
             self.uc.mem_write(segment.gva, segment.data)
-        for base, size in (
-            (STACK, 0x10000),
-            (POOL, HEADER_SIZE + 0xFFF & ~0xFFF),
-            (HANDLERS, 0x1000),
-        ):
-            self.uc.mem_map(base, size)
+        self.uc.mem_map(STACK, STACK_SIZE)
+        self.uc.mem_map(POOL, pages(HEADER_SIZE))
+        self.uc.mem_map(HANDLERS, PAGE)
         for slot in range(NR_SLOTS):
-            self.write_u64(POOL + 64 + slot * UCALL_SIZE + 1088, HVA + slot)
+            self.write_u64(slot_gva(slot) + OFFSET_HVA, HVA + slot)
         self.write_u64(program.symbol("ucall_pool").gva, POOL)
         self.write_u64(program.symbol("exception_handlers").gva, HANDLERS)
         self.uc.hook_add(UC_HOOK_INSN, self._in, None, 1, 0, x86.UC_X86_INS_IN)
@@ -55,8 +68,10 @@ class BareGuest:
         return int.from_bytes(self.uc.mem_read(gva, 8), "little")
 
     def enter(self, function: str, *args: int) -> BareGuest:
-        self.uc.reg_write(x86.UC_X86_REG_RSP, STACK + 0x8000 - 8)
-        self.write_u64(STACK + 0x8000 - 8, 0)
+        """Be about to call a function, which returns to 0."""
+        rsp = STACK + STACK_SIZE // 2 - 8
+        self.write_u64(rsp, 0)
+        self.uc.reg_write(x86.UC_X86_REG_RSP, rsp)
         self.uc.reg_write(x86.UC_X86_REG_RIP, self.program.symbol(function).gva)
         for register, value in zip(ARGS, args, strict=False):
             self.uc.reg_write(register, value)
@@ -69,6 +84,10 @@ class BareGuest:
         return 0
 
     def run(self, until: int = 0) -> tuple[int, tuple[int, ...], str, int] | None:
+        """Go to the next ucall and return (cmd, args, text, slot); None when the entry returned.
+
+        Raises Exhausted when the guest found no free slot.
+        """
         self.left = None
         self.uc.emu_start(self.uc.reg_read(x86.UC_X86_REG_RIP), until, count=3_000_000)
         if self.left is None:
@@ -77,7 +96,7 @@ class BareGuest:
         if self.left == GUEST_UCALL_FAILED:
             raise Exhausted
         slot = self.left - HVA
-        raw = np.frombuffer(self.uc.mem_read(POOL + 64 + slot * UCALL_SIZE, UCALL_SIZE), UCALL)[0]
+        raw = np.frombuffer(self.uc.mem_read(slot_gva(slot), UCALL_SIZE), UCALL)[0]
         return (
             int(raw["cmd"]),
             tuple(map(int, raw["args"])),
@@ -86,7 +105,8 @@ class BareGuest:
         )
 
     def in_use(self) -> list[int]:
-        bits = int.from_bytes(self.uc.mem_read(POOL, 64), "little")
+        """The slots whose bit is set."""
+        bits = int.from_bytes(self.uc.mem_read(POOL, BITMAP_BYTES), "little")
         return [n for n in range(NR_SLOTS) if bits >> n & 1]
 
     def cstring(self, gva: int) -> str:

@@ -1,7 +1,7 @@
-"""Fixtures for what a machine may lack: the kernel's own binaries, /dev/kvm, a browser. What is missing is a visible skip.
+"""Fixtures for what a machine may lack: the kernel's own binaries, /dev/kvm, a browser.
 
-With CI=true (which .ci/run sets after installing everything) a missing browser or kernel source fails instead; /dev/kvm
-depends on the machine and always skips.
+What is missing is a visible skip. With CI=true (which .ci/run sets after installing everything) a
+missing browser or kernel source fails instead; /dev/kvm depends on the machine and always skips.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ BROWSER_FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-default-apps",
-    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",  # a test that needs the outside fails
+    # a test that needs the outside fails
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 )
 
 
@@ -43,11 +44,15 @@ def repo() -> Path:
 
 @pytest.fixture(scope="session")
 def selftests() -> Path:
-    """The directory of the kernel's KVM selftests (`guest_print_test`, `x86_64/sev_smoke_test`, ...), built when they are not."""
+    """The directory of the kernel's KVM selftests, built when they are not.
+
+    `guest_print_test`, `x86_64/sev_smoke_test`, ...
+    """
     return _built()
 
 
 def _built(*arguments: str) -> Path:
+    """What build.sh says it built; a test is skipped when the kernel's source is not here."""
     done = subprocess.run(
         [BUILD_SELFTESTS, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
@@ -82,11 +87,9 @@ class KernelHost:
         """A VM that will run one of a binary's guest functions; options are those of Vm.create."""
         import labkit as lk
 
-        path = next(
-            path
-            for path in (self.selftests / name, self.selftests / "x86_64" / name)
-            if path.is_file()
-        )
+        path = self.selftests / name
+        if not path.is_file():
+            path = self.selftests / "x86_64" / name
         return self.keep(lk.Vm.create(_program(path), entry, **options))
 
     def ready(self, name: str, entry: str = "guest_code", **options: Any) -> Any:
@@ -133,7 +136,8 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(
     params=[
         "unicorn",
-        *(pytest.param(f"kvm {ring}", marks=pytest.mark.kvm) for ring in ("kernel", "user")),
+        pytest.param("kvm kernel", marks=pytest.mark.kvm),
+        pytest.param("kvm user", marks=pytest.mark.kvm),
     ]
 )
 def engine(request: pytest.FixtureRequest) -> dict[str, str]:
@@ -160,19 +164,18 @@ def guest(backend: str) -> Iterator[Any]:
         vm.close()
 
 
-@pytest.fixture(
-    scope="module"
-)  # not longer: while it lives, Playwright's event loop is in the way of others
+# Not longer than a module: while it lives, Playwright's event loop is in the way of others.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A headless Chromium (a Playwright Browser) that reaches 127.0.0.1 and nothing else."""
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
+    found = [path for name in BROWSERS if (path := shutil.which(name))]
+    if not found:
         lacking("no Chromium (Debian: apt-get install chromium)")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(
-            executable_path=path, headless=True, args=list(BROWSER_FLAGS)
+            executable_path=found[0], headless=True, args=list(BROWSER_FLAGS)
         )
         yield chromium
         chromium.close()

@@ -1,4 +1,7 @@
-"""Small machines for the engine's tests: assembly text on a VM without program, in ring 0 or 3, with handlers that halt."""
+"""Small machines for the engine's tests: assembly text on a VM without program.
+
+In ring 0 or 3, with handlers that halt.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +16,18 @@ from elftools.elf.elffile import ELFFile
 import labkit as lk
 from labkit.guest.compilers import find_compiler
 
-CODE, DATA, HANDLERS, STACKS, TABLES = (
-    0x1000_0000,
-    0x2000_0000,
-    0x3000_0000,
-    0x4000_0000,
-    0x5000_0000,
-)
+CODE = 0x1000_0000
+DATA = 0x2000_0000
+HANDLERS = 0x3000_0000
+STACKS = 0x4000_0000
+TABLES = 0x5000_0000
 PAGES = 4  # of code, of data, and of each of the three stacks
-KERNEL_CS, KERNEL_SS, USER_CS, USER_SS = (
-    0x08,
-    0x10,
-    0x33,
-    0x2B,
-)  # the user's selectors are Linux's own
-MORE_SEGMENTS = (
-    0x00CFF3000000FFFF,
-    0x00AFFB000000FFFF,
-    0x00CFF3000000FFFF & ~(1 << 47),
-)  # 0x28 data, 0x30 code, 0x38 not present
-STACK_TOP, RING0_TOP, IST_TOP = (
-    STACKS + 0x10000 * i + PAGES * 4096 for i in range(3)
-)  # IST_TOP is IST 1's
+KERNEL_CS, KERNEL_SS = 0x08, 0x10
+USER_CS, USER_SS = 0x33, 0x2B  # Linux's own
+# 0x28 data, 0x30 code, 0x38 not present
+MORE_SEGMENTS = (0x00CFF3000000FFFF, 0x00AFFB000000FFFF, 0x00CFF3000000FFFF & ~(1 << 47))
+# of the guest's own stack, of ring 0's, and of IST 1's
+STACK_TOP, RING0_TOP, IST_TOP = (STACKS + 0x10000 * i + PAGES * 4096 for i in range(3))
 
 
 @cache
@@ -66,7 +59,10 @@ def bare(
     handler: str | bytes = b"\xf4",
     **kw: object,
 ) -> lk.Vm:
-    """A VM at CODE: `user` starts in ring 3; exception v enters `handler`, of at most 16 bytes, at HANDLERS + 16 * v."""
+    """A VM at CODE; `user` starts in ring 3.
+
+    Exception v enters `handler`, of at most 16 bytes, at HANDLERS + 16 * v.
+    """
     vm = lk.Vm.create_barebones(**kw)
     vm.machine.boot()
     space = vm.machine.space
@@ -118,7 +114,10 @@ def set_gate(
     ist: int = 0,
     selector: int = KERNEL_CS,
 ) -> None:
-    """Rewrite one IDT entry: `kind` is the access byte (0xEE: callable from ring 3; 0x8F: a trap gate; 0x0E: not present)."""
+    """Rewrite one IDT entry.
+
+    `kind` is the access byte (0xEE: callable from ring 3; 0x8F: a trap gate; 0x0E: not present).
+    """
     gva = HANDLERS + 16 * vector if gva is None else gva
     gate = (
         (gva & 0xFFFF, 2),
@@ -136,23 +135,24 @@ def set_gate(
 
 def frame(vcpu: lk.Vcpu, error: bool = False) -> dict[str, int]:
     """What an exception pushed: rip, cs, rflags, rsp, ss, and the error code when there is one."""
-    names = (("error",) if error else ()) + ("rip", "cs", "rflags", "rsp", "ss")
+    names = ["rip", "cs", "rflags", "rsp", "ss"]
+    if error:
+        names.insert(0, "error")
     raw = vcpu.read(vcpu.regs.rsp, 8 * len(names))
     return {name: int.from_bytes(raw[8 * i : 8 * i + 8], "little") for i, name in enumerate(names)}
 
 
 def lacks(vm: lk.Vm, name: str) -> str:
     """Why a VM's engine declares that it cannot do this, "" when it can."""
-    return next(
-        (
-            capability.why
-            for capability in vm.capabilities
-            if capability.name == name and not capability.have
-        ),
-        "",
-    )
+    for capability in vm.capabilities:
+        if capability.name == name and not capability.have:
+            return capability.why
+    return ""
 
 
 def go(vcpu: lk.Vcpu, most: int = 100) -> object:
     """Run to the next exit, counted where the engine can count in the ring that the vCPU is in."""
-    return vcpu.run(None if vcpu.regs.cs & 3 and lacks(vcpu.vm, "step_user") else most)
+    in_ring_3 = vcpu.regs.cs & 3
+    if in_ring_3 and lacks(vcpu.vm, "step_user"):
+        return vcpu.run()
+    return vcpu.run(most)

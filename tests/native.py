@@ -1,4 +1,7 @@
-"""The oracle of single steps: the machine's own CPU under PTRACE_SINGLESTEP, in a child process that has the same memory."""
+"""The oracle of single steps: the machine's own CPU under PTRACE_SINGLESTEP.
+
+It runs a child process that has the same memory.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import subprocess
 import sys
 
 PTRACE_SINGLESTEP, PTRACE_GETREGS, PTRACE_SETREGS = 9, 12, 13
+# struct user_regs_struct
 NAMES = (
     "r15",
     "r14",
@@ -37,12 +41,14 @@ NAMES = (
     "es",
     "fs",
     "gs",
-)  # struct user_regs_struct
+)
+PUSHF = b"\x9c"
 GPRS = tuple(name for name in NAMES if name[0] == "r")
 CHILD = """
 import ctypes, os, signal, sys
 libc = ctypes.CDLL(None)
-libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 for base, size in zip(*[iter(map(int, sys.argv[1:]))] * 2):
     assert libc.mmap(base, size, 7, 0x100022, -1, 0) == base
 assert libc.ptrace(0, 0, 0, 0) == 0
@@ -88,10 +94,11 @@ class Native:
         self._ptrace(PTRACE_SINGLESTEP)
         stopped = os.WSTOPSIG(os.waitpid(self.child.pid, 0)[1])
         rip, rsp = self.regs()["rip"], self.regs()["rsp"]
-        if (
-            rsp < before["rsp"] and self.read(rip - 1, 1) == b"\x9c"
-        ):  # PUSHF shows the trap flag that the step itself needs
-            os.pwrite(self.memory, bytes([self.read(rsp + 1, 1)[0] & ~1]), rsp + 1)
+        pushed = rsp < before["rsp"]
+        if pushed and self.read(rip - 1, 1) == PUSHF:
+            # it shows the trap flag that the step itself needs
+            high = self.read(rsp + 1, 1)[0]
+            os.pwrite(self.memory, bytes([high & ~1]), rsp + 1)
         return 0 if stopped == signal.SIGTRAP else stopped
 
     def regs(self) -> dict[str, int]:

@@ -32,12 +32,8 @@ def test_that_a_compile_error_is_the_compilers_message_with_the_cells_line(shell
     shell.user_ns["old"] = "kept"
     result = shell.run_cell("%%guest old\n\nvoid guest_code(void) { nonsense; }\n")
     shown = "".join(capsys.readouterr())
-    assert (
-        not result.success
-        and "old.c:3:" in shown
-        and "nonsense" in shown
-        and "Traceback" not in shown
-    )
+    assert not result.success
+    assert "old.c:3:" in shown and "nonsense" in shown and "Traceback" not in shown
     assert shell.user_ns["old"] == "kept"
 
 
@@ -51,10 +47,8 @@ def test_that_options_are_taken(shell):
     assert shell.run_cell(f"%%guest slow --opt=-O0\n{GOOD}").success
     assert shell.user_ns["fast"].image != shell.user_ns["slow"].image
     assert shell.run_cell(f"%%guest old -DLABKIT_UCALL_ON_STACK -D X=1\n{GOOD}").success
-    assert (
-        "ucall_is_on_stack" in shell.user_ns["old"].symbols
-        and "ucall_is_on_stack" not in shell.user_ns["fast"].symbols
-    )
+    assert "ucall_is_on_stack" in shell.user_ns["old"].symbols
+    assert "ucall_is_on_stack" not in shell.user_ns["fast"].symbols
 
 
 @pytest.mark.parametrize(
@@ -76,17 +70,15 @@ def test_that_a_wrong_line_is_refused_in_words(shell, capsys, line, words):
 
 
 def test_that_a_backslash_in_the_line_does_not_swallow_the_cell(shell):
-    assert shell.run_cell(f"%%guest x \\\n{GOOD}").success is False or shell.user_ns["x"].symbol(
-        "guest_code"
-    )
+    result = shell.run_cell(f"%%guest x \\\n{GOOD}")
+    assert not result.success or shell.user_ns["x"].symbol("guest_code")
 
 
 @pytest.fixture
 def no_compiler(tmp_path, monkeypatch):
+    # found before the real one, and has no compiler in it
     (tmp_path / "ziglang").mkdir()
-    (
-        tmp_path / "ziglang" / "__init__.py"
-    ).touch()  # found before the real one, and has no compiler in it
+    (tmp_path / "ziglang" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PATH", "")
 
@@ -110,10 +102,10 @@ def test_that_without_a_compiler_only_the_very_guest_that_comes_along_will_do(
     source = (GUESTS / "hello.c").read_text().partition("\n")[2]
     assert shell.run_cell(f"%%guest {line}\n{source}{change}").success is made
     shown = "".join(capsys.readouterr())
-    assert (
-        f"No compiler here, so this is {line.split()[0]}.elf" if made else "pip install ziglang"
-    ) in shown
-    assert (line.split()[0] in shell.user_ns) is made
+    name = line.split()[0]
+    said = f"No compiler here, so this is {name}.elf" if made else "pip install ziglang"
+    assert said in shown
+    assert (name in shell.user_ns) is made
 
 
 def test_that_a_cell_for_an_engine_that_is_there_runs_as_any_other(shell):
@@ -123,15 +115,8 @@ def test_that_a_cell_for_an_engine_that_is_there_runs_as_any_other(shell):
 
 def test_that_a_cell_for_an_engine_that_is_not_there_says_why_once(shell, capsys):
     shell.run_line_magic("reload_ext", "labkit.magics")
-    for number, words in enumerate(
-        [
-            "Not run: backend 'bochs' is not part of this labkit",
-            "Not run, for the same reason: no bochs.",
-        ]
-        * 2
-    ):
-        assert (
-            shell.run_cell(f"%%needs bochs\nx = {number % 2}").success
-            and words in capsys.readouterr().out
-        )
+    first = "%%needs bochs\nx = 0", "Not run: backend 'bochs' is not part of this labkit"
+    second = "%%needs bochs\nx = 1", "Not run, for the same reason: no bochs."
+    for cell, words in (first, second, first, second):
+        assert shell.run_cell(cell).success and words in capsys.readouterr().out
     assert "x" not in shell.user_ns

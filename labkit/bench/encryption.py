@@ -5,14 +5,16 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Iterator
 
-from labkit.bench.measure import Result, best, best_pair
+from labkit.bench.measure import Pair, Result, at_least, at_most, best, best_pair, fastest
 from labkit.guest.program import Program
 from labkit.lab import Vm
 from labkit.sev.cipher import PAGE, MemoryCipher
 
 __all__ = ["results"]
 
-PAGES, LAUNCH = 100, 64 << 20
+NR_PAGES = 100  # encrypted at once, or one by one
+LAUNCH = 64 << 20  # bytes of a guest that is launched
+CLEAN = 4 << 20  # bytes that the host reads
 GUEST = """
 #include "labkit.h"
 void guest_code(volatile uint64_t *pages, uint64_t nr_pages, uint64_t rounds)
@@ -23,54 +25,88 @@ void guest_code(volatile uint64_t *pages, uint64_t nr_pages, uint64_t rounds)
 	GUEST_SYNC(rounds);
 }
 """
-WORKING_SET, SWEEP = (
-    (64, 200_000),
-    (480, 4_000),
-)  # pages, rounds; the sweep is wider than Unicorn's TLB
 
 
 def results() -> Iterator[Result]:
     """Every figure of this file."""
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-
     cipher = MemoryCipher(bytes(range(16)))
-    bare = Cipher(algorithms.AES(cipher.key), modes.ECB()).encryptor()
-    plain, raw = bytes(PAGES * PAGE), bytearray(PAGES * PAGE)
-    ours, theirs = best_pair(
-        lambda: cipher.encrypt_into(0, plain, raw), lambda: bare.update(plain), 200
-    )
-    speed = (len(plain) / ours / 1e6, len(plain) / theirs / 1e6)
-    yield Result(
-        f"encrypting {PAGES} pages",
-        theirs / ours,
-        "x",
-        0.3,
-        True,
-        f"{speed[0]:.0f} MB/s, AES-ECB {speed[1]:.0f} MB/s",
-    )
-    page = best(lambda: [cipher.encrypt(i * PAGE, plain[:PAGE]) for i in range(100)], 20)
-    yield Result(
-        "encrypting one page", page * 1e4, "us", 45.0, False, "the mean of 100 pages, one call each"
-    )
+    yield _pages(cipher)
+    yield _single_page(cipher)
     yield _launch(cipher)
-    for name, work, target in (
-        ("64-page working set", WORKING_SET, 0.8),
-        ("sweep of 480 pages", SWEEP, 0.25),
-    ):
-        rounds = [[_guest(protect, *work) for protect in ("sev", None)] for _ in range(4)]
-        ours, theirs = (min(column) for column in zip(*rounds, strict=True))
-        yield Result(
-            f"encrypted guest, {name}",
-            theirs / ours,
-            "of the same guest unprotected",
-            target,
-            True,
-            f"{ours * 1e3:.0f} ms, unprotected {theirs * 1e3:.0f} ms",
-        )
+    yield _guest(0.8, "64-page working set", nr_pages=64, rounds=200_000)
+    # wider than Unicorn's TLB
+    yield _guest(0.25, "sweep of 480 pages", nr_pages=480, rounds=4_000)
     yield _host_read()
 
 
-def _guest(protect: str | None, nr_pages: int, rounds: int) -> float:
+def _pages(cipher: MemoryCipher) -> Result:
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    bare = Cipher(algorithms.AES(cipher.key), modes.ECB()).encryptor()
+    plain = bytes(NR_PAGES * PAGE)
+    raw = bytearray(len(plain))
+    ours, theirs = best_pair(
+        lambda: cipher.encrypt_into(0, plain, raw), lambda: bare.update(plain), 200
+    )
+    megabytes = len(plain) / 1e6
+    return at_least(
+        0.3,
+        f"encrypting {NR_PAGES} pages",
+        theirs / ours,
+        "x",
+        note=f"{megabytes / ours:.0f} MB/s, AES-ECB {megabytes / theirs:.0f} MB/s",
+    )
+
+
+def _single_page(cipher: MemoryCipher) -> Result:
+    page = bytes(PAGE)
+
+    def work() -> None:
+        for gfn in range(NR_PAGES):
+            cipher.encrypt(gfn * PAGE, page)
+
+    seconds = best(work, 20) / NR_PAGES
+    return at_most(
+        45.0,
+        "encrypting one page",
+        seconds * 1e6,
+        "us",
+        note=f"the mean of {NR_PAGES} pages, one call each",
+    )
+
+
+def _launch(cipher: MemoryCipher) -> Result:
+    memory = bytearray(LAUNCH)
+    seconds = best(lambda: cipher.encrypt_into(0, memory, memory), 2)
+    tracemalloc.start()
+    cipher.encrypt_into(0, memory, memory)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return at_most(
+        16.0,
+        f"encrypting {LAUNCH >> 20} MiB in place",
+        peak / 2**20,
+        "MiB extra",
+        note=f"{seconds * 1e3:.0f} ms",
+    )
+
+
+def _guest(target: float, name: str, nr_pages: int, rounds: int) -> Result:
+    def one_turn() -> Pair:
+        protected = _guest_seconds("sev", nr_pages, rounds)
+        return protected, _guest_seconds(None, nr_pages, rounds)
+
+    ours, theirs = fastest(one_turn() for _ in range(4))
+    return at_least(
+        target,
+        f"encrypted guest, {name}",
+        theirs / ours,
+        "of the same guest unprotected",
+        note=f"{ours * 1e3:.0f} ms, unprotected {theirs * 1e3:.0f} ms",
+    )
+
+
+def _guest_seconds(protect: str | None, nr_pages: int, rounds: int) -> float:
     """CPU seconds of the guest; its pages were decrypted once before."""
     program = Program.compile(GUEST, name="encryption.c")
     with Vm.create(program, protect=protect, memory=16 << 20, launch=protect is None) as vm:
@@ -84,30 +120,12 @@ def _guest(protect: str | None, nr_pages: int, rounds: int) -> float:
 
 def _host_read() -> Result:
     with Vm.create(Program.compile(GUEST, name="encryption.c"), protect="sev") as vm:
-        vm.memory.read(0, 4 << 20)
-        seconds = best(lambda: vm.memory.read(0, 4 << 20), 20)
-        return Result(
-            "host read of a clean 4 MiB",
-            seconds * 1e3,
-            "ms",
-            2.0,
-            False,
-            "of an encrypted guest that did not run meanwhile",
-        )
-
-
-def _launch(cipher: MemoryCipher) -> Result:
-    memory = bytearray(LAUNCH)
-    seconds = best(lambda: cipher.encrypt_into(0, memory, memory), 2)
-    tracemalloc.start()
-    cipher.encrypt_into(0, memory, memory)
-    peak = tracemalloc.get_traced_memory()[1] / 2**20
-    tracemalloc.stop()
-    return Result(
-        f"encrypting {LAUNCH >> 20} MiB in place",
-        peak,
-        "MiB extra",
-        16.0,
-        False,
-        f"{seconds * 1e3:.0f} ms",
+        vm.memory.read(0, CLEAN)
+        seconds = best(lambda: vm.memory.read(0, CLEAN), 20)
+    return at_most(
+        2.0,
+        f"host read of a clean {CLEAN >> 20} MiB",
+        seconds * 1e3,
+        "ms",
+        note="of an encrypted guest that did not run meanwhile",
     )

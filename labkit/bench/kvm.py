@@ -1,4 +1,7 @@
-"""The kvm engine against the C library of the kernel's selftests on the same KVM, both built and run here."""
+"""The kvm engine against the C library of the kernel's selftests, on the same KVM.
+
+Both are built and run here.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from labkit.bench.engine import program
-from labkit.bench.measure import Result, best
+from labkit.bench.measure import Pair, Result, at_least, at_most, best, fastest
 from labkit.errors import NotAvailable
 from labkit.guest.program import Program
 from labkit.lab import Vm
@@ -19,6 +22,9 @@ from labkit.lab import Vm
 __all__ = ["results"]
 
 KERNEL = Path(__file__).resolve().parents[2] / "tests" / "kernel"
+EXITS = 10_000  # PIO exits in one turn
+SYNCS = 2_000  # GUEST_SYNC round trips in one turn
+TURNS = 4  # ours and the peer's in turn
 GUEST = """
 #include "labkit.h"
 static volatile uint64_t pages[1024] __attribute__((aligned(4096)));
@@ -37,6 +43,17 @@ void guest_writes(void)
 """
 
 
+def results() -> Iterator[Result]:
+    """Every figure of this file; raises NotAvailable without KVM or what the C peer is built of."""
+    _peer()
+    yield _pio()
+    yield _syncs("kernel", 1.0)
+    if _is_emulated():  # elsewhere both rings are as fast as the CPU
+        yield _syncs("user", 3.5)
+    yield _create()
+    yield _restore()
+
+
 @cache
 def _guests() -> Program:
     return Program.compile(GUEST, name="bench_kvm.c")
@@ -52,73 +69,65 @@ def _peer() -> Path:
     )
     if built.returncode:
         raise NotAvailable(built.stderr.strip())
-    program = Path(tempfile.mkdtemp(prefix="labkit-bench-")) / "peer"
-    done = subprocess.run(
-        [KERNEL / "peer.sh", built.stdout.splitlines()[-1], program], capture_output=True, text=True
-    )
+    selftests = built.stdout.splitlines()[-1]
+    peer = Path(tempfile.mkdtemp(prefix="labkit-bench-")) / "peer"
+    done = subprocess.run([KERNEL / "peer.sh", selftests, peer], capture_output=True, text=True)
     if done.returncode:
         raise NotAvailable(f"the C peer does not build: {done.stderr[-500:]}")
-    return program
+    return peer
 
 
-def _theirs(what: str, count: int) -> float:
-    """CPU seconds of one round in C."""
+def _peer_seconds(what: str, count: int) -> float:
+    """CPU seconds of one round in C, of `count` rounds."""
     done = subprocess.run([_peer(), what, str(count)], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1]) * 1e-9
+    nanoseconds = float(done.stdout.split()[-1])
+    return nanoseconds * 1e-9
 
 
-def _against(what: str, count: int, ours: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """CPU seconds of one round, here and in C, the best of some turns."""
-    pairs = [(best(ours, 3 if rounds > 1 else 40) / rounds, _theirs(what, count)) for _ in range(4)]
-    return min(a for a, _ in pairs), min(b for _, b in pairs)
-
-
-def results() -> Iterator[Result]:
-    """Every figure of this file."""
-    _peer()
+def _is_emulated() -> bool:
+    """Whether this KVM emulates the guest's ring 0 in software."""
     with Vm.create(_guests(), "guest_pio", backend="kvm") as vm:
-        emulated = not next(c.have for c in vm.capabilities if c.name == "native_speed")
-        yield _rounds("bare PIO exits with registers", "pio", 10_000, 0.8, _pio(vm))
-    yield _syncs("kernel", 1.0)
-    if emulated:  # elsewhere both rings are as fast as the CPU
-        yield _syncs("user", 3.5)
-    yield _create()
-    yield _restore()
+        [native] = [one for one in vm.capabilities if one.name == "native_speed"]
+        return not native.have
 
 
-def _pio(vm: Vm) -> Callable[[], object]:
-    cpu = vm.vcpus[0].cpu
+def _pio() -> Result:
+    with Vm.create(_guests(), "guest_pio", backend="kvm") as vm:
+        cpu = vm.vcpus[0].cpu
 
-    def rounds() -> None:
-        for _ in range(10_000):
-            cpu.run()
-            cpu.read_reg("rdi")
+        def work() -> None:
+            for _ in range(EXITS):
+                cpu.run()
+                cpu.read_reg("rdi")
 
-    return rounds
+        return _rounds(0.8, "bare PIO exits with registers", "pio", EXITS, work)
 
 
 def _syncs(privilege: str, target: float) -> Result:
     with Vm.create(program(), "guest_ucalls", backend="kvm", privilege=privilege) as vm:
         run = vm.vcpus[0].run
 
-        def rounds() -> None:
-            for _ in range(2000):
+        def work() -> None:
+            for _ in range(SYNCS):
                 run()
 
-        return _rounds(
-            f"GUEST_SYNC round trips, {privilege} privilege", "sync", 2000, target, rounds
-        )
+        name = f"GUEST_SYNC round trips, {privilege} privilege"
+        return _rounds(target, name, "sync", SYNCS, work)
 
 
-def _rounds(name: str, what: str, count: int, target: float, work: Callable[[], object]) -> Result:
-    ours, theirs = _against(what, count, work, count)
-    return Result(
+def _rounds(target: float, name: str, what: str, count: int, work: Callable[[], None]) -> Result:
+    """`work`, which does `count` rounds, against as many in C."""
+
+    def one_turn() -> Pair:
+        return best(work, 3) / count, _peer_seconds(what, count)
+
+    ours, theirs = fastest(one_turn() for _ in range(TURNS))
+    return at_least(
+        target,
         name,
         theirs / ours,
         "of the C library",
-        target,
-        True,
-        f"{1e-3 / ours:.1f} k/s, C {1e-3 / theirs:.1f} k/s",
+        note=f"{1e-3 / ours:.1f} k/s, C {1e-3 / theirs:.1f} k/s",
     )
 
 
@@ -126,31 +135,33 @@ def _create() -> Result:
     def work() -> None:
         Vm.create(program(), "guest_plain", backend="kvm").close()
 
-    ours, theirs = _against("create", 30, work, 1)
-    return Result(
+    def one_turn() -> Pair:
+        return best(work, 40), _peer_seconds("create", 30)
+
+    ours, theirs = fastest(one_turn() for _ in range(TURNS))
+    return at_most(
+        2.0,
         "Vm.create and close on kvm",
         ours / theirs,
         "times the C library",
-        2.0,
-        False,
-        f"{ours * 1e3:.2f} ms, C {theirs * 1e3:.2f} ms; {os.cpu_count()} CPUs",
+        note=f"{ours * 1e3:.2f} ms, C {theirs * 1e3:.2f} ms; {os.cpu_count()} CPUs",
     )
 
 
 def _restore() -> Result:
+    seconds = []
     with Vm.create(_guests(), "guest_writes", backend="kvm", memory=8 << 20) as vm:
         vm.run()
-        state, seconds = vm.snapshot(), []
+        state = vm.snapshot()
         for _ in range(200):
             vm.run()
             start = time.process_time()
             vm.restore(state)
             seconds.append(time.process_time() - start)
-    return Result(
+    return at_most(
+        0.3,
         "restore after 2 written pages of 8 MiB",
         min(seconds) * 1e3,
         "ms",
-        0.3,
-        False,
-        "registers, pool and events too",
+        note="registers, pool and events too",
     )

@@ -10,19 +10,23 @@ from collections.abc import Iterator
 import numpy as np
 
 from labkit.arch import find_arch
-from labkit.bench.measure import Result, best
+from labkit.bench.measure import Result, at_most, best
 from labkit.machine.memory import Memory
 from labkit.machine.space import AddressSpace
 from labkit.paging.scan import scan
 
 __all__ = ["results"]
 
-LEAVES = 8600
+NR_LEAVES = 8600
+BASE = 1 << 30  # the gva of the first of them
+# in a process of its own each
 WEIGH = r"""
-import json, resource
+import json
 import labkit as lk
 def rss():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+    with open("/proc/self/status") as status:
+        [line] = [line for line in status if line.startswith("VmRSS")]
+    return int(line.split()[1])
 program = lk.Program.compile('#include "labkit.h"\nvoid guest_code(void) { GUEST_DONE(); }')
 lk.Vm.create(program).close()
 before = rss()
@@ -30,59 +34,77 @@ vm = lk.Vm.create(program, memory=8 << 20)
 vm.run_until_done()
 print(json.dumps((rss() - before) / 1024))
 """
-IMPORT = "import time; t = time.perf_counter(); import labkit; print(time.perf_counter() - t)"
+IMPORT = "import time; t = time.perf_counter(); import {0}; print(time.perf_counter() - t)"
 
 
 def results() -> Iterator[Result]:
     """Every figure of this file."""
     yield _scan()
-    seconds = min(float(_python(IMPORT)) for _ in range(5))
-    yield Result(
-        "import labkit, warm",
-        seconds,
-        "s",
-        0.4,
-        False,
-        f"json and argparse alone {_startup() * 1e3:.0f} ms",
-    )
-    weight = float(json.loads(_python(WEIGH)))
-    yield Result(
-        "a VM of 8 MiB", weight, "MiB RSS", 40.0, False, "over a process that made and closed one"
-    )
+    yield _import()
+    yield _weight()
 
 
 def _scan() -> Result:
+    space = _scattered()
+    table = scan(space.memory.read, space.mode, space.root_gpa)
+    seconds = best(lambda: scan(space.memory.read, space.mode, space.root_gpa), 30)
+    one_walk = best(lambda: space.walk(BASE), 30)
+    walks = f"as single walks {one_walk * len(table) * 1e3:.0f} ms"
+    return at_most(
+        1.0,
+        f"full scan of {len(table)} leaves",
+        seconds * 1e3,
+        "ms",
+        note=f"{len(table.tables)} tables; {walks}",
+    )
+
+
+def _scattered() -> AddressSpace:
+    """An address space with NR_LEAVES pages, in runs with holes between them."""
     memory = Memory()
     memory.add(0, 64 << 20)
     space = AddressSpace(memory, find_arch("x86_64").mode)
     rng = np.random.default_rng(1)
-    left, gva = LEAVES, 1 << 30
+    left = NR_LEAVES
+    gva = BASE
     while left:
         count = min(left, int(rng.integers(20, 200)))
-        space.map(gva, int(rng.integers(0, 8192)) << 12, count)
-        left, gva = left - count, gva + (count + int(rng.integers(1, 300)) << 12)
-    table = scan(memory.read, space.mode, space.root_gpa)
-    seconds = best(lambda: scan(memory.read, space.mode, space.root_gpa), 30)
-    one = best(lambda: space.walk(1 << 30), 30)
-    return Result(
-        f"full scan of {len(table)} leaves",
-        seconds * 1e3,
-        "ms",
-        1.0,
-        False,
-        f"{len(table.tables)} tables; as single walks {one * len(table) * 1e3:.0f} ms",
+        gfn = int(rng.integers(0, 8192))
+        space.map(gva, gfn << 12, count)
+        left -= count
+        gva += count + int(rng.integers(1, 300)) << 12
+    return space
+
+
+def _import() -> Result:
+    seconds = min(float(_python(IMPORT.format("labkit"))) for _ in range(5))
+    python = min(float(_python(IMPORT.format("json, argparse"))) for _ in range(3))
+    return at_most(
+        0.4,
+        "import labkit, warm",
+        seconds,
+        "s",
+        note=f"json and argparse alone {python * 1e3:.0f} ms",
+    )
+
+
+def _weight() -> Result:
+    return at_most(
+        40.0,
+        "a VM of 8 MiB",
+        float(json.loads(_python(WEIGH))),
+        "MiB RSS",
+        note="over a process that made and closed one",
     )
 
 
 def _python(code: str) -> str:
-    return subprocess.run(
+    """What a fresh Python prints."""
+    done = subprocess.run(
         [sys.executable, "-c", code],
         check=True,
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-    ).stdout
-
-
-def _startup() -> float:
-    return min(float(_python(IMPORT.replace("labkit", "json, argparse"))) for _ in range(3))
+    )
+    return done.stdout

@@ -1,54 +1,88 @@
-"""The command line: `labkit doctor | lab | ...`; with `--json` one JSON object per line and nothing else on stdout."""
+"""The command line: `labkit doctor | lab | ...`.
+
+With `--json` a command prints one JSON object per line and nothing else on stdout.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
+import io
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Protocol, cast
 
+from labkit.cli.output import print_json
 from labkit.errors import LabError
 
-__all__ = ["COMMANDS", "main", "parser"]
+__all__ = ["COMMANDS", "Command", "main", "parser"]
 
-# a module each, with add(subparsers); what it needs is imported when it runs
+# a module each, which is a Command
 COMMANDS = ("doctor", "lab", "run", "selftest", "freeze", "bench")
+
+INTERRUPTED, BROKEN_PIPE = 130, 141  # what a shell gives for SIGINT and SIGPIPE: 128 + the signal
+
+
+class Command(Protocol):
+    """What a command's module has; what it needs beyond argparse it imports when it runs."""
+
+    ABOUT: str  # one line in the list of commands; the help of the command is its docstring
+
+    def declare(self, parser: argparse.ArgumentParser) -> None:
+        """Add the command's own arguments."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do the work and return the exit status; raises LabError with what is said on stderr."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser with every command; each sets `run`, a function from the arguments to the exit status."""
+    """The parser with every command.
+
+    Each sets `run`, a function from the arguments to the exit status.
+    """
     top = argparse.ArgumentParser(
         prog="labkit", description="The guest framework of the Linux KVM selftests as a lab."
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
-        command = import_module(f"labkit.cli.{name}").add(commands)
-        command.add_argument(
+        module = import_module(f"labkit.cli.{name}")
+        command = cast(Command, module)
+        own = commands.add_parser(name, help=command.ABOUT, description=module.__doc__)
+        command.declare(own)
+        own.add_argument(
             "--json", action="store_true", help="one JSON object per line, nothing else on stdout"
         )
+        own.set_defaults(run=command.run)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; a LabError is one line on stderr (with --json one object), status 1."""
+    """Run one command and return its exit status.
+
+    A LabError is one line on stderr, with --json one object on stdout, and status 1.
+    """
     args = parser().parse_args(argv)
-    getattr(sys.stdout, "reconfigure", dict)(
-        errors="backslashreplace"
-    )  # a guest may print what the terminal's encoding lacks
+    _print_every_letter()
     try:
         status = int(args.run(args))
         sys.stdout.flush()
         return status
     except LabError as err:
         if args.json:
-            print(json.dumps({"error": type(err).__name__, "message": str(err)}), flush=True)
+            print_json({"error": type(err).__name__, "message": str(err)})
         else:
             print(f"labkit {args.command}: {err}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # `labkit doctor | head`: not an error; stdout is replaced so that the exit does not raise again
+        return INTERRUPTED
+    except BrokenPipeError:
+        # `labkit doctor | head` is no error; another stdout, or the exit would raise once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return BROKEN_PIPE
+
+
+def _print_every_letter() -> None:
+    """A guest may print what the terminal's encoding lacks: that comes out as an escape."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
+from labkit.cli.output import print_json
 from labkit.errors import NotAvailable
 
-__all__ = ["add"]
+if TYPE_CHECKING:
+    from labkit.bench.measure import Result
 
+__all__ = ["ABOUT", "GROUPS", "declare", "run"]
+
+ABOUT = "labkit's figures on this machine"
 GROUPS = ("engine", "architectures", "kvm", "looking", "encryption", "widgets")
 
 
-def add(commands: Any) -> argparse.ArgumentParser:
-    """Declare the command."""
-    about = "labkit's figures on this machine"
-    parser: argparse.ArgumentParser = commands.add_parser("bench", help=about, description=__doc__)
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
     parser.add_argument(
         "groups",
         nargs="*",
@@ -27,34 +30,36 @@ def add(commands: Any) -> argparse.ArgumentParser:
         metavar="GROUP",
         help=f"of {', '.join(GROUPS)}",
     )
-    parser.set_defaults(run=_run)
-    return parser
 
 
-def _run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Measure; status 0 when every promise is kept. What cannot be measured here breaks none."""
     kept = True
     for group in args.groups or GROUPS:
         try:
-            for result in import_module(f"labkit.bench.{group}").results():
-                kept &= result.ok
+            for result in _results(group):
+                kept = kept and result.ok
                 _show(result, args.json)
         except NotAvailable as err:
-            print(
-                json.dumps({"group": group, "not_available": str(err)})
-                if args.json
-                else f"--  {group}: {err}",
-                flush=True,
-            )
+            _show_missing(group, str(err), args.json)
     return 0 if kept else 1
 
 
-def _show(result: Any, as_json: bool) -> None:
+def _results(group: str) -> Iterator[Result]:
+    """The figures of one group, each when it is measured."""
+    results: Iterator[Result] = import_module(f"labkit.bench.{group}").results()
+    return results
+
+
+def _show(result: Result, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({**asdict(result), "ok": result.ok}), flush=True)
-        return
-    sign = ">=" if result.at_least else "<="
-    print(
-        f"{'ok ' if result.ok else 'NOT'} {result.name:<42} {result.value:8.2f} {result.unit:<26} "
-        f"(promised {sign} {result.target:g}; {result.note})",
-        flush=True,
-    )
+        print_json({**asdict(result), "ok": result.ok})
+    else:
+        print(result, flush=True)
+
+
+def _show_missing(group: str, why: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"group": group, "not_available": why})
+    else:
+        print(f"--  {group}: {why}", flush=True)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from labkit.errors import InvalidState, NotAvailable
+
+if TYPE_CHECKING:
+    from nbclient import NotebookClient
 
 __all__ = ["client", "read", "write"]
 
 
 def read(path: Path) -> Any:
-    """A notebook, as nbformat 4; raises NotAvailable for a file that cannot be read, InvalidState for one that is none."""
+    """A notebook, as a NotebookNode of nbformat 4.
+
+    Raises NotAvailable for a file that cannot be read, InvalidState for one that is no notebook.
+    """
     import nbformat
 
     try:
@@ -19,13 +25,15 @@ def read(path: Path) -> Any:
     except OSError as err:
         raise NotAvailable(f"{path}: {err.strerror}", path=path) from err
     except (ValueError, AttributeError, TypeError, nbformat.ValidationError) as err:
-        raise InvalidState(
-            f"{path} is not a notebook: {str(err).partition(chr(10))[0][:100]}", path=path
-        ) from err
+        first_line = str(err).partition("\n")[0]
+        raise InvalidState(f"{path} is not a notebook: {first_line[:100]}", path=path) from err
 
 
 def write(path: Path, notebook: Any) -> None:
-    """Write a notebook in one piece, so that a full disk leaves the old one."""
+    """Write a notebook in one piece, so that a full disk leaves the old one.
+
+    Raises NotAvailable when the file cannot be written.
+    """
     import nbformat
 
     new = path.with_suffix(".ipynb.new")
@@ -38,15 +46,16 @@ def write(path: Path, notebook: Any) -> None:
         new.unlink(missing_ok=True)
 
 
-def client(path: Path, notebook: Any) -> Any:
+def client(path: Path, notebook: Any) -> NotebookClient:
     """What runs its cells: a kernel of this Python, in the notebook's own directory."""
     from nbclient import NotebookClient
 
     return NotebookClient(
         notebook,
-        timeout=600,
+        timeout=600,  # seconds a cell
         kernel_name="python3",
         resources={"metadata": {"path": str(path.resolve().parent)}},
         coalesce_streams=True,
+        # without this the kernel warns about its TCP ports
         extra_arguments=["--IPKernelApp.log_level=ERROR"],
-    )  # its warning about TCP
+    )

@@ -1,4 +1,4 @@
-"""labkit doctor: it finds what is there, gives the reason for what is not, and its status follows the default engine."""
+"""labkit doctor: it finds what is there, and gives the reason for what is not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit.cli import doctor, main
+from labkit.cli import findings, main
 from labkit.sev import SIMPLIFIED
 
 RUN = "import sys; {0}; from labkit.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -30,9 +30,8 @@ def test_that_json_is_one_object_per_line_and_nothing_else() -> None:
     done = run_doctor("--json")
     found = {(record["kind"], record["name"]): record for record in records(done.stdout)}
     assert done.returncode == 0 and not done.stderr
-    assert found["engine", "unicorn"]["ok"] and found["engine", "unicorn"][
-        "version"
-    ] == metadata.version("unicorn")
+    assert found["engine", "unicorn"]["ok"]
+    assert found["engine", "unicorn"]["version"] == metadata.version("unicorn")
     assert ("unicorn can", "step") in found and not found["engine", "qemu"]["ok"]
     assert found["compiler", "ziglang"]["ok"] and ("machine", "/dev/kvm") in found
     assert all(
@@ -41,12 +40,11 @@ def test_that_json_is_one_object_per_line_and_nothing_else() -> None:
 
 
 def test_that_it_says_what_is_encrypted_and_where_the_model_is_simpler() -> None:
-    found = [(f.kind, f.name) for f in doctor.examine()]
+    found = [(f.kind, f.name) for f in findings.examine()]
     assert [name for kind, name in found if kind == "protection"] == ["sev", "sev-es", "snp", "tdx"]
-    assert {name for kind, name in found if kind == "simplified in encryption"} == {
-        name for name, _ in SIMPLIFIED
-    }
-    assert next(f for f in doctor.examine() if (f.kind, f.name) == ("unicorn can", "protect")).ok
+    simplified = {name for kind, name in found if kind == "simplified in encryption"}
+    assert simplified == {name for name, _ in SIMPLIFIED}
+    assert next(f for f in findings.examine() if (f.kind, f.name) == ("unicorn can", "protect")).ok
 
 
 def test_that_the_table_names_the_default_engine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,20 +62,20 @@ def test_that_a_missing_default_engine_is_the_exit_status() -> None:
 
 
 def test_that_an_engine_that_is_not_built_yet_says_so() -> None:
-    [finding] = doctor._engine("nosuch")
+    [finding] = findings._engine("nosuch")
     assert not finding.ok and "not part of this labkit" in finding.note
 
 
 def test_that_what_is_missing_has_a_reason() -> None:
-    for finding in doctor.examine():
+    for finding in findings.examine():
         assert finding.ok or finding.note, finding
 
 
 def test_that_a_missing_device_is_a_finding(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(doctor, "KVM", tmp_path / "kvm")
-    assert not doctor._kvm().ok and "no such device" in doctor._kvm().note
+    monkeypatch.setattr(findings, "KVM", tmp_path / "kvm")
+    assert not findings._kvm().ok and "no such device" in findings._kvm().note
 
 
 def test_that_a_program_that_does_not_run_is_not_there(
@@ -86,7 +84,7 @@ def test_that_a_program_that_does_not_run_is_not_there(
     (tmp_path / "gcc").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "gcc").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    finding = doctor._program("compiler", "gcc", "")
+    finding = findings._program("compiler", "gcc", "")
     assert not finding.ok and finding.note == f"{tmp_path / 'gcc'} --version does not run"
 
 
@@ -102,7 +100,7 @@ def test_that_a_program_that_does_not_run_is_not_there(
     ],
 )
 def test_that_the_version_is_read_off(line: str, number: str) -> None:
-    assert doctor._number(line) == number
+    assert findings._number(line) == number
 
 
 def test_that_a_closed_pipe_is_no_traceback() -> None:

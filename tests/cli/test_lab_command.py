@@ -10,18 +10,15 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-import nbformat
+import books
 import pytest
-from nbformat import v4
 
-from labkit.cli import lab, main
+from labkit.cli import jupyter_server, lab, main
 
 
 def write(path: Path, *cells: str) -> Path:
-    nbformat.write(
-        v4.new_notebook(cells=[v4.new_markdown_cell("# Title"), *map(v4.new_code_cell, cells)]),
-        path,
-    )
+    notebook = books.notebook(books.markdown("# Title"), *map(books.code, cells))
+    books.write(notebook, path)
     return path
 
 
@@ -32,16 +29,8 @@ def lines(text: str) -> list[dict[str, object]]:
 def test_that_a_notebook_runs_in_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        main(
-            [
-                "lab",
-                "--terminal",
-                str(write(tmp_path / "a.ipynb", "import sys; print(sys.prefix)\nx = 20", "x + 1")),
-            ]
-        )
-        == 0
-    )
+    path = write(tmp_path / "a.ipynb", "import sys; print(sys.prefix)\nx = 20", "x + 1")
+    assert main(["lab", "--terminal", str(path)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "# Title",
         "",
@@ -58,29 +47,16 @@ def test_that_a_notebook_runs_in_the_terminal(
 def test_that_a_failing_cell_ends_it_and_is_the_status(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        main(
-            ["lab", "--terminal", "--json", str(write(tmp_path / "a.ipynb", "1 / 0", "never = 1"))]
-        )
-        == 1
-    )
+    path = write(tmp_path / "a.ipynb", "1 / 0", "never = 1")
+    assert main(["lab", "--terminal", "--json", str(path)]) == 1
     *cells, end = lines(capsys.readouterr().out)
     assert end == {"end": "error", "why": "cell 1: ZeroDivisionError"} and len(cells) == 2
     assert "division by zero" in str(cells[1]["outputs"])
 
 
 def test_that_a_dead_kernel_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(
-            [
-                "lab",
-                "--terminal",
-                "--json",
-                str(write(tmp_path / "a.ipynb", "import os; os._exit(3)")),
-            ]
-        )
-        == 1
-    )
+    path = write(tmp_path / "a.ipynb", "import os; os._exit(3)")
+    assert main(["lab", "--terminal", "--json", str(path)]) == 1
     assert lines(capsys.readouterr().out)[-1] == {"end": "error", "why": "cell 1: DeadKernelError"}
 
 
@@ -100,7 +76,7 @@ def test_that_what_is_no_notebook_is_one_line(
 
 
 def test_that_the_server_is_bound_to_loopback(tmp_path: Path) -> None:
-    command = lab.jupyter_command(tmp_path / "my notes.ipynb", port=9000, browser=False)
+    command = jupyter_server.jupyter_command(tmp_path / "my notes.ipynb", port=9000, browser=False)
     assert (
         "--ServerApp.ip=127.0.0.1" in command
         and "--LabApp.default_url=/lab/tree/my%20notes.ipynb" in command
@@ -110,9 +86,9 @@ def test_that_the_server_is_bound_to_loopback(tmp_path: Path) -> None:
 
 
 def test_that_the_tour_opens_inside_the_clone() -> None:
-    command = lab.jupyter_command(lab.TOUR)
+    command = jupyter_server.jupyter_command(lab.TOUR)
     assert (
-        f"--ServerApp.root_dir={lab.HOME}" in command
+        f"--ServerApp.root_dir={jupyter_server.HOME}" in command
         and "--LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb" in command
     )
 

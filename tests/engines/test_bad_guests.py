@@ -6,18 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 
 import pytest
 from guests import CODE, DATA, HANDLERS, PAGES, asm, bare
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paths import GUESTS, TESTS
+from paths import GUESTS, TESTS, prebuilt_entries
 
 import labkit as lk
 from labkit.engines.exits import BudgetExit, InternalErrorExit, ShutdownExit
 
 HOLE_GVA, HOLE = 0x7000_0000, 0xC000_0000
-PROGRAM = lk.Program.compile("""#include "labkit.h"
+SOURCE = """#include "labkit.h"
 extern struct ucall_header *ucall_pool;
 static inline uint64_t cr3(void) { uint64_t v; asm volatile("mov %%cr3, %0" : "=r"(v)); return v; }
 void guest_code(uint64_t vcpu) { for (;;) cpu_relax(); }
@@ -33,8 +34,14 @@ void guest_moves_stack(uint64_t gva) { asm volatile("mov %0, %%rsp; push %0; ud2
 void guest_forges_abort(uint64_t vcpu) { ucall(UCALL_ABORT, 3, 1UL << 63, ~0UL, ~0UL); }
 void guest_talks(uint64_t vcpu) { for (;;) GUEST_SYNC(1); }
 void guest_uses_avx(uint64_t vcpu) { asm volatile(".byte 0xc5, 0xf1, 0xfe, 0xc2"); }
-""")
-PREBUILT = lk.Program.load(GUESTS / "bad.elf")
+"""
+# functions of the guest library: entered like this they write through a null pointer
+LIBRARY = ("guest_snprintf", "guest_vsnprintf")
+
+
+@cache
+def program() -> lk.Program:
+    return lk.Program.compile(SOURCE)
 
 
 def still_there(vm: lk.Vm) -> bool:
@@ -88,7 +95,7 @@ BAD = [
 
 @pytest.mark.parametrize("entry, argument, error, words", BAD)
 def test_that_a_guest_which_goes_wrong_is_named_with_its_place(entry, argument, error, words):
-    with lk.Vm.create(PROGRAM, entry) as vm:
+    with lk.Vm.create(program(), entry) as vm:
         if argument is not None:
             vm.vcpus[0].args_set(argument)
         with pytest.raises(error, match=words or None) as caught:
@@ -96,12 +103,12 @@ def test_that_a_guest_which_goes_wrong_is_named_with_its_place(entry, argument, 
         assert "vCPU 0" in str(caught.value) and "\n" not in str(caught.value) and still_there(vm)
 
 
-@pytest.mark.parametrize(
-    "entry",
-    sorted(name for name in PREBUILT.symbols if name.startswith("guest_") and name != "guest_code"),
-)
+BAD_EXAMPLES = [entry for entry in prebuilt_entries("bad") if entry != "guest_code"]
+
+
+@pytest.mark.parametrize("entry", [*BAD_EXAMPLES, *LIBRARY])
 def test_that_the_bad_guests_of_the_examples_end_and_can_be_looked_at(entry):
-    with lk.Vm.create(PREBUILT, entry) as vm:
+    with lk.Vm.create(lk.Program.load(GUESTS / "bad.elf"), entry) as vm:
         try:
             vm.vcpus[0].run_until_done(3_000_000)
         except lk.LabError as err:
@@ -115,7 +122,7 @@ PATTERNS = [b"\0", b"\xff", b"\xcc", b"\x03\x10\0\0\0\0\0\0", bytes(range(1, 256
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("kind", ["page tables", "tables", "stacks", "ucall pool", "code", "data"])
 def test_that_a_guest_without_its_own_tables_ends_in_order(kind, pattern):
-    vm = lk.Vm.create(PROGRAM, "guest_divides")
+    vm = lk.Vm.create(program(), "guest_divides")
     for use in vm.machine.space.uses:
         if use.kind == kind:
             vm.memory.write(use.gpa, (pattern * 4096 * use.nr_pages)[: 4096 * use.nr_pages])

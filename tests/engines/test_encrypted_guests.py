@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paths import GUESTS
+from paths import GUESTS, prebuilt_entries
 
 import labkit as lk
 from labkit.arch.x86_cpu import CpuModel
@@ -14,7 +17,7 @@ from labkit.sev.cpu import LEAF, encryption_leaf
 from labkit.ucall.pool import BadUcallExit, Ucall
 
 KINDS = ("sev", "snp", "tdx")
-PROGRAM = lk.Program.compile("""#include "labkit.h"
+SOURCE = """#include "labkit.h"
 void guest_code(uint64_t vcpu)
 {
 	static uint64_t secret = 0x1122334455667788;
@@ -24,13 +27,21 @@ void guest_code(uint64_t vcpu)
 void guest_write(uint64_t *where, uint64_t what) { *where = what; GUEST_DONE(); }
 void guest_read(uint64_t *where) { GUEST_SYNC1(*where); }
 void guest_calls(void (*where)(void)) { where(); }
-""")
-STACK = lk.Program.compile(
-    """#include "labkit.h"
+"""
+SHORT = """#include "labkit.h"
 void guest_code(void) { GUEST_SYNC1(7); GUEST_DONE(); }
-""",
-    defines=("LABKIT_UCALL_ON_STACK",),
-)
+"""
+
+
+@cache
+def program() -> lk.Program:
+    return lk.Program.compile(SOURCE)
+
+
+@cache
+def on_stack() -> lk.Program:
+    """A guest that keeps its ucalls on its stack."""
+    return lk.Program.compile(SHORT, defines=("LABKIT_UCALL_ON_STACK",))
 
 
 def cpu(c_bit: int, kind: str = "sev") -> CpuModel:
@@ -60,12 +71,12 @@ def events(vm: lk.Vm) -> list[tuple[object, ...]]:
 
 
 def entries() -> list[tuple[str, str]]:
-    paths = [path for path in sorted(GUESTS.glob("*.elf")) if path.stem not in ("stack", "who")]
+    names = [path.stem for path in sorted(GUESTS.glob("*.elf"))]
     return [
-        (path.stem, name)
-        for path in paths
-        for name, symbol in lk.Program.load(path).symbols.items()
-        if name.startswith("guest_") and symbol.kind == "func" and "printf" not in name
+        (name, entry)
+        for name in names
+        if name not in ("stack", "who")
+        for entry in prebuilt_entries(name)
     ]
 
 
@@ -87,14 +98,14 @@ def test_that_a_guest_does_the_same_encrypted_and_not(kind: str, name: str, entr
 
 @pytest.mark.parametrize("c_bit", [33, 45, 47, 50, 51])
 def test_that_the_c_bit_is_where_cpuid_says(c_bit: int) -> None:
-    with lk.Vm.create(PROGRAM, protect="sev", cpu=cpu(c_bit)) as vm:
+    with lk.Vm.create(program(), protect="sev", cpu=cpu(c_bit)) as vm:
         assert ucall(vm).args[0] == 0x1122334455667788
-        leaf = vm.page_table().walk(PROGRAM.symbol("guest_code").gva).steps[-1].entry
+        leaf = vm.page_table().walk(program().symbol("guest_code").gva).steps[-1].entry
         assert (
             leaf >> c_bit & 1
             and vm.machine.space.mode.frame(vm.arch.mode.levels[-1], leaf) < 1 << 23
         )
-        assert attacks.walk_without_mask(vm, PROGRAM.symbol("guest_code").gva).gpa in (
+        assert attacks.walk_without_mask(vm, program().symbol("guest_code").gva).gpa in (
             leaf & (1 << 52) - 4096,
             None,
         )
@@ -115,7 +126,7 @@ def private_and_shared(vm: lk.Vm) -> tuple[list[int], list[int]]:
 def test_that_the_host_sees_ciphertext_of_every_private_page_and_plaintext_of_every_shared_one(
     kind: str,
 ) -> None:
-    with lk.Vm.create(PROGRAM, protect=kind) as vm:
+    with lk.Vm.create(program(), protect=kind) as vm:
         ucall(vm)
         private, shared = private_and_shared(vm)
         assert len(private) > 10 and len(shared) == 138 + (kind == "snp")  # and a GHCB
@@ -154,7 +165,7 @@ REFUSED = {
 def test_that_what_needs_the_guest_s_page_tables_is_refused_after_the_launch_and_says_why(
     kind: str, what: str
 ) -> None:
-    with lk.Vm.create(PROGRAM, protect=kind) as vm:
+    with lk.Vm.create(program(), protect=kind) as vm:
         ucall(vm)
         with pytest.raises(lk.LabError, match=r"ciphertext|launch|GUEST_STATE|ACTIVE|EINVAL|EIO"):
             REFUSED[what](vm)
@@ -162,7 +173,7 @@ def test_that_what_needs_the_guest_s_page_tables_is_refused_after_the_launch_and
 
 
 def test_that_what_was_never_launched_is_noise_to_the_guest() -> None:
-    with lk.Vm.create(PROGRAM, protect="sev", launch=False) as vm:
+    with lk.Vm.create(program(), protect="sev", launch=False) as vm:
         gva = vm.alloc(4096)
         gpa = vm.gva2gpa(gva)
         vm.memory.write(gpa, b"A" * 4096)
@@ -174,7 +185,7 @@ def test_that_what_was_never_launched_is_noise_to_the_guest() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_that_a_snapshot_and_a_fork_go_on_alike(kind: str) -> None:
-    with lk.Vm.create(PROGRAM, protect=kind) as vm:
+    with lk.Vm.create(program(), protect=kind) as vm:
         ucall(vm)
         state, first = vm.snapshot(), [ucall(vm).args[0] for _ in range(3)]
         with vm.fork() as twin:
@@ -196,7 +207,7 @@ def test_that_a_snapshot_and_a_fork_go_on_alike(kind: str) -> None:
 
 
 def secret_page(vm: lk.Vm) -> int:
-    return vm.machine.space.walk(PROGRAM.symbol("guest_code").gva).gpa & -4096
+    return vm.machine.space.walk(program().symbol("guest_code").gva).gpa & -4096
 
 
 def garbled(vm: lk.Vm, gpa: int, before: bytes) -> list[int]:
@@ -207,7 +218,7 @@ def garbled(vm: lk.Vm, gpa: int, before: bytes) -> list[int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_that_attacks_do_what_the_protection_allows(kind: str) -> None:
-    with lk.Vm.create(PROGRAM, protect=kind) as vm:
+    with lk.Vm.create(program(), protect=kind) as vm:
         ucall(vm)
         gpa = secret_page(vm)
         plain, old, beside = (
@@ -242,9 +253,9 @@ def test_that_attacks_do_what_the_protection_allows(kind: str) -> None:
 
 
 def test_that_a_c_bit_turned_around_shows_the_guest_its_own_ciphertext() -> None:
-    with lk.Vm.create(PROGRAM, protect="sev") as vm:
+    with lk.Vm.create(program(), protect="sev") as vm:
         ucall(vm)
-        gva = PROGRAM.symbol("ucall_pool").gva
+        gva = program().symbol("ucall_pool").gva
         seen = vm.memory.read(vm.machine.space.walk(gva).gpa, 8)
         attacks.flip_c_bit(vm, gva)
         assert vm.vcpus[0].peek(gva, 8) == seen
@@ -253,7 +264,7 @@ def test_that_a_c_bit_turned_around_shows_the_guest_its_own_ciphertext() -> None
 
 
 def test_that_code_in_shared_memory_is_never_run_as_plaintext() -> None:
-    with lk.Vm.create(PROGRAM, "guest_calls", protect="sev", launch=False) as vm:
+    with lk.Vm.create(program(), "guest_calls", protect="sev", launch=False) as vm:
         gva = vm.machine.space.alloc(4096, "shared code", nx=False, protected=False)
         vm.write(gva, b"\xc3" * 4096)  # ret
         vm.vcpus[0].args_set(gva)
@@ -269,20 +280,20 @@ def test_that_code_in_shared_memory_is_never_run_as_plaintext() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_that_a_launch_step_by_step_is_a_launch(kind: str) -> None:
     with (
-        lk.Vm.create(PROGRAM, protect=kind, launch=False) as vm,
-        lk.Vm.create(PROGRAM, protect=kind) as twin,
+        lk.Vm.create(program(), protect=kind, launch=False) as vm,
+        lk.Vm.create(program(), protect=kind) as twin,
     ):
         vm.guest.start()
-        assert vm.gva2gpa(PROGRAM.symbol("guest_code").gva), "no page table is encrypted yet"
+        assert vm.gva2gpa(program().symbol("guest_code").gva), "no page table is encrypted yet"
         vm.guest.update()
         with pytest.raises(lk.InvalidState, match="its page tables are ciphertext"):
-            vm.gva2gpa(PROGRAM.symbol("guest_code").gva)
+            vm.gva2gpa(program().symbol("guest_code").gva)
         assert vm.guest.finish() == twin.guest.measurement and vm.run() == twin.run()
         assert vm.encryption_map().ranges == twin.encryption_map().ranges
 
 
 def test_that_a_measurement_made_by_hand_is_the_one_that_counts() -> None:
-    with lk.Vm.create(PROGRAM, protect="sev", launch=False) as vm:
+    with lk.Vm.create(program(), protect="sev", launch=False) as vm:
         vm.guest.start()
         vm.guest.update()
         blob = vm.guest.command("LAUNCH_MEASURE", size=48)
@@ -295,7 +306,7 @@ def test_that_a_measurement_made_by_hand_is_the_one_that_counts() -> None:
 
 
 def test_that_the_owner_expects_what_was_launched_and_nothing_else() -> None:
-    with lk.Vm.create(PROGRAM, protect="sev", launch=False) as vm:
+    with lk.Vm.create(program(), protect="sev", launch=False) as vm:
         with pytest.raises(lk.InvalidState, match="UNINIT has no measurement"):
             vm.guest.expected(bytes(32))
         vm.launch()
@@ -308,7 +319,7 @@ def test_that_the_owner_expects_what_was_launched_and_nothing_else() -> None:
 
 
 def test_that_the_guest_s_eye_sees_noise_from_the_key_to_the_encryption() -> None:
-    with lk.Vm.create(PROGRAM, protect="sev", launch=False) as vm:
+    with lk.Vm.create(program(), protect="sev", launch=False) as vm:
         gpa = secret_page(vm)
         before = vm.eyes(gpa)
         vm.guest.start()
@@ -325,7 +336,7 @@ def test_that_the_guest_s_eye_sees_noise_from_the_key_to_the_encryption() -> Non
 def test_that_a_ucall_on_the_stack_is_readable_only_where_nothing_is_encrypted(
     kind: str | None,
 ) -> None:
-    with lk.Vm.create(STACK, ucall="stack", protect=kind) as vm:
+    with lk.Vm.create(on_stack(), ucall="stack", protect=kind) as vm:
         if kind is None:
             assert [uc.cmd for uc in vm.run_until_done()] == ["SYNC", "DONE"] and vm.fork().vcpus[
                 0
@@ -343,17 +354,19 @@ def test_that_a_ucall_on_the_stack_is_readable_only_where_nothing_is_encrypted(
 
 
 @pytest.mark.parametrize(
-    ("program", "design"), [(STACK, "pool"), (PROGRAM, "stack"), (PROGRAM, "list")]
+    ("compiled", "design"), [(on_stack, "pool"), (program, "stack"), (program, "list")]
 )
-def test_that_a_program_for_another_design_is_refused(program: lk.Program, design: str) -> None:
+def test_that_a_program_for_another_design_is_refused(
+    compiled: Callable[[], lk.Program], design: str
+) -> None:
     with pytest.raises(lk.LabError, match=r"design|pool, stack"):
-        lk.Vm.create(program, ucall=design)
+        lk.Vm.create(compiled(), ucall=design)
 
 
 @pytest.mark.parametrize("wrong", ["sev2", "", "SEV"])
 def test_that_there_is_no_other_protection(wrong: str) -> None:
     with pytest.raises(lk.NotAvailable, match="sev, sev-es, snp, tdx"):
-        lk.Vm.create(PROGRAM, protect=wrong)
+        lk.Vm.create(program(), protect=wrong)
 
 
 # --- the two views against a model: DRAM and a key
@@ -377,7 +390,7 @@ ALIAS = 0x700000
 @pytest.fixture(scope="module")
 def two_views() -> lk.Vm:
     """Two pages, each mapped privately at one gva and shared at another; launched, all zeros."""
-    vm = lk.Vm.create(PROGRAM, "guest_write", protect="sev", launch=False)
+    vm = lk.Vm.create(program(), "guest_write", protect="sev", launch=False)
     gva = vm.alloc(2 * 4096)
     vm.machine.space.map(ALIAS, vm.gva2gpa(gva), 2, c=False)
     vm.launch()

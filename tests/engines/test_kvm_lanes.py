@@ -51,6 +51,7 @@ def run(code: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_that_a_vcpu_that_came_out_by_itself_while_others_were_paused_runs_for_long_again(
     program: lk.Program,
 ) -> None:

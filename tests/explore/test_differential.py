@@ -173,8 +173,18 @@ def _program(path: Path) -> lk.Program:
     return lk.Program.load(path)
 
 
+SLOW = {"userspace_io_test"}  # thousands of exits, each of which is an event to compare
+
+
 @pytest.mark.parametrize("privilege", ["kernel", "user"])
-@pytest.mark.parametrize("hosted", HOSTED, ids=lambda hosted: f"{hosted.binary}-{hosted.entry}")
+@pytest.mark.parametrize(
+    "hosted",
+    [
+        pytest.param(hosted, marks=[pytest.mark.slow] if hosted.binary in SLOW else [])
+        for hosted in HOSTED
+    ],
+    ids=lambda hosted: f"{hosted.binary}-{hosted.entry}",
+)
 def test_that_a_kernel_selftest_is_equal_on_both_engines_or_differs_as_declared(
     selftests: Path, hosted: Hosted, privilege: str
 ) -> None:

@@ -67,6 +67,7 @@ def load_and_look(image):
     assert time.perf_counter() - start < 5
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(MUTATIONS)
 @example([(0x28, b"\xff" * 8)])

@@ -214,6 +214,7 @@ def test_that_a_region_that_comes_and_goes_is_mmio_in_between(host):
     assert isinstance(vcpu.run(BUDGET), ShutdownExit)
 
 
+@pytest.mark.slow
 def test_that_private_and_shared_pages_are_two_memories(host):
     vm = host("private_mem_conversions_test", memory=16 * MIB)
     vcpu = vm.vcpus[0]

@@ -1,18 +1,20 @@
-"""The set-up: what is declared is what is used, `make setup` does its work once, and says clearly when it cannot."""
+"""The set-up: what is declared is used; `make setup` works once, and says when it cannot."""
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
+from modules import TEST_MODULES, Module, check
 from packaging.requirements import Requirement
 from packaging.version import Version
 from paths import REPO
@@ -52,25 +54,28 @@ def test_that_a_dependency_has_a_lower_bound_that_is_met(requirement: Requiremen
     assert Version(metadata.version(requirement.name)) in requirement.specifier
 
 
-def test_that_every_import_is_declared() -> None:
+def undeclared(module: Module) -> Iterator[str]:
+    """Imports of what pyproject.toml does not ask for."""
     declared = {requirement.name for requirement in DEPENDENCIES}
-    for path in sorted((REPO / "labkit").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            for top in {name.partition(".")[0] for name in names} - _stdlib():
-                bench = (
-                    path.parent.name == "bench" and top == "playwright"
-                )  # measured where the test extra is, and says so elsewhere
-                assert bench or COMES_WITH.get(top, top) in declared, (
-                    f"{path.relative_to(REPO)}:{node.lineno} imports {top}"
-                )
+    for name, line, _ in module.imports:
+        top = name.partition(".")[0]
+        if top == "labkit" or top in sys.stdlib_module_names:
+            continue
+        if top == "playwright" and module.room == "bench":
+            continue  # it measures where the test extra is, and says so elsewhere
+        if COMES_WITH.get(top, top) not in declared:
+            yield f"{module.rel}:{line} imports {top}"
 
 
-def _stdlib() -> set[str]:
-    import sys
+def test_that_every_import_is_declared() -> None:
+    check(undeclared)
 
-    return {*sys.stdlib_module_names, "labkit"}
+
+def test_that_every_dependency_of_the_tests_is_used() -> None:
+    tests = [Requirement(line).name for line in PROJECT["optional-dependencies"]["test"]]
+    used = {name.partition(".")[0] for module in TEST_MODULES for name, _, _ in module.imports}
+    names = {"sev-snp-measure": "sevsnpmeasure"}  # what is imported is called otherwise
+    assert not [name for name in tests if names.get(name, name) not in used]
 
 
 def test_that_the_console_script_exists() -> None:
@@ -97,7 +102,7 @@ def make(where: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A directory with the Makefile and, as .venv/bin/python, a script that writes down how it was called."""
+    """A directory with the Makefile, whose .venv/bin/python writes down how it was called."""
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(REPO / name, tmp_path)
     python = tmp_path / ".venv" / "bin" / "python"
@@ -153,11 +158,8 @@ def test_that_an_old_python_is_refused_by_name(tmp_path: Path) -> None:
     old.write_text('#!/bin/sh\ncase "$2" in *print*) echo 3.9;; *) exit 1;; esac\n')
     old.chmod(0o755)
     done = make(tmp_path, "setup", f"PYTHON={old}")
-    assert (
-        done.returncode != 0
-        and "Python 3.11 or newer" in done.stderr
-        and f"{old} (3.9)" in done.stderr
-    )
+    assert done.returncode != 0
+    assert "Python 3.11 or newer" in done.stderr and f"{old} (3.9)" in done.stderr
     assert not (tmp_path / ".venv").exists()
 
 
@@ -175,9 +177,8 @@ def test_that_a_missing_kernel_source_is_named(tmp_path: Path) -> None:
     done = build_selftests(
         LABKIT_LINUX_SOURCE=tmp_path / "none.tar.xz", LABKIT_SELFTESTS=tmp_path / "cache"
     )
-    assert (
-        done.returncode == 3 and "none.tar.xz" in done.stderr and "linux-source-6.12" in done.stderr
-    )
+    assert done.returncode == 3
+    assert "none.tar.xz" in done.stderr and "linux-source-6.12" in done.stderr
 
 
 @pytest.mark.skipif(
@@ -190,9 +191,8 @@ def test_that_the_build_replaces_nothing_of_others(tmp_path: Path) -> None:
     (other / "precious").touch()
     assert build_selftests(LABKIT_LINUX_SOURCE=tarball, LABKIT_SELFTESTS=other).returncode == 1
     done = build_selftests(LABKIT_LINUX_SOURCE=tarball, LABKIT_SELFTESTS=tmp_path / "cache")
-    assert (
-        done.returncode == 1 and "cache.log" in done.stderr
-    )  # it names its log and leaves no half-built directory
+    # it names its log and leaves no half-built directory
+    assert done.returncode == 1 and "cache.log" in done.stderr
     assert (other / "precious").exists() and not (tmp_path / "cache").exists()
 
 
@@ -203,27 +203,16 @@ def test_that_the_build_replaces_nothing_of_others(tmp_path: Path) -> None:
 )
 def test_that_the_kernels_own_binaries_are_there(selftests: Path, name: str) -> None:
     head = (selftests / name).read_bytes()[:20]
-    assert (
-        head[:4] == b"\x7fELF" and head[16:20] == b"\x02\x00\x3e\x00"
-    )  # ET_EXEC, EM_X86_64: fixed addresses
-    assert (selftests / f"{name}.c").exists()  # beside it, where its line table says
+    assert head[:4] == b"\x7fELF"
+    # ET_EXEC, EM_X86_64: fixed addresses
+    assert head[16:20] == b"\x02\x00\x3e\x00"
+    # beside it, where its line table says
+    assert (selftests / f"{name}.c").exists()
 
 
 def test_that_no_path_of_a_machine_is_written_down() -> None:
     home = re.compile(r"/(home|Users)/[a-z]\w*/|/root/")
-    files = [
-        path
-        for path in (REPO / "labkit").rglob("*")
-        if path.suffix in {".py", ".c", ".h", ".js", ".css", ".S", ".ld"}
-    ]
-    found = [
-        str(path)
-        for path in (
-            *files,
-            REPO / "Makefile",
-            REPO / "pyproject.toml",
-            *(REPO / s for s in SCRIPTS),
-        )
-        if home.search(path.read_text())
-    ]
-    assert not found
+    source = {".py", ".c", ".h", ".js", ".css", ".S", ".ld"}
+    files = [path for path in (REPO / "labkit").rglob("*") if path.suffix in source]
+    files += [REPO / name for name in ("Makefile", "pyproject.toml", *SCRIPTS)]
+    assert not [str(path) for path in files if home.search(path.read_text())]

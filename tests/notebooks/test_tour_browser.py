@@ -1,4 +1,6 @@
-"""The tour in a real browser: one JupyterLab, the committed notebook as it opens, all cells, then hands on the live dashboard.
+"""The tour in a real browser: one JupyterLab, the committed notebook as it opens, then all cells.
+
+Then hands on the live dashboard.
 
 Screenshots for people to look at: tests/out/tour-*.png.
 """
@@ -21,8 +23,11 @@ from paths import REPO
 OUT = REPO / "tests" / "out"
 pytestmark = pytest.mark.slow
 
-SOON = """const soon = (seconds, what, promise) => Promise.race([promise,
-  new Promise((_, fail) => setTimeout(() => fail(new Error(`${what} took more than ${seconds} s`)), seconds * 1000))]);"""
+SOON = """const soon = (seconds, what, promise) => {
+  const late = () => new Error(`${what} took more than ${seconds} s`);
+  const end = new Promise((_, fail) => setTimeout(() => fail(late()), seconds * 1000));
+  return Promise.race([promise, end]);
+};"""
 READY = f"""async () => {{
   {SOON}
   const pause = () => new Promise((wait) => setTimeout(wait, 100));
@@ -36,9 +41,17 @@ READY = f"""async () => {{
   }};
   await soon(90, 'opening the notebook', ready(window.jupyterapp));
 }}"""
-RUN = f"""async () => {{ {SOON} await soon(90, 'running all cells', window.jupyterapp.commands.execute('notebook:run-all-cells')); }}"""
-OUTPUTS = """() => window.jupyterapp.shell.currentWidget.content.widgets.filter((cell) => cell.model.type === 'code')
-  .map(({ model }) => [model.executionCount, model.outputs.toJSON().map((one) => one.output_type)])"""
+RUN = f"""async () => {{
+  {SOON}
+  const all = window.jupyterapp.commands.execute('notebook:run-all-cells');
+  await soon(90, 'running all cells', all);
+}}"""
+OUTPUTS = """() => {
+  const cells = window.jupyterapp.shell.currentWidget.content.widgets;
+  const types = (model) => model.outputs.toJSON().map((one) => one.output_type);
+  return cells.filter((cell) => cell.model.type === 'code')
+    .map(({ model }) => [model.executionCount, types(model)]);
+}"""
 SETTLED = (
     "document.querySelector('section.lk[data-step]') && !document.querySelector('section.lk.wait')"
 )
@@ -46,7 +59,7 @@ SETTLED = (
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a JupyterLab of labkit's on a copy of the tour, with directories of its own."""
+    """The address of labkit's JupyterLab on a copy of the tour, with directories of its own."""
     home = tmp_path_factory.mktemp("lab")
     (home / "notebooks").mkdir()
     (home / "config").mkdir()
@@ -93,10 +106,8 @@ class Tour:
 
     def says(self, words: str) -> None:
         """Wait until the status line has these words."""
-        self.page.wait_for_function(
-            "(words) => document.querySelector('section.lk [role=status]').innerText.includes(words)",
-            arg=words,
-        )
+        status = "document.querySelector('section.lk [role=status]')"
+        self.page.wait_for_function(f"(words) => {status}.innerText.includes(words)", arg=words)
 
     def shoot(self, name: str) -> None:
         """A picture of the page, and one of the whole dashboard."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 from guests import CODE, DATA, bare
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ import labkit as lk
 from labkit.engines.exits import HaltExit, HypercallExit, MmioExit, PioExit
 
 HOLE_GVA, HOLE = 0x7000_0000, 0xC000_0000
-BUSY = lk.Program.compile("""#include "labkit.h"
+BUSY = """#include "labkit.h"
 static volatile uint64_t nr_faults, sum;
 static void skip(struct ex_regs *regs) { nr_faults++; regs->rip += 2; }
 void guest_code(uint64_t vcpu)
@@ -26,7 +28,12 @@ void guest_code(uint64_t vcpu)
 	}
 	GUEST_DONE();
 }
-""")
+"""
+
+
+@cache
+def busy() -> lk.Program:
+    return lk.Program.compile(BUSY)
 
 
 def everything(vm: lk.Vm) -> dict[str, object]:
@@ -62,7 +69,7 @@ def go(vm: lk.Vm, insns: int) -> None:
     st.sampled_from(["round_robin:1", "round_robin:97", "random:3:50", "sequential"]),
 )
 def test_that_what_follows_a_restore_is_what_followed_the_snapshot(before, after, schedule):
-    with lk.Vm.create(BUSY, nr_vcpus=2, schedule=schedule) as vm:
+    with lk.Vm.create(busy(), nr_vcpus=2, schedule=schedule) as vm:
         go(vm, before)
         there, state = everything(vm), vm.snapshot()
         go(vm, after)
@@ -77,7 +84,7 @@ def test_that_what_follows_a_restore_is_what_followed_the_snapshot(before, after
 @settings(max_examples=15, deadline=None)
 @given(before=st.integers(0, 9000), after=st.integers(0, 9000))
 def test_that_a_fork_goes_on_like_its_parent_and_neither_disturbs_the_other(before, after):
-    with lk.Vm.create(BUSY, nr_vcpus=2, schedule="round_robin:31") as vm:
+    with lk.Vm.create(busy(), nr_vcpus=2, schedule="round_robin:31") as vm:
         go(vm, before)
         twin, there = vm.fork(), everything(vm)
         go(twin, after)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from paths import GUESTS
 
 import labkit as lk
 
-PROGRAM = lk.Program.load(GUESTS / "two_vcpus.elf")
+
+@cache
+def program() -> lk.Program:
+    return lk.Program.load(GUESTS / "two_vcpus.elf")
 
 
 def everything(vm: lk.Vm) -> tuple[Any, ...]:
@@ -43,7 +47,7 @@ def run(vm: lk.Vm, insns: int) -> None:
     st.sampled_from(["round_robin:7", "round_robin:100", "random:3:40", "sequential"]),
 )
 def test_that_a_restored_vm_runs_as_it_ran_before(first: int, second: int, schedule: str) -> None:
-    with lk.Vm.create(PROGRAM, nr_vcpus=2, schedule=schedule) as vm:
+    with lk.Vm.create(program(), nr_vcpus=2, schedule=schedule) as vm:
         run(vm, first)
         state = vm.snapshot()
         run(vm, second)
@@ -54,7 +58,7 @@ def test_that_a_restored_vm_runs_as_it_ran_before(first: int, second: int, sched
 
 
 def test_that_a_fork_goes_its_own_way_and_knows_its_slots(backend: str) -> None:
-    vm = lk.Vm.create(PROGRAM, backend=backend)
+    vm = lk.Vm.create(program(), backend=backend)
     vm.run()
     twin = vm.fork()
     assert everything(twin) == everything(vm)
@@ -66,16 +70,16 @@ def test_that_a_fork_goes_its_own_way_and_knows_its_slots(backend: str) -> None:
 
 
 def test_that_a_snapshot_of_another_shape_is_refused(backend: str) -> None:
-    state = lk.Vm.create(PROGRAM, backend=backend).snapshot()
+    state = lk.Vm.create(program(), backend=backend).snapshot()
     with pytest.raises(lk.InvalidState, match="a machine with 1 vCPUs"):
-        lk.Vm.create(PROGRAM, nr_vcpus=2, backend=backend).restore(state)
+        lk.Vm.create(program(), nr_vcpus=2, backend=backend).restore(state)
 
 
 @pytest.mark.parametrize("designs", [("pool", None), (None, "pool")])
 def test_that_a_snapshot_without_the_pool_of_a_vm_is_refused(
     designs: tuple[str | None, ...],
 ) -> None:
-    one, two = (lk.Vm.create(PROGRAM, ucall=design) for design in designs)
+    one, two = (lk.Vm.create(program(), ucall=design) for design in designs)
     with pytest.raises(lk.InvalidState, match="ucall pool, and the snapshot is of one with"):
         one.restore(two.snapshot())
 
@@ -110,7 +114,7 @@ def test_that_a_pending_mmio_read_survives_a_snapshot(backend: str) -> None:
 def test_that_a_named_schedule_repeats_and_every_vcpu_is_done(schedule: str, backend: str) -> None:
     logs = []
     for _ in range(2):
-        with lk.Vm.create(PROGRAM, nr_vcpus=3, schedule=schedule, backend=backend) as vm:
+        with lk.Vm.create(program(), nr_vcpus=3, schedule=schedule, backend=backend) as vm:
             logs.append([tuple(uc) for uc in vm.run_until_done()])
             assert {v.state for v in vm.vcpus} == {"done"}
     assert logs[0] == logs[1]

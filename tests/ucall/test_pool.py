@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 from guests import go, lacks
 from hypothesis import given, settings
@@ -23,7 +25,7 @@ from labkit.ucall.abi import (
 from labkit.ucall.pool import BadUcallExit, Ucall
 
 MAGIC = (1 << 64) - 1
-PROGRAM = lk.Program.compile("""#include "labkit.h"
+SOURCE = """#include "labkit.h"
 extern struct ucall_header *ucall_pool;
 void guest_code(uint64_t value) { ucall_arch_do_ucall(value); GUEST_DONE(); }
 void guest_busy(uint64_t vcpu)
@@ -36,12 +38,17 @@ void guest_busy(uint64_t vcpu)
 }
 void guest_forgets(uint64_t vcpu) { for (int i = 0; test_and_set_bit(i, ucall_pool->in_use); i++) ; GUEST_DONE(); }
 void guest_waits(uint64_t vcpu) { for (;;) cpu_relax(); }
-""")
+"""
+
+
+@cache
+def program() -> lk.Program:
+    return lk.Program.compile(SOURCE)
 
 
 @pytest.fixture
 def vm(engine):
-    with lk.Vm.create(PROGRAM, nr_vcpus=2, **engine) as vm:
+    with lk.Vm.create(program(), nr_vcpus=2, **engine) as vm:
         yield vm
 
 
@@ -73,7 +80,7 @@ BAD = [  # a value made of the VM, what is wrong with it
     (lambda vm: vm.gpa2hva(0x2000), "foreign"),
     (lambda vm: vm.pool.gva + BITMAP_BYTES, "foreign"),
     (lambda vm: vm.pool.gpa, "foreign"),
-    (lambda vm: lk.Vm.create(PROGRAM).pool.hva + BITMAP_BYTES, "foreign"),
+    (lambda vm: lk.Vm.create(program()).pool.hva + BITMAP_BYTES, "foreign"),
     (lambda vm: id(vm), "foreign"),
     (lambda vm: 1, "foreign"),
     (lambda vm: 0x4141414141414141, "foreign"),
@@ -100,12 +107,12 @@ def test_that_a_value_that_is_no_slot_in_use_becomes_an_event(vm, value, kind):
 @settings(max_examples=60, deadline=None)
 @given(value=st.integers(1, MAGIC))
 def test_that_no_value_at_all_is_followed(value):
-    with lk.Vm.create(PROGRAM) as vm:
+    with lk.Vm.create(program()) as vm:
         assert isinstance(hand_over(vm, value), BadUcallExit)
 
 
 def test_that_nothing_is_handed_over_with_zero_and_without_a_pool(engine):
-    with lk.Vm.create(PROGRAM, ucall=None, **engine) as vm:
+    with lk.Vm.create(program(), ucall=None, **engine) as vm:
         assert hand_over(vm, 0) == Ucall("NONE", (0,) * 7, None, 0, None, vm.step)
         assert hand_over(vm, 5).kind == "no pool"
         with pytest.raises(lk.InvalidState, match="without a ucall pool"):
@@ -198,11 +205,15 @@ def by_steps(vm: lk.Vm):
 )
 def test_that_since_and_owner_of_a_run_are_those_of_single_steps(backend, schedule):
     taken = {}
-    with lk.Vm.create(PROGRAM, "guest_busy", nr_vcpus=3, schedule=schedule, backend=backend) as vm:
+    with lk.Vm.create(
+        program(), "guest_busy", nr_vcpus=3, schedule=schedule, backend=backend
+    ) as vm:
         for slot, owner, since, step in by_steps(vm):
             assert since == step
             taken[since] = (slot, owner)
-    with lk.Vm.create(PROGRAM, "guest_busy", nr_vcpus=3, schedule=schedule, backend=backend) as vm:
+    with lk.Vm.create(
+        program(), "guest_busy", nr_vcpus=3, schedule=schedule, backend=backend
+    ) as vm:
         while any(vcpu.state != "done" for vcpu in vm.vcpus):
             came = vm.run(100_000 if lacks(vm, "pool_history") else None)
             held = next(slot for slot in vm.pool.held if slot.index == came.slot)
@@ -262,7 +273,7 @@ def test_that_a_forked_vm_knows_its_parent_s_addresses(vm):
 @settings(max_examples=40, deadline=None)
 @given(data=st.binary(min_size=UCALL_SIZE, max_size=UCALL_SIZE), index=st.integers(0, NR_SLOTS - 1))
 def test_that_any_bytes_in_a_slot_decode_to_something(data, index):
-    with lk.Vm.create(PROGRAM) as vm:
+    with lk.Vm.create(program()) as vm:
         hva = take(vm, index)
         vm.memory.write(vm.pool.gpa + BITMAP_BYTES + UCALL_SIZE * index, data)
         came = hand_over(vm, hva)
