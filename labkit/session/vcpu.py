@@ -66,7 +66,7 @@ class Vcpu:
 
     @property
     def step_count(self) -> int:
-        """Instructions this vCPU retired; a lower bound once a very long run went uncounted (`exact`)."""
+        """Instructions this vCPU retired; a lower bound where nobody counted (`exact`)."""
         return self._cpu.insns
 
     @property

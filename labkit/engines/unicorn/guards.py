@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING, Any
 
 from unicorn import unicorn_const as uc
 
-from labkit.engines.unicorn.blocks import can_begin_anew, hops, jump
-from labkit.engines.unicorn.native.lib import LIB, STOP, CodeHook, EdgeHook, Page
+from labkit.engines.unicorn.native.lib import LIB, STOP, CodeHook, EdgeHook, Page, Tb
 from labkit.engines.unicorn.native.stubs import stub
 from labkit.engines.unicorn.native.words import AGAIN, COUNT, EXTRA, GVA, LOCKED, LOCKED_GVA, REP
 
@@ -39,7 +37,6 @@ class Guards:
         self.skip = -1  # the breakpoint that the run begins at
         self._restarted = -1  # where an instruction was begun anew
         self._strange = ""  # why the CPU's mode is none that we run
-        self.halt = ctypes.c_uint8()  # somebody wants an uncounted run to end
         self.breakpoints: frozenset[int] = frozenset()
         self._hooked_breakpoints: frozenset[int] = frozenset()
         self._hooks: dict[int, tuple[str, int]] = {}  # gva -> (what it does, hook)
@@ -47,12 +44,10 @@ class Guards:
         self._found: Mapping[int, Trap] = {}  # in the last block, as are the next two
         self._stale: list[int] = []  # where hooks are that do not fit any more
         self._remapped = False
-        self._loops: set[int] = set()  # blocks with a hook that looks at `halt`
-        self._new_loops: set[int] = set()
         self._know_a_block()
         self.handle.hook(
             uc.UC_HOOK_EDGE_GENERATED,
-            EdgeHook(lambda _h, tb, before, _d: self._edge(tb.contents, before.contents)),
+            EdgeHook(lambda _h, tb, _before, _d: self._edge(tb.contents)),
         )
 
     def _know_a_block(self) -> None:
@@ -82,7 +77,7 @@ class Guards:
         self.handle.flush_code()
         self.code_pages.clear()
         self._mapped.clear()
-        self.vcpu.tally.close()
+        self.vcpu.tally.forget()
 
     def read(self, gva: int, size: int) -> bytes:
         """Code as the CPU would fetch it, up to the first byte that it could not."""
@@ -123,13 +118,13 @@ class Guards:
             LIB.uc_emu_stop(self.handle.h)
         self.skip = -1
 
-    def _edge(self, tb: Any, before: Any) -> None:
-        """A block was translated and has not run: stop when something must be done about it, or when somebody asked."""
+    def _edge(self, tb: Tb) -> None:
+        """A block was translated and has not run: stop when something must be done about it."""
         if tb.icount == 1 and self.vcpu.count() and self._is_restart(tb.pc):
             self._restarted = tb.pc
             self._words.all[EXTRA] += self.vcpu.count() - self.vcpu.before(tb.pc)
             self.vcpu.tally.doubt(tb.pc)
-        if self._look(tb.pc, tb.size, tb.icount, tb.pc <= before.pc) or self.halt.value:
+        if self._look(tb.pc, tb.size, tb.icount):
             self.stopped = "edge"
             LIB.uc_emu_stop(self.handle.h)
 
@@ -145,44 +140,21 @@ class Guards:
         )
         return any(gva in block and block[gva] + 1 < len(block) for block in around)
 
-    def _look(self, gva: int, size: int, count: int, backwards: bool) -> bool:
+    def _look(self, gva: int, size: int, count: int) -> bool:
         self._strange = self.vcpu.quirks.strange_mode()
         data = self.read(gva, size)
         for page in range(gva & -4096, gva + size, 4096):
             self._remapped |= self._note(page)
         self.vcpu.tally.add(gva, count, data)
         self._found = self.vcpu.quirks.scan(data, gva)
-        if self.vcpu.mode == "free":
-            self._found = {at: trap for at, trap in self._found.items() if trap.kind != "rep"}
-            self._look_at_loop(gva, data, backwards)
         here = [(at, work) for at, (work, _) in self._hooks.items() if gva <= at < gva + size]
         self._stale = [at for at, work in here if work != _work(self._found.get(at))]
-        if (
-            self._strange
-            or self._stale
-            or self._remapped
-            or self._restarted >= 0
-            or self._new_loops
-        ):
+        if self._strange or self._stale or self._remapped or self._restarted >= 0:
             return True
         if not self._hooks.keys() >= self._found.keys():
             return True
         self.traps.update(self._found)
         return False
-
-    def _look_at_loop(self, gva: int, data: bytes, backwards: bool) -> None:
-        """Hook the blocks that must look at `halt`; one that was reached backwards too, by a return, if it is no loop itself."""
-        arch, blocks = self.vcpu.vm.arch, self.vcpu.tally.blocks
-        target = jump(arch, gva, data)
-        whole = data if target is None or target > gva else blocks.get(target, (0, b""))[1]
-        if target is not None and target + len(whole) == gva + len(
-            data
-        ):  # its end may be all that is left to run of a round
-            heads = set() if can_begin_anew(arch, target, whole) else {target}
-        else:
-            heads = {gva} if backwards or hops(arch, gva, data) else set()
-            heads |= {target} if target is not None and target < gva else set()
-        self._new_loops |= heads - self._loops
 
     def _note(self, page: int) -> bool:
         """Remember what a page of gvas is mapped to, and its contents; True when it was mapped to something else."""
@@ -191,10 +163,6 @@ class Guards:
             return False
         self.code_pages[gpa] = self.vcpu.vm.read(gpa, 4096)
         return self._mapped.setdefault(page, gpa) != gpa
-
-    def _look_at_flag(self) -> None:
-        if self.halt.value:
-            LIB.uc_emu_stop(self.handle.h)
 
     def install(self) -> Exit | None:
         """Do what the last block asked for, and have it translated again; an exit when it cannot be run at all."""
@@ -207,12 +175,6 @@ class Guards:
         for gva in self._stale:
             self._unhook(gva)
         self._stale = []
-        while self._new_loops:
-            head = self._new_loops.pop()
-            self._loops.add(head)
-            flag: Any = stub("flag") or CodeHook(lambda _h, _a, _s, _d: self._look_at_flag())
-            self.handle.hook(uc.UC_HOOK_BLOCK, flag, head, head, ctypes.addressof(self.halt))
-            self.handle.forget_code(head, 1)
         for gva, trap in self._found.items():
             if gva not in self._hooks:
                 self._hook(gva, trap)
@@ -263,11 +225,7 @@ class Guards:
         self._words.all[LOCKED], self._words.all[LOCKED_GVA] = self.vcpu.counter.value, 0
 
     def _at_iret(self, gva: int) -> None:
-        target = self.vcpu.vmem_read(self.vcpu.read_reg("rsp"), 8) or b""
-        self.vcpu.resumed = (
-            self.vcpu.insns + self.vcpu.before(gva) + 1 - self.extra(),
-            int.from_bytes(target, "little"),
-        )
+        self.vcpu.resumed = self.vcpu.insns + self.vcpu.before(gva) + 1 - self.extra()
 
     def _count_extra(self, gva: int) -> None:
         """At a REP string instruction or a stack-segment load: Unicorn counts one more than the architecture steps."""
@@ -281,11 +239,6 @@ class Guards:
         """The instruction there keeps the single-step trap away until the one behind it has run."""
         trap = self.traps.get(gva)
         return trap is not None and trap.kind == "shadow"
-
-    def drop_count_hooks(self) -> None:
-        """From here on nothing is counted, so the hooks that correct the count on REP can go."""
-        for gva in [gva for gva, trap in self.traps.items() if trap.kind == "rep"]:
-            self._unhook(gva)
 
 
 def _work(trap: Trap | None) -> str:

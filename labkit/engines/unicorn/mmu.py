@@ -22,6 +22,7 @@ from unicorn import unicorn_const as uc
 from labkit.engines.unicorn.isa.x86_regs import PLAIN
 from labkit.engines.unicorn.native.lib import LIB, Handle, MemHook, Page
 from labkit.engines.unicorn.native.mmu_code import MACHINE_CODE
+from labkit.engines.unicorn.native.stubs import executable, host
 from labkit.errors import InvalidState, NotAvailable
 
 if TYPE_CHECKING:
@@ -88,26 +89,20 @@ class _Entry(ctypes.Structure):
 
 
 @cache
-def _fill() -> tuple[int, Any, mmap.mmap]:
-    """mmu.c's `fill`: its address, the same as a Python callable, and the executable memory that it lies in."""
-    code = MACHINE_CODE.get(
-        {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-    )
+def _fill() -> tuple[int, Any]:
+    """mmu.c's `fill`: its address, and the same as a Python callable."""
+    code = MACHINE_CODE.get(("fill", host()))
     if code is None:
         raise NotAvailable(
             f"encrypted guests need x86-64 or arm64 as host, not {platform.machine()}"
         )
+
     try:
-        page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        address = executable(bytes.fromhex(code))
     except OSError as err:
         raise NotAvailable(f"encrypted guests need memory that can be executed: {err}") from err
-    raw = bytes.fromhex(code)
-    page[: len(raw)] = raw
-    address = ctypes.addressof(c_int.from_buffer(page))
-    call = ctypes.CFUNCTYPE(c_int, c_void_p, c_uint64, c_int, ctypes.POINTER(_Entry), c_void_p)(
-        address
-    )
-    return address, call, page
+    form = ctypes.CFUNCTYPE(c_int, c_void_p, c_uint64, c_int, ctypes.POINTER(_Entry), c_void_p)
+    return address, form(address)
 
 
 @dataclass
@@ -130,7 +125,7 @@ class Mmu:
         if mode.c_bit is None:
             raise InvalidState(f"{mode.name} has no encryption bit")
         self.cipher, self.views, self._probe = cipher, list[_View](), Page()
-        self.address, self._call, _ = _fill()
+        self.address, self._call = _fill()
         self.facts = _Facts(
             ctypes.cast(LIB.uc_reg_read, c_void_p), (c_uint64 * 5)(*(PLAIN[name] for name in _REGS))
         )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import struct
-import threading
-import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING
@@ -23,7 +21,6 @@ from labkit.engines.base import (
     Trace,
 )
 from labkit.engines.disasm import disassemble
-from labkit.engines.unicorn.blocks import is_over
 from labkit.engines.unicorn.guards import Guards
 from labkit.engines.unicorn.misses import fetch_fault, mmu_miss
 from labkit.engines.unicorn.mmio import FETCHES, HOLES, Mmio
@@ -31,11 +28,12 @@ from labkit.engines.unicorn.monitor import clear
 from labkit.engines.unicorn.native.calibrate import calibrate
 from labkit.engines.unicorn.native.lib import LIB, QUICK, Handle, IntrHook
 from labkit.engines.unicorn.native.stubs import stub
-from labkit.engines.unicorn.native.tally import MAX_BLOCK, Tally
+from labkit.engines.unicorn.native.tally import MAX_LIMIT, Tally
 from labkit.engines.unicorn.native.words import (
     BLOCK,
     COUNT,
     EXTRA,
+    LIMIT,
     LOCKED,
     LOCKED_BLOCK,
     LOCKED_GVA,
@@ -49,17 +47,11 @@ from labkit.errors import InvalidState
 if TYPE_CHECKING:
     from labkit.engines.unicorn.vm import UnicornVm
 
-__all__ = ["COUNT_FOR", "UnicornVcpu", "budget_exit"]
+__all__ = ["UnicornVcpu", "budget_exit"]
 
-SLICE = {
-    "each": 1 << 20,
-    "tally": 1 << 24,
-}  # instructions after which a counted run looks up, some 15 ms: Ctrl-C, budget
-COUNT_FOR = 1 << 22  # an unbounded run is counted exactly that far, then runs uncounted
-PATIENCE = 0.01  # seconds of CPU time that a run which was asked to end may go on before it is forced: it is where nothing looks
-CLOCK_OF = getattr(
-    time, "pthread_getcpuclockid", lambda thread: time.CLOCK_PROCESS_CPUTIME_ID
-)  # macOS has no clock of one thread
+# Instructions after which a run looks up for the first time. The slowest code does some 5 M/s, so that Ctrl-C is answered
+# within 60 ms; who goes on from there has time for a thread that hears it at once.
+FIRST_LOOK = 1 << 18
 BY_EACH = 4096  # budgets up to this are counted by Unicorn, an instruction at a time: changing over costs a translation
 RF = 1 << 16
 _HEADER = struct.Struct("<4sI")
@@ -92,10 +84,9 @@ class UnicornVcpu:
         self.exception: int | None = None
         self._gpa = ctypes.c_uint64()
         self._gpa_at = ctypes.byref(self._gpa)
-        self._clock, self._asked, self._forced, self.shortened = 0, 0.0, False, (-1, -1)
-        self.resumed: tuple[int, int] | None = (
-            None  # (insns, pc) behind what may have set the flag RF
-        )
+        self.shortened = (-1, -1)
+        # The count behind what may have set the flag RF; None when nothing did
+        self.resumed: int | None = None
         self.quirks = vm.quirks(self)
         self.guards, self.mmio = Guards(self), Mmio(self)
         self.handle.hook(uc.UC_HOOK_INTR, IntrHook(lambda _h, vector, _d: self._intr(vector)))
@@ -115,7 +106,7 @@ class UnicornVcpu:
         if self.quirks.pc_name in regs:
             self.mmio.forget()
         self.quirks.write_many(regs)
-        self.resumed = self.insns, self.quirks.pc()
+        self.resumed = self.insns
 
     def read_reg(self, name: str) -> int:
         """One register."""
@@ -125,7 +116,6 @@ class UnicornVcpu:
         """The whole CPU state: Unicorn's, and what labkit keeps beside it."""
         facts = {
             "insns": self.insns,
-            "exact": self.exact,
             "mmio": self.mmio.state(),
             "extra": self.quirks.extra_state(),
         }
@@ -140,10 +130,10 @@ class UnicornVcpu:
         facts = json.loads(state[_HEADER.size : _HEADER.size + size])
         self.handle.set_context(state[_HEADER.size + size :])
         self.quirks.leave()
-        self.insns, self.exact = facts["insns"], facts["exact"]
+        self.insns = facts["insns"]
         self.mmio.set_state(facts["mmio"])
         self.quirks.set_extra_state(facts["extra"])
-        self.resumed = self.insns, self.quirks.pc()
+        self.resumed = self.insns
         self.stale_tlb = self.stale_code = True
         self.vm.runner = None
         self.vm.monitors.restored(self)
@@ -238,13 +228,8 @@ class UnicornVcpu:
             shield.running = False
 
     def stop(self) -> None:
-        """Make an uncounted run return, from another thread; the caller repeats it until the run is over (see blocks.py)."""
-        self.guards.halt.value = 1
-        now = time.clock_gettime(self._clock)
-        self._asked = self._asked or now
-        if now - self._asked > PATIENCE:
-            self._forced = True
-            LIB.uc_emu_stop(self.handle.h)
+        """End a counted run at the next block, from any thread; the caller repeats it until the run is over."""
+        self.words.all[LIMIT] = 0
 
     def _run(self, insns: int | None) -> Exit:
         if self.stale_tlb or self.stale_code or self.vm.runner is not self:
@@ -261,32 +246,40 @@ class UnicornVcpu:
             and (exit := mmio.resume()) is not None
         ):
             return exit
+        look_after = FIRST_LOOK
         while True:
-            left = None if insns is None else insns - (self.insns - start)
-            if left is not None and left <= 0:
+            left = MAX_LIMIT if insns is None else insns - (self.insns - start)
+            if left <= 0:
                 return budget_exit(insns or 0)
-            if (exit := self._slice(left, self.insns - start)) is not None:
+            exit = self._slice(left, look_after)
+            if exit is not None:
                 return exit
             if self.vm.shield.interrupted:
                 return InterruptExit()
+            if self.mode == "tally" and self.words.all[STOPPED]:
+                look_after = MAX_LIMIT
 
-    def _slice(self, left: int | None, done: int) -> Exit | None:
-        """One native run; None when the run goes on behind it. The mode says who counts: "each", "tally" or nobody ("free")."""
-        if left is None and (not self.exact or done >= self.vm.count_for - MAX_BLOCK):
-            return self.native("free", 0)
-        mode = "each" if left is not None and left <= BY_EACH else self._by_block
-        limit, most = self.vm.count_for - done if left is None else left, SLICE[mode]
-        return self.native(mode, limit if limit < most else most)
+    def _slice(self, left: int, look_after: int) -> Exit | None:
+        """One native run towards the budget, or until it is time to look up; None when the run goes on behind it."""
+        if left <= BY_EACH or self._by_block == "each":
+            return self.native("each", min(left, FIRST_LOOK))
+        exit = self.native("tally", min(left, look_after), long=look_after == MAX_LIMIT)
+        if exit is not None or self.mode != "tally" or not self.words.all[STOPPED]:
+            return exit
+        if self.tally.knows(self.quirks.pc()):
+            return None
+        return self.native("each", 1)
 
-    def native(self, mode: str, limit: int) -> Exit | None:
+    def native(self, mode: str, limit: int, long: bool = False) -> Exit | None:
         """One native run of at most limit instructions, counted as mode says."""
         if mode != self.mode:
             self._change_over(mode)
         guards, words, self.exception = self.guards, self.words.all, None
         guards.stopped = ""
         self.words.begin(limit)
-        if mode == "free":
-            status = self._run_uncounted()
+        if long:
+            with self.vm.shield.native():
+                status = self.handle.run(self.quirks.leave())
         else:
             status = self.handle.run(self.quirks.leave(), limit if mode == "each" else 0)
         if words[LOCKED]:
@@ -301,27 +294,18 @@ class UnicornVcpu:
         pc = self.quirks.arrive()
         trap = guards.traps.get(pc)
         if trap is None or not trap.stops or words[STOPPED]:
-            return self._between_blocks(pc, limit)
+            return self._budget(self.count())
         self.insns += self.before(pc) - words[EXTRA]
         if pc in guards.breakpoints and pc != guards.skip:
             return DebugExit(pc)
         guards.skip = -1
         return self.quirks.trap(trap)
 
-    def _between_blocks(self, pc: int, limit: int) -> Exit | None:
-        """The run ended where a block begins: at the limit, at a block without entry, or because somebody asked."""
-        ran = self.count()
-        exit = self._budget(ran)
-        if exit is not None or not self.words.all[STOPPED]:
-            return exit
-        if not self.tally.knows(pc):
-            return self.native("each", 1)
-        count = self.tally.blocks[pc][0]
-        return self.native("each", limit - ran) if ran < limit < ran + count else None
-
     def count(self) -> int:
         """Instructions that the last native run began."""
-        return {"each": self.counter.value, "tally": self.words.all[TOTAL], "free": 0}[self.mode]
+        if self.mode == "tally":
+            return self.words.all[TOTAL]
+        return self.counter.value
 
     def before(self, pc: int) -> int:
         """Instructions that it finished, when it ended before or in the one at pc."""
@@ -350,40 +334,20 @@ class UnicornVcpu:
             self.words.at(TOTAL) if mode == "tally" else ctypes.addressof(self.counter)
         )
         self.mode = mode
-        if mode == "free":
-            self.exact = False
-            self.guards.drop_count_hooks()
         self.handle.flush_code()
-        if mode != "each":
+        if mode == "tally":
             self._drop_counting()
 
     def _drop_counting(self) -> None:
         """Unicorn removes its counting hook when a run begins, and takes faults where counted code is no longer mapped."""
         trace = self.quirks.fault_trace
-        fault, before, self.guards.halt.value = trace[0]() if trace else 0, self.handle.context(), 1
-        self.handle.run(self.quirks.pc())  # up to the first block, which `halt` does not let run
+        fault, before = trace[0]() if trace else 0, self.handle.context()
+        self.words.begin(0)  # the first block does not run
+        self.handle.run(self.quirks.pc())
         self.handle.flush_code()
         self.handle.set_context(before)
         if trace:
             trace[1](fault)
-        self.guards.halt.value = 0
-
-    def _run_uncounted(self) -> int:
-        self.guards.halt.value, self._asked, self._forced = 0, 0.0, False
-        self._clock = CLOCK_OF(threading.get_ident())
-        with self.vm.shield.native():
-            status = self.handle.run(self.quirks.leave())
-        self.guards.halt.value = 0
-        if self._forced and not self.guards.stopped and not status and self.exception is None:
-            self._settle()
-        return status
-
-    def _settle(self) -> None:
-        """The run was forced to end: go past an instruction that must not begin anew."""
-        pc = self.quirks.pc()
-        insn = next(disassemble(self.vm.arch, self.guards.read(pc, self.quirks.longest), pc), None)
-        if insn is not None and is_over(self.vm.arch, insn):
-            self.quirks.set_pc(pc + insn.size)
 
     def _budget(self, ran: int) -> Exit | None:
         """Between two instructions; one that takes one count more than steps is brought to its end."""

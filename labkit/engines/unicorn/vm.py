@@ -13,7 +13,7 @@ from labkit.engines.unicorn.isa.riscv import Riscv64
 from labkit.engines.unicorn.isa.s390 import S390x
 from labkit.engines.unicorn.isa.x86 import X86
 from labkit.engines.unicorn.monitor import Monitors
-from labkit.engines.unicorn.vcpu import COUNT_FOR, UnicornVcpu
+from labkit.engines.unicorn.vcpu import UnicornVcpu
 from labkit.errors import InvalidState, NotAvailable
 
 if TYPE_CHECKING:
@@ -70,7 +70,6 @@ class UnicornVm:
         self.vcpus: list[UnicornVcpu] = []
         self.closed = False
         self.runner: UnicornVcpu | None = None
-        self.count_for = COUNT_FOR
         self.mmu: Mmu | None = None
         self.level = 0  # of protection: 1 memory, 2 registers, 3 ownership of pages
         self.monitors = Monitors()

@@ -83,7 +83,6 @@ class PlainQuirks:
     def __init__(self, vcpu: UnicornVcpu) -> None:
         self.vcpu, self.handle = vcpu, vcpu.handle
         self.awaits: list[int] | None = None  # [number of the register that `complete` sets]
-        self.time_passed = 0
         self._pc = -1  # as last read; -1 when it may have changed since
         self._pc_id = self.plain[self.pc_name]
         self._batch = RegBatch(vcpu.handle, (self._pc_id, *(self.plain[name] for name in self.hot)))
@@ -191,10 +190,8 @@ class PlainQuirks:
         self.retire(trap)
 
     def clock(self) -> int:
-        """The VM's clock: one tick an instruction; time goes on for a guest that waits for it, counted or not."""
-        if not self.vcpu.exact:
-            self.time_passed += 1000
-        return self.vcpu.vm.retired() + self.time_passed & MASK64
+        """The VM's clock: one tick an instruction."""
+        return self.vcpu.vm.retired() & MASK64
 
     # --- exceptions
 
@@ -276,8 +273,8 @@ class PlainQuirks:
 
     def extra_state(self) -> dict[str, object]:
         """What save() must keep beside Unicorn's own state."""
-        return {"awaits": self.awaits, "time_passed": self.time_passed}
+        return {"awaits": self.awaits}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Put `extra_state` back."""
-        self.awaits, self.time_passed = state["awaits"], state["time_passed"]
+        self.awaits = state["awaits"]

@@ -52,7 +52,6 @@ class X86(X86Events):
         self.extra = {"xcr0": 1, "tsc_offset": 0, "tsc_adjust": 0}
         self.regs = X86Registers(vcpu.handle, self.extra, self._host_msr, vcpu.vmem_read)
         self.msrs: dict[int, int] = {}  # written so far; reset values are the VM's
-        self.tsc_reads = 0
         self._retired = False
         self.awaits: list[int] | None = (
             None  # what `complete` sets: [bytes of rax], or [bytes, gva]
@@ -130,7 +129,6 @@ class X86(X86Events):
         return {
             "extra": dict(self.extra),
             "msrs": {str(k): v for k, v in self.msrs.items()},
-            "tsc_reads": self.tsc_reads,
             "random": list(self.random.getstate()[1]),
             "pending": list(self.pending),
             "awaits": self.awaits,
@@ -141,7 +139,6 @@ class X86(X86Events):
         facts: dict[str, list[int]] = state  # type: ignore[assignment]
         self.extra.update(state["extra"])  # type: ignore[call-overload]
         self.msrs = {int(k): v for k, v in state["msrs"].items()}  # type: ignore[attr-defined]
-        self.tsc_reads = state["tsc_reads"]  # type: ignore[assignment]
         self.random.setstate((3, tuple(facts["random"]), None))
         self.pending, self.awaits = list(facts["pending"]), facts["awaits"]
 
@@ -266,18 +263,13 @@ class X86(X86Events):
         a, b, c, d = self.cpu.seen_by(self.vcpu.index, self.regs.read("cr4"), leaf, sub)
         self.retire(trap, rax=a, rbx=b, rcx=c, rdx=d)
 
-    def _pass_time(self) -> None:
-        if not self.vcpu.exact:
-            self.tsc_reads += 1000  # time must go on for a guest that waits for it, counted or not
-
     def _tsc(self) -> int:
-        return (self.vcpu.vm.retired() + self.tsc_reads + self.extra["tsc_offset"]) & MASK64
+        return (self.vcpu.vm.retired() + self.extra["tsc_offset"]) & MASK64
 
     def _do_rdtsc(self, trap: Trap) -> Exit | None:
         """RDTSC and RDTSCP under the virtual clock: one cycle an instruction of the whole VM."""
         if self.regs.read("cr4") & _TSD and not self.privileged():
             return self.deliver(GP, 0)
-        self._pass_time()
         tsc = self._tsc()
         aux = {"rcx": self.msrs.get(0xC000_0103, 0)} if trap.mnemonic == "rdtscp" else {}
         return self.retire(trap, rax=tsc & 0xFFFFFFFF, rdx=tsc >> 32, **aux)
@@ -334,7 +326,6 @@ class X86(X86Events):
         return value
 
     def _do_rdmsr(self, trap: Trap) -> Exit | None:
-        self._pass_time()
         value = self._read_msr(self.regs.read("rcx") & 0xFFFFFFFF) if self.privileged() else None
         if value is None:
             return self.deliver(GP, 0)

@@ -117,8 +117,7 @@ class X86Events:
 
     def drop_resume_flag(self) -> None:
         """Only the instruction behind an IRET is resumed (SDM vol. 3B 17.3.1.1); in Unicorn RF lasts to the next jump (QEMU's gen_eob)."""
-        insns, pc = self.vcpu.resumed or (-1, -1)
-        if (self.regs.read("rip") == pc) if self.vcpu.mode == "free" else self.vcpu.insns == insns:
+        if self.vcpu.insns == self.vcpu.resumed:
             return
         self.vcpu.resumed, flags = None, self.regs.read("rflags")
         if flags & _RF:

@@ -21,6 +21,7 @@ from labkit.errors import InvalidState, LabError, NotAvailable
 
 __all__ = [
     "LIB",
+    "READ_REG",
     "STOP",
     "CodeHook",
     "EdgeHook",
@@ -110,7 +111,9 @@ LIB = _load(ctypes.CDLL)
 QUICK = _load(
     ctypes.PyDLL
 )  # for calls that take less than to give the interpreter lock away and take it back
-STOP = ctypes.cast(LIB.uc_emu_stop, c_void_p).value
+# For hooks in machine code: where the library has these functions
+STOP: int = ctypes.cast(LIB.uc_emu_stop, c_void_p).value or 0
+READ_REG: int = ctypes.cast(LIB.uc_reg_read, c_void_p).value or 0
 
 
 def check(status: int, what: str) -> None:
