@@ -27,7 +27,7 @@ def _reserved(vcpu: UnicornVcpu) -> int | None:
     """The gpa of the granule that a vCPU's monitor watches, None when it is not set."""
     at = vcpu.quirks.monitor_offset()
     gva = int.from_bytes(vcpu.handle.context()[at : at + 8], "little") if at else CLEAR
-    gpa = None if gva == CLEAR else vcpu.translate(gva)
+    gpa = None if gva == CLEAR else vcpu.memory.translate(gva)
     return None if gpa is None else gpa & -GRANULE
 
 

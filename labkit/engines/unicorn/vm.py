@@ -105,17 +105,12 @@ class UnicornVm:
 
     def memory_written(self, gpa: int, size: int) -> None:
         """The host wrote guest memory: translations may be stale, and code if it lay there."""
-        first, last = gpa & -4096, gpa + size - 1
         if self.mmu is not None:
             self.mmu.host_wrote(gpa, size)
         if self.vcpus and self.vcpus[0].quirks.monitor_offset():
             self.monitors.host_wrote(self.runner, gpa, size)
         for vcpu in self.vcpus:
-            vcpu.stale_tlb = True
-            if not vcpu.stale_code and any(
-                first <= page <= last for page in vcpu.guards.code_pages
-            ):
-                vcpu.stale_code = True
+            vcpu.memory_written(gpa, size)
 
     def memory_needed(self, gpa: int, size: int, is_write: bool) -> None:
         """The host is about to look at guest memory, or to write a part of it."""
@@ -163,7 +158,7 @@ class UnicornVm:
     def forget_translations(self, code: bool = False) -> None:
         """No vCPU may go on with what it knows of page tables, nor (code) of instructions."""
         for vcpu in self.vcpus:
-            vcpu.stale_tlb, vcpu.stale_code = True, vcpu.stale_code or code
+            vcpu.forget_translations(code)
 
     def read(self, gpa: int, size: int) -> bytes:
         """Guest memory by gpa as it is executed, as far as memslots go."""

@@ -19,7 +19,7 @@ from labkit.engines.unicorn.native.lib import IntrHook, RegBatch
 from labkit.errors import NotAvailable
 
 if TYPE_CHECKING:
-    from labkit.engines.unicorn.vcpu import UnicornVcpu
+    from labkit.engines.unicorn.isa.core import Core
 
 __all__ = ["Riscv64"]
 
@@ -101,9 +101,9 @@ class Riscv64(PlainQuirks):
     plain, special = _PLAIN, tuple(_CSRS)
     first, hot = ("priv", "satp"), ("priv", *(f"a{i}" for i in range(8)))
 
-    def __init__(self, vcpu: UnicornVcpu) -> None:
-        super().__init__(vcpu)
-        self._answer = RegBatch(vcpu.handle, (_PC, _PLAIN["a0"]))
+    def __init__(self, core: Core) -> None:
+        super().__init__(core)
+        self._answer = RegBatch(core.handle, (_PC, _PLAIN["a0"]))
         self.handle.write(_PRIV, 1)
         self.handle.hook(uc.UC_HOOK_INTR, IntrHook(lambda _h, _v, _d: self._back()))
 
@@ -119,7 +119,7 @@ class Riscv64(PlainQuirks):
     def _write_special(self, name: str, value: int) -> None:
         self._as_machine(lambda: self.handle.write(self._csr(name), value))
         if name == "satp":
-            self.vcpu.stale_tlb = True
+            self.core.forget_translations()
 
     def _csr(self, name: str) -> int:
         if name not in _CSRS:
@@ -155,19 +155,19 @@ class Riscv64(PlainQuirks):
             vector in FETCH_FAULTS and gva < pc
         ):  # at the start of a page, Unicorn wants the page before too
             return self._illegal(pc)
-        word = int.from_bytes(self.vcpu.guards.read(pc, 4), "little")
+        word = int.from_bytes(self.core.memory.fetch(pc, 4), "little")
         if word & 0x7F == _AMO and word & _LR[0] != _LR[1]:
             vector = AS_STORE.get(vector, vector)
         return self._deliver(pc, vector, gva)
 
     def _illegal(self, pc: int) -> Exit | None:
-        data = self.vcpu.guards.read(pc, 4)
+        data = self.core.memory.fetch(pc, 4)
         data = data if data[:1] and data[0] & 3 == 3 else data[:2]
         insn = next(disassemble("riscv64", data, pc), None)
         if insn is not None and not insn.mnemonic.startswith(
             ("csr", "unimp", "c.unimp", "sret", "mret", "sfence", "wfi", "rd", "h")
         ):
-            return self.vcpu.refuse("Unicorn does not have this instruction")
+            return self.core.refuse("Unicorn does not have this instruction")
         return self._deliver(pc, ILLEGAL, int.from_bytes(data, "little"))
 
     def invalid(self) -> Exit | None:
@@ -203,7 +203,7 @@ class Riscv64(PlainQuirks):
         _, level, *args, function, extension = self.was
         if not level:
             return self._deliver(trap.gva, ECALL_U, 0)
-        self.vcpu.insns += 1
+        self.core.retire()
         self._pc = trap.gva + len(trap.data) & MASK64
         self._answer.write(self._pc, NOT_SUPPORTED & MASK64)
         self.awaits = [_PLAIN["a0"]]

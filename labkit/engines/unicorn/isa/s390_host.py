@@ -190,20 +190,20 @@ class HostInsns(PlainQuirks):
         )
 
     def _number(self, gva: int, size: int) -> int | None:
-        data = self.vcpu.vmem_read(gva, size)
+        data = self.core.memory.read(gva, size)
         return None if data is None else int.from_bytes(data, "big", signed=True)
 
     def _do_unicorns(self, trap: Trap) -> Exit | None:
         """Let Unicorn carry it out."""
-        vcpu, self._executing = self.vcpu, trap.gva
-        vcpu.guards.remove(trap.gva)
-        exit = vcpu.run_one()
+        core, self._executing = self.core, trap.gva
+        core.unguard(trap.gva)
+        exit = core.run_one()
         if exit is None and self.pc() == trap.gva:
-            after = vcpu.insns
-            exit = vcpu.run_one()
-            vcpu.insns = after
+            after = core.insns
+            exit = core.run_one()
+            core.recount(after)
         self._executing = -1
-        vcpu.guards.add(trap)
+        core.guard(trap)
         return exit
 
     def _do_insert(self, trap: Trap) -> None:
@@ -262,7 +262,7 @@ class HostInsns(PlainQuirks):
     def _do_insert_bytes(self, trap: Trap) -> Exit | None:
         """INSERT CHARACTERS UNDER MASK, where Unicorn looks for the sign in the wrong place."""
         target, places = trap.data[1] >> 4, [i for i in range(4) if trap.data[1] >> 3 - i & 1]
-        data = self.vcpu.vmem_read(self._address(trap.data), len(places))
+        data = self.core.memory.read(self._address(trap.data), len(places))
         if data is None:
             return self._do_unicorns(trap)
         value = self.was[2 + target]

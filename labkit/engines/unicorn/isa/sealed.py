@@ -120,19 +120,19 @@ HANDLERS: dict[str, Callable[[X86, Trap], Exit | None]] = {
 
 def pvalidate(cpu: X86) -> Exit | None:
     """PVALIDATE (APM vol. 3): RAX gva, ECX[0] 2 MiB, EDX[0] validate; EAX says how it went, CF that nothing changed."""
-    vm, regs, pc = cpu.vcpu.vm, cpu.regs, cpu.pc()
+    vm, regs, pc = cpu.core.vm, cpu.regs, cpu.pc()
     if vm.level < 3 or vm.mmu is None:
         return cpu.deliver(UD)
     if not cpu.privileged():
         return cpu.deliver(GP, 0)
     gva, size = regs.read("rax"), 1 << (21 if regs.read("rcx") & 1 else 12)
-    gpa = cpu.vcpu.translate(gva)
+    gpa = cpu.core.memory.translate(gva)
     if gpa is None:
         return cpu.page_fault(gva, write=False)
     found = vm.mmu.cipher.pvalidate(
         gpa & -4096 if size == 4096 else gpa, size, bool(regs.read("rdx") & 1)
     )
-    cpu.vcpu.sync()  # its translations may be of pages that it gave up
+    cpu.core.sync()  # its translations may be of pages that it gave up
     if not isinstance(found, tuple):
         return cpu.not_yours(found, gva, gpa, True)
     cpu.retire(

@@ -40,7 +40,7 @@ def _cr0(cpu: X86, value: int) -> bool:
 
 def _cr3(cpu: X86, value: int) -> bool:
     """Above MAXPHYADDR only the C-bit, where there is one."""
-    mmu = cpu.vcpu.vm.mmu
+    mmu = cpu.core.vm.mmu
     return bool(
         (value & ~(mmu.facts.c_bit if mmu is not None else 0))
         >> (cpu.cpu.leaf(0x8000_0008, 0)[0] & 0xFF)

@@ -14,8 +14,8 @@ from labkit.engines.unicorn.mmu import NOT_YOURS
 from labkit.engines.unicorn.native.calibrate import CC_OP_EFLAGS, calibrate
 
 if TYPE_CHECKING:
+    from labkit.engines.unicorn.isa.core import Core
     from labkit.engines.unicorn.isa.x86_regs import X86Registers
-    from labkit.engines.unicorn.vcpu import UnicornVcpu
 
 __all__ = ["DB", "DF", "GP", "PF", "UD", "VC", "X86Events", "canonical"]
 
@@ -47,8 +47,8 @@ class X86Events:
 
     regs: X86Registers
 
-    def __init__(self, vcpu: UnicornVcpu) -> None:
-        self.vcpu, self.handle = vcpu, vcpu.handle
+    def __init__(self, core: Core) -> None:
+        self.core, self.handle = core, core.handle
         self.pending: list[int] = []  # vectors of the delivery that led to the last shutdown
 
     def exception(self, vector: int) -> Exit | None:
@@ -62,7 +62,7 @@ class X86Events:
         """What Unicorn says otherwise than hardware: RMW faults as a write at once, and a stack that is not canonical is #SS."""
         if (vector, error) != (GP, 0) and not (vector == PF and not error & 0x12):
             return vector, error
-        data = self.vcpu.guards.read(self.regs.read("rip"), 15)
+        data = self.core.memory.fetch(self.regs.read("rip"), 15)
         operands = memory_operands("x86_64", data)
         if vector == PF:
             return PF, error | 2 * any(op.reads and op.writes for op in operands)
@@ -117,9 +117,9 @@ class X86Events:
 
     def drop_resume_flag(self) -> None:
         """Only the instruction behind an IRET is resumed (SDM vol. 3B 17.3.1.1); in Unicorn RF lasts to the next jump (QEMU's gen_eob)."""
-        if self.vcpu.insns == self.vcpu.resumed:
+        if self.core.insns == self.core.resumed:
             return
-        self.vcpu.resumed, flags = None, self.regs.read("rflags")
+        self.core.resumed, flags = None, self.regs.read("rflags")
         if flags & _RF:
             self.regs.write("rflags", flags & ~_RF)
 
@@ -167,7 +167,7 @@ class X86Events:
     def invalid(self) -> Exit | None:
         """An instruction that Unicorn does not have: #UD; it says so of INT 6 too."""
         pc = self.regs.read("rip")
-        if self.vcpu.guards.read(pc, 2) != b"\xcd\x06":
+        if self.core.memory.fetch(pc, 2) != b"\xcd\x06":
             return self.deliver(UD)
         self.regs.write("rip", pc + 2)
         return self.deliver(UD, software=True)
@@ -178,12 +178,12 @@ class X86Events:
         return self.deliver(PF, self._page_error(gva, write, self.regs.read("cs") & 3))
 
     def _page_error(self, gva: int, write: bool, ring: int) -> int:
-        return (self.vcpu.translate(gva) is not None) | write << 1 | (ring == 3) << 2
+        return (self.core.memory.translate(gva) is not None) | write << 1 | (ring == 3) << 2
 
     def deliver(self, vector: int, error: int | None = None, software: bool = False) -> Exit | None:
         """Enter the guest's handler, by way of #DF if need be; a fault then is a triple fault (SDM vol. 3A table 6-5)."""
         self.drop_resume_flag()
-        self.vcpu.insns += 1
+        self.core.retire()
         old = {name: self.regs.read(name) for name in _SAVED}
         chain, first_error = [vector], error
         while True:
@@ -191,7 +191,7 @@ class X86Events:
                 self._enter(vector, error, software, old)
             except _Fault as fault:
                 if fault.exit is not None:
-                    self.vcpu.insns -= 1
+                    self.core.unretire()
                     self.regs.set_ring(old["cs"] & 3)
                     return fault.exit
                 if vector == DF:
@@ -201,14 +201,14 @@ class X86Events:
                 if software:  # a fault lies at the INT itself
                     old["rip"] -= (
                         1
-                        if vector == BP and self.vcpu.guards.read(old["rip"] - 2, 2) != b"\xcd\x03"
+                        if vector == BP and self.core.memory.fetch(old["rip"] - 2, 2) != b"\xcd\x03"
                         else 2
                     )
                 vector, error = self._combine(vector, fault)
                 software = False
                 chain.append(vector)
             else:
-                self.vcpu.trace(
+                self.core.trace(
                     "exception",
                     {
                         "vector": chain[0],
@@ -272,11 +272,12 @@ class X86Events:
         bottom = rsp - 8 * len(words) & MASK64
         if not canonical(bottom) or not canonical(rsp - 8 & MASK64):
             raise _Fault(SS, external, f"the stack lies at {bottom:#x}, which is not canonical")
-        if not self.vcpu.vmem_write(bottom, struct.pack(f"<{len(words)}Q", *reversed(words))):
+        if not self.core.memory.write(bottom, struct.pack(f"<{len(words)}Q", *reversed(words))):
             self._check_owner(bottom)
             slots = (rsp - 8 * i - 8 & MASK64 for i in range(len(words)))
             gva = next(
-                (gva for gva in slots if self.vcpu.translate(gva, uc.UC_PROT_WRITE) is None), bottom
+                (gva for gva in slots if self.core.memory.translate(gva, uc.UC_PROT_WRITE) is None),
+                bottom,
             )
             self.regs.write("cr2", gva)
             raise _Fault(
@@ -286,7 +287,7 @@ class X86Events:
 
     def _check_owner(self, gva: int) -> None:
         """Raise for the write that just failed, when it did for its page's owner."""
-        mmu = self.vcpu.vm.mmu
+        mmu = self.core.vm.mmu
         if mmu is None or mmu.facts.why != NOT_YOURS:
             return
         fault, facts = mmu.not_yours(), mmu.facts
@@ -309,7 +310,7 @@ class X86Events:
                 8 * vector + 2 + external,
                 f"the IDT (base {base:#x}, limit {limit:#x}) has no entry {vector}",
             )
-        raw = self.vcpu.vmem_read(base + 16 * vector & MASK64, 16)
+        raw = self.core.memory.read(base + 16 * vector & MASK64, 16)
         if raw is None:
             self.regs.write("cr2", base + 16 * vector & MASK64)
             raise _Fault(PF, 0, f"the IDT at gva {base:#x} is not mapped")
@@ -361,7 +362,7 @@ class X86Events:
                 self.regs.read("tr") & ~3 | external,
                 f"the TSS (base {base:#x}, limit {limit:#x}) gives no stack",
             )
-        raw = self.vcpu.vmem_read(base + offset & MASK64, 8)
+        raw = self.core.memory.read(base + offset & MASK64, 8)
         if raw is None:
             self.regs.write("cr2", base + offset & MASK64)
             raise _Fault(PF, 0, f"the TSS at gva {base:#x} is not mapped")
