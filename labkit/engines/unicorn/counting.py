@@ -1,7 +1,8 @@
 """Who counts the instructions of one native run, and what the count says of where it ended.
 
-Two ways, of which one is on: "each" is Unicorn's own counter, a hook at every instruction; "tally" adds whole blocks (native/tally.py).
-Blocks carry the hooks that were there when they were translated, so a change from one to the other drops them all.
+Two ways, of which one is on: "each" is Unicorn's own counter, a hook at every instruction; "tally"
+adds whole blocks (native/tally.py). Blocks carry the hooks that were there when they were
+translated, so a change from one to the other drops them all.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ class Counting:
             self._drop_counter(quirks)
 
     def _drop_counter(self, quirks: Quirks) -> None:
-        """Unicorn removes its counting hook when a run begins, and takes faults where counted code is no longer mapped."""
+        """Get rid of Unicorn's counting hook, which it removes only when a run begins.
+
+        With the hook it takes faults where counted code is no longer mapped.
+        """
         trace = quirks.fault_trace
         fault = trace[0]() if trace else 0
         before = self.handle.context()

@@ -1,4 +1,7 @@
-"""What guards a vCPU's code: hooks at sensitive instructions, found block by block, and at breakpoints."""
+"""What guards a vCPU's code.
+
+Hooks at sensitive instructions, found block by block, and at breakpoints.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,12 @@ __all__ = ["Guards"]
 
 
 class Guards:
-    """The hooks of one vCPU. A block is looked through when Unicorn translates it, before it runs for the first time.
+    """The hooks of one vCPU.
 
-    So code that the guest writes, jumps into the middle of or maps elsewhere is covered too. The translations of one page of gvas
-    are always those of one page of gpas: when another lies there, all are dropped. `at_iret(gva)` is called before an IRET.
+    A block is looked through when Unicorn translates it, before it runs for the first time. So code
+    that the guest writes, jumps into the middle of or maps elsewhere is covered too. The
+    translations of one page of gvas are always those of one page of gpas: when another lies there,
+    all are dropped. `at_iret(gva)` is called before an IRET.
     """
 
     def __init__(
@@ -64,7 +69,10 @@ class Guards:
         self.handle.hook(uc.UC_HOOK_EDGE_GENERATED, edge)
 
     def _know_a_block(self) -> None:
-        """Run two blocks of our own: Unicorn reports a new block only when it knows the one before."""
+        """Run two blocks of our own.
+
+        Unicorn reports a new block only when it knows the one before.
+        """
         page = Page(self.quirks.two_blocks)
         before = self.handle.context()
         self.handle.map(0, page.hva, 4096, uc.UC_PROT_ALL)
@@ -105,7 +113,10 @@ class Guards:
             LIB.uc_emu_stop(self.handle.h)
 
     def _is_restart(self, gva: int) -> bool:
-        """An instruction that writes into its own block is begun anew, in a block of its own: it was counted, and did not run."""
+        """An instruction that writes into its own block is begun anew, in a block of its own.
+
+        It was counted, and did not run.
+        """
         if self.quirks.wants_short_block():
             return False
         tally = self.counting.tally
@@ -117,7 +128,10 @@ class Guards:
         return False
 
     def _look(self, gva: int, size: int, count: int) -> bool:
-        """Look through a block of so many bytes and instructions; True when something must be done before it runs."""
+        """Look through a block of so many bytes and instructions.
+
+        True when something must be done before it runs.
+        """
         self._strange = self.quirks.strange_mode()
         data = self.memory.fetch(gva, size)
         for page in range(gva & -4096, gva + size, 4096):
@@ -135,7 +149,10 @@ class Guards:
         return False
 
     def _note(self, page: int) -> bool:
-        """Remember what a page of gvas is mapped to, and its contents; True when it was mapped to something else."""
+        """Remember what a page of gvas is mapped to, and its contents.
+
+        True when it was mapped to something else.
+        """
         gpa = self.memory.translate(page, uc.UC_PROT_EXEC)
         if gpa is None:
             return False
@@ -143,7 +160,10 @@ class Guards:
         return self._mapped.setdefault(page, gpa) != gpa
 
     def install(self) -> str:
-        """Do what the last block asked for, and have it translated again; why it cannot be run at all, or ""."""
+        """Do what the last block asked for, and have it translated again.
+
+        Returns why it cannot be run at all, or "".
+        """
         if self._strange:
             self.handle.flush_code()
             return self._strange
@@ -196,7 +216,10 @@ class Guards:
         self.handle.forget_code(gva, 1)
 
     def _callback(self, trap: Trap) -> tuple[Any, int | None]:
-        """The hook of a sensitive instruction: a ctypes callback or the address of a C function, and its data."""
+        """The hook of a sensitive instruction.
+
+        A ctypes callback or the address of a C function, and its data.
+        """
         if trap.kind == "locked":
             locked = stub("locked") or CodeHook(lambda _h, _a, _s, _d: self._at_locked())
             return locked, self._words.at(LOCKED)
@@ -221,7 +244,10 @@ class Guards:
         self._words.all[LOCKED_GVA] = 0
 
     def _count_extra(self, gva: int) -> None:
-        """At a REP string instruction or a stack-segment load: Unicorn counts one more than the architecture steps."""
+        """Correct the count at a REP string instruction or a stack-segment load.
+
+        Unicorn counts one more there than the architecture steps.
+        """
         count = self.counting.begun()
         again = self.counting.last == (gva, count - 1)
         self._words.all[AGAIN] = again
@@ -253,7 +279,10 @@ class Guards:
         self.skip = -1
 
     def _came_round(self, gva: int) -> bool:
-        """Whether the REP there has just done an iteration; its own hook may have run before this one, or not."""
+        """Whether the REP there has just done an iteration.
+
+        Its own hook may have run before this one, or not.
+        """
         count = self.counting.begun()
         if self.counting.last == (gva, count):
             return self._words.all[AGAIN] != 0

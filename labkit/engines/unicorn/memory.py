@@ -67,7 +67,10 @@ class GuestMemory:
         return data
 
     def _quietly(self, function: Callable[..., int], gva: int, *args: object) -> bool:
-        """Whether that worked; a failed look of ours must not stay behind where the guest looks for its faults."""
+        """Whether that worked.
+
+        A failed look of ours must not stay behind where the guest looks for its faults.
+        """
         trace = self.quirks.fault_trace
         if trace is None:
             return not function(self.handle.h, gva, *args)

@@ -1,4 +1,7 @@
-"""Pages that are not there: what a fetch that found none means, and what labkit's own walker had to say."""
+"""Pages that are not there.
+
+What a fetch that found none means, and what labkit's own walker had to say.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,8 @@ __all__ = ["Misses"]
 class Misses:
     """What one vCPU did not find.
 
-    Unicorn fetches a whole block before it runs the first instruction, so a fetch that fails may be of one that is far away:
-    then the next block is made one instruction long.
+    Unicorn fetches a whole block before it runs the first instruction, so a fetch that fails may be
+    of one that is far away: then the next block is made one instruction long.
     """
 
     def __init__(
@@ -91,7 +94,10 @@ class Misses:
         return self.quirks.not_yours(fault, at, gpa, private)
 
     def _is_whole(self, code: bytes) -> bool:
-        """Whether the first instruction in code is all there, so that it is a later one that cannot be fetched."""
+        """Whether the first instruction in code is all there.
+
+        Then it is a later one that cannot be fetched.
+        """
         if len(code) == self.quirks.longest:
             return True
         return next(disassemble(self.vcpu.vm.arch, code, 0), None) is not None

@@ -1,7 +1,8 @@
-"""MMIO: an access to a guest-physical address without memslot leaves for the host, and the instruction is made whole again.
+"""MMIO: an access to a guest-physical address without memslot leaves for the host.
 
-The instruction runs with pages of its own in the holes. What it reads there must be known, so each read that is not ends the
-attempt and becomes an exit; when all are known it runs to its end, and each of its writes becomes an exit behind it.
+Then the instruction is made whole again: it runs with pages of its own in the holes.
+What it reads there must be known, so each read that is not ends the attempt and becomes an exit;
+when all are known it runs to its end, and each of its writes becomes an exit behind it.
 """
 
 from __future__ import annotations
@@ -109,7 +110,10 @@ class Mmio:
             pages |= _pages(gpa, size)
 
     def _attempt(self, pages: set[int]) -> Exit | None:
-        """Run the instruction with pages of ours in the holes; `_met` says what it touched beyond them."""
+        """Run the instruction with pages of ours in the holes.
+
+        `_met` says what it touched beyond them.
+        """
         handle = self.vcpu.handle
         buffers = self._filled(pages)
         for page, buffer in buffers.items():

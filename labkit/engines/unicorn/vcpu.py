@@ -1,6 +1,7 @@
 """One vCPU on Unicorn: its state, and the run loop.
 
-The life of a run. `run` takes a budget, or none. It is made of native runs, calls of `uc_emu_start`, each of which somebody ends:
+The life of a run. `run` takes a budget, or none. It is made of native runs, calls of
+`uc_emu_start`, each of which somebody ends:
 
 - the guest, with an exception, a hole in its memory, an instruction that Unicorn does not have;
 - a hook that is C's own `uc_emu_stop`, before a sensitive instruction (a trap), which the host then carries out;
@@ -8,13 +9,15 @@ The life of a run. `run` takes a budget, or none. It is made of native runs, cal
 - the count, at the budget or when it is time to look up;
 - another thread, by `stop`.
 
-ending.py lists them all and says how they are told apart; `_native` and `_ended` do it. Behind each the instructions that retired are
-added to `insns`, which has no other owner, and then there is an Exit for the caller, or the run goes on with the next native run.
+ending.py lists them all and says how they are told apart; `_native` and `_ended` do it. Behind each
+the instructions that retired are added to `insns`, which has no other owner, and then there is an
+Exit for the caller, or the run goes on with the next native run.
 
-How far a native run may go is decided by `_slice`. Up to BY_EACH instructions Unicorn counts each of them. Beyond, whole blocks are
-counted, and the run stops before the block in which the budget ends: what is left then is less than BY_EACH. The first native run
-looks up after FIRST_LOOK instructions, so that a short run pays nothing for Ctrl-C; whoever goes on from there runs to the end of its
-budget, while a thread waits for SIGINT (interrupt.py) and calls `stop`.
+How far a native run may go is decided by `_slice`. Up to BY_EACH instructions Unicorn counts each
+of them. Beyond, whole blocks are counted, and the run stops before the block in which the budget
+ends: what is left then is less than BY_EACH. The first native run looks up after FIRST_LOOK
+instructions, so that a short run pays nothing for Ctrl-C; whoever goes on from there runs to the
+end of its budget, while a thread waits for SIGINT (interrupt.py) and calls `stop`.
 """
 
 from __future__ import annotations
@@ -55,9 +58,11 @@ if TYPE_CHECKING:
 
 __all__ = ["UnicornVcpu", "budget_exit"]
 
-# Instructions after which a run looks up for the first time. The slowest code does some 5 M/s, so that Ctrl-C is answered within 60 ms
+# Instructions after which a run looks up for the first time. The slowest code does some 5 M/s, so
+# that Ctrl-C is answered within 60 ms
 FIRST_LOOK = 1 << 18
-# Budgets up to this are counted by Unicorn, an instruction at a time: changing over costs a translation
+# Budgets up to this are counted by Unicorn, an instruction at a time: changing over costs a
+# translation
 BY_EACH = 4096
 RF = 1 << 16  # RFLAGS
 _HEADER = struct.Struct("<4sI")
@@ -70,10 +75,12 @@ def budget_exit(insns: int) -> BudgetExit:
 
 
 class UnicornVcpu:
-    """A vCPU whose sensitive instructions stop before they run and are carried out by the host, as under a VMM.
+    """A vCPU whose sensitive instructions are carried out by the host, as under a VMM.
 
-    Which instructions are sensitive is found block by block, when Unicorn translates a block for the first time: so code that
-    the guest writes or jumps into the middle of is covered too.
+    They stop before they run.
+
+    Which instructions are sensitive is found block by block, when Unicorn translates a block for
+    the first time: so code that the guest writes or jumps into the middle of is covered too.
     """
 
     exact = True  # every instruction is counted
@@ -221,9 +228,10 @@ class UnicornVcpu:
             )
 
     def stop(self) -> None:
-        """End the present native run at its next block, from any thread; the caller repeats it until the run is over.
+        """End the present native run at its next block, from any thread.
 
-        Where Unicorn counts each instruction nothing is done: such a run is over after FIRST_LOOK of them.
+        The caller repeats it until the run is over. Where Unicorn counts each instruction nothing
+        is done: such a run is over after FIRST_LOOK of them.
         """
         self._counting.stop()
 
@@ -274,7 +282,10 @@ class UnicornVcpu:
         self._words[COUNT] = NOTHING  # what was the last instruction means nothing now
 
     def _slice(self, left: int, look_after: int) -> Exit | None:
-        """One native run towards the budget, or until it is time to look up; None when the run goes on behind it."""
+        """One native run towards the budget, or until it is time to look up.
+
+        None when the run goes on behind it.
+        """
         counting = self._counting
         if left <= BY_EACH or counting.by_block == "each":
             return self._native("each", left if left < FIRST_LOOK else FIRST_LOOK)
@@ -287,7 +298,10 @@ class UnicornVcpu:
         return self._native("each", 1)
 
     def run_each(self, insns: int) -> Exit | None:
-        """One native run of at most so many instructions, counted by Unicorn; None when nothing ended it for good."""
+        """One native run of at most so many instructions, counted by Unicorn.
+
+        None when nothing ended it for good.
+        """
         return self._native("each", insns)
 
     def run_one(self) -> Exit | None:
@@ -301,7 +315,10 @@ class UnicornVcpu:
     # --- one native run
 
     def _native(self, mode: str, limit: int) -> Exit | None:
-        """One native run of at most limit instructions, counted as mode says; None when the run goes on."""
+        """One native run of at most limit instructions, counted as mode says.
+
+        None when the run goes on.
+        """
         # Stepping comes here for every instruction: words are read without asking `counting`
         counting, ending, words = self._counting, self._ending, self._words
         if mode != counting.mode:
@@ -336,7 +353,10 @@ class UnicornVcpu:
         return self.quirks.trap(trap)
 
     def _between(self, ran: int) -> Exit | None:
-        """The run ended between two instructions; one that takes one count more than steps is brought to its end."""
+        """The run ended between two instructions.
+
+        One that takes one count more than steps is brought to its end.
+        """
         words = self._words
         self.insns += ran - words[EXTRA]
         if words[COUNT] != ran:

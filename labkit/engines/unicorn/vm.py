@@ -1,4 +1,7 @@
-"""A VM of the default engine: memslots shared without a copy, vCPUs one after the other on the caller's thread."""
+"""A VM of the default engine.
+
+Its memslots are shared without a copy, its vCPUs run one after the other on the caller's thread.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,10 @@ class UnicornVm:
         self.monitors = Monitors()
 
     def protect(self, mode: PagingMode, cipher: Ownership, inverted: bool, level: int) -> None:
-        """Let the guest see memory through the key where an entry's encryption bit says so (inverted: where it does not)."""
+        """Let the guest see memory through the key where an entry's encryption bit says so.
+
+        Inverted: where it does not say so.
+        """
         from labkit.engines.unicorn.mmu import Mmu
 
         if self.arch != "x86_64":
@@ -135,18 +141,27 @@ class UnicornVm:
         self.forget_translations(code=True)
 
     def own_pages(self, gpa: int, assigned: Any, usable: Any) -> None:
-        """Who owns pages from now on: arrays of bool, it is a guest's, and this guest may use it privately."""
+        """Say who owns pages from gpa on.
+
+        Arrays of bool, one a page: it is a guest's, and this guest may use it privately.
+        """
         assert self.mmu is not None, "protect comes first"
         self.mmu.own(gpa, assigned, usable)
         self.forget_translations()
 
     def written(self) -> list[tuple[int, Any, Any]]:
-        """For each memslot its gpa, and arrays of bool, one a page: the guest wrote it last through its key; last without."""
+        """For each memslot its gpa, and arrays of bool, one a page.
+
+        They say: the guest wrote it last through its key; last without.
+        """
         assert self.mmu is not None, "protect comes first"
         return self.mmu.written()
 
     def views_state(self) -> list[tuple[bytes, bytes]]:
-        """What a snapshot keeps beside the bytes of memory: which page of DRAM is where, how the guest wrote each last."""
+        """What a snapshot keeps beside the bytes of memory.
+
+        Which page of DRAM is where, how the guest wrote each last.
+        """
         return self.mmu.state() if self.mmu is not None else []
 
     def set_views_state(self, state: list[tuple[bytes, bytes]]) -> None:
@@ -170,7 +185,10 @@ class UnicornVm:
         return b""
 
     def write(self, gpa: int, data: bytes) -> None:
-        """Write guest memory by gpa, as the CPU itself does at an interruption; what no memslot holds is lost."""
+        """Write guest memory by gpa, as the CPU itself does at an interruption.
+
+        What no memslot holds is lost.
+        """
         for start, hva, length in self.slots:
             if start <= gpa and gpa + len(data) <= start + length:
                 ctypes.memmove(hva + gpa - start, data, len(data))

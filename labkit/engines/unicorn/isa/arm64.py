@@ -1,4 +1,7 @@
-"""arm64 on Unicorn: exceptions into the guest's own vectors (Arm ARM D1.3), and what the host does at sensitive instructions."""
+"""arm64 on Unicorn: its exceptions, and its sensitive instructions.
+
+Exceptions go into the guest's own vectors (Arm ARM D1.3).
+"""
 
 from __future__ import annotations
 
@@ -131,7 +134,10 @@ def _with_mmu(handle: Handle) -> None:
 
 @cache
 def _offsets() -> tuple[int, int]:
-    """Where a saved CPU state has the last exception's syndrome and fault address, found by two faults of which both are known."""
+    """Where a saved CPU state has the last exception's syndrome and fault address.
+
+    Found by two faults of which both are known.
+    """
     wanted = (
         (0xF9000020, 0x4567_89A8, 0x9600_0045),
         (0xF9400020, 0x7654_3210, 0x9600_0005),
@@ -157,7 +163,10 @@ def _offsets() -> tuple[int, int]:
 
 @cache
 def _exclusive() -> int:
-    """Where a saved CPU state has the address that the monitor watches: LDXR x5, [x1] and LDXR x5, [x2]."""
+    """Where a saved CPU state has the address that the monitor watches.
+
+    Found by LDXR x5, [x1] and LDXR x5, [x2].
+    """
     runs = [
         (probe(Arm64, _one_page(0xC85F7C05 | base << 5), {_PLAIN[f"x{base}"]: gva}, _with_mmu), gva)
         for base, gva in ((1, 0x800), (2, 0x908))
@@ -295,7 +304,10 @@ class Arm64(PlainQuirks):
         return found
 
     def hole(self, pc: int) -> Exit | None:
-        """Memory that is not there is a device's; a plain store to it will be carried out by the host from now on."""
+        """Memory that is not there is a device's.
+
+        A plain store to it will be carried out by the host from now on.
+        """
         exit = self.core.meet_hole()
         data = self.core.memory.fetch(pc, 4)
         if (
@@ -308,7 +320,10 @@ class Arm64(PlainQuirks):
         return exit
 
     def _do_device(self, trap: Trap) -> Exit | None:
-        """A store that went to a device before; when it goes elsewhere now, it is Unicorn's again."""
+        """A store that went to a device before.
+
+        When it goes elsewhere now, it is Unicorn's again.
+        """
         size, offset, names, mask = _store(trap.data)
         batch = self._operands.get(trap.data)
         if batch is None:
@@ -334,7 +349,10 @@ class Arm64(PlainQuirks):
         return self.core.refuse("Unicorn compares these as numbers without a sign")
 
     def _do_call(self, trap: Trap) -> Exit:
-        """HVC and SMC, which KVM takes for SMCCC calls: nothing is supported until the host says so."""
+        """HVC and SMC, which KVM takes for SMCCC calls.
+
+        Nothing is supported until the host says so.
+        """
         if self.read("pstate") >> 2 & 3 == 0:
             return self._deliver(trap.gva, IL, None)  # type: ignore[return-value]
         nr, *args = (self.read(f"x{i}") for i in range(5))
@@ -343,7 +361,10 @@ class Arm64(PlainQuirks):
         return HypercallExit(nr, tuple(args))
 
     def _do_counter(self, trap: Trap) -> None:
-        """The counter and its frequency (Arm ARM D12): one tick an instruction, as many hertz as a guest is told."""
+        """The counter and its frequency (Arm ARM D12).
+
+        One tick an instruction, as many hertz as a guest is told.
+        """
         word = int.from_bytes(trap.data, "little")
         value = self.core.vm.cpu.tsc_khz * 1000 if word >> 5 & 7 == 0 else self.clock()
         self.retire(trap, **({} if word & 31 == 31 else {f"x{word & 31}": value}))

@@ -1,4 +1,7 @@
-"""What the files of an architecture may ask of the vCPU that they belong to: nothing else. `Quirks` is the way back."""
+"""What the files of an architecture may ask of the vCPU that they belong to: nothing else.
+
+`Quirks` is the way back.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ class Machine(Protocol):
 
 
 class Memory(Protocol):
-    """Memory by gva, with the rights that the guest has now. None and False: the guest would fault."""
+    """Memory by gva, with the rights that the guest has now.
+
+    None and False mean that the guest would fault.
+    """
 
     def translate(self, gva: int, access: int = uc.UC_PROT_READ) -> int | None: ...
     def read(self, gva: int, size: int) -> bytes | None: ...

@@ -1,4 +1,7 @@
-"""What the quirks of architectures with plain instructions share: no REP, no shadows, no modes that change how code is read."""
+"""What the quirks of architectures with plain instructions share.
+
+No REP, no shadows, no modes that change how code is read.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,9 @@ def probe(
     regs: Mapping[int, int],
     prepare: Callable[[Handle], None] = lambda handle: None,
 ) -> bytes:
-    """The CPU state behind the first exception of a scratch engine that has `image` at gpa 0 and begins there.
+    """The CPU state behind the first exception of a scratch engine.
+
+    It has `image` at gpa 0 and begins there.
 
     What libunicorn does not show of an exception is found by running some whose facts are known.
     """
@@ -63,10 +68,11 @@ def common_words(*runs: tuple[bytes, int]) -> list[int]:
 
 
 class PlainQuirks:
-    """The part of `Quirks` that needs no more than tables: registers, the program counter, traps by kind.
+    """The part of `Quirks` that needs no more than tables.
 
-    A subclass gives `plain` (name -> libunicorn's number), `vectors` (the same for 128-bit registers), `pc_name`, and methods
-    `_do_KIND` for its traps; `special` names registers that it reads and writes itself.
+    Registers, the program counter, traps by kind. A subclass gives `plain` (name -> libunicorn's
+    number), `vectors` (the same for 128-bit registers), `pc_name`, and methods `_do_KIND` for its
+    traps; `special` names registers that it reads and writes itself.
     """
 
     pc_name = "pc"
@@ -186,7 +192,10 @@ class PlainQuirks:
         self.set_pc(trap.gva + len(trap.data))
 
     def _do_pause(self, trap: Trap) -> None:
-        """Unicorn leaves its loop there; at a place of our own choosing that can be told from other reasons."""
+        """Let nothing happen: Unicorn would leave its loop there.
+
+        At a place of our own choosing that can be told from other reasons.
+        """
         self.retire(trap)
 
     def clock(self) -> int:
@@ -196,7 +205,10 @@ class PlainQuirks:
     # --- exceptions
 
     def raised(self, vector: int, error: int, pc: int, handler: int) -> Exit | None:
-        """An exception has entered its handler: say so, and end the run where no handler can be fetched."""
+        """Say that an exception has entered its handler.
+
+        The run ends where no handler can be fetched.
+        """
         self.core.retire()
         self.core.trace(
             "exception", {"vector": vector, "error": error, "pc": pc, "chain": (vector,)}

@@ -1,4 +1,7 @@
-"""What one architecture adds to the run loop: the Protocol that its quirk file implements. `Core` is the way back."""
+"""What one architecture adds to the run loop: the Protocol that its quirk file implements.
+
+`Core` is the way back.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ class QuirksOf(Protocol):
 
 
 class Quirks(Protocol):
-    """What one architecture adds to the run loop. An Exit ends the run; None means that it goes on."""
+    """What one architecture adds to the run loop.
+
+    An Exit ends the run; None means that it goes on.
+    """
 
     awaits: list[int] | None  # what `complete` sets, None when the last exit reads nothing
     two_blocks: bytes  # code of two blocks that do nothing and end the run
@@ -38,8 +44,8 @@ class Quirks(Protocol):
     pc_name: str
     longest: int  # bytes of an instruction
 
-    # The program counter. `leave` gives the one to run from, and what was known of registers is void;
-    # `arrive` reads it after a run, with other registers that a trap will ask for
+    # The program counter. `leave` gives the one to run from, and what was known of registers is
+    # void; `arrive` reads it after a run, with other registers that a trap will ask for
     def pc(self) -> int: ...
     def leave(self) -> int: ...
     def arrive(self) -> int: ...
@@ -58,7 +64,8 @@ class Quirks(Protocol):
     def is_fetch_fault(self, vector: int | None) -> bool: ...
     def forget_exception(self) -> object: ...
 
-    # What labkit's own walker found: a page fault at gva (no error: it is no address); a page with another owner
+    # What labkit's own walker found: a page fault at gva (no error: it is no address); a page with
+    # another owner
     def miss(self, error: int | None, gva: int) -> Exit | None: ...
     def not_yours(self, fault: GuestFault, gva: int, gpa: int, private: bool) -> Exit | None: ...
     def ring(self) -> int: ...  # the privilege level that memory is accessed with

@@ -1,4 +1,7 @@
-"""riscv64 on Unicorn: traps into the guest's own handler in S-mode, and what the host does at sensitive instructions."""
+"""riscv64 on Unicorn: its traps, and its sensitive instructions.
+
+Traps go into the guest's own handler in S-mode.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,10 @@ _LR = (0xF800007F, 0x1000002F)
 
 
 def _after(insn: int, register: str, gva: int) -> bytes:
-    """The CPU state after an instruction at 0 that uses a register, under Sv39 with a 1 GiB page."""
+    """The CPU state after an instruction at 0 that uses a register.
+
+    It runs under Sv39 with a 1 GiB page.
+    """
     image = struct.pack("<I", insn | GPRS.index(register) << 15).ljust(4096, b"\0") + struct.pack(
         "<Q", 0xCF
     )
@@ -127,7 +133,7 @@ class Riscv64(PlainQuirks):
         return int(_CSRS[name])
 
     def _as_machine(self, access: Callable[[], int]) -> int:
-        """What libunicorn gives and takes depends on the privilege level that the guest happens to have."""
+        """Access a CSR in M-mode: what libunicorn gives and takes depends on the privilege level."""
         level = self.handle.read(_PRIV)
         self.handle.write(_PRIV, 3)
         value = access()
@@ -175,7 +181,10 @@ class Riscv64(PlainQuirks):
         return self._deliver(self.pc(), BREAKPOINT, self.pc())
 
     def _deliver(self, pc: int, cause: int, stval: int) -> Exit | None:
-        """Enter S-mode (Privileged Architecture 12.1.1, 12.1.2): all synchronous exceptions are delegated to it."""
+        """Enter S-mode (Privileged Architecture 12.1.1, 12.1.2).
+
+        All synchronous exceptions are delegated to it.
+        """
         level, status = self.read("priv"), self.read("sstatus")
         status = (
             status & ~(SPP | SPIE | SIE) | (SPP if level else 0) | (SPIE if status & SIE else 0)

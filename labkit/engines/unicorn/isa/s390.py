@@ -1,4 +1,7 @@
-"""s390x on Unicorn: interruptions by way of the guest's own lowcore (Principles of Operation, chapter 6), and DIAGNOSE."""
+"""s390x on Unicorn: its interruptions, and DIAGNOSE.
+
+Interruptions go by way of the guest's own lowcore (Principles of Operation, chapter 6).
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,10 @@ _LOCKED = frozenset(
 
 @cache
 def _offsets() -> tuple[int, int, int]:
-    """Where a saved CPU state has the program interruption code (its length behind it), the SVC code, and the prefix."""
+    """Where a saved CPU state has the program interruption code, the SVC code, and the prefix.
+
+    The instruction's length is behind either code.
+    """
     csg, dsgr = bytes.fromhex("eb0200040030"), bytes.fromhex("b90d0002")  # unaligned; by zero
     runs = [
         (probe(S390x, code, {_PLAIN["pswm"]: 0x180000000}), facts)
@@ -161,7 +167,10 @@ class S390x(HostInsns):
     # --- interruptions
 
     def is_fetch_fault(self, vector: int | None) -> bool:
-        """An instruction that could not be fetched, and so never began: nothing is at the program counter."""
+        """An instruction that could not be fetched, and so never began.
+
+        Nothing is at the program counter.
+        """
         if vector is None or vector == SVC or self._program()[0] not in TRANSLATIONS:
             return False
         return not self.core.memory.fetch(self.pc(), 1)
@@ -185,7 +194,10 @@ class S390x(HostInsns):
         return self._deliver(ADDRESSING, pc)
 
     def _teid(self) -> int:
-        """The translation-exception identification: a doubleword of the lowcore, which Unicorn writes when a look of ours finds nothing."""
+        """The translation-exception identification.
+
+        It is a doubleword of the lowcore, which Unicorn writes when a look of ours finds nothing.
+        """
         return int.from_bytes(self.core.vm.read(self.read("prefix") + 0xA8, 8), "big")
 
     def _set_teid(self, value: int) -> None:
@@ -211,7 +223,10 @@ class S390x(HostInsns):
     def _enter(
         self, code: int, old: int, new: int, facts: dict[int, bytes], at: int, pc: int, error: int
     ) -> Exit | None:
-        """Exchange PSWs: the old one, with where to go on, into the lowcore, the new one out of it."""
+        """Exchange PSWs.
+
+        The old one, with where to go on, goes into the lowcore, the new one comes out of it.
+        """
         prefix = self.read("prefix")
         for offset, data in {
             **facts,
@@ -258,7 +273,10 @@ class S390x(HostInsns):
         return _diag_exit(code, value)
 
     def _do_clock(self, trap: Trap) -> Exit | None:
-        """STORE CLOCK: one tick an instruction, at 1 GHz; bit 51 of the TOD clock is a microsecond."""
+        """STORE CLOCK: one tick an instruction, at 1 GHz.
+
+        Bit 51 of the TOD clock is a microsecond.
+        """
         gva, tod = self._address(trap.data), self.clock() * 4096 // 1000
         if not self.core.memory.write(gva, struct.pack(">Q", tod & MASK64)):
             return self.core.refuse(f"STORE CLOCK to gva {gva:#x}, which cannot be written")
@@ -293,7 +311,10 @@ class S390x(HostInsns):
         return self._deliver(SPECIFICATION, trap.gva)
 
     def _do_execute(self, trap: Trap) -> Exit | None:
-        """EXECUTE and its target are one instruction. Unicorn has a helper for some targets and makes blocks of others: it counts two."""
+        """EXECUTE and its target are one instruction.
+
+        Unicorn has a helper for some targets and makes blocks of others: it counts two.
+        """
         core, data = self.core, trap.data
         near = trap.gva + 2 * int.from_bytes(data[2:], "big", signed=True) & MASK64
         gva = near if len(data) == 6 else self._address(data, data[1] & 15)

@@ -98,7 +98,10 @@ class X86(X86Events):
         return 0
 
     def hole(self, pc: int) -> Exit | None:
-        """Memory that is not there is a device's; with encrypted registers the guest must ask for it (APM vol. 2 15.35: #NPF as #VC)."""
+        """Memory that is not there is a device's.
+
+        With encrypted registers the guest must ask for it (APM vol. 2 15.35: #NPF as #VC).
+        """
         return self.core.meet_hole() if self.core.vm.level < 2 else self.deliver(VC, 0x400)
 
     def is_drained(self) -> bool:
@@ -314,7 +317,10 @@ class X86(X86Events):
         return True
 
     def _host_msr(self, index: int, value: int | None = None) -> int | None:
-        """Read or set an MSR as KVM_GET_MSRS and KVM_SET_MSRS do: read-only ones too, and the TSC apart from TSC_ADJUST."""
+        """Read or set an MSR as KVM_GET_MSRS and KVM_SET_MSRS do.
+
+        That is read-only ones too, and the TSC apart from TSC_ADJUST.
+        """
         if value is None:
             return self._read_msr(index)
         if index == IA32_TSC:
@@ -340,7 +346,10 @@ class X86(X86Events):
         return self.retire(trap)
 
     def _do_hypercall(self, trap: Trap) -> Exit | None:
-        """VMCALL and VMMCALL both reach the host, as under KVM, which patches one into the other."""
+        """VMCALL and VMMCALL both reach the host.
+
+        So they do under KVM, which patches one into the other.
+        """
         if not self.privileged():
             return self.retire(trap, rax=-1)  # -KVM_EPERM
         nr, *args = (self.regs.read(name) for name in ("rax", "rbx", "rcx", "rdx", "rsi"))
@@ -349,7 +358,10 @@ class X86(X86Events):
         return HypercallExit(nr, tuple(args))
 
     def _do_random(self, trap: Trap) -> Exit | None:
-        """RDRAND and RDSEED from a seeded generator, so that runs repeat; CF says that there was a number."""
+        """RDRAND and RDSEED from a seeded generator, so that runs repeat.
+
+        CF says that there was a number.
+        """
         name = trap.op_str
         bits = (
             32
@@ -396,7 +408,10 @@ class X86(X86Events):
         return self.deliver(DB)
 
     def _do_monitor(self, trap: Trap) -> Exit | None:
-        """MONITOR and MWAIT as KVM has them where they are announced: nothing is waited for (SDM vol. 2B)."""
+        """MONITOR and MWAIT as KVM has them where they are announced.
+
+        Nothing is waited for (SDM vol. 2B).
+        """
         if not self.cpu.leaf(1, 0)[2] & _MONITOR or not self.privileged():
             return self.deliver(UD)
         if self.regs.read("rcx"):  # no extension or hint is announced
@@ -404,11 +419,17 @@ class X86(X86Events):
         return self.retire(trap)
 
     def _do_pause(self, trap: Trap) -> Exit | None:
-        """Unicorn leaves its loop at PAUSE; at a place of our own choosing that can be told from other reasons."""
+        """Let nothing happen: Unicorn would leave its loop at PAUSE.
+
+        At a place of our own choosing that can be told from other reasons.
+        """
         return self.retire(trap)
 
     def _do_rdpmc(self, trap: Trap) -> Exit | None:
-        """RDPMC always exists; without performance counters every number is one too many (SDM vol. 2B)."""
+        """RDPMC always exists.
+
+        Without performance counters every number is one too many (SDM vol. 2B).
+        """
         return self.deliver(GP, 0)
 
     def _do_undefined(self, trap: Trap) -> Exit | None:

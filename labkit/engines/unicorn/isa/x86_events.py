@@ -1,4 +1,7 @@
-"""Exceptions of x86-64 delivered through the guest's own IDT (SDM vol. 3A chapter 6), which Unicorn leaves to its host."""
+"""Exceptions of x86-64 delivered through the guest's own IDT (SDM vol. 3A chapter 6).
+
+Unicorn leaves that to its host.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ _RF = 1 << 16
 
 
 class _Fault(Exception):
-    """A fault met while an event is delivered; with an exit, one that is the host's: the event comes again."""
+    """A fault met while an event is delivered.
+
+    With an exit, one that is the host's: the event comes again.
+    """
 
     def __init__(self, vector: int, error: int, why: str, exit: Exit | None = None) -> None:
         super().__init__(why)
@@ -52,14 +58,20 @@ class X86Events:
         self.pending: list[int] = []  # vectors of the delivery that led to the last shutdown
 
     def exception(self, vector: int) -> Exit | None:
-        """An exception that Unicorn reported: read what it was, clear Unicorn's memory of it, deliver it."""
+        """Deliver an exception that Unicorn reported.
+
+        Read what it was, clear Unicorn's memory of it, deliver it.
+        """
         code, software = self.forget_exception()
         if software or vector not in WITH_ERROR:
             return self.deliver(vector, None, software)
         return self.deliver(*self._refine(vector, code))
 
     def _refine(self, vector: int, error: int) -> tuple[int, int]:
-        """What Unicorn says otherwise than hardware: RMW faults as a write at once, and a stack that is not canonical is #SS."""
+        """What hardware would say where Unicorn says otherwise.
+
+        RMW faults as a write at once, and a stack that is not canonical is #SS.
+        """
         if (vector, error) != (GP, 0) and not (vector == PF and not error & 0x12):
             return vector, error
         data = self.core.memory.fetch(self.regs.read("rip"), 15)
@@ -77,7 +89,10 @@ class X86Events:
         return (SS if any(not canonical(self.regs.read(base)) for base in bases) else GP), 0
 
     def forget_exception(self) -> tuple[int, bool]:
-        """Clear what Unicorn remembers of its last exception; returns the error code, and whether it was INT n."""
+        """Clear what Unicorn remembers of its last exception.
+
+        Returns the error code, and whether it was INT n.
+        """
         facts = self._error_code()
 
         def forget(context: int) -> None:
@@ -108,7 +123,10 @@ class X86Events:
         return not error & 2 and (gva == pc or (not gva & 4095 and 0 < gva - pc < 4096))
 
     def restore_flags(self) -> None:
-        """After a fault at an instruction with a hook: Unicorn worked the flags out for it, and on the way back forgets that it did."""
+        """Mend the flags after a fault at an instruction with a hook.
+
+        Unicorn worked the flags out for it, and on the way back forgets that it did.
+        """
 
         def patch(context: int) -> None:
             ctypes.c_int32.from_address(context + calibrate().cc_op).value = CC_OP_EFLAGS
@@ -116,7 +134,10 @@ class X86Events:
         self.handle.patch_context(patch)
 
     def drop_resume_flag(self) -> None:
-        """Only the instruction behind an IRET is resumed (SDM vol. 3B 17.3.1.1); in Unicorn RF lasts to the next jump (QEMU's gen_eob)."""
+        """Drop RF: only the instruction behind an IRET is resumed (SDM vol. 3B 17.3.1.1).
+
+        In Unicorn RF lasts to the next jump (QEMU's gen_eob).
+        """
         if self.core.insns == self.core.resumed:
             return
         self.core.resumed, flags = None, self.regs.read("rflags")
@@ -140,14 +161,20 @@ class X86Events:
         return self._hflags() & 3
 
     def miss(self, error: int | None, gva: int) -> Exit | None:
-        """A fault that labkit's own walker found (SDM vol. 3A 4.7); no error code: the address is not canonical."""
+        """A fault that labkit's own walker found (SDM vol. 3A 4.7).
+
+        No error code: the address is not canonical.
+        """
         if error is None:
             return self.deliver(*self._refine(GP, 0))
         self.regs.write("cr2", gva)
         return self.deliver(*self._refine(PF, error))
 
     def not_yours(self, fault: GuestFault, gva: int, gpa: int, private: bool) -> Exit | None:
-        """A page that is not this guest's to use so (APM vol. 2 15.36.10): #VC with the address in CR2, or an exit to the host."""
+        """A page that is not this guest's to use so (APM vol. 2 15.36.10).
+
+        The guest gets #VC with the address in CR2, or the host an exit.
+        """
         if fault.kind != "#VC":
             return MemoryFaultExit(gpa & -4096, private, fault.error_code, fault.why)
         self.regs.write("cr2", gva)
@@ -157,7 +184,10 @@ class X86Events:
         return int(struct.unpack_from("<I", self.handle.context(), calibrate().hflags)[0])
 
     def shorten_block(self) -> None:
-        """Let the next block be one instruction: as behind MOV SS, where Unicorn wants to see about interrupts."""
+        """Let the next block be one instruction.
+
+        It is as behind MOV SS, where Unicorn wants to see about interrupts.
+        """
 
         def patch(context: int) -> None:
             ctypes.c_uint32.from_address(context + calibrate().hflags).value |= 1 << 3
@@ -181,7 +211,10 @@ class X86Events:
         return (self.core.memory.translate(gva) is not None) | write << 1 | (ring == 3) << 2
 
     def deliver(self, vector: int, error: int | None = None, software: bool = False) -> Exit | None:
-        """Enter the guest's handler, by way of #DF if need be; a fault then is a triple fault (SDM vol. 3A table 6-5)."""
+        """Enter the guest's handler, by way of #DF if need be.
+
+        A fault then is a triple fault (SDM vol. 3A table 6-5).
+        """
         self.drop_resume_flag()
         self.core.retire()
         old = {name: self.regs.read(name) for name in _SAVED}
@@ -221,7 +254,10 @@ class X86Events:
 
     @staticmethod
     def _combine(first: int, fault: _Fault) -> tuple[int, int]:
-        """What a fault while `first` is delivered becomes: a double fault, or an exception of its own."""
+        """What a fault while `first` is delivered becomes.
+
+        A double fault, or an exception of its own.
+        """
         second = fault.vector
         if (first == PF and (second == PF or second in CONTRIBUTORY)) or (
             first in CONTRIBUTORY and second in CONTRIBUTORY
@@ -264,7 +300,10 @@ class X86Events:
         self.regs.write_many({"rsp": rsp, "rip": handler, "rflags": flags})
 
     def _look_as(self, level: int, ring: int) -> None:
-        """Access memory at this level; the CPU reads its own tables in ring 0, wherever the guest was."""
+        """Access memory at this level.
+
+        The CPU reads its own tables in ring 0, wherever the guest was.
+        """
         if ring:
             self.regs.set_ring(level)
 
@@ -302,7 +341,7 @@ class X86Events:
         )
 
     def _gate(self, vector: int, external: int) -> tuple[int, int, int, int, int]:
-        """(handler, IST, DPL, selector, is interrupt gate) of the IDT entry (SDM vol. 3A 6.14.1)."""
+        """(handler, IST, DPL, selector, is interrupt gate) of an IDT entry (SDM 3A 6.14.1)."""
         base, limit = self.regs.read("idt_base"), self.regs.read("idt_limit")
         if 16 * vector + 15 > limit:
             raise _Fault(
@@ -351,7 +390,10 @@ class X86Events:
         return found, ring if access & 4 else dpl
 
     def _stack(self, ist: int, target: int, ring: int, rsp: int, external: int) -> int:
-        """The new stack pointer: IST, the TSS's RSP of the new level, or the present one (SDM vol. 3A 6.14.4)."""
+        """The new stack pointer.
+
+        It is IST, the TSS's RSP of the new level, or the present one (SDM vol. 3A 6.14.4).
+        """
         if not ist and target == ring:
             return rsp
         base, limit = self.regs.read("tr_base"), self.regs.read("tr_limit")

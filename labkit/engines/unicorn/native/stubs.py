@@ -1,4 +1,4 @@
-"""Hooks and callbacks in machine code: stubs.c and mmu.c, put into executable memory once a process."""
+"""Hooks and callbacks in machine code: stubs.c and mmu.c in executable memory, once a process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def executable(code: bytes) -> int:
 
 @cache
 def stub(name: str) -> int | None:
-    """The address of a function of stubs.c; None where the host's processor is another or forbids it."""
+    """The address of a function of stubs.c.
+
+    None where the host's processor is another or forbids it.
+    """
     code = MACHINE_CODE.get((name, host()))
     if code is None:
         return None

@@ -1,7 +1,8 @@
 """Counts instructions block by block, exactly, at nearly full speed.
 
-Unicorn's own counting calls a hook at every instruction (50 M/s against 1400 M/s uncounted). A block's instructions are
-known when it is translated, so a hook at its start adds them all; where a run ends inside a block, the rest is taken off.
+Unicorn's own counting calls a hook at every instruction (50 M/s against 1400 M/s uncounted). A
+block's instructions are known when it is translated, so a hook at its start adds them all; where a
+run ends inside a block, the rest is taken off.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ class Tally:
         self._unsure: set[int] = set()
 
     def add(self, gva: int, count: int, data: bytes) -> None:
-        """A block was translated; a shorter one too where the CPU wants to look up, as behind STI and MOV SS."""
+        """A block was translated.
+
+        A shorter one too where the CPU wants to look up, as behind STI and MOV SS.
+        """
         known, before = self.blocks.get(gva, (count, b""))
         self.blocks[gva] = (count, data)
         self._offsets.pop(gva, None)
@@ -75,16 +79,20 @@ class Tally:
         return at
 
     def knows(self, gva: int) -> bool:
-        """See to it that the block at gva is in the table, which may have been begun anew; False when it cannot."""
+        """See to it that the block at gva is in the table, which may have been begun anew.
+
+        False when it cannot.
+        """
         if gva not in self.blocks or gva in self._unsure:
             return False
         self._enter(gva, self.blocks[gva][0])
         return True
 
     def back(self, block: int, gva: int) -> int:
-        """What to add (0 or less) to the total of a block just entered, for the instructions run when the one at gva is about to.
+        """What to add (0 or less) to the total of a block just entered.
 
-        A gva behind the block means that its last one is the one that left.
+        The sum is the instructions run when the one at gva is about to. A gva behind the block means that
+        its last one is the one that left.
         """
         found = self._back.get((block, gva))
         if found is None:
@@ -104,7 +112,10 @@ class Tally:
         return self._offsets[gva]
 
     def forget(self) -> None:
-        """Every block was dropped; what the table says of one is true until it is translated anew."""
+        """Every block was dropped.
+
+        What the table says of one is true until it is translated anew.
+        """
         self.blocks.clear()
         self._offsets.clear()
         self._back.clear()

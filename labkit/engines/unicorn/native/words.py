@@ -1,4 +1,7 @@
-"""The words that hooks in machine code (stubs.c) and the run loop of one vCPU share: one block, made new by one copy."""
+"""The words that hooks in machine code (stubs.c) and the run loop of one vCPU share.
+
+They are one block, made new by one copy.
+"""
 
 from __future__ import annotations
 
