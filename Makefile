@@ -3,7 +3,7 @@
 #   make lab      set up, then JupyterLab on the tour       make test     set up, then all tests
 #   make tour     set up, then the tour in the terminal     make lint     ruff and mypy
 #   make setup    only the set-up                           make bench    the figures
-#   make clean    remove .venv and all caches               make mmu      mmu.c's machine code anew
+#   make clean    remove .venv and all caches               make native   the machine code of C files anew
 #
 # PYTHON=/path/to/python chooses the interpreter; PYTEST_ARGS="-k pool" and LAB_ARGS="--no-browser" are passed on.
 
@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: lab tour setup setup-dev test lint bench mmu clean help
+.PHONY: lab tour setup setup-dev test lint bench native clean help
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -34,8 +34,8 @@ lint: setup-dev
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m mypy
 
-mmu: setup-dev
-	@$(BIN)/python tests/build_mmu.py
+native: setup-dev
+	@$(BIN)/python tests/build_native.py
 
 setup:
 	@$(call install,user,.)

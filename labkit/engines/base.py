@@ -86,7 +86,7 @@ class EngineVcpu(Protocol):
     """One virtual CPU; the caller owns guest memory."""
 
     insns: int  # retired so far: one instruction, one REP iteration or one exception delivery each
-    exact: bool  # insns is exact; a very long unbounded run is not counted to the end
+    exact: bool  # insns is exact; False behind a run that the engine did not count
     # Step of the VM at the last run's last locked instruction; -1 when it had none, or the engine
     # cannot tell
     locked_at: int

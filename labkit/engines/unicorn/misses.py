@@ -1,4 +1,7 @@
-"""Pages that are not there: what a fetch that found none means, and what labkit's own walker had to say."""
+"""Pages that are not there.
+
+What a fetch that found none means, and what labkit's own walker had to say.
+"""
 
 from __future__ import annotations
 
@@ -11,68 +14,90 @@ from labkit.engines.exits import Exit, InternalErrorExit
 from labkit.engines.unicorn.mmu import FETCH, NEED, NONCANONICAL, NOT_YOURS
 
 if TYPE_CHECKING:
+    from labkit.engines.unicorn.counting import Counting
+    from labkit.engines.unicorn.ending import Ending
+    from labkit.engines.unicorn.isa.quirks import Quirks
     from labkit.engines.unicorn.mmu import Mmu
     from labkit.engines.unicorn.vcpu import UnicornVcpu
 
-__all__ = ["fetch_fault", "mmu_miss"]
+__all__ = ["Misses"]
 
 
-def _whole(vcpu: UnicornVcpu, code: bytes) -> bool:
-    """Whether the first instruction in code is all there, so that it is a later one that cannot be fetched."""
-    return (
-        len(code) == vcpu.quirks.longest
-        or next(disassemble(vcpu.vm.arch, code, 0), None) is not None
-    )
+class Misses:
+    """What one vCPU did not find.
 
+    Unicorn fetches a whole block before it runs the first instruction, so a fetch that fails may be
+    of one that is far away: then the next block is made one instruction long.
+    """
 
-def fetch_fault(vcpu: UnicornVcpu, pc: int, spent: bool) -> Exit | None:
-    """Code ends here, or further on: Unicorn fetches a whole block before it runs the first instruction."""
-    code = vcpu.guards.read(pc, vcpu.quirks.longest)
-    if _whole(vcpu, code):
-        if vcpu.shortened == (pc, vcpu.insns):
-            return vcpu.refuse("Unicorn cannot fetch this instruction and does not say why")
-        vcpu.shortened = (pc, vcpu.insns)
-        vcpu.quirks.shorten_block()
-    elif not spent:
-        if vcpu.exception is not None:
-            return vcpu.quirks.exception(vcpu.exception)
-        gpa = vcpu.translate(pc + len(code), uc.UC_PROT_EXEC)
-        return InternalErrorExit(
-            f"instruction fetch from gpa {gpa or 0:#x}, where no memslot is", pc
-        )
-    vcpu.quirks.forget_exception()
-    return None
+    def __init__(
+        self, vcpu: UnicornVcpu, quirks: Quirks, counting: Counting, ending: Ending
+    ) -> None:
+        self.vcpu, self.quirks, self.counting, self.ending = vcpu, quirks, counting, ending
+        self._shortened = (-1, -1)  # (pc, insns) where a block was made short the last time
 
+    def fetch(self, pc: int, limit: int) -> Exit | None:
+        """Code ends here, or further on; the instruction at pc was never begun."""
+        ran = self.counting.begun()
+        self.vcpu.retire(ran - self.counting.extra)
 
-def mmu_miss(vcpu: UnicornVcpu, mmu: Mmu, pc: int, limit: int) -> Exit | None:
-    """The walker found no page, or one whose view must be made anew first."""
-    facts = mmu.facts
-    why, gva, code, fetch = facts.why, facts.gva, facts.code, facts.type == FETCH
-    ran = vcpu.count() if fetch else vcpu.before(pc)  # what cannot be fetched was never begun
-    vcpu.insns += ran - vcpu.guards.extra()
-    if why == NEED:
-        vcpu.vm.forget_translations(code=mmu.settle(facts.gpa))
-        vcpu.sync()
+        code = self.vcpu.memory.fetch(pc, self.quirks.longest)
+        if self._is_whole(code):
+            if self._shortened == (pc, self.vcpu.insns):
+                return self.vcpu.refuse(
+                    "Unicorn cannot fetch this instruction and does not say why"
+                )
+            self._shortened = (pc, self.vcpu.insns)
+            self.quirks.shorten_block()
+        elif ran < limit:
+            if self.ending.exception is not None:
+                return self.quirks.exception(self.ending.exception)
+            gpa = self.vcpu.memory.translate(pc + len(code), uc.UC_PROT_EXEC)
+            return InternalErrorExit(
+                f"instruction fetch from gpa {gpa or 0:#x}, where no memslot is", pc
+            )
+
+        self.quirks.forget_exception()
         return None
-    if fetch and _whole(vcpu, vcpu.guards.read(pc, vcpu.quirks.longest)):
-        vcpu.quirks.shorten_block()
-        return None
-    if fetch and limit and ran >= limit:
-        return None
-    if why == NOT_YOURS:
-        return _not_yours(vcpu, mmu, pc)
-    return vcpu.quirks.miss(
-        None if why == NONCANONICAL else code,
-        max(pc, gva) if fetch else mmu.where(vcpu.handle, pc, gva),
-    )
 
+    def walk(self, mmu: Mmu, pc: int, limit: int) -> Exit | None:
+        """The walker found no page, or one whose view must be made anew first."""
+        facts = mmu.facts
+        why, gva, code = facts.why, facts.gva, facts.code
+        is_fetch = facts.type == FETCH
+        ran = self.counting.begun() if is_fetch else self.counting.finished(pc)
+        self.vcpu.retire(ran - self.counting.extra)
 
-def _not_yours(vcpu: UnicornVcpu, mmu: Mmu, pc: int) -> Exit | None:
-    """A page that this guest may not use so."""
-    facts = mmu.facts
-    gva, gpa, private, fetch = facts.gva, facts.gpa, facts.code != 0, facts.type == FETCH
-    fault = mmu.not_yours()
-    exit: Exit | None = vcpu.quirks.not_yours(
-        fault, max(pc, gva) if fetch else mmu.where(vcpu.handle, pc, gva), gpa, private
-    )
-    return exit
+        if why == NEED:
+            self.vcpu.vm.forget_translations(code=mmu.settle(facts.gpa))
+            self.vcpu.sync()
+            return None
+        if is_fetch and self._is_whole(self.vcpu.memory.fetch(pc, self.quirks.longest)):
+            self.quirks.shorten_block()
+            return None
+        if is_fetch and ran >= limit:
+            return None
+        if why == NOT_YOURS:
+            return self._not_yours(mmu, pc)
+
+        at = max(pc, gva) if is_fetch else mmu.where(self.vcpu.handle, pc, gva)
+        return self.quirks.miss(None if why == NONCANONICAL else code, at)
+
+    def _not_yours(self, mmu: Mmu, pc: int) -> Exit | None:
+        """A page that this guest may not use so."""
+        facts = mmu.facts
+        gva, gpa, private = facts.gva, facts.gpa, facts.code != 0
+        is_fetch = facts.type == FETCH
+        fault = mmu.not_yours()
+
+        at = max(pc, gva) if is_fetch else mmu.where(self.vcpu.handle, pc, gva)
+        return self.quirks.not_yours(fault, at, gpa, private)
+
+    def _is_whole(self, code: bytes) -> bool:
+        """Whether the first instruction in code is all there.
+
+        Then it is a later one that cannot be fetched.
+        """
+        if len(code) == self.quirks.longest:
+            return True
+        return next(disassemble(self.vcpu.vm.arch, code, 0), None) is not None

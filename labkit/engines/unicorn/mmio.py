@@ -1,7 +1,8 @@
-"""MMIO: an access to a guest-physical address without memslot leaves for the host, and the instruction is made whole again.
+"""MMIO: an access to a guest-physical address without memslot leaves for the host.
 
-The instruction runs with pages of its own in the holes. What it reads there must be known, so each read that is not ends the
-attempt and becomes an exit; when all are known it runs to its end, and each of its writes becomes an exit behind it.
+Then the instruction is made whole again: it runs with pages of its own in the holes.
+What it reads there must be known, so each read that is not ends the attempt and becomes an exit;
+when all are known it runs to its end, and each of its writes becomes an exit behind it.
 """
 
 from __future__ import annotations
@@ -16,18 +17,12 @@ from labkit.engines.exits import Exit, InternalErrorExit, MmioExit
 from labkit.engines.unicorn.native.lib import LIB, MemHook, Page
 
 if TYPE_CHECKING:
+    from labkit.engines.unicorn.ending import Ending
+    from labkit.engines.unicorn.isa.quirks import Quirks
     from labkit.engines.unicorn.vcpu import UnicornVcpu
 
-__all__ = ["FETCHES", "HOLES", "Mmio"]
+__all__ = ["Mmio"]
 
-FETCHES = (uc.UC_ERR_FETCH_UNMAPPED, uc.UC_ERR_FETCH_PROT)
-HOLES = (
-    *FETCHES,
-    uc.UC_ERR_READ_UNMAPPED,
-    uc.UC_ERR_WRITE_UNMAPPED,
-    uc.UC_ERR_READ_PROT,
-    uc.UC_ERR_WRITE_PROT,
-)
 _FETCH = (uc.UC_MEM_FETCH_UNMAPPED, uc.UC_MEM_FETCH_PROT)
 _WRITE = (uc.UC_MEM_WRITE_UNMAPPED, uc.UC_MEM_WRITE_PROT)
 _UNMAPPED = uc.UC_HOOK_MEM_UNMAPPED | uc.UC_HOOK_MEM_PROT
@@ -36,15 +31,14 @@ _UNMAPPED = uc.UC_HOOK_MEM_UNMAPPED | uc.UC_HOOK_MEM_PROT
 class Mmio:
     """The accesses to holes of one vCPU's present instruction."""
 
-    def __init__(self, vcpu: UnicornVcpu) -> None:
-        self.vcpu = vcpu
+    def __init__(self, vcpu: UnicornVcpu, quirks: Quirks, ending: Ending) -> None:
+        self.vcpu, self.quirks, self.ending = vcpu, quirks, ending
         self.waiting: MmioExit | None = None  # a read whose value the host has yet to give
         self.reads: list[MmioExit] = []  # of the instruction that will run again, with their values
         self.writes: list[MmioExit] = []  # of an instruction that is over, not reported yet
         self._met: tuple[int, int, int] | None = None  # (kind, gpa, size) that ended an attempt
-        self._crossing: tuple[int, int] | None = (
-            None  # (gpa, size) of the access that led there, if it touches two pages
-        )
+        # (gpa, size) of the access that led there, if it touches two pages
+        self._crossing: tuple[int, int] | None = None
 
     def complete(self, value: int) -> bool:
         """Give the value of the read that left last; False when there was none."""
@@ -83,24 +77,29 @@ class Mmio:
 
     def meet(self) -> Exit | None:
         """Carry out the instruction at the program counter, which touches a hole."""
-        vcpu, pc = self.vcpu, self.vcpu.quirks.pc()
+        vcpu, pc = self.vcpu, self.quirks.pc()
         pages = {page for read in self.reads for page in _pages(read.gpa, read.size)}
         before = vcpu.handle.context()
         while True:
-            vcpu.guards.skip = pc  # a breakpoint here has had its turn
+            vcpu.pass_breakpoint()
             exit = self._attempt(pages)
             if self._met is None:
                 self.reads = []
-                return exit or (self.writes.pop(0) if self.writes else None)
+                if exit is None and self.writes:
+                    return self.writes.pop(0)
+                return exit
+
             vcpu.handle.set_context(before)
-            vcpu.quirks.set_pc(pc)
+            self.quirks.set_pc(pc)
             self.writes.clear()
             kind, gpa, size = self._met
             if kind in _FETCH:
                 return InternalErrorExit(
                     f"instruction fetch from gpa {gpa:#x}, where no memslot is", pc
                 )
-            gpa, size = self._crossing or (gpa, size)
+
+            if self._crossing is not None:
+                gpa, size = self._crossing
             if any(vcpu.vm.overlaps(page, 4096) for page in _pages(gpa, size)):
                 return vcpu.refuse(
                     f"an access of {size} bytes at gpa {gpa:#x} runs across the end of a memslot"
@@ -111,13 +110,12 @@ class Mmio:
             pages |= _pages(gpa, size)
 
     def _attempt(self, pages: set[int]) -> Exit | None:
+        """Run the instruction with pages of ours in the holes.
+
+        `_met` says what it touched beyond them.
+        """
         handle = self.vcpu.handle
-        buffers = {page: Page() for page in pages}
-        for read in self.reads:
-            for i, byte in enumerate(read.data.to_bytes(read.size, "little")):
-                ctypes.c_uint8.from_address(
-                    buffers[read.gpa + i & -4096].hva + (read.gpa + i & 4095)
-                ).value = byte
+        buffers = self._filled(pages)
         for page, buffer in buffers.items():
             handle.map(page, buffer.hva, 4096, uc.UC_PROT_ALL)
         hooks = [
@@ -125,12 +123,12 @@ class Mmio:
             handle.hook(uc.UC_HOOK_MEM_READ | uc.UC_HOOK_MEM_WRITE, MemHook(self._touched)),
         ]
         for page in pages:
-            hooks.append(handle.hook(uc.UC_HOOK_MEM_READ, MemHook(self._read), page, page + 4095))
-            hooks.append(
-                handle.hook(uc.UC_HOOK_MEM_WRITE, MemHook(self._written), page, page + 4095)
-            )
+            last = page + 4095
+            hooks.append(handle.hook(uc.UC_HOOK_MEM_READ, MemHook(self._read), page, last))
+            hooks.append(handle.hook(uc.UC_HOOK_MEM_WRITE, MemHook(self._written), page, last))
         handle.flush_tlb()
         handle.flush_code()
+
         self._met = self._crossing = None
         try:
             return self.vcpu.run_one()
@@ -142,9 +140,19 @@ class Mmio:
             handle.flush_tlb()
             handle.flush_code()
 
+    def _filled(self, pages: set[int]) -> dict[int, Page]:
+        """Pages for these holes, with the values that the host gave."""
+        buffers = {page: Page() for page in pages}
+        for read in self.reads:
+            for i, byte in enumerate(read.data.to_bytes(read.size, "little")):
+                gpa = read.gpa + i
+                hva = buffers[gpa & -4096].hva + (gpa & 4095)
+                ctypes.c_uint8.from_address(hva).value = byte
+        return buffers
+
     def _unmapped(self, _h: int, kind: int, gpa: int, size: int, _value: int, _d: int) -> bool:
         self._met = self._met or (kind, gpa, size)
-        self.vcpu.guards.stopped = "hole"
+        self.ending.by = "hole"
         return False
 
     def _touched(self, _h: int, _kind: int, gpa: int, size: int, _value: int, _d: int) -> bool:
@@ -155,7 +163,7 @@ class Mmio:
     def _read(self, h: int, kind: int, gpa: int, size: int, _value: int, _d: int) -> bool:
         if not any(read.gpa <= gpa and gpa + size <= read.gpa + read.size for read in self.reads):
             self._met = self._met or (kind, gpa, size)
-            self.vcpu.guards.stopped = "hole"
+            self.ending.by = "hole"
             LIB.uc_emu_stop(h)
         return True
 

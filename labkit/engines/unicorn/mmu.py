@@ -1,8 +1,10 @@
-"""Encrypted guest memory on Unicorn: two views of every page, and a walker of our own that picks one at each TLB miss.
+"""Encrypted guest memory on Unicorn.
 
-The raw view is what DRAM holds and all that a host sees; the plain one is what the guest's key makes of it. As in a coherence
-protocol a page is good in one view, or in both as long as nobody writes: a write through one makes the other stale, and before
-a stale one is used it is encrypted or decrypted again. The state of a page is one byte (see mmu.c), read by both sides.
+There are two views of every page, and a walker of our own that picks one at each TLB miss. The raw view is
+what DRAM holds and all that a host sees; the plain one is what the guest's key makes of it. As in a
+coherence protocol a page is good in one view, or in both as long as nobody writes: a write through
+one makes the other stale, and before a stale one is used it is encrypted or decrypted again. The
+state of a page is one byte (see mmu.c), read by both sides.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from unicorn import unicorn_const as uc
 from labkit.engines.unicorn.isa.x86_regs import PLAIN
 from labkit.engines.unicorn.native.lib import LIB, Handle, MemHook, Page
 from labkit.engines.unicorn.native.mmu_code import MACHINE_CODE
+from labkit.engines.unicorn.native.stubs import executable, host
 from labkit.errors import InvalidState, NotAvailable
 
 if TYPE_CHECKING:
@@ -88,26 +91,20 @@ class _Entry(ctypes.Structure):
 
 
 @cache
-def _fill() -> tuple[int, Any, mmap.mmap]:
-    """mmu.c's `fill`: its address, the same as a Python callable, and the executable memory that it lies in."""
-    code = MACHINE_CODE.get(
-        {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-    )
+def _fill() -> tuple[int, Any]:
+    """mmu.c's `fill`: its address, and the same as a Python callable."""
+    code = MACHINE_CODE.get(("fill", host()))
     if code is None:
         raise NotAvailable(
             f"encrypted guests need x86-64 or arm64 as host, not {platform.machine()}"
         )
+
     try:
-        page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        address = executable(bytes.fromhex(code))
     except OSError as err:
         raise NotAvailable(f"encrypted guests need memory that can be executed: {err}") from err
-    raw = bytes.fromhex(code)
-    page[: len(raw)] = raw
-    address = ctypes.addressof(c_int.from_buffer(page))
-    call = ctypes.CFUNCTYPE(c_int, c_void_p, c_uint64, c_int, ctypes.POINTER(_Entry), c_void_p)(
-        address
-    )
-    return address, call, page
+    form = ctypes.CFUNCTYPE(c_int, c_void_p, c_uint64, c_int, ctypes.POINTER(_Entry), c_void_p)
+    return address, form(address)
 
 
 @dataclass
@@ -130,7 +127,7 @@ class Mmu:
         if mode.c_bit is None:
             raise InvalidState(f"{mode.name} has no encryption bit")
         self.cipher, self.views, self._probe = cipher, list[_View](), Page()
-        self.address, self._call, _ = _fill()
+        self.address, self._call = _fill()
         self.facts = _Facts(
             ctypes.cast(LIB.uc_reg_read, c_void_p), (c_uint64 * 5)(*(PLAIN[name] for name in _REGS))
         )
@@ -149,7 +146,10 @@ class Mmu:
         )
 
     def add(self, gpa: int, hva: int, size: int) -> _View:
-        """A memslot: until somebody encrypts it, what lies in it is ciphertext like any other bytes."""
+        """A new memslot.
+
+        Until somebody encrypts it, what lies in it is ciphertext like any other bytes.
+        """
         if len(self.views) == MAX_SLOTS:
             raise InvalidState(f"a protected VM has at most {MAX_SLOTS} memslots")
         raw = memoryview((ctypes.c_uint8 * size).from_address(hva)).cast("B")
@@ -197,7 +197,10 @@ class Mmu:
         ]
 
     def settle(self, gpa: int, size: int = 1) -> bool:
-        """Make both views of these pages good; True when plain bytes were made anew. TLBs must be flushed behind it."""
+        """Make both views of these pages good; True when plain bytes were made anew.
+
+        TLBs must be flushed behind it.
+        """
         made = False
         for view, first, last in self._pages(gpa, size):
             for page in (
@@ -227,7 +230,10 @@ class Mmu:
             view.state &= np.uint8(PLAIN_STALE | RAW_STALE | KEPT)
 
     def publish(self, gpa: int, size: int) -> bool:
-        """The host is about to look: encrypt what the guest wrote. True when something was, and TLBs must be flushed."""
+        """The host is about to look: encrypt what the guest wrote.
+
+        True when something was, and TLBs must be flushed.
+        """
         late = False
         for view, first, last in self._pages(gpa, size):
             for page in (np.flatnonzero(view.state[first:last] & RAW_STALE) + first).tolist():
@@ -265,7 +271,10 @@ class Mmu:
             self.host_wrote(at & -4096, 4096)
 
     def own(self, gpa: int, assigned: Any, usable: Any) -> None:
-        """Pages from gpa on are a guest's (no shared write), this guest's to use privately; as far as memslots go. TLBs must be flushed."""
+        """Pages from gpa on are a guest's (no shared write), this guest's to use privately.
+
+        That is as far as memslots go. TLBs must be flushed.
+        """
         for view, first, last in self._pages(gpa, 4096 * len(assigned)):
             part = slice(first - (gpa - view.gpa) // 4096, last - (gpa - view.gpa) // 4096)
             bits = np.where(assigned[part], ASSIGNED, 0) | np.where(usable[part], 0, UNUSABLE)
@@ -275,7 +284,10 @@ class Mmu:
         self.unsee()
 
     def not_yours(self) -> GuestFault:
-        """What the access meets that was just stopped for its page's owner; a walk (code 2) reads, whatever it is for."""
+        """What the access meets that was just stopped for its page's owner.
+
+        A walk (code 2) reads, whatever it is for.
+        """
         facts = self.facts
         fault = self.cipher.guest_fault(
             facts.gpa, facts.code != 0, facts.type == WRITE and facts.code != 2
@@ -286,7 +298,10 @@ class Mmu:
         return fault
 
     def plain(self, gpa: int, size: int) -> bytes:
-        """Memory as the key shows it, as far as the memslot goes; what was not decrypted yet is, and no guest need notice."""
+        """Memory as the key shows it, as far as the memslot goes.
+
+        What was not decrypted yet is, and no guest need notice.
+        """
         place = self._at(gpa)
         if place is None:
             return b""
@@ -311,7 +326,10 @@ class Mmu:
     # --- the guest's own accesses, made by the host for it
 
     def translate(self, handle: Handle, gva: int, access: int, ring: int) -> int | None:
-        """The gpa behind a gva, None when the access would fault; nothing is marked accessed or dirty."""
+        """The gpa behind a gva, None when the access would fault.
+
+        Nothing is marked accessed or dirty.
+        """
         self.facts.peek = 1
         try:
             return self._walk(handle, gva, _ACCESS[access], ring)
@@ -332,7 +350,10 @@ class Mmu:
     def access(
         self, handle: Handle, gva: int, size: int, ring: int, data: bytes | None = None
     ) -> bytes | None:
-        """Read, or write data, as the guest itself would: through its tables and the view that they name; None for a fault."""
+        """Read, or write data, as the guest itself would.
+
+        It goes through its tables and the view that they name; None for a fault.
+        """
         places = []
         for at in range(gva, gva + size):
             if at == gva or not at & 4095:
@@ -364,9 +385,10 @@ class Mmu:
         return whole[offset : offset + size]
 
     def where(self, handle: Handle, pc: int, page: int) -> int:
-        """The gva in `page` that the instruction at pc touches first: Unicorn's callback tells only the page.
+        """The gva in `page` that the instruction at pc touches first.
 
-        The instruction runs with a page of ours there, and all of it is undone.
+        Unicorn's callback tells only the page. The instruction runs with a page of ours there, and
+        all of it is undone.
         """
         seen, before = list[int](), handle.context()
 
@@ -394,14 +416,20 @@ class Mmu:
     # --- snapshots
 
     def written(self) -> list[tuple[int, NDArray[np.bool_], NDArray[np.bool_]]]:
-        """For each memslot its gpa, and for each page whether the guest wrote it last through its key, and last without."""
+        """For each memslot its gpa, and how the guest wrote each page last.
+
+        The two arrays say for each page: last through its key, last without.
+        """
         return [
             (view.gpa, view.state & WROTE_PRIVATE != 0, view.state & WROTE_SHARED != 0)
             for view in self.views
         ]
 
     def state(self) -> list[tuple[bytes, bytes]]:
-        """What a snapshot keeps beside the raw bytes: which page of DRAM is where, and how the guest wrote each last."""
+        """What a snapshot keeps beside the raw bytes.
+
+        That is which page of DRAM is where, and how the guest wrote each last.
+        """
         return [(view.spa.tobytes(), (view.state & KEPT).tobytes()) for view in self.views]
 
     def set_state(self, state: list[tuple[bytes, bytes]]) -> None:

@@ -1,7 +1,9 @@
-"""Exclusive monitors as hardware has them: a store-exclusive fails after any write by another, be it of the same value.
+"""Exclusive monitors as hardware has them.
 
-Unicorn keeps the address and the value of a load-exclusive and compares values, so it misses a write of what was there before.
-A monitor that is open when another vCPU begins to run is watched for writes until its own vCPU is back.
+A store-exclusive fails after any write by another, be it of the same value. Unicorn keeps the
+address and the value of a load-exclusive and compares values, so it misses a write of what was
+there before. A monitor that is open when another vCPU begins to run is watched for writes until its
+own vCPU is back.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ def _reserved(vcpu: UnicornVcpu) -> int | None:
     """The gpa of the granule that a vCPU's monitor watches, None when it is not set."""
     at = vcpu.quirks.monitor_offset()
     gva = int.from_bytes(vcpu.handle.context()[at : at + 8], "little") if at else CLEAR
-    gpa = None if gva == CLEAR else vcpu.translate(gva)
+    gpa = None if gva == CLEAR else vcpu.memory.translate(gva)
     return None if gpa is None else gpa & -GRANULE
 
 
@@ -53,7 +55,10 @@ class Monitors:
         self._watcher: UnicornVcpu | None = None
 
     def change_over(self, before: UnicornVcpu | None, vcpu: UnicornVcpu) -> None:
-        """Another vCPU runs from here on: what it writes is watched as long as somebody's monitor is open."""
+        """Another vCPU runs from here on.
+
+        What it writes is watched as long as somebody's monitor is open.
+        """
         self._unwatch()
         self._reopen([before] if before is not None else [])
         self.open.pop(vcpu, None)

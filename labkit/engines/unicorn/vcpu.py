@@ -1,13 +1,30 @@
-"""One vCPU on Unicorn: the run loop, the instruction count, and the traps that make runs exact."""
+"""One vCPU on Unicorn: its state, and the run loop.
+
+The life of a run. `run` takes a budget, or none. It is made of native runs, calls of
+`uc_emu_start`, each of which somebody ends:
+
+- the guest, with an exception, a hole in its memory, an instruction that Unicorn does not have;
+- a hook that is C's own `uc_emu_stop`, before a sensitive instruction (a trap), which the host then carries out;
+- a hook of ours: new code must be looked through, a breakpoint was reached;
+- the count, at the budget or when it is time to look up;
+- another thread, by `stop`.
+
+ending.py lists them all and says how they are told apart; `_native` and `_ended` do it. Behind each
+the instructions that retired are added to `insns`, which has no other owner, and then there is an
+Exit for the caller, or the run goes on with the next native run.
+
+How far a native run may go is decided by `_slice`. Up to BY_EACH instructions Unicorn counts each
+of them. Beyond, whole blocks are counted, and the run stops before the block in which the budget
+ends: what is left then is less than BY_EACH. The first native run looks up after FIRST_LOOK
+instructions, so that a short run pays nothing for Ctrl-C; whoever goes on from there runs to the
+end of its budget, while a thread waits for SIGINT (interrupt.py) and calls `stop`.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import struct
-import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -16,45 +33,31 @@ from unicorn import unicorn_const as uc
 from labkit.engines.base import Regs, Trace
 from labkit.engines.disasm import disassemble
 from labkit.engines.exits import BudgetExit, DebugExit, Exit, InternalErrorExit, InterruptExit
-from labkit.engines.unicorn.blocks import is_over
+from labkit.engines.unicorn.counting import Counting
+from labkit.engines.unicorn.ending import FETCHES, HOLES, Ending
 from labkit.engines.unicorn.guards import Guards
-from labkit.engines.unicorn.misses import fetch_fault, mmu_miss
-from labkit.engines.unicorn.mmio import FETCHES, HOLES, Mmio
+from labkit.engines.unicorn.memory import GuestMemory
+from labkit.engines.unicorn.misses import Misses
+from labkit.engines.unicorn.mmio import Mmio
 from labkit.engines.unicorn.monitor import clear
-from labkit.engines.unicorn.native.calibrate import calibrate
-from labkit.engines.unicorn.native.lib import LIB, QUICK, Handle, IntrHook
-from labkit.engines.unicorn.native.stubs import stub
-from labkit.engines.unicorn.native.tally import MAX_BLOCK, Tally
-from labkit.engines.unicorn.native.words import (
-    BLOCK,
-    COUNT,
-    EXTRA,
-    LOCKED,
-    LOCKED_BLOCK,
-    LOCKED_GVA,
-    NOTHING,
-    STOPPED,
-    TALLY,
-    TOTAL,
-)
+from labkit.engines.unicorn.native.lib import LIB, Handle, IntrHook
+from labkit.engines.unicorn.native.tally import MAX_LIMIT
+from labkit.engines.unicorn.native.words import COUNT, EXTRA, GVA, LOCKED, NOTHING, STOPPED
 from labkit.errors import InvalidState
 
 if TYPE_CHECKING:
+    from labkit.engines.unicorn.isa.traps import Trap
     from labkit.engines.unicorn.vm import UnicornVm
 
-__all__ = ["COUNT_FOR", "UnicornVcpu", "budget_exit"]
+__all__ = ["UnicornVcpu", "budget_exit"]
 
-SLICE = {
-    "each": 1 << 20,
-    "tally": 1 << 24,
-}  # instructions after which a counted run looks up, some 15 ms: Ctrl-C, budget
-COUNT_FOR = 1 << 22  # an unbounded run is counted exactly that far, then runs uncounted
-PATIENCE = 0.01  # seconds of CPU time that a run which was asked to end may go on before it is forced: it is where nothing looks
-CLOCK_OF = getattr(
-    time, "pthread_getcpuclockid", lambda thread: time.CLOCK_PROCESS_CPUTIME_ID
-)  # macOS has no clock of one thread
-BY_EACH = 4096  # budgets up to this are counted by Unicorn, an instruction at a time: changing over costs a translation
-RF = 1 << 16
+# Instructions after which a run looks up for the first time. The slowest code does some 5 M/s, so
+# that Ctrl-C is answered within 60 ms
+FIRST_LOOK = 1 << 18
+# Budgets up to this are counted by Unicorn, an instruction at a time: changing over costs a
+# translation
+BY_EACH = 4096
+RF = 1 << 16  # RFLAGS
 _HEADER = struct.Struct("<4sI")
 
 
@@ -65,32 +68,41 @@ def budget_exit(insns: int) -> BudgetExit:
 
 
 class UnicornVcpu:
-    """A vCPU whose sensitive instructions stop before they run and are carried out by the host, as under a VMM.
+    """A vCPU whose sensitive instructions are carried out by the host, as under a VMM.
 
-    Which instructions are sensitive is found block by block, when Unicorn translates a block for the first time: so code that
-    the guest writes or jumps into the middle of is covered too. A hook at such an address is C's own `uc_emu_stop`.
+    They stop before they run.
+
+    Which instructions are sensitive is found block by block, when Unicorn translates a block for
+    the first time: so code that the guest writes or jumps into the middle of is covered too.
     """
+
+    exact = True  # every instruction is counted
 
     def __init__(self, vm: UnicornVm, index: int, trace: Trace) -> None:
         self.vm, self.index, self.trace = vm, index, trace
-        self.insns, self.exact = 0, True
-        self.handle = Handle(vm.quirks.uc_arch, vm.quirks.uc_mode, vm.quirks.settings)
-        self.counter = ctypes.c_uint64.from_address(self.handle.h + calibrate().counter)
-        self.stale_tlb = self.stale_code = False
-        self.tally = Tally(vm.arch)
-        self.words = self.tally.words
-        self.mode, self._tally_hook, self._by_block = "", 0, "tally" if stub("tally") else "each"
-        self.locked_at, self._stop = -1, self.stop
+        self.insns = 0
+        self.locked_at = -1
         self.monitor_survives = True
-        self.exception: int | None = None
-        self._gpa = ctypes.c_uint64()
-        self._gpa_at = ctypes.byref(self._gpa)
-        self._clock, self._asked, self._forced, self.shortened = 0, 0.0, False, (-1, -1)
-        self.resumed: tuple[int, int] | None = (
-            None  # (insns, pc) behind what may have set the flag RF
-        )
+        # The count behind what may have set the flag RF; None when nothing did
+        self.resumed: int | None = None
+        self._stale_tlb = self._stale_code = False
+
+        self.handle = Handle(vm.quirks.uc_arch, vm.quirks.uc_mode, vm.quirks.settings)
+        self.memory = GuestMemory(vm, self.handle)
         self.quirks = vm.quirks(self)
-        self.guards, self.mmio = Guards(self), Mmio(self)
+        self.memory.quirks = self.quirks
+
+        self._ending = Ending()
+        self._counting = Counting(self.handle, vm.arch)
+        self._words = self._counting.words.all
+        self._begin = self._counting.words.begin
+        self.guards = Guards(
+            self.handle, self.quirks, self.memory, self._counting, self._ending, self._at_iret
+        )
+        self._mmio = Mmio(self, self.quirks, self._ending)
+        self._misses = Misses(self, self.quirks, self._counting, self._ending)
+        self._stop = self.stop  # one object: to bind a method takes time
+
         self.handle.hook(uc.UC_HOOK_INTR, IntrHook(lambda _h, vector, _d: self._intr(vector)))
         for gpa, hva, size in vm.slots:
             self.map(gpa, hva, size)
@@ -106,9 +118,9 @@ class UnicornVcpu:
     def set_regs(self, regs: Mapping[str, int]) -> None:
         """Set the named registers; raises InvalidState for a name or a value that does not fit."""
         if self.quirks.pc_name in regs:
-            self.mmio.forget()
+            self._mmio.forget()
         self.quirks.write_many(regs)
-        self.resumed = self.insns, self.quirks.pc()
+        self.resumed = self.insns
 
     def read_reg(self, name: str) -> int:
         """One register."""
@@ -118,8 +130,7 @@ class UnicornVcpu:
         """The whole CPU state: Unicorn's, and what labkit keeps beside it."""
         facts = {
             "insns": self.insns,
-            "exact": self.exact,
-            "mmio": self.mmio.state(),
+            "mmio": self._mmio.state(),
             "extra": self.quirks.extra_state(),
         }
         text = json.dumps(facts).encode()
@@ -131,13 +142,15 @@ class UnicornVcpu:
             raise InvalidState("not a CPU state of the unicorn engine")
         size = _HEADER.unpack_from(state)[1]
         facts = json.loads(state[_HEADER.size : _HEADER.size + size])
+
         self.handle.set_context(state[_HEADER.size + size :])
         self.quirks.leave()
-        self.insns, self.exact = facts["insns"], facts["exact"]
-        self.mmio.set_state(facts["mmio"])
+        self.insns = facts["insns"]
+        self._mmio.set_state(facts["mmio"])
         self.quirks.set_extra_state(facts["extra"])
-        self.resumed = self.insns, self.quirks.pc()
-        self.stale_tlb = self.stale_code = True
+
+        self.resumed = self.insns
+        self.forget_translations(code=True)
         self.vm.runner = None
         self.vm.monitors.restored(self)
 
@@ -151,72 +164,69 @@ class UnicornVcpu:
         """Let the guest see host memory."""
         self.handle.map(gpa, hva, size, uc.UC_PROT_ALL)
 
-    def vmem_read(self, gva: int, size: int) -> bytes | None:
-        """Guest-virtual memory as the CPU itself would read it; None when it would fault."""
-        if self.vm.mmu is not None:
-            return self.vm.mmu.access(self.handle, gva, size, self.quirks.ring())
-        buffer = ctypes.create_string_buffer(size)
-        read = self._quietly(LIB.uc_vmem_read, gva, uc.UC_PROT_READ, buffer, size)
-        return buffer.raw if read else None
+    def memory_written(self, gpa: int, size: int) -> None:
+        """The host wrote guest memory: translations may be stale, and code if it lay there."""
+        self._stale_tlb = True
+        if not self._stale_code and self.guards.has_code(gpa, size):
+            self._stale_code = True
 
-    def vmem_write(self, gva: int, data: bytes) -> bool:
-        """Write as the CPU itself would, permissions and dirty bits included; False when it would fault."""
-        if self.vm.mmu is not None:
-            return (
-                self.vm.mmu.access(self.handle, gva, len(data), self.quirks.ring(), data)
-                is not None
-            )
-        return self._quietly(LIB.uc_vmem_write, gva, uc.UC_PROT_WRITE, data, len(data))
-
-    def translate(self, gva: int, access: int = uc.UC_PROT_READ) -> int | None:
-        """The gpa behind a gva, None when the access would fault."""
-        if self.vm.mmu is not None:
-            return self.vm.mmu.translate(self.handle, gva, access, self.quirks.ring())
-        return (
-            self._gpa.value
-            if self._quietly(QUICK.uc_vmem_translate, gva, access, self._gpa_at)
-            else None
-        )
-
-    def _quietly(self, function: Callable[..., int], gva: int, *args: object) -> bool:
-        """Whether that worked; a failed look of ours must not stay behind where the guest looks for its faults."""
-        trace = self.quirks.fault_trace
-        before = trace[0]() if trace else 0
-        if not function(self.handle.h, gva, *args):
-            return True
-        if trace:
-            trace[1](before)
-        return False
+    def forget_translations(self, code: bool = False) -> None:
+        """Do not go on with what is known of page tables, nor (code) of instructions."""
+        self._stale_tlb = True
+        if code:
+            self._stale_code = True
 
     def sync(self) -> None:
         """Forget what the host, or another vCPU, changed since this vCPU last ran."""
-        if self.vm.runner is not self:
+        vm = self.vm
+        if vm.runner is not self:
             if self.quirks.monitor_offset():
-                self.vm.monitors.change_over(self.vm.runner, self)
-            self.vm.runner = self
-            if len(self.vm.vcpus) > 1 and any(
-                self.vm.read(gpa, 4096) != seen for gpa, seen in self.guards.code_pages.items()
-            ):
-                self.stale_code = True
-        if self.stale_code:
+                vm.monitors.change_over(vm.runner, self)
+            vm.runner = self
+            if len(vm.vcpus) > 1 and self.guards.code_changed(vm):
+                self._stale_code = True
+
+        if self._stale_code:
             self.guards.flush()
-        if self.stale_tlb:
+        if self._stale_tlb:
             self.handle.flush_tlb()
-        self.stale_tlb = self.stale_code = False
+        self._stale_tlb = self._stale_code = False
+
+    # --- the instruction count
+
+    def retire(self, insns: int = 1) -> None:
+        """So many instructions retired."""
+        self.insns += insns
+
+    def unretire(self) -> None:
+        """The last one did not retire after all."""
+        self.insns -= 1
+
+    def recount(self, insns: int) -> None:
+        """What just ran was counted wrongly: this is how many there are now."""
+        self.insns = insns
 
     # --- running
 
     def set_breakpoints(self, gvas: frozenset[int]) -> None:
         """Stop with DebugExit before the instructions at these addresses."""
         self.guards.set_breakpoints(gvas)
-        self.stale_code = True
+        self._stale_code = True
 
     def complete(self, value: int) -> None:
         """Give the value that the last IN, MMIO read or hypercall returns."""
-        if not self.mmio.complete(value) and not self.quirks.complete(value):
+        if not self._mmio.complete(value) and not self.quirks.complete(value):
             raise InvalidState(
                 f"vCPU {self.index}: the last exit reads nothing, so there is nothing to complete"
             )
+
+    def stop(self) -> None:
+        """End the present native run at its next block, from any thread.
+
+        The caller repeats it until the run is over. Where Unicorn counts each instruction nothing
+        is done: such a run is over after FIRST_LOOK of them.
+        """
+        self._counting.stop()
 
     def run(self, insns: int | None = None) -> Exit:
         """Run until an exit; with `insns`, until that many instructions retired (BudgetExit)."""
@@ -230,206 +240,166 @@ class UnicornVcpu:
         finally:
             shield.running = False
 
-    def stop(self) -> None:
-        """Make an uncounted run return, from another thread; the caller repeats it until the run is over (see blocks.py)."""
-        self.guards.halt.value = 1
-        now = time.clock_gettime(self._clock)
-        self._asked = self._asked or now
-        if now - self._asked > PATIENCE:
-            self._forced = True
-            LIB.uc_emu_stop(self.handle.h)
-
     def _run(self, insns: int | None) -> Exit:
-        if self.stale_tlb or self.stale_code or self.vm.runner is not self:
-            self.sync()
-        start, self.quirks.awaits, self.locked_at = self.insns, None, -1
-        if not self.monitor_survives:
-            clear(self)
-        self.guards.skip = self.quirks.pc()
-        self.words.all[COUNT] = NOTHING  # what was the last instruction means nothing now
-        mmio = self.mmio
-        if (
-            (mmio.writes or mmio.waiting)
-            and (insns is None or insns > 0)
-            and (exit := mmio.resume()) is not None
-        ):
-            return exit
+        self._prepare()
+        mmio = self._mmio
+        if (mmio.writes or mmio.waiting) and insns != 0:
+            exit = mmio.resume()
+            if exit is not None:
+                return exit
+
+        end = MAX_LIMIT if insns is None else self._start + insns
+        look_after = FIRST_LOOK
         while True:
-            left = None if insns is None else insns - (self.insns - start)
-            if left is not None and left <= 0:
+            left = end - self.insns
+            if left <= 0:
                 return budget_exit(insns or 0)
-            if (exit := self._slice(left, self.insns - start)) is not None:
+            exit = self._slice(left, look_after)
+            if exit is not None:
                 return exit
             if self.vm.shield.interrupted:
                 return InterruptExit()
+            if self._words[STOPPED]:
+                look_after = MAX_LIMIT
 
-    def _slice(self, left: int | None, done: int) -> Exit | None:
-        """One native run; None when the run goes on behind it. The mode says who counts: "each", "tally" or nobody ("free")."""
-        if left is None and (not self.exact or done >= self.vm.count_for - MAX_BLOCK):
-            return self.native("free", 0)
-        mode = "each" if left is not None and left <= BY_EACH else self._by_block
-        limit, most = self.vm.count_for - done if left is None else left, SLICE[mode]
-        return self.native(mode, limit if limit < most else most)
+    def _prepare(self) -> None:
+        """Begin a run with nothing left of the one before."""
+        if self._stale_tlb or self._stale_code or self.vm.runner is not self:
+            self.sync()
+        self._start = self.insns
+        self.quirks.awaits = None
+        self.locked_at = -1
+        if not self.monitor_survives:
+            clear(self)
+        self.guards.skip = self.quirks.pc()
+        self._words[COUNT] = NOTHING  # what was the last instruction means nothing now
 
-    def native(self, mode: str, limit: int) -> Exit | None:
-        """One native run of at most limit instructions, counted as mode says."""
-        if mode != self.mode:
-            self._change_over(mode)
-        guards, words, self.exception = self.guards, self.words.all, None
-        guards.stopped = ""
-        self.words.begin(limit)
-        if mode == "free":
-            status = self._run_uncounted()
-        else:
-            status = self.handle.run(self.quirks.leave(), limit if mode == "each" else 0)
+    def _slice(self, left: int, look_after: int) -> Exit | None:
+        """One native run towards the budget, or until it is time to look up.
+
+        None when the run goes on behind it.
+        """
+        counting = self._counting
+        if left <= BY_EACH or counting.by_block == "each":
+            return self._native("each", left if left < FIRST_LOOK else FIRST_LOOK)
+
+        exit = self._native("tally", left if left < look_after else look_after)
+        if exit is not None or not self._words[STOPPED]:
+            return exit
+        if counting.tally.knows(self.quirks.pc()):
+            return None
+        return self._native("each", 1)
+
+    def run_each(self, insns: int) -> Exit | None:
+        """One native run of at most so many instructions, counted by Unicorn.
+
+        None when nothing ended it for good.
+        """
+        return self._native("each", insns)
+
+    def run_one(self) -> Exit | None:
+        """Run until one instruction more has retired, or the exit that comes first."""
+        before = self.insns
+        while True:
+            exit = self._native("each", 1)
+            if exit is not None or self.insns != before or self._ending.by == "hole":
+                return exit
+
+    # --- one native run
+
+    def _native(self, mode: str, limit: int) -> Exit | None:
+        """One native run of at most limit instructions, counted as mode says.
+
+        None when the run goes on.
+        """
+        # Stepping comes here for every instruction: words are read without asking `counting`
+        counting, ending, words = self._counting, self._ending, self._words
+        if mode != counting.mode:
+            counting.change_over(mode, self.quirks)
+        ending.by, ending.exception = "", None
+        self._begin(limit)
+        if mode == "each":
+            status = self.handle.run(self.quirks.leave(), limit)
+        elif limit <= FIRST_LOOK:
+            status = self.handle.run(self.quirks.leave())
+        else:  # this may take long, so somebody listens who can call `stop`
+            with self.vm.shield.native():
+                status = self.handle.run(self.quirks.leave())
+
         if words[LOCKED]:
-            self.locked_at = self.vm.retired() + self._when_locked() - words[EXTRA]
-        if guards.stopped == "edge":
-            self.insns += self.count() - words[EXTRA]
-            return guards.install()
-        if guards.stopped or status or self.exception is not None:
-            return self._stop_reason(status, limit)
-        if mode == "each" and self.counter.value > limit:
-            return self._budget(limit)
+            self.locked_at = self.vm.retired() + counting.locked()
+        if ending.by or status or ending.exception is not None:
+            return self._ended(status, limit)
+        if mode == "each" and counting.counter.value > limit:
+            return self._between(limit)
+
         pc = self.quirks.arrive()
+        guards = self.guards
         trap = guards.traps.get(pc)
         if trap is None or not trap.stops or words[STOPPED]:
-            return self._between_blocks(pc, limit)
-        self.insns += self.before(pc) - words[EXTRA]
+            return self._between(counting.begun())
+
+        self.insns += counting.finished(pc) - words[EXTRA]
         if pc in guards.breakpoints and pc != guards.skip:
             return DebugExit(pc)
         guards.skip = -1
         return self.quirks.trap(trap)
 
-    def _between_blocks(self, pc: int, limit: int) -> Exit | None:
-        """The run ended where a block begins: at the limit, at a block without entry, or because somebody asked."""
-        ran = self.count()
-        exit = self._budget(ran)
-        if exit is not None or not self.words.all[STOPPED]:
-            return exit
-        if not self.tally.knows(pc):
-            return self.native("each", 1)
-        count = self.tally.blocks[pc][0]
-        return self.native("each", limit - ran) if ran < limit < ran + count else None
+    def _between(self, ran: int) -> Exit | None:
+        """The run ended between two instructions.
 
-    def count(self) -> int:
-        """Instructions that the last native run began."""
-        return {"each": self.counter.value, "tally": self.words.all[TOTAL], "free": 0}[self.mode]
-
-    def before(self, pc: int) -> int:
-        """Instructions that it finished, when it ended before or in the one at pc."""
-        if self.mode == "tally":
-            words = self.words.all
-            return words[TOTAL] + self.tally.back(words[BLOCK], pc)
-        return max(self.count() - 1, 0)
-
-    def _when_locked(self) -> int:
-        words = self.words.all
-        return words[LOCKED] + (
-            self.tally.back(words[LOCKED_BLOCK], words[LOCKED_GVA]) + 1
-            if self.mode == "tally"
-            else 0
-        )
-
-    def _change_over(self, mode: str) -> None:
-        """Blocks carry the hooks that were there when they were translated, so they must go."""
-        if self.mode == "tally":
-            self.handle.unhook(self._tally_hook)
-        if mode == "tally":
-            code = stub("tally")
-            assert code is not None
-            self._tally_hook = self.handle.hook(uc.UC_HOOK_BLOCK, code, data=self.words.at(TALLY))
-        self.words.count_at(
-            self.words.at(TOTAL) if mode == "tally" else ctypes.addressof(self.counter)
-        )
-        self.mode = mode
-        if mode == "free":
-            self.exact = False
-            self.guards.drop_count_hooks()
-        self.handle.flush_code()
-        if mode != "each":
-            self._drop_counting()
-
-    def _drop_counting(self) -> None:
-        """Unicorn removes its counting hook when a run begins, and takes faults where counted code is no longer mapped."""
-        trace = self.quirks.fault_trace
-        fault, before, self.guards.halt.value = trace[0]() if trace else 0, self.handle.context(), 1
-        self.handle.run(self.quirks.pc())  # up to the first block, which `halt` does not let run
-        self.handle.flush_code()
-        self.handle.set_context(before)
-        if trace:
-            trace[1](fault)
-        self.guards.halt.value = 0
-
-    def _run_uncounted(self) -> int:
-        self.guards.halt.value, self._asked, self._forced = 0, 0.0, False
-        self._clock = CLOCK_OF(threading.get_ident())
-        with self.vm.shield.native():
-            status = self.handle.run(self.quirks.leave())
-        self.guards.halt.value = 0
-        if self._forced and not self.guards.stopped and not status and self.exception is None:
-            self._settle()
-        return status
-
-    def _settle(self) -> None:
-        """The run was forced to end: go past an instruction that must not begin anew."""
-        pc = self.quirks.pc()
-        insn = next(disassemble(self.vm.arch, self.guards.read(pc, self.quirks.longest), pc), None)
-        if insn is not None and is_over(self.vm.arch, insn):
-            self.quirks.set_pc(pc + insn.size)
-
-    def _budget(self, ran: int) -> Exit | None:
-        """Between two instructions; one that takes one count more than steps is brought to its end."""
-        self.insns += ran - self.guards.extra()
-        gva, at = self.guards.last
-        if at != ran:
+        One that takes one count more than steps is brought to its end.
+        """
+        words = self._words
+        self.insns += ran - words[EXTRA]
+        if words[COUNT] != ran:
             return None
-        shadow = self.guards.is_shadow(gva)
-        if not shadow and not (self.quirks.pc() == gva and self.quirks.is_drained()):
-            self.guards.last = (gva, 0)  # for the next native run, whose counter begins at 0
-            if self.quirks.pc() == gva:
+
+        gva = words[GVA]
+        is_shadow = self.guards.is_shadow(gva)
+        here = self.quirks.pc() == gva
+        if not is_shadow and not (here and self.quirks.is_drained()):
+            words[COUNT] = 0  # for the next native run, whose counter begins at 0
+            if here:
                 self.resume_here()
             return None
-        after = self.insns + shadow
+
+        after = self.insns + 1 if is_shadow else self.insns
         exit = self.run_one()
         self.insns = after
         return exit
 
-    def resume_here(self) -> None:
-        """The run ends between two iterations of a REP: RF is set (SDM vol. 3B 17.3.1.1)."""
-        self.set_regs({"rflags": self.read_reg("rflags") | RF})
+    def _ended(self, status: int, limit: int) -> Exit | None:
+        """The run was ended by a hook of ours, by an exception, or by a status of libunicorn."""
+        counting, ending, quirks = self._counting, self._ending, self.quirks
+        if ending.by == "edge":
+            self.insns += counting.begun() - counting.extra
+            strange = self.guards.install()
+            return self.refuse(strange) if strange else None
 
-    def run_one(self) -> Exit | None:
-        """Run until one instruction more has retired, or the exit that comes first."""
-        before = self.insns
-        while (
-            (exit := self.native("each", 1)) is None
-            and self.insns == before
-            and self.guards.stopped != "hole"
-        ):
-            pass
-        return exit
+        pc = quirks.arrive()
+        exception = ending.exception
+        failed = status or exception is not None
+        if failed and (counting.mode == "each" or self.guards.has_hook(pc)):
+            quirks.restore_flags()
+            quirks.arrive()
+        mmu = self.vm.mmu
+        if mmu is not None and status == uc.UC_ERR_EXCEPTION and mmu.facts.why:
+            return self._misses.walk(mmu, pc, limit)
+        if status in FETCHES or quirks.is_fetch_fault(exception):
+            return self._misses.fetch(pc, limit)
 
-    def _stop_reason(self, status: int, limit: int) -> Exit | None:
-        pc, guards = self.quirks.arrive(), self.guards
-        if (status or self.exception is not None) and (self.mode == "each" or guards.has_hook(pc)):
-            self.quirks.restore_flags()
-            self.quirks.arrive()
-        if self.vm.mmu is not None and status == uc.UC_ERR_EXCEPTION and self.vm.mmu.facts.why:
-            return mmu_miss(self, self.vm.mmu, pc, limit)
-        if status in FETCHES or self.quirks.is_fetch_fault(self.exception):
-            ran = self.count()  # the instruction there was never begun
-            self.insns += ran - guards.extra()
-            return fetch_fault(self, pc, bool(limit) and ran >= limit)
-        self.insns += (
-            self.before(pc)
-            - guards.extra()
-            + (guards.last == (pc, self.count()) and guards.is_shadow(pc))
-        )
-        if guards.stopped:
-            return DebugExit(pc) if guards.stopped == "breakpoint" else None
-        if self.exception is not None:
-            return self.quirks.exception(self.exception)
+        self.insns += counting.finished(pc) - counting.extra
+        if counting.last == (pc, counting.begun()) and self.guards.is_shadow(pc):
+            self.insns += 1
+        if ending.by:
+            return DebugExit(pc) if ending.by == "breakpoint" else None
+        return self._failed(status, pc)
+
+    def _failed(self, status: int, pc: int) -> Exit | None:
+        """The instruction at pc could not be carried out."""
+        if self._ending.exception is not None:
+            return self.quirks.exception(self._ending.exception)
         if status in HOLES:
             return self.quirks.hole(pc)
         if status == uc.UC_ERR_INSN_INVALID:
@@ -437,14 +407,45 @@ class UnicornVcpu:
         return self.refuse(f"unicorn: {LIB.uc_strerror(status).decode()}")
 
     def _intr(self, vector: int) -> None:
-        self.exception = vector
+        self._ending.exception = vector
         LIB.uc_emu_stop(self.handle.h)
+
+    def _at_iret(self, gva: int) -> None:
+        """An IRET at gva is about to run, and may set RF."""
+        self.resumed = self.insns + self._counting.finished(gva) + 1 - self._counting.extra
+
+    # --- what the architecture asks for
+
+    @property
+    def ended_by(self) -> str:
+        """Who of ours ended the last native run, see ending.py."""
+        return self._ending.by
+
+    def meet_hole(self) -> Exit | None:
+        """Carry out the instruction at the program counter, which touches what no memslot holds."""
+        return self._mmio.meet()
+
+    def pass_breakpoint(self) -> None:
+        """A breakpoint at the program counter has had its turn."""
+        self.guards.skip = self.quirks.pc()
+
+    def guard(self, trap: Trap) -> None:
+        """One more sensitive instruction, in code that was looked through before."""
+        self.guards.add(trap)
+
+    def unguard(self, gva: int) -> None:
+        """That instruction may run in Unicorn again."""
+        self.guards.remove(gva)
+
+    def resume_here(self) -> None:
+        """The run ends between two iterations of a REP: RF is set (SDM vol. 3B 17.3.1.1)."""
+        self.set_regs({"rflags": self.read_reg("rflags") | RF})
 
     def refuse(self, why: str) -> InternalErrorExit:
         """The exit for what this engine will not run, with the bytes at the program counter."""
         pc = self.quirks.pc()
-        data = self.guards.read(pc, self.quirks.longest)
+        data = self.memory.fetch(pc, self.quirks.longest)
         insn = next(disassemble(self.vm.arch, data, pc), None)
-        return InternalErrorExit(
-            why, pc, data[: insn.size] if insn else data, insn.text if insn else ""
-        )
+        if insn is None:
+            return InternalErrorExit(why, pc, data)
+        return InternalErrorExit(why, pc, data[: insn.size], insn.text)

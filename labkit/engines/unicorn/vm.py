@@ -1,4 +1,7 @@
-"""A VM of the default engine: memslots shared without a copy, vCPUs one after the other on the caller's thread."""
+"""A VM of the default engine.
+
+Its memslots are shared without a copy, its vCPUs run one after the other on the caller's thread.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from labkit.engines.unicorn.isa.riscv import Riscv64
 from labkit.engines.unicorn.isa.s390 import S390x
 from labkit.engines.unicorn.isa.x86 import X86
 from labkit.engines.unicorn.monitor import Monitors
-from labkit.engines.unicorn.vcpu import COUNT_FOR, UnicornVcpu
+from labkit.engines.unicorn.vcpu import UnicornVcpu
 from labkit.errors import InvalidState, NotAvailable
 
 if TYPE_CHECKING:
@@ -70,13 +73,15 @@ class UnicornVm:
         self.vcpus: list[UnicornVcpu] = []
         self.closed = False
         self.runner: UnicornVcpu | None = None
-        self.count_for = COUNT_FOR
         self.mmu: Mmu | None = None
         self.level = 0  # of protection: 1 memory, 2 registers, 3 ownership of pages
         self.monitors = Monitors()
 
     def protect(self, mode: PagingMode, cipher: Ownership, inverted: bool, level: int) -> None:
-        """Let the guest see memory through the key where an entry's encryption bit says so (inverted: where it does not)."""
+        """Let the guest see memory through the key where an entry's encryption bit says so.
+
+        Inverted: where it does not say so.
+        """
         from labkit.engines.unicorn.mmu import Mmu
 
         if self.arch != "x86_64":
@@ -106,17 +111,12 @@ class UnicornVm:
 
     def memory_written(self, gpa: int, size: int) -> None:
         """The host wrote guest memory: translations may be stale, and code if it lay there."""
-        first, last = gpa & -4096, gpa + size - 1
         if self.mmu is not None:
             self.mmu.host_wrote(gpa, size)
         if self.vcpus and self.vcpus[0].quirks.monitor_offset():
             self.monitors.host_wrote(self.runner, gpa, size)
         for vcpu in self.vcpus:
-            vcpu.stale_tlb = True
-            if not vcpu.stale_code and any(
-                first <= page <= last for page in vcpu.guards.code_pages
-            ):
-                vcpu.stale_code = True
+            vcpu.memory_written(gpa, size)
 
     def memory_needed(self, gpa: int, size: int, is_write: bool) -> None:
         """The host is about to look at guest memory, or to write a part of it."""
@@ -141,18 +141,27 @@ class UnicornVm:
         self.forget_translations(code=True)
 
     def own_pages(self, gpa: int, assigned: Any, usable: Any) -> None:
-        """Who owns pages from now on: arrays of bool, it is a guest's, and this guest may use it privately."""
+        """Say who owns pages from gpa on.
+
+        Arrays of bool, one a page: it is a guest's, and this guest may use it privately.
+        """
         assert self.mmu is not None, "protect comes first"
         self.mmu.own(gpa, assigned, usable)
         self.forget_translations()
 
     def written(self) -> list[tuple[int, Any, Any]]:
-        """For each memslot its gpa, and arrays of bool, one a page: the guest wrote it last through its key; last without."""
+        """For each memslot its gpa, and arrays of bool, one a page.
+
+        They say: the guest wrote it last through its key; last without.
+        """
         assert self.mmu is not None, "protect comes first"
         return self.mmu.written()
 
     def views_state(self) -> list[tuple[bytes, bytes]]:
-        """What a snapshot keeps beside the bytes of memory: which page of DRAM is where, how the guest wrote each last."""
+        """What a snapshot keeps beside the bytes of memory.
+
+        Which page of DRAM is where, how the guest wrote each last.
+        """
         return self.mmu.state() if self.mmu is not None else []
 
     def set_views_state(self, state: list[tuple[bytes, bytes]]) -> None:
@@ -164,7 +173,7 @@ class UnicornVm:
     def forget_translations(self, code: bool = False) -> None:
         """No vCPU may go on with what it knows of page tables, nor (code) of instructions."""
         for vcpu in self.vcpus:
-            vcpu.stale_tlb, vcpu.stale_code = True, vcpu.stale_code or code
+            vcpu.forget_translations(code)
 
     def read(self, gpa: int, size: int) -> bytes:
         """Guest memory by gpa as it is executed, as far as memslots go."""
@@ -176,7 +185,10 @@ class UnicornVm:
         return b""
 
     def write(self, gpa: int, data: bytes) -> None:
-        """Write guest memory by gpa, as the CPU itself does at an interruption; what no memslot holds is lost."""
+        """Write guest memory by gpa, as the CPU itself does at an interruption.
+
+        What no memslot holds is lost.
+        """
         for start, hva, length in self.slots:
             if start <= gpa and gpa + len(data) <= start + length:
                 ctypes.memmove(hva + gpa - start, data, len(data))

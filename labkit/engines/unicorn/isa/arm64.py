@@ -1,4 +1,7 @@
-"""arm64 on Unicorn: exceptions into the guest's own vectors (Arm ARM D1.3), and what the host does at sensitive instructions."""
+"""arm64 on Unicorn: its exceptions, and its sensitive instructions.
+
+Exceptions go into the guest's own vectors (Arm ARM D1.3).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from labkit.engines.unicorn.native.lib import Handle, RegBatch, check
 from labkit.errors import NotAvailable
 
 if TYPE_CHECKING:
-    from labkit.engines.unicorn.vcpu import UnicornVcpu
+    from labkit.engines.unicorn.isa.core import Core
 
 __all__ = ["Arm64"]
 
@@ -131,7 +134,10 @@ def _with_mmu(handle: Handle) -> None:
 
 @cache
 def _offsets() -> tuple[int, int]:
-    """Where a saved CPU state has the last exception's syndrome and fault address, found by two faults of which both are known."""
+    """Where a saved CPU state has the last exception's syndrome and fault address.
+
+    Found by two faults of which both are known.
+    """
     wanted = (
         (0xF9000020, 0x4567_89A8, 0x9600_0045),
         (0xF9400020, 0x7654_3210, 0x9600_0005),
@@ -157,7 +163,10 @@ def _offsets() -> tuple[int, int]:
 
 @cache
 def _exclusive() -> int:
-    """Where a saved CPU state has the address that the monitor watches: LDXR x5, [x1] and LDXR x5, [x2]."""
+    """Where a saved CPU state has the address that the monitor watches.
+
+    Found by LDXR x5, [x1] and LDXR x5, [x2].
+    """
     runs = [
         (probe(Arm64, _one_page(0xC85F7C05 | base << 5), {_PLAIN[f"x{base}"]: gva}, _with_mmu), gva)
         for base, gva in ((1, 0x800), (2, 0x908))
@@ -197,8 +206,8 @@ class Arm64(PlainQuirks):
     vectors = {f"v{i}": getattr(arm, f"UC_ARM64_REG_V{i}") for i in range(32)}
     first = ("pstate", "mair_el1", "tcr_el1", "ttbr0_el1", "sctlr_el1")
 
-    def __init__(self, vcpu: UnicornVcpu) -> None:
-        super().__init__(vcpu)
+    def __init__(self, core: Core) -> None:
+        super().__init__(core)
         _open(self.handle)
         self._operands: dict[bytes, RegBatch] = {}  # of such stores
         self._devices: set[int] = set()  # stores that went to where no memslot is
@@ -214,7 +223,7 @@ class Arm64(PlainQuirks):
             f"{name} = {value:#x}",
         )
         if name in ("sctlr_el1", "tcr_el1", "ttbr0_el1", "mair_el1"):
-            self.vcpu.stale_tlb = True
+            self.core.forget_translations()
 
     def _number(self, name: str) -> tuple[int, int, int, int, int]:
         if name in SYSTEM:
@@ -253,9 +262,9 @@ class Arm64(PlainQuirks):
     def _undefined(self, pc: int) -> Exit | None:
         if pc & 3:
             return self._deliver(pc, EC_PC_ALIGNMENT << 26 | IL, pc)
-        insn = next(disassemble("arm64", self.vcpu.guards.read(pc, 4), pc), None)
+        insn = next(disassemble("arm64", self.core.memory.fetch(pc, 4), pc), None)
         if insn is not None and insn.mnemonic not in _HINTS:
-            return self.vcpu.refuse("Unicorn does not have this instruction")
+            return self.core.refuse("Unicorn does not have this instruction")
         return self._deliver(pc, IL, None)
 
     def _deliver(self, pc: int, esr: int, far: int | None) -> Exit | None:
@@ -295,20 +304,26 @@ class Arm64(PlainQuirks):
         return found
 
     def hole(self, pc: int) -> Exit | None:
-        """Memory that is not there is a device's; a plain store to it will be carried out by the host from now on."""
-        exit = self.vcpu.mmio.meet()
-        data = self.vcpu.guards.read(pc, 4)
+        """Memory that is not there is a device's.
+
+        A plain store to it will be carried out by the host from now on.
+        """
+        exit = self.core.meet_hole()
+        data = self.core.memory.fetch(pc, 4)
         if (
             len(data) == 4
             and int.from_bytes(data, "little") & _STORE[0] == _STORE[1]
             and pc not in self._devices
         ):
             self._devices.add(pc)
-            self.vcpu.guards.add(Trap("device", pc, data, "", ""))
+            self.core.guard(Trap("device", pc, data, "", ""))
         return exit
 
     def _do_device(self, trap: Trap) -> Exit | None:
-        """A store that went to a device before; when it goes elsewhere now, it is Unicorn's again."""
+        """A store that went to a device before.
+
+        When it goes elsewhere now, it is Unicorn's again.
+        """
         size, offset, names, mask = _store(trap.data)
         batch = self._operands.get(trap.data)
         if batch is None:
@@ -317,12 +332,12 @@ class Arm64(PlainQuirks):
             )
         base, value = batch.read()
         gva = base + offset & MASK64
-        gpa = self.vcpu.translate(gva, uc.UC_PROT_WRITE)
-        if gpa is None or gva & size - 1 or self.vcpu.vm.overlaps(gpa, size):
+        gpa = self.core.memory.translate(gva, uc.UC_PROT_WRITE)
+        if gpa is None or gva & size - 1 or self.core.vm.overlaps(gpa, size):
             self._devices.discard(trap.gva)
-            self.vcpu.guards.remove(trap.gva)
+            self.core.unguard(trap.gva)
             return None
-        self.vcpu.insns += 1
+        self.core.retire()
         self.set_pc(trap.gva + len(trap.data))
         return _mmio_exit(gpa, size, True, value & mask)
 
@@ -331,10 +346,13 @@ class Arm64(PlainQuirks):
         return HaltExit()
 
     def _do_refused(self, trap: Trap) -> Exit:
-        return self.vcpu.refuse("Unicorn compares these as numbers without a sign")
+        return self.core.refuse("Unicorn compares these as numbers without a sign")
 
     def _do_call(self, trap: Trap) -> Exit:
-        """HVC and SMC, which KVM takes for SMCCC calls: nothing is supported until the host says so."""
+        """HVC and SMC, which KVM takes for SMCCC calls.
+
+        Nothing is supported until the host says so.
+        """
         if self.read("pstate") >> 2 & 3 == 0:
             return self._deliver(trap.gva, IL, None)  # type: ignore[return-value]
         nr, *args = (self.read(f"x{i}") for i in range(5))
@@ -343,9 +361,12 @@ class Arm64(PlainQuirks):
         return HypercallExit(nr, tuple(args))
 
     def _do_counter(self, trap: Trap) -> None:
-        """The counter and its frequency (Arm ARM D12): one tick an instruction, as many hertz as a guest is told."""
+        """The counter and its frequency (Arm ARM D12).
+
+        One tick an instruction, as many hertz as a guest is told.
+        """
         word = int.from_bytes(trap.data, "little")
-        value = self.vcpu.vm.cpu.tsc_khz * 1000 if word >> 5 & 7 == 0 else self.clock()
+        value = self.core.vm.cpu.tsc_khz * 1000 if word >> 5 & 7 == 0 else self.clock()
         self.retire(trap, **({} if word & 31 == 31 else {f"x{word & 31}": value}))
 
     def extra_state(self) -> dict[str, object]:

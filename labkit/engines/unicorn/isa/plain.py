@@ -1,4 +1,7 @@
-"""What the quirks of architectures with plain instructions share: no REP, no shadows, no modes that change how code is read."""
+"""What the quirks of architectures with plain instructions share.
+
+No REP, no shadows, no modes that change how code is read.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from labkit.engines.unicorn.native.lib import LIB, Handle, IntrHook, RegBatch, c
 from labkit.errors import InvalidState
 
 if TYPE_CHECKING:
-    from labkit.engines.unicorn.isa.quirks import QuirksOf
+    from labkit.engines.unicorn.isa.core import Core
+    from labkit.engines.unicorn.isa.quirks import FaultTrace, QuirksOf
     from labkit.engines.unicorn.isa.traps import Trap
-    from labkit.engines.unicorn.vcpu import UnicornVcpu
 
 __all__ = ["PlainQuirks", "Vector128", "common_words", "probe"]
 
@@ -35,7 +38,9 @@ def probe(
     regs: Mapping[int, int],
     prepare: Callable[[Handle], None] = lambda handle: None,
 ) -> bytes:
-    """The CPU state behind the first exception of a scratch engine that has `image` at gpa 0 and begins there.
+    """The CPU state behind the first exception of a scratch engine.
+
+    It has `image` at gpa 0 and begins there.
 
     What libunicorn does not show of an exception is found by running some whose facts are known.
     """
@@ -64,10 +69,11 @@ def common_words(*runs: tuple[bytes, int]) -> list[int]:
 
 
 class PlainQuirks:
-    """The part of `Quirks` that needs no more than tables: registers, the program counter, traps by kind.
+    """The part of `Quirks` that needs no more than tables.
 
-    A subclass gives `plain` (name -> libunicorn's number), `vectors` (the same for 128-bit registers), `pc_name`, and methods
-    `_do_KIND` for its traps; `special` names registers that it reads and writes itself.
+    Registers, the program counter, traps by kind. A subclass gives `plain` (name -> libunicorn's
+    number), `vectors` (the same for 128-bit registers), `pc_name`, and methods `_do_KIND` for its
+    traps; `special` names registers that it reads and writes itself.
     """
 
     pc_name = "pc"
@@ -77,17 +83,16 @@ class PlainQuirks:
     hot: tuple[str, ...] = ()  # of `plain`, what traps ask for
     first: tuple[str, ...] = ()  # registers to set before all others, in this order
     capabilities: ClassVar[tuple[Capability, ...]] = ()
-    fault_trace: tuple[Callable[[], int], Callable[[int], object]] | None = None
+    fault_trace: FaultTrace | None = None
     two_blocks_count = 0
     longest = 4  # bytes of an instruction
 
-    def __init__(self, vcpu: UnicornVcpu) -> None:
-        self.vcpu, self.handle = vcpu, vcpu.handle
+    def __init__(self, core: Core) -> None:
+        self.core, self.handle = core, core.handle
         self.awaits: list[int] | None = None  # [number of the register that `complete` sets]
-        self.time_passed = 0
         self._pc = -1  # as last read; -1 when it may have changed since
         self._pc_id = self.plain[self.pc_name]
-        self._batch = RegBatch(vcpu.handle, (self._pc_id, *(self.plain[name] for name in self.hot)))
+        self._batch = RegBatch(core.handle, (self._pc_id, *(self.plain[name] for name in self.hot)))
         self.was: tuple[
             int, ...
         ] = ()  # the program counter and the hot registers, as the last run left them
@@ -162,10 +167,10 @@ class PlainQuirks:
             self._write_special(name, value)
 
     def _read_special(self, name: str) -> int:
-        raise InvalidState(f"{self.vcpu.vm.arch} has no register {name!r}", name=name)
+        raise InvalidState(f"{self.core.vm.arch} has no register {name!r}", name=name)
 
     def _write_special(self, name: str, value: int) -> None:
-        raise InvalidState(f"{self.vcpu.vm.arch} has no register {name!r}", name=name)
+        raise InvalidState(f"{self.core.vm.arch} has no register {name!r}", name=name)
 
     # --- traps
 
@@ -182,30 +187,34 @@ class PlainQuirks:
 
     def retire(self, trap: Trap, **regs: int) -> None:
         """The instruction is done: set what it computed, and go on behind it."""
-        self.vcpu.insns += 1
+        self.core.retire()
         for name, value in regs.items():
             self.write(name, value & MASK64)
         self.set_pc(trap.gva + len(trap.data))
 
     def _do_pause(self, trap: Trap) -> None:
-        """Unicorn leaves its loop there; at a place of our own choosing that can be told from other reasons."""
+        """Let nothing happen: Unicorn would leave its loop there.
+
+        At a place of our own choosing that can be told from other reasons.
+        """
         self.retire(trap)
 
     def clock(self) -> int:
-        """The VM's clock: one tick an instruction; time goes on for a guest that waits for it, counted or not."""
-        if not self.vcpu.exact:
-            self.time_passed += 1000
-        return self.vcpu.vm.retired() + self.time_passed & MASK64
+        """The VM's clock: one tick an instruction."""
+        return self.core.vm.retired() & MASK64
 
     # --- exceptions
 
     def raised(self, vector: int, error: int, pc: int, handler: int) -> Exit | None:
-        """An exception has entered its handler: say so, and end the run where no handler can be fetched."""
-        self.vcpu.insns += 1
-        self.vcpu.trace(
+        """Say that an exception has entered its handler.
+
+        The run ends where no handler can be fetched.
+        """
+        self.core.retire()
+        self.core.trace(
             "exception", {"vector": vector, "error": error, "pc": pc, "chain": (vector,)}
         )
-        there = self.vcpu.guards.read(handler, 2)
+        there = self.core.memory.fetch(handler, 2)
         if pc == handler or not there:
             what = (
                 "a handler whose first instruction faults"
@@ -222,11 +231,11 @@ class PlainQuirks:
 
     def hole(self, pc: int) -> Exit | None:
         """Memory that is not there is a device's."""
-        return self.vcpu.mmio.meet()
+        return self.core.meet_hole()
 
     def invalid(self) -> Exit | None:
         """An instruction that Unicorn does not have, as its status says."""
-        return self.vcpu.refuse("Unicorn does not have this instruction")
+        return self.core.refuse("Unicorn does not have this instruction")
 
     def forget_exception(self) -> object:
         """Nothing stays behind."""
@@ -255,11 +264,11 @@ class PlainQuirks:
 
     def miss(self, error: int | None, gva: int) -> Exit | None:
         """See `ring`."""
-        return self.vcpu.refuse(f"a page fault at gva {gva:#x} that nobody expected")
+        return self.core.refuse(f"a page fault at gva {gva:#x} that nobody expected")
 
     def not_yours(self, fault: GuestFault, gva: int, gpa: int, private: bool) -> Exit | None:
         """See `ring`."""
-        return self.vcpu.refuse(
+        return self.core.refuse(
             f"a page at gpa {gpa:#x} that is not the guest's, which nobody expected"
         )
 
@@ -277,8 +286,8 @@ class PlainQuirks:
 
     def extra_state(self) -> dict[str, object]:
         """What save() must keep beside Unicorn's own state."""
-        return {"awaits": self.awaits, "time_passed": self.time_passed}
+        return {"awaits": self.awaits}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Put `extra_state` back."""
-        self.awaits, self.time_passed = state["awaits"], state["time_passed"]
+        self.awaits = state["awaits"]

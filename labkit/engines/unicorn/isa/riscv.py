@@ -1,4 +1,7 @@
-"""riscv64 on Unicorn: traps into the guest's own handler in S-mode, and what the host does at sensitive instructions."""
+"""riscv64 on Unicorn: its traps, and its sensitive instructions.
+
+Traps go into the guest's own handler in S-mode.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from labkit.engines.unicorn.native.lib import IntrHook, RegBatch
 from labkit.errors import NotAvailable
 
 if TYPE_CHECKING:
-    from labkit.engines.unicorn.vcpu import UnicornVcpu
+    from labkit.engines.unicorn.isa.core import Core
 
 __all__ = ["Riscv64"]
 
@@ -61,7 +64,10 @@ _LR = (0xF800007F, 0x1000002F)
 
 
 def _after(insn: int, register: str, gva: int) -> bytes:
-    """The CPU state after an instruction at 0 that uses a register, under Sv39 with a 1 GiB page."""
+    """The CPU state after an instruction at 0 that uses a register.
+
+    It runs under Sv39 with a 1 GiB page.
+    """
     image = struct.pack("<I", insn | GPRS.index(register) << 15).ljust(4096, b"\0") + struct.pack(
         "<Q", 0xCF
     )
@@ -101,9 +107,9 @@ class Riscv64(PlainQuirks):
     plain, special = _PLAIN, tuple(_CSRS)
     first, hot = ("priv", "satp"), ("priv", *(f"a{i}" for i in range(8)))
 
-    def __init__(self, vcpu: UnicornVcpu) -> None:
-        super().__init__(vcpu)
-        self._answer = RegBatch(vcpu.handle, (_PC, _PLAIN["a0"]))
+    def __init__(self, core: Core) -> None:
+        super().__init__(core)
+        self._answer = RegBatch(core.handle, (_PC, _PLAIN["a0"]))
         self.handle.write(_PRIV, 1)
         self.handle.hook(uc.UC_HOOK_INTR, IntrHook(lambda _h, _v, _d: self._back()))
 
@@ -119,7 +125,7 @@ class Riscv64(PlainQuirks):
     def _write_special(self, name: str, value: int) -> None:
         self._as_machine(lambda: self.handle.write(self._csr(name), value))
         if name == "satp":
-            self.vcpu.stale_tlb = True
+            self.core.forget_translations()
 
     def _csr(self, name: str) -> int:
         if name not in _CSRS:
@@ -127,7 +133,7 @@ class Riscv64(PlainQuirks):
         return int(_CSRS[name])
 
     def _as_machine(self, access: Callable[[], int]) -> int:
-        """What libunicorn gives and takes depends on the privilege level that the guest happens to have."""
+        """Access a CSR in M-mode: what libunicorn gives and takes depends on the privilege level."""
         level = self.handle.read(_PRIV)
         self.handle.write(_PRIV, 3)
         value = access()
@@ -155,19 +161,19 @@ class Riscv64(PlainQuirks):
             vector in FETCH_FAULTS and gva < pc
         ):  # at the start of a page, Unicorn wants the page before too
             return self._illegal(pc)
-        word = int.from_bytes(self.vcpu.guards.read(pc, 4), "little")
+        word = int.from_bytes(self.core.memory.fetch(pc, 4), "little")
         if word & 0x7F == _AMO and word & _LR[0] != _LR[1]:
             vector = AS_STORE.get(vector, vector)
         return self._deliver(pc, vector, gva)
 
     def _illegal(self, pc: int) -> Exit | None:
-        data = self.vcpu.guards.read(pc, 4)
+        data = self.core.memory.fetch(pc, 4)
         data = data if data[:1] and data[0] & 3 == 3 else data[:2]
         insn = next(disassemble("riscv64", data, pc), None)
         if insn is not None and not insn.mnemonic.startswith(
             ("csr", "unimp", "c.unimp", "sret", "mret", "sfence", "wfi", "rd", "h")
         ):
-            return self.vcpu.refuse("Unicorn does not have this instruction")
+            return self.core.refuse("Unicorn does not have this instruction")
         return self._deliver(pc, ILLEGAL, int.from_bytes(data, "little"))
 
     def invalid(self) -> Exit | None:
@@ -175,7 +181,10 @@ class Riscv64(PlainQuirks):
         return self._deliver(self.pc(), BREAKPOINT, self.pc())
 
     def _deliver(self, pc: int, cause: int, stval: int) -> Exit | None:
-        """Enter S-mode (Privileged Architecture 12.1.1, 12.1.2): all synchronous exceptions are delegated to it."""
+        """Enter S-mode (Privileged Architecture 12.1.1, 12.1.2).
+
+        All synchronous exceptions are delegated to it.
+        """
         level, status = self.read("priv"), self.read("sstatus")
         status = (
             status & ~(SPP | SPIE | SIE) | (SPP if level else 0) | (SPIE if status & SIE else 0)
@@ -203,7 +212,7 @@ class Riscv64(PlainQuirks):
         _, level, *args, function, extension = self.was
         if not level:
             return self._deliver(trap.gva, ECALL_U, 0)
-        self.vcpu.insns += 1
+        self.core.retire()
         self._pc = trap.gva + len(trap.data) & MASK64
         self._answer.write(self._pc, NOT_SUPPORTED & MASK64)
         self.awaits = [_PLAIN["a0"]]

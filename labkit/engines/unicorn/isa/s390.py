@@ -1,4 +1,7 @@
-"""s390x on Unicorn: interruptions by way of the guest's own lowcore (Principles of Operation, chapter 6), and DIAGNOSE."""
+"""s390x on Unicorn: its interruptions, and DIAGNOSE.
+
+Interruptions go by way of the guest's own lowcore (Principles of Operation, chapter 6).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from labkit.engines.unicorn.isa.traps import Trap
 from labkit.errors import InvalidState, NotAvailable
 
 if TYPE_CHECKING:
-    from labkit.engines.unicorn.vcpu import UnicornVcpu
+    from labkit.engines.unicorn.isa.core import Core
 
 __all__ = ["S390x"]
 
@@ -54,7 +57,10 @@ _LOCKED = frozenset(
 
 @cache
 def _offsets() -> tuple[int, int, int]:
-    """Where a saved CPU state has the program interruption code (its length behind it), the SVC code, and the prefix."""
+    """Where a saved CPU state has the program interruption code, the SVC code, and the prefix.
+
+    The instruction's length is behind either code.
+    """
     csg, dsgr = bytes.fromhex("eb0200040030"), bytes.fromhex("b90d0002")  # unaligned; by zero
     runs = [
         (probe(S390x, code, {_PLAIN["pswm"]: 0x180000000}), facts)
@@ -124,8 +130,8 @@ class S390x(HostInsns):
     hot = ("pswm", *(f"r{i}" for i in range(16)))
     first = ("prefix", "cr0", "cr1", "pswm")
 
-    def __init__(self, vcpu: UnicornVcpu) -> None:
-        super().__init__(vcpu)
+    def __init__(self, core: Core) -> None:
+        super().__init__(core)
         self.fault_trace = self._teid, self._set_teid
         mend()
         self.handle.write(_PLAIN["pswm"], 0x180000000)
@@ -151,21 +157,24 @@ class S390x(HostInsns):
             ctypes.c_uint64.from_address(context + _offsets()[2]).value = value
 
         self.handle.patch_context(patch)
-        self.vcpu.stale_tlb = True
+        self.core.forget_translations()
 
     def write(self, name: str, value: int) -> None:
         """Set one register; a new address space needs new translations."""
         super().write(name, value)
         if name in ("cr0", "cr1", "pswm"):
-            self.vcpu.stale_tlb = True
+            self.core.forget_translations()
 
     # --- interruptions
 
     def is_fetch_fault(self, vector: int | None) -> bool:
-        """An instruction that could not be fetched, and so never began: nothing is at the program counter."""
+        """An instruction that could not be fetched, and so never began.
+
+        Nothing is at the program counter.
+        """
         if vector is None or vector == SVC or self._program()[0] not in TRANSLATIONS:
             return False
-        return not self.vcpu.guards.read(self.pc(), 1)
+        return not self.core.memory.fetch(self.pc(), 1)
 
     def _program(self) -> tuple[int, int]:
         code, length = struct.unpack_from("<2I", self.handle.context(), _offsets()[0])
@@ -186,18 +195,21 @@ class S390x(HostInsns):
         return self._deliver(ADDRESSING, pc)
 
     def _teid(self) -> int:
-        """The translation-exception identification: a doubleword of the lowcore, which Unicorn writes when a look of ours finds nothing."""
-        return int.from_bytes(self.vcpu.vm.read(self.read("prefix") + 0xA8, 8), "big")
+        """The translation-exception identification.
+
+        It is a doubleword of the lowcore, which Unicorn writes when a look of ours finds nothing.
+        """
+        return int.from_bytes(self.core.vm.read(self.read("prefix") + 0xA8, 8), "big")
 
     def _set_teid(self, value: int) -> None:
-        self.vcpu.vm.write(self.read("prefix") + 0xA8, value.to_bytes(8, "big"))
+        self.core.vm.write(self.read("prefix") + 0xA8, value.to_bytes(8, "big"))
 
     def _deliver(self, code: int, pc: int) -> Exit | None:
         """A program interruption (6.5)."""
-        data = self.vcpu.guards.read(pc, 6)
+        data = self.core.memory.fetch(pc, 6)
         known = next(disassemble("s390x", data, pc), None) is not None
         if code == OPERATION and known:
-            return self.vcpu.refuse("Unicorn does not have this instruction")
+            return self.core.refuse("Unicorn does not have this instruction")
         if (
             code in TRANSLATIONS and data and not known
         ):  # at the start of a page, Unicorn wants the page before too
@@ -212,14 +224,17 @@ class S390x(HostInsns):
     def _enter(
         self, code: int, old: int, new: int, facts: dict[int, bytes], at: int, pc: int, error: int
     ) -> Exit | None:
-        """Exchange PSWs: the old one, with where to go on, into the lowcore, the new one out of it."""
+        """Exchange PSWs.
+
+        The old one, with where to go on, goes into the lowcore, the new one comes out of it.
+        """
         prefix = self.read("prefix")
         for offset, data in {
             **facts,
             old: struct.pack(">2Q", self.read("pswm"), at & MASK64),
         }.items():
-            self.vcpu.vm.write(prefix + offset, data)
-        mask, handler = struct.unpack(">2Q", self.vcpu.vm.read(prefix + new, 16))
+            self.core.vm.write(prefix + offset, data)
+        mask, handler = struct.unpack(">2Q", self.core.vm.read(prefix + new, 16))
         self.write("pswm", mask)
         self.handle.flush_tlb()
         return self.raised(code, error, pc, handler)
@@ -259,10 +274,13 @@ class S390x(HostInsns):
         return _diag_exit(code, value)
 
     def _do_clock(self, trap: Trap) -> Exit | None:
-        """STORE CLOCK: one tick an instruction, at 1 GHz; bit 51 of the TOD clock is a microsecond."""
+        """STORE CLOCK: one tick an instruction, at 1 GHz.
+
+        Bit 51 of the TOD clock is a microsecond.
+        """
         gva, tod = self._address(trap.data), self.clock() * 4096 // 1000
-        if not self.vcpu.vmem_write(gva, struct.pack(">Q", tod & MASK64)):
-            return self.vcpu.refuse(f"STORE CLOCK to gva {gva:#x}, which cannot be written")
+        if not self.core.memory.write(gva, struct.pack(">Q", tod & MASK64)):
+            return self.core.refuse(f"STORE CLOCK to gva {gva:#x}, which cannot be written")
         self.retire(trap, pswm=self.read("pswm") & ~CC)
         return None
 
@@ -270,19 +288,19 @@ class S390x(HostInsns):
         return (
             self._deliver(PRIVILEGED, trap.gva)
             if self._is_problem_state()
-            else self.vcpu.refuse("SET CLOCK: the clock is the VM's")
+            else self.core.refuse("SET CLOCK: the clock is the VM's")
         )
 
     def _do_lpswe(self, trap: Trap) -> Exit | None:
         """LOAD PSW EXTENDED; one that waits is a halt, for no interruption ever comes."""
         gva = self._address(trap.data)
-        data = self.vcpu.vmem_read(gva, 16)
+        data = self.core.memory.read(gva, 16)
         if self._is_problem_state() or gva & 7:
             return self._deliver(
                 PRIVILEGED if self._is_problem_state() else SPECIFICATION, trap.gva
             )
         if data is None:
-            return self.vcpu.refuse(f"LPSWE from gva {gva:#x}, which cannot be read")
+            return self.core.refuse(f"LPSWE from gva {gva:#x}, which cannot be read")
         mask, pc = struct.unpack(">2Q", data)
         self.retire(trap, pswm=mask)
         self.handle.flush_tlb()
@@ -294,11 +312,14 @@ class S390x(HostInsns):
         return self._deliver(SPECIFICATION, trap.gva)
 
     def _do_execute(self, trap: Trap) -> Exit | None:
-        """EXECUTE and its target are one instruction. Unicorn has a helper for some targets and makes blocks of others: it counts two."""
-        vcpu, data = self.vcpu, trap.data
+        """EXECUTE and its target are one instruction.
+
+        Unicorn has a helper for some targets and makes blocks of others: it counts two.
+        """
+        core, data = self.core, trap.data
         near = trap.gva + 2 * int.from_bytes(data[2:], "big", signed=True) & MASK64
         gva = near if len(data) == 6 else self._address(data, data[1] & 15)
-        target = vcpu.guards.read(gva, 6)
+        target = core.memory.fetch(gva, 6)
         if gva & 1:
             return self._deliver(SPECIFICATION, trap.gva)
         if target and (self._kind(target) or host_kind(target, 0)) not in (
@@ -306,21 +327,19 @@ class S390x(HostInsns):
             "locked",
             "execute",
         ):
-            return vcpu.refuse(
+            return core.refuse(
                 f"EXECUTE of an instruction at gva {gva:#x} that Unicorn does not carry out"
             )
         self._executing = trap.gva
-        vcpu.guards.remove(trap.gva)
-        before, after = self.handle.context(), vcpu.insns + 1
-        while (
-            exit := vcpu.native("each", 1 if not target or target[0] in _IN_HELPER else 2)
-        ) is None:
-            if vcpu.guards.stopped != "edge" or self.pc() != trap.gva:
-                vcpu.insns = after
+        core.unguard(trap.gva)
+        before, after = self.handle.context(), core.insns + 1
+        while (exit := core.run_each(1 if not target or target[0] in _IN_HELPER else 2)) is None:
+            if core.ended_by != "edge" or self.pc() != trap.gva:
+                core.recount(after)
                 break
             self.handle.set_context(
                 before
             )  # it stopped between the two, and would forget the target
         self._executing = -1
-        vcpu.guards.add(trap)
+        core.guard(trap)
         return exit

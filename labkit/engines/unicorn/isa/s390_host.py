@@ -1,8 +1,10 @@
-"""s390x instructions that Unicorn carries out wrongly without a word, carried out by the host (Principles of Operation, chapter 7).
+"""s390x instructions that Unicorn carries out wrongly without a word.
 
-Found by comparing with a later QEMU. The condition code of signed additions and subtractions is wrong in two cases only: the
-smallest number added to itself, or taken from zero, is an overflow. They are common, so only those are looked after whose condition
-code may tell: a branch behind them takes overflow for something else, or their block ends before the code is set anew.
+The host carries them out (Principles of Operation, chapter 7). Found by comparing with a later QEMU.
+The condition code of signed additions and subtractions is wrong in two cases only: the smallest
+number added to itself, or taken from zero, is an overflow. They are common, so only those are
+looked after whose condition code may tell: a branch behind them takes overflow for something else,
+or their block ends before the code is set anew.
 """
 
 from __future__ import annotations
@@ -152,7 +154,10 @@ def host_kind(data: bytes, at: int) -> str | None:
 
 
 def _tells(data: bytes, at: int, wrong: int) -> bool:
-    """Whether what follows in a block could tell the condition code 3 from this one, which Unicorn sets instead."""
+    """Whether what follows in a block could tell the condition code 3 from ours.
+
+    Ours is the one that Unicorn sets instead.
+    """
     at += size_of(data[at])
     while at < len(data):
         insn = data[at : at + size_of(data[at])]
@@ -190,24 +195,27 @@ class HostInsns(PlainQuirks):
         )
 
     def _number(self, gva: int, size: int) -> int | None:
-        data = self.vcpu.vmem_read(gva, size)
+        data = self.core.memory.read(gva, size)
         return None if data is None else int.from_bytes(data, "big", signed=True)
 
     def _do_unicorns(self, trap: Trap) -> Exit | None:
         """Let Unicorn carry it out."""
-        vcpu, self._executing = self.vcpu, trap.gva
-        vcpu.guards.remove(trap.gva)
-        exit = vcpu.run_one()
+        core, self._executing = self.core, trap.gva
+        core.unguard(trap.gva)
+        exit = core.run_one()
         if exit is None and self.pc() == trap.gva:
-            after = vcpu.insns
-            exit = vcpu.run_one()
-            vcpu.insns = after
+            after = core.insns
+            exit = core.run_one()
+            core.recount(after)
         self._executing = -1
-        vcpu.guards.add(trap)
+        core.guard(trap)
         return exit
 
     def _do_insert(self, trap: Trap) -> None:
-        """ROTATE THEN INSERT SELECTED BITS HIGH and LOW, of which Unicorn makes something else; LLVM likes them."""
+        """ROTATE THEN INSERT SELECTED BITS HIGH and LOW, of which Unicorn makes something else.
+
+        LLVM likes them.
+        """
         registers, first, last, turns, opcode = trap.data[1:]
         target, source, half = (
             registers >> 4,
@@ -223,7 +231,7 @@ class HostInsns(PlainQuirks):
         self.retire(trap, **{f"r{target}": self.was[2 + target] & kept | turned & mask})
 
     def _do_test_bits(self, trap: Trap) -> None:
-        """ROTATE THEN AND, OR, EXCLUSIVE OR SELECTED BITS that keep nothing but the condition code."""
+        """ROTATE THEN AND, OR, XOR SELECTED BITS that keep nothing but the condition code."""
         registers, first, last, turns, opcode = trap.data[1:]
         left, right, turns = (
             self.was[2 + (registers >> 4)],
@@ -262,7 +270,7 @@ class HostInsns(PlainQuirks):
     def _do_insert_bytes(self, trap: Trap) -> Exit | None:
         """INSERT CHARACTERS UNDER MASK, where Unicorn looks for the sign in the wrong place."""
         target, places = trap.data[1] >> 4, [i for i in range(4) if trap.data[1] >> 3 - i & 1]
-        data = self.vcpu.vmem_read(self._address(trap.data), len(places))
+        data = self.core.memory.read(self._address(trap.data), len(places))
         if data is None:
             return self._do_unicorns(trap)
         value = self.was[2 + target]
@@ -290,7 +298,10 @@ class HostInsns(PlainQuirks):
     def _operands(
         self, data: bytes, form: str, low: int, width: int
     ) -> tuple[int, int, int | None]:
-        """(number of the target, of the register that is the first operand, the second operand; None where it cannot be read)."""
+        """(number of the target, number of the first operand's register, the second operand).
+
+        The second operand is None where it cannot be read.
+        """
         target = data[1] >> 4
         if form == "rx":
             return target, target, self._number(self._address(data, data[1] & 15), width // 8)

@@ -1,7 +1,8 @@
 """libunicorn's table of s390x instructions, with one row made harmless.
 
-libunicorn 2.1.4 follows a null pointer while it translates SET CLOCK (SCK, B204), before any hook is asked: a guest that only reaches
-one would end the process. Its row is given the functions of the next one (SCKC, B206), and `scan` sees to it that none ever runs.
+libunicorn 2.1.4 follows a null pointer while it translates SET CLOCK (SCK, B204), before any hook
+is asked: a guest that only reaches one would end the process. Its row is given the functions of the
+next one (SCKC, B206), and `scan` sees to it that none ever runs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ _MAPS = Path("/proc/self/maps")
 
 @cache
 def mend() -> bool:
-    """Once a process; False where the two rows are not found, as in another libunicorn or outside Linux."""
+    """Mend the row, once a process.
+
+    False where the two rows are not found, as in another libunicorn or outside Linux.
+    """
     parts = _parts()
     rows = [_row(parts, *insn) for insn in (SCK, SCKC)]
     if None in rows:
@@ -43,7 +47,10 @@ def mend() -> bool:
 
 
 def _parts() -> list[tuple[int, bytes]]:
-    """(hva, bytes) of what is mapped of the library and only read: its strings and its relocated tables."""
+    """(hva, bytes) of what is mapped of the library and only read.
+
+    These are its strings and its relocated tables.
+    """
     lines = (line.split() for line in _MAPS.read_text().splitlines()) if _MAPS.exists() else ()
     name = Path(LIB._name).resolve().name
     spans = (
@@ -55,7 +62,10 @@ def _parts() -> list[tuple[int, bytes]]:
 
 
 def _row(parts: list[tuple[int, bytes]], name: bytes, code: int) -> int | None:
-    """The hva of an instruction's row: where a pointer to its name lies behind its operation code; None if not just one does."""
+    """The hva of an instruction's row: where a pointer to its name lies behind its operation code.
+
+    None unless exactly one does.
+    """
     names = [
         start + found.start() + 1
         for start, data in parts

@@ -1,8 +1,10 @@
-"""x86-64 guests with encrypted registers: what would leave for the host is #VC, and VMGEXIT is the way out.
+"""x86-64 guests with encrypted registers.
 
-Which instructions are intercepted is KVM's choice (init_vmcb(), sev_es_init_vmcb() in arch/x86/kvm/svm of Linux 6.12); which of them
-leave by themselves ("automatic exits": HLT, PAUSE, a nested page fault, SHUTDOWN) is the hardware's (APM vol. 2 15.35). Where an
-exception and the intercept compete, the exception comes first (APM vol. 2 15.9, 15.10).
+What would leave for the host is #VC, and VMGEXIT is the way out. Which instructions are intercepted
+is KVM's choice (init_vmcb(), sev_es_init_vmcb() in arch/x86/kvm/svm of Linux 6.12); which of them
+leave by themselves ("automatic exits": HLT, PAUSE, a nested page fault, SHUTDOWN) is the hardware's
+(APM vol. 2 15.35). Where an exception and the intercept compete, the exception comes first (APM
+vol. 2 15.9, 15.10).
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["GHCB_MSR", "HANDLERS", "PVALIDATE", "pvalidate"]
 
 PVALIDATE, GHCB_MSR = b"\xf2\x0f\x01\xff", 0xC001_0130
-# MSRs that KVM lets a SEV-ES guest have directly: EFER, PAT, STAR..SFMASK, bases, SYSENTER, GHCB, SEV_STATUS
+# MSRs that KVM lets a SEV-ES guest have directly: EFER, PAT, STAR..SFMASK, bases, SYSENTER, GHCB,
+# SEV_STATUS
 _DIRECT_MSRS = frozenset(
     {
         0xC000_0080,
@@ -65,7 +68,10 @@ def _msr(cpu: X86, trap: Trap) -> Exit | None:
 
 
 def _call(cpu: X86, trap: Trap) -> Exit | None:
-    """VMGEXIT is VMMCALL with a REP prefix; AMD CPUs have no VMCALL, and KVM cannot patch code that it cannot read."""
+    """VMGEXIT is VMMCALL with a REP prefix.
+
+    AMD CPUs have no VMCALL, and KVM cannot patch code that it cannot read.
+    """
     if trap.mnemonic.endswith("vmcall"):
         return cpu.deliver(UD)
     if trap.data[0] not in b"\xf2\xf3":
@@ -119,20 +125,23 @@ HANDLERS: dict[str, Callable[[X86, Trap], Exit | None]] = {
 
 
 def pvalidate(cpu: X86) -> Exit | None:
-    """PVALIDATE (APM vol. 3): RAX gva, ECX[0] 2 MiB, EDX[0] validate; EAX says how it went, CF that nothing changed."""
-    vm, regs, pc = cpu.vcpu.vm, cpu.regs, cpu.pc()
+    """PVALIDATE (APM vol. 3): RAX gva, ECX[0] 2 MiB, EDX[0] validate.
+
+    EAX says how it went, CF that nothing changed.
+    """
+    vm, regs, pc = cpu.core.vm, cpu.regs, cpu.pc()
     if vm.level < 3 or vm.mmu is None:
         return cpu.deliver(UD)
     if not cpu.privileged():
         return cpu.deliver(GP, 0)
     gva, size = regs.read("rax"), 1 << (21 if regs.read("rcx") & 1 else 12)
-    gpa = cpu.vcpu.translate(gva)
+    gpa = cpu.core.memory.translate(gva)
     if gpa is None:
         return cpu.page_fault(gva, write=False)
     found = vm.mmu.cipher.pvalidate(
         gpa & -4096 if size == 4096 else gpa, size, bool(regs.read("rdx") & 1)
     )
-    cpu.vcpu.sync()  # its translations may be of pages that it gave up
+    cpu.core.sync()  # its translations may be of pages that it gave up
     if not isinstance(found, tuple):
         return cpu.not_yours(found, gva, gpa, True)
     cpu.retire(

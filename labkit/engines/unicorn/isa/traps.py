@@ -1,7 +1,8 @@
 """Which x86-64 instructions must not run inside Unicorn, and why.
 
-Some are the host's business (IN, HLT, CPUID, MSRs), some Unicorn carries out wrongly without a word: SYSCALL only moves on,
-RDTSC and RDRAND answer with the host's, an unknown RDMSR reads 0, 128-bit VEX computes something else, control registers take any bits.
+Some are the host's business (IN, HLT, CPUID, MSRs), some Unicorn carries out wrongly without a
+word: SYSCALL only moves on, RDTSC and RDRAND answer with the host's, an unknown RDMSR reads 0,
+128-bit VEX computes something else, control registers take any bits.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ __all__ = ["PREFIXES", "SIZES", "Trap", "pio_form", "scan"]
 
 @dataclass(frozen=True)
 class Trap:
-    """A sensitive instruction: `kind` names its handler; only `stops` ones are taken out of Unicorn's hands before they run.
+    """A sensitive instruction: `kind` names its handler.
 
-    The others only correct the count, or note what it is.
+    Only `stops` ones are taken out of Unicorn's hands before they run. The others only correct the
+    count, or note what it is.
     """
 
     kind: str
@@ -63,7 +65,8 @@ _SEALED = frozenset(
     {"flush", "dr7"}
 )  # intercepted where registers are encrypted, Unicorn's own business elsewhere
 _STRING = frozenset(b"\xa4\xa5\xa6\xa7\xaa\xab\xac\xad\xae\xaf")
-# Every byte sequence that can begin or be part of one of them; a block without a match needs no decoding
+# Every byte sequence that can begin or be part of one of them; a block without a match needs no
+# decoding
 _SUSPECT = re.compile(
     rb"[\xf0\x86\x87\xcf\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xc4\xc5\x62\x8f\xf1]"
     rb"|[\xf2\xf3][\x26\x2e\x36\x3e\x40-\x4f\x64-\x67\xf0\xf2\xf3]*[\x90\xa4-\xa7\xaa-\xaf]"
@@ -71,7 +74,8 @@ _SUSPECT = re.compile(
     re.DOTALL,
 )
 
-# Control and debug registers, LGDT and the like in memory at CPL3: Unicorn raises #GP and reads no further
+# Control and debug registers, LGDT and the like in memory at CPL3: Unicorn raises #GP and reads no
+# further
 _CUT = re.compile(
     rb"[\x26\x2e\x36\x3e\x64-\x67\xf2\xf3]*[\x40-\x4f]?\x0f([\x20-\x23]|[\x00\x01][\x00-\xbf])"
 )
@@ -113,9 +117,10 @@ def _opcode(data: bytes) -> int:
 
 @lru_cache(1 << 14)
 def scan(data: bytes, gva: int, sealed: bool = False) -> Mapping[int, Trap]:
-    """The sensitive instructions of one block by gva; sealed: of a guest with encrypted registers. Blocks come again: in other VMs too.
+    """The sensitive instructions of one block by gva; sealed: of a guest with encrypted registers.
 
-    Bytes inside a block that capstone cannot decode though Unicorn went on behind them are refused too ("unknown").
+    Blocks come again: in other VMs too. Bytes inside a block that capstone cannot decode though
+    Unicorn went on behind them are refused too ("unknown").
     """
     found: dict[int, Trap] = {}
     if not _SUSPECT.search(data):

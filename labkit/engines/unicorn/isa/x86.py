@@ -12,6 +12,7 @@ from unicorn import unicorn_const as uc
 from labkit.arch.x86_cpu import APIC_BASE, IA32_TSC, IA32_TSC_ADJUST
 from labkit.engines.base import Capability
 from labkit.engines.exits import Exit, HaltExit, HypercallExit, PioExit
+from labkit.engines.unicorn.isa.quirks import FaultTrace
 from labkit.engines.unicorn.isa.sealed import HANDLERS
 from labkit.engines.unicorn.isa.traps import SIZES, Trap, pio_form, scan
 from labkit.engines.unicorn.isa.x86_control import CONTROL
@@ -20,7 +21,7 @@ from labkit.engines.unicorn.isa.x86_regs import CODE64, DATA, NATIVE_MSRS, PLAIN
 from labkit.engines.unicorn.native.lib import RegBatch
 
 if TYPE_CHECKING:
-    from labkit.engines.unicorn.vcpu import UnicornVcpu
+    from labkit.engines.unicorn.isa.core import Core
 
 __all__ = ["X86"]
 
@@ -46,26 +47,25 @@ class X86(X86Events):
     two_blocks = b"\xeb\x00\xf4"
     pc_name, longest, two_blocks_count = "rip", 15, 0
 
-    def __init__(self, vcpu: UnicornVcpu) -> None:
-        super().__init__(vcpu)
-        self.cpu, self._sealed = vcpu.vm.cpu, vcpu.vm.level > 1
+    def __init__(self, core: Core) -> None:
+        super().__init__(core)
+        self.cpu, self._sealed = core.vm.cpu, core.vm.level > 1
         self._handlers = _HANDLERS | HANDLERS if self._sealed else _HANDLERS
         self.extra = {"xcr0": 1, "tsc_offset": 0, "tsc_adjust": 0}
-        self.regs = X86Registers(vcpu.handle, self.extra, self._host_msr, vcpu.vmem_read)
+        self.regs = X86Registers(core.handle, self.extra, self._host_msr, core.memory.read)
         self.msrs: dict[int, int] = {}  # written so far; reset values are the VM's
-        self.tsc_reads = 0
         self._retired = False
         self.awaits: list[int] | None = (
             None  # what `complete` sets: [bytes of rax], or [bytes, gva]
         )
-        self.random = random.Random(f"labkit {vcpu.index}")
+        self.random = random.Random(f"labkit {core.index}")
         self._hot = RegBatch(
-            vcpu.handle, tuple(PLAIN[name] for name in ("rip", "rax", "rdx", "rdi", "cs", "rflags"))
+            core.handle, tuple(PLAIN[name] for name in ("rip", "rax", "rdx", "rdi", "cs", "rflags"))
         )
-        self._pair = RegBatch(vcpu.handle, (PLAIN["rip"], PLAIN["rax"]))
-        self.fault_trace = (
-            partial(vcpu.handle.read, PLAIN["cr2"]),
-            partial(vcpu.handle.write, PLAIN["cr2"]),
+        self._pair = RegBatch(core.handle, (PLAIN["rip"], PLAIN["rax"]))
+        self.fault_trace: FaultTrace | None = (
+            partial(core.handle.read, PLAIN["cr2"]),
+            partial(core.handle.write, PLAIN["cr2"]),
         )
         self.read, self.read_all = self.regs.read, self.regs.read_all
         self.write_many: Callable[[Mapping[str, int]], None] = self.regs.write_many
@@ -99,8 +99,11 @@ class X86(X86Events):
         return 0
 
     def hole(self, pc: int) -> Exit | None:
-        """Memory that is not there is a device's; with encrypted registers the guest must ask for it (APM vol. 2 15.35: #NPF as #VC)."""
-        return self.vcpu.mmio.meet() if self.vcpu.vm.level < 2 else self.deliver(VC, 0x400)
+        """Memory that is not there is a device's.
+
+        With encrypted registers the guest must ask for it (APM vol. 2 15.35: #NPF as #VC).
+        """
+        return self.core.meet_hole() if self.core.vm.level < 2 else self.deliver(VC, 0x400)
 
     def is_drained(self) -> bool:
         """RCX is zero: a REP instruction has no iteration left."""
@@ -122,7 +125,7 @@ class X86(X86Events):
             stepped and self._retired and self.regs.read("rflags") & _TF
         ):  # the guest steps itself (SDM vol. 3B 17.3.1.4)
             self.regs.write("dr6", self.regs.read("dr6") | _BS)
-            self.vcpu.insns -= 1
+            self.core.unretire()
             return self.deliver(DB) or exit
         return exit
 
@@ -131,7 +134,6 @@ class X86(X86Events):
         return {
             "extra": dict(self.extra),
             "msrs": {str(k): v for k, v in self.msrs.items()},
-            "tsc_reads": self.tsc_reads,
             "random": list(self.random.getstate()[1]),
             "pending": list(self.pending),
             "awaits": self.awaits,
@@ -142,7 +144,6 @@ class X86(X86Events):
         facts: dict[str, list[int]] = state  # type: ignore[assignment]
         self.extra.update(state["extra"])  # type: ignore[call-overload]
         self.msrs = {int(k): v for k, v in state["msrs"].items()}  # type: ignore[attr-defined]
-        self.tsc_reads = state["tsc_reads"]  # type: ignore[assignment]
         self.random.setstate((3, tuple(facts["random"]), None))
         self.pending, self.awaits = list(facts["pending"]), facts["awaits"]
 
@@ -153,7 +154,7 @@ class X86(X86Events):
         size = self.awaits[0]
         value &= (1 << 8 * size) - 1
         if len(self.awaits) == 2:
-            self.vcpu.vmem_write(self.awaits[1], value.to_bytes(size, "little"))
+            self.core.memory.write(self.awaits[1], value.to_bytes(size, "little"))
         else:
             keep = self.regs.read("rax") & -1 << 8 * size if size < 4 else 0
             self.regs.write("rax", keep | value)
@@ -164,7 +165,7 @@ class X86(X86Events):
     def retire(self, trap: Trap, **regs: int) -> Exit | None:
         """The instruction is done, and left these registers."""
         self._retired = True
-        self.vcpu.insns += 1
+        self.core.retire()
         if regs:
             self.regs.write_many({name: value & MASK64 for name, value in regs.items()})
         self.set_pc(trap.gva + len(trap.data))
@@ -183,7 +184,7 @@ class X86(X86Events):
         if self._cs & 3 and not self.port_allowed(port, size):
             return self.deliver(GP, 0)
         rax, mask = self._rax, (1 << 8 * size) - 1
-        self.vcpu.insns += 1
+        self.core.retire()
         self._retired = True
         self.regs.pc = trap.gva + len(trap.data) & MASK64
         self._pair.write(self.regs.pc, rax if out else 0 if size == 4 else rax & ~mask)
@@ -202,9 +203,9 @@ class X86(X86Events):
             self.regs.read("cs") & 3,
         )
         self.regs.set_ring(0)
-        offset = self.vcpu.vmem_read(base + 0x66, 2) or b"\xff\xff"
+        offset = self.core.memory.read(base + 0x66, 2) or b"\xff\xff"
         at = int.from_bytes(offset, "little") + port // 8
-        bits = self.vcpu.vmem_read(base + at, 2) if at + 1 <= limit else None
+        bits = self.core.memory.read(base + at, 2) if at + 1 <= limit else None
         self.regs.set_ring(ring)
         return bits is not None and not int.from_bytes(bits, "little") >> port % 8 & (1 << size) - 1
 
@@ -235,7 +236,8 @@ class X86(X86Events):
         if not canonical(gva):
             return self.deliver(GP, 0)
         missing = next(
-            (at for at in (gva, gva + size - 1) if self.vcpu.translate(at, access) is None), None
+            (at for at in (gva, gva + size - 1) if self.core.memory.translate(at, access) is None),
+            None,
         )
         if missing is not None:
             return self.page_fault(missing, write=pointer == "rdi")
@@ -247,10 +249,10 @@ class X86(X86Events):
         )
         if rep and rcx > 1:
             self.set_pc(trap.gva)
-            self.vcpu.resume_here()
+            self.core.resume_here()
         if pointer == "rsi":
             return PioExit(
-                port, size, True, int.from_bytes(self.vcpu.vmem_read(gva, size) or b"", "little")
+                port, size, True, int.from_bytes(self.core.memory.read(gva, size) or b"", "little")
             )
         self.awaits = [size, gva]
         self.complete(0)
@@ -264,21 +266,16 @@ class X86(X86Events):
 
     def _do_cpuid(self, trap: Trap) -> None:
         leaf, sub = self.regs.read("rax") & 0xFFFFFFFF, self.regs.read("rcx") & 0xFFFFFFFF
-        a, b, c, d = self.cpu.seen_by(self.vcpu.index, self.regs.read("cr4"), leaf, sub)
+        a, b, c, d = self.cpu.seen_by(self.core.index, self.regs.read("cr4"), leaf, sub)
         self.retire(trap, rax=a, rbx=b, rcx=c, rdx=d)
 
-    def _pass_time(self) -> None:
-        if not self.vcpu.exact:
-            self.tsc_reads += 1000  # time must go on for a guest that waits for it, counted or not
-
     def _tsc(self) -> int:
-        return (self.vcpu.vm.retired() + self.tsc_reads + self.extra["tsc_offset"]) & MASK64
+        return (self.core.vm.retired() + self.extra["tsc_offset"]) & MASK64
 
     def _do_rdtsc(self, trap: Trap) -> Exit | None:
         """RDTSC and RDTSCP under the virtual clock: one cycle an instruction of the whole VM."""
         if self.regs.read("cr4") & _TSD and not self.privileged():
             return self.deliver(GP, 0)
-        self._pass_time()
         tsc = self._tsc()
         aux = {"rcx": self.msrs.get(0xC000_0103, 0)} if trap.mnemonic == "rdtscp" else {}
         return self.retire(trap, rax=tsc & 0xFFFFFFFF, rdx=tsc >> 32, **aux)
@@ -291,7 +288,7 @@ class X86(X86Events):
         if index in _NATIVE or index in _BASES:
             return self.regs.read(_NATIVE.get(index) or _BASES[index])
         value = self.msrs.get(index, self.cpu.msrs.get(index))
-        if index == APIC_BASE and self.vcpu.index and value is not None and index not in self.msrs:
+        if index == APIC_BASE and self.core.index and value is not None and index not in self.msrs:
             value &= ~_BSP
         return value
 
@@ -321,7 +318,10 @@ class X86(X86Events):
         return True
 
     def _host_msr(self, index: int, value: int | None = None) -> int | None:
-        """Read or set an MSR as KVM_GET_MSRS and KVM_SET_MSRS do: read-only ones too, and the TSC apart from TSC_ADJUST."""
+        """Read or set an MSR as KVM_GET_MSRS and KVM_SET_MSRS do.
+
+        That is read-only ones too, and the TSC apart from TSC_ADJUST.
+        """
         if value is None:
             return self._read_msr(index)
         if index == IA32_TSC:
@@ -335,7 +335,6 @@ class X86(X86Events):
         return value
 
     def _do_rdmsr(self, trap: Trap) -> Exit | None:
-        self._pass_time()
         value = self._read_msr(self.regs.read("rcx") & 0xFFFFFFFF) if self.privileged() else None
         if value is None:
             return self.deliver(GP, 0)
@@ -348,7 +347,10 @@ class X86(X86Events):
         return self.retire(trap)
 
     def _do_hypercall(self, trap: Trap) -> Exit | None:
-        """VMCALL and VMMCALL both reach the host, as under KVM, which patches one into the other."""
+        """VMCALL and VMMCALL both reach the host.
+
+        So they do under KVM, which patches one into the other.
+        """
         if not self.privileged():
             return self.retire(trap, rax=-1)  # -KVM_EPERM
         nr, *args = (self.regs.read(name) for name in ("rax", "rbx", "rcx", "rdx", "rsi"))
@@ -357,7 +359,10 @@ class X86(X86Events):
         return HypercallExit(nr, tuple(args))
 
     def _do_random(self, trap: Trap) -> Exit | None:
-        """RDRAND and RDSEED from a seeded generator, so that runs repeat; CF says that there was a number."""
+        """RDRAND and RDSEED from a seeded generator, so that runs repeat.
+
+        CF says that there was a number.
+        """
         name = trap.op_str
         bits = (
             32
@@ -395,7 +400,7 @@ class X86(X86Events):
         return None
 
     def _do_sysenter(self, trap: Trap) -> Exit | None:
-        return self.vcpu.refuse(
+        return self.core.refuse(
             "SYSENTER and SYSEXIT are not modelled (AMD CPUs have none in long mode)"
         )
 
@@ -404,7 +409,10 @@ class X86(X86Events):
         return self.deliver(DB)
 
     def _do_monitor(self, trap: Trap) -> Exit | None:
-        """MONITOR and MWAIT as KVM has them where they are announced: nothing is waited for (SDM vol. 2B)."""
+        """MONITOR and MWAIT as KVM has them where they are announced.
+
+        Nothing is waited for (SDM vol. 2B).
+        """
         if not self.cpu.leaf(1, 0)[2] & _MONITOR or not self.privileged():
             return self.deliver(UD)
         if self.regs.read("rcx"):  # no extension or hint is announced
@@ -412,11 +420,17 @@ class X86(X86Events):
         return self.retire(trap)
 
     def _do_pause(self, trap: Trap) -> Exit | None:
-        """Unicorn leaves its loop at PAUSE; at a place of our own choosing that can be told from other reasons."""
+        """Let nothing happen: Unicorn would leave its loop at PAUSE.
+
+        At a place of our own choosing that can be told from other reasons.
+        """
         return self.retire(trap)
 
     def _do_rdpmc(self, trap: Trap) -> Exit | None:
-        """RDPMC always exists; without performance counters every number is one too many (SDM vol. 2B)."""
+        """RDPMC always exists.
+
+        Without performance counters every number is one too many (SDM vol. 2B).
+        """
         return self.deliver(GP, 0)
 
     def _do_undefined(self, trap: Trap) -> Exit | None:
@@ -425,18 +439,18 @@ class X86(X86Events):
     _do_unknown = _do_undefined
 
     def _do_vector(self, trap: Trap) -> Exit | None:
-        return self.vcpu.refuse(
+        return self.core.refuse(
             "a VEX, EVEX or XOP instruction, which Unicorn executes wrongly without a word; "
             "CPUID announces no AVX: compile the guest without it"
         )
 
     def _do_lock_neg(self, trap: Trap) -> Exit | None:
-        return self.vcpu.refuse("LOCK NEG, whose SF and PF Unicorn takes from the old value")
+        return self.core.refuse("LOCK NEG, whose SF and PF Unicorn takes from the old value")
 
     def _do_refused(self, trap: Trap) -> Exit | None:
         if not self.regs.read("cr4") & _OSXSAVE:
             return self.deliver(UD)
-        return self.vcpu.refuse(
+        return self.core.refuse(
             "the XSAVE family, whose state components Unicorn does not keep as XCR0 says"
         )
 

@@ -1,4 +1,7 @@
-"""Moves to control registers on x86-64: Unicorn takes any value, a CPU refuses some with #GP (SDM vol. 3A 2.5, vol. 2B MOV)."""
+"""Moves to control registers on x86-64.
+
+Unicorn takes any value, a CPU refuses some with #GP (SDM vol. 3A 2.5, vol. 2B MOV).
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def _cr0(cpu: X86, value: int) -> bool:
 
 def _cr3(cpu: X86, value: int) -> bool:
     """Above MAXPHYADDR only the C-bit, where there is one."""
-    mmu = cpu.vcpu.vm.mmu
+    mmu = cpu.core.vm.mmu
     return bool(
         (value & ~(mmu.facts.c_bit if mmu is not None else 0))
         >> (cpu.cpu.leaf(0x8000_0008, 0)[0] & 0xFF)
@@ -64,7 +67,10 @@ _REFUSES = {"cr0": _cr0, "cr2": lambda cpu, value: False, "cr3": _cr3, "cr4": _c
 
 
 def _mov(cpu: X86, trap: Trap) -> Exit | None:
-    """Check what is moved, then move it; CR1, CR5 and the like are undefined. Of reads only CR8's comes here: Unicorn has no APIC."""
+    """Check what is moved, then move it; CR1, CR5 and the like are undefined.
+
+    Of reads only CR8's comes here: Unicorn has no APIC.
+    """
     name, _, source = trap.op_str.partition(", ")
     if source == "cr8":
         return (

@@ -1,4 +1,7 @@
-"""Exceptions of x86-64 delivered through the guest's own IDT (SDM vol. 3A chapter 6), which Unicorn leaves to its host."""
+"""Exceptions of x86-64 delivered through the guest's own IDT (SDM vol. 3A chapter 6).
+
+Unicorn leaves that to its host.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from labkit.engines.unicorn.mmu import NOT_YOURS
 from labkit.engines.unicorn.native.calibrate import CC_OP_EFLAGS, calibrate
 
 if TYPE_CHECKING:
+    from labkit.engines.unicorn.isa.core import Core
     from labkit.engines.unicorn.isa.x86_regs import X86Registers
-    from labkit.engines.unicorn.vcpu import UnicornVcpu
 
 __all__ = ["DB", "DF", "GP", "PF", "UD", "VC", "X86Events", "canonical"]
 
@@ -31,7 +34,10 @@ _RF = 1 << 16
 
 
 class _Fault(Exception):
-    """A fault met while an event is delivered; with an exit, one that is the host's: the event comes again."""
+    """A fault met while an event is delivered.
+
+    With an exit, one that is the host's: the event comes again.
+    """
 
     def __init__(self, vector: int, error: int, why: str, exit: Exit | None = None) -> None:
         super().__init__(why)
@@ -48,22 +54,28 @@ class X86Events:
 
     regs: X86Registers
 
-    def __init__(self, vcpu: UnicornVcpu) -> None:
-        self.vcpu, self.handle = vcpu, vcpu.handle
+    def __init__(self, core: Core) -> None:
+        self.core, self.handle = core, core.handle
         self.pending: list[int] = []  # vectors of the delivery that led to the last shutdown
 
     def exception(self, vector: int) -> Exit | None:
-        """An exception that Unicorn reported: read what it was, clear Unicorn's memory of it, deliver it."""
+        """Deliver an exception that Unicorn reported.
+
+        Read what it was, clear Unicorn's memory of it, deliver it.
+        """
         code, software = self.forget_exception()
         if software or vector not in WITH_ERROR:
             return self.deliver(vector, None, software)
         return self.deliver(*self._refine(vector, code))
 
     def _refine(self, vector: int, error: int) -> tuple[int, int]:
-        """What Unicorn says otherwise than hardware: RMW faults as a write at once, and a stack that is not canonical is #SS."""
+        """What hardware would say where Unicorn says otherwise.
+
+        RMW faults as a write at once, and a stack that is not canonical is #SS.
+        """
         if (vector, error) != (GP, 0) and not (vector == PF and not error & 0x12):
             return vector, error
-        data = self.vcpu.guards.read(self.regs.read("rip"), 15)
+        data = self.core.memory.fetch(self.regs.read("rip"), 15)
         operands = memory_operands("x86_64", data)
         if vector == PF:
             return PF, error | 2 * any(op.reads and op.writes for op in operands)
@@ -78,7 +90,10 @@ class X86Events:
         return (SS if any(not canonical(self.regs.read(base)) for base in bases) else GP), 0
 
     def forget_exception(self) -> tuple[int, bool]:
-        """Clear what Unicorn remembers of its last exception; returns the error code, and whether it was INT n."""
+        """Clear what Unicorn remembers of its last exception.
+
+        Returns the error code, and whether it was INT n.
+        """
         facts = self._error_code()
 
         def forget(context: int) -> None:
@@ -109,7 +124,10 @@ class X86Events:
         return not error & 2 and (gva == pc or (not gva & 4095 and 0 < gva - pc < 4096))
 
     def restore_flags(self) -> None:
-        """After a fault at an instruction with a hook: Unicorn worked the flags out for it, and on the way back forgets that it did."""
+        """Mend the flags after a fault at an instruction with a hook.
+
+        Unicorn worked the flags out for it, and on the way back forgets that it did.
+        """
 
         def patch(context: int) -> None:
             ctypes.c_int32.from_address(context + calibrate().cc_op).value = CC_OP_EFLAGS
@@ -117,11 +135,13 @@ class X86Events:
         self.handle.patch_context(patch)
 
     def drop_resume_flag(self) -> None:
-        """Only the instruction behind an IRET is resumed (SDM vol. 3B 17.3.1.1); in Unicorn RF lasts to the next jump (QEMU's gen_eob)."""
-        insns, pc = self.vcpu.resumed or (-1, -1)
-        if (self.regs.read("rip") == pc) if self.vcpu.mode == "free" else self.vcpu.insns == insns:
+        """Drop RF: only the instruction behind an IRET is resumed (SDM vol. 3B 17.3.1.1).
+
+        In Unicorn RF lasts to the next jump (QEMU's gen_eob).
+        """
+        if self.core.insns == self.core.resumed:
             return
-        self.vcpu.resumed, flags = None, self.regs.read("rflags")
+        self.core.resumed, flags = None, self.regs.read("rflags")
         if flags & _RF:
             self.regs.write("rflags", flags & ~_RF)
 
@@ -142,14 +162,20 @@ class X86Events:
         return self._hflags() & 3
 
     def miss(self, error: int | None, gva: int) -> Exit | None:
-        """A fault that labkit's own walker found (SDM vol. 3A 4.7); no error code: the address is not canonical."""
+        """A fault that labkit's own walker found (SDM vol. 3A 4.7).
+
+        No error code: the address is not canonical.
+        """
         if error is None:
             return self.deliver(*self._refine(GP, 0))
         self.regs.write("cr2", gva)
         return self.deliver(*self._refine(PF, error))
 
     def not_yours(self, fault: GuestFault, gva: int, gpa: int, private: bool) -> Exit | None:
-        """A page that is not this guest's to use so (APM vol. 2 15.36.10): #VC with the address in CR2, or an exit to the host."""
+        """A page that is not this guest's to use so (APM vol. 2 15.36.10).
+
+        The guest gets #VC with the address in CR2, or the host an exit.
+        """
         if fault.kind != "#VC":
             return MemoryFaultExit(gpa & -4096, private, fault.error_code, fault.why)
         self.regs.write("cr2", gva)
@@ -159,7 +185,10 @@ class X86Events:
         return int(struct.unpack_from("<I", self.handle.context(), calibrate().hflags)[0])
 
     def shorten_block(self) -> None:
-        """Let the next block be one instruction: as behind MOV SS, where Unicorn wants to see about interrupts."""
+        """Let the next block be one instruction.
+
+        It is as behind MOV SS, where Unicorn wants to see about interrupts.
+        """
 
         def patch(context: int) -> None:
             ctypes.c_uint32.from_address(context + calibrate().hflags).value |= 1 << 3
@@ -169,7 +198,7 @@ class X86Events:
     def invalid(self) -> Exit | None:
         """An instruction that Unicorn does not have: #UD; it says so of INT 6 too."""
         pc = self.regs.read("rip")
-        if self.vcpu.guards.read(pc, 2) != b"\xcd\x06":
+        if self.core.memory.fetch(pc, 2) != b"\xcd\x06":
             return self.deliver(UD)
         self.regs.write("rip", pc + 2)
         return self.deliver(UD, software=True)
@@ -180,12 +209,15 @@ class X86Events:
         return self.deliver(PF, self._page_error(gva, write, self.regs.read("cs") & 3))
 
     def _page_error(self, gva: int, write: bool, ring: int) -> int:
-        return (self.vcpu.translate(gva) is not None) | write << 1 | (ring == 3) << 2
+        return (self.core.memory.translate(gva) is not None) | write << 1 | (ring == 3) << 2
 
     def deliver(self, vector: int, error: int | None = None, software: bool = False) -> Exit | None:
-        """Enter the guest's handler, by way of #DF if need be; a fault then is a triple fault (SDM vol. 3A table 6-5)."""
+        """Enter the guest's handler, by way of #DF if need be.
+
+        A fault then is a triple fault (SDM vol. 3A table 6-5).
+        """
         self.drop_resume_flag()
-        self.vcpu.insns += 1
+        self.core.retire()
         old = {name: self.regs.read(name) for name in _SAVED}
         chain, first_error = [vector], error
         while True:
@@ -193,7 +225,7 @@ class X86Events:
                 self._enter(vector, error, software, old)
             except _Fault as fault:
                 if fault.exit is not None:
-                    self.vcpu.insns -= 1
+                    self.core.unretire()
                     self.regs.set_ring(old["cs"] & 3)
                     return fault.exit
                 if vector == DF:
@@ -203,14 +235,14 @@ class X86Events:
                 if software:  # a fault lies at the INT itself
                     old["rip"] -= (
                         1
-                        if vector == BP and self.vcpu.guards.read(old["rip"] - 2, 2) != b"\xcd\x03"
+                        if vector == BP and self.core.memory.fetch(old["rip"] - 2, 2) != b"\xcd\x03"
                         else 2
                     )
                 vector, error = self._combine(vector, fault)
                 software = False
                 chain.append(vector)
             else:
-                self.vcpu.trace(
+                self.core.trace(
                     "exception",
                     {
                         "vector": chain[0],
@@ -223,7 +255,10 @@ class X86Events:
 
     @staticmethod
     def _combine(first: int, fault: _Fault) -> tuple[int, int]:
-        """What a fault while `first` is delivered becomes: a double fault, or an exception of its own."""
+        """What a fault while `first` is delivered becomes.
+
+        A double fault, or an exception of its own.
+        """
         second = fault.vector
         if (first == PF and (second == PF or second in CONTRIBUTORY)) or (
             first in CONTRIBUTORY and second in CONTRIBUTORY
@@ -266,7 +301,10 @@ class X86Events:
         self.regs.write_many({"rsp": rsp, "rip": handler, "rflags": flags})
 
     def _look_as(self, level: int, ring: int) -> None:
-        """Access memory at this level; the CPU reads its own tables in ring 0, wherever the guest was."""
+        """Access memory at this level.
+
+        The CPU reads its own tables in ring 0, wherever the guest was.
+        """
         if ring:
             self.regs.set_ring(level)
 
@@ -274,11 +312,12 @@ class X86Events:
         bottom = rsp - 8 * len(words) & MASK64
         if not canonical(bottom) or not canonical(rsp - 8 & MASK64):
             raise _Fault(SS, external, f"the stack lies at {bottom:#x}, which is not canonical")
-        if not self.vcpu.vmem_write(bottom, struct.pack(f"<{len(words)}Q", *reversed(words))):
+        if not self.core.memory.write(bottom, struct.pack(f"<{len(words)}Q", *reversed(words))):
             self._check_owner(bottom)
             slots = (rsp - 8 * i - 8 & MASK64 for i in range(len(words)))
             gva = next(
-                (gva for gva in slots if self.vcpu.translate(gva, uc.UC_PROT_WRITE) is None), bottom
+                (gva for gva in slots if self.core.memory.translate(gva, uc.UC_PROT_WRITE) is None),
+                bottom,
             )
             self.regs.write("cr2", gva)
             raise _Fault(
@@ -288,7 +327,7 @@ class X86Events:
 
     def _check_owner(self, gva: int) -> None:
         """Raise for the write that just failed, when it did for its page's owner."""
-        mmu = self.vcpu.vm.mmu
+        mmu = self.core.vm.mmu
         if mmu is None or mmu.facts.why != NOT_YOURS:
             return
         fault, facts = mmu.not_yours(), mmu.facts
@@ -303,7 +342,7 @@ class X86Events:
         )
 
     def _gate(self, vector: int, external: int) -> tuple[int, int, int, int, int]:
-        """(handler, IST, DPL, selector, is interrupt gate) of the IDT entry (SDM vol. 3A 6.14.1)."""
+        """(handler, IST, DPL, selector, is interrupt gate) of an IDT entry (SDM 3A 6.14.1)."""
         base, limit = self.regs.read("idt_base"), self.regs.read("idt_limit")
         if 16 * vector + 15 > limit:
             raise _Fault(
@@ -311,7 +350,7 @@ class X86Events:
                 8 * vector + 2 + external,
                 f"the IDT (base {base:#x}, limit {limit:#x}) has no entry {vector}",
             )
-        raw = self.vcpu.vmem_read(base + 16 * vector & MASK64, 16)
+        raw = self.core.memory.read(base + 16 * vector & MASK64, 16)
         if raw is None:
             self.regs.write("cr2", base + 16 * vector & MASK64)
             raise _Fault(PF, 0, f"the IDT at gva {base:#x} is not mapped")
@@ -352,7 +391,10 @@ class X86Events:
         return found, ring if access & 4 else dpl
 
     def _stack(self, ist: int, target: int, ring: int, rsp: int, external: int) -> int:
-        """The new stack pointer: IST, the TSS's RSP of the new level, or the present one (SDM vol. 3A 6.14.4)."""
+        """The new stack pointer.
+
+        It is IST, the TSS's RSP of the new level, or the present one (SDM vol. 3A 6.14.4).
+        """
         if not ist and target == ring:
             return rsp
         base, limit = self.regs.read("tr_base"), self.regs.read("tr_limit")
@@ -363,7 +405,7 @@ class X86Events:
                 self.regs.read("tr") & ~3 | external,
                 f"the TSS (base {base:#x}, limit {limit:#x}) gives no stack",
             )
-        raw = self.vcpu.vmem_read(base + offset & MASK64, 8)
+        raw = self.core.memory.read(base + offset & MASK64, 8)
         if raw is None:
             self.regs.write("cr2", base + offset & MASK64)
             raise _Fault(PF, 0, f"the TSS at gva {base:#x} is not mapped")

@@ -57,7 +57,8 @@ NATIVE_MSRS = {
     "sysenter_esp": 0x175,
     "sysenter_eip": 0x176,
 }
-# Descriptor tables before segments (a segment write reads the GDT through paging), paging before both, bases after segments
+# Descriptor tables before segments (a segment write reads the GDT through paging), paging before
+# both, bases after segments
 _ORDER = ("efer", "cr4", "cr3", "gdt_base", "gdt_limit", "idt_base", "idt_limit", "cr0")
 
 
@@ -74,8 +75,8 @@ def _order(name: str) -> int:
 class X86Registers:
     """Reads and writes one CPU's registers; `extra` holds those that libunicorn lacks (xcr0).
 
-    "msr_0x10" is the MSR of that number: `any_msr(index)` reads one, `any_msr(index, value)` sets one, None means there is none.
-    `fetch(gva, size)` reads guest memory.
+    "msr_0x10" is the MSR of that number: `any_msr(index)` reads one, `any_msr(index, value)` sets
+    one, None means there is none. `fetch(gva, size)` reads guest memory.
     """
 
     def __init__(
@@ -129,7 +130,10 @@ class X86Registers:
             self.write(name, regs[name])
 
     def write(self, name: str, value: int) -> None:
-        """Set one register; raises InvalidState for a name x86-64 lacks or a value the CPU refuses."""
+        """Set one register.
+
+        Raises InvalidState for a name x86-64 lacks or a value the CPU refuses.
+        """
         width = 128 if name in _VECTORS else 16 if name in _SEGMENTS else 64
         if not 0 <= value < 1 << width:
             raise InvalidState(f"{name} takes {width} bits, not {value:#x}", name=name, value=value)
@@ -166,7 +170,7 @@ class X86Registers:
             self.set_ring(selector & 3)
 
     def descriptor(self, selector: int) -> tuple[int, int, int] | None:
-        """(base, limit, second word) from the descriptor table, read as the CPU itself reads it: in ring 0."""
+        """(base, limit, second word) from the descriptor table, read as the CPU reads it: in ring 0."""
         table, ring = "ldt" if selector & 4 else "gdt", self.read("cs") & 3
         base, end = self.read(f"{table}_base"), self.read(f"{table}_limit")
         if ring:
@@ -185,7 +189,10 @@ class X86Registers:
         )
 
     def set_segment(self, name: str, selector: int, hidden: tuple[int, int, int]) -> None:
-        """Set a segment register with its hidden part (base, limit, second word of the descriptor), as an interrupt does."""
+        """Set a segment register with its hidden part, as an interrupt does.
+
+        The hidden part is (base, limit, second word of the descriptor).
+        """
         at = calibrate().segments + SEGMENT.size * _SEGMENTS.index(name)
         record = SEGMENT.pack(selector, *hidden)
 

@@ -1,4 +1,7 @@
-"""A bare `unicorn.Uc` in the state of a labkit vCPU: what labkit's engine is measured against, and nothing more."""
+"""A bare `unicorn.Uc` in the state of a labkit vCPU.
+
+It is what labkit's engine is measured against, and nothing more.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,10 @@ def open_uc(hva: int, size: int, regs: Mapping[str, int]) -> Any:
 
 
 def open_twin(vcpu: UnicornVcpu, hva: int, size: int, end: int) -> Handle:
-    """An engine over host memory in the state of a labkit vCPU of any architecture, with one hook: it ends a run at gva `end`."""
+    """An engine over host memory in the state of a labkit vCPU of any architecture, with one hook.
+
+    It ends a run at gva `end`.
+    """
     quirks = vcpu.vm.quirks
     handle = Handle(quirks.uc_arch, quirks.uc_mode, quirks.settings)
     handle.map(0, hva, size, unicorn.UC_PROT_ALL)

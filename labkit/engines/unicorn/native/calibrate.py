@@ -1,9 +1,10 @@
 """Where libunicorn keeps what it does not show: measured on a scratch engine, never written in.
 
-Needed are the instruction counter of a counted run (in `uc_engine`) and parts of the x86 CPU state (QEMU's CPUX86State):
-`error_code`, `exception_is_int`, `old_exception`, the segment registers with their hidden parts, and `hflags`, which holds the
-privilege level. Their offsets belong to the build, so they are found by running known code and searching, then proved by a
-run that fails when one of them is wrong.
+Needed are the instruction counter of a counted run (in `uc_engine`) and parts of the x86 CPU state
+(QEMU's CPUX86State): `error_code`, `exception_is_int`, `old_exception`, the segment registers with
+their hidden parts, and `hflags`, which holds the privilege level. Their offsets belong to the
+build, so they are found by running known code and searching, then proved by a run that fails when
+one of them is wrong.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ _DATA_SEGMENTS = {
 
 @dataclass(frozen=True)
 class Calibration:
-    """Byte offsets: the counter from the engine handle, the others from the start of a saved CPU state."""
+    """Byte offsets.
+
+    The counter's is from the engine handle, the others are from the start of a saved CPU state.
+    """
 
     counter: int
     error_code: int
@@ -51,7 +55,10 @@ class Calibration:
 
 
 class _Scratch:
-    """A long-mode machine of 64 KiB, identity mapped, that runs a few bytes and reports the exceptions it met."""
+    """A long-mode machine of 64 KiB, identity mapped.
+
+    It runs a few bytes and reports the exceptions it met.
+    """
 
     def __init__(self, code: bytes) -> None:
         self.memory = mmap.mmap(-1, 0x10000)
@@ -97,7 +104,10 @@ def _words(blob: bytes) -> list[int]:
 
 
 def _segments_offset() -> int:
-    """Load five segment registers, look for their records, and prove `hflags` before them: outside ring 0 no code is in reach."""
+    """Load five segment registers, look for their records, and prove `hflags` before them.
+
+    The proof is that outside ring 0 no code is in reach.
+    """
     code = b"".join(
         b"\xb8" + struct.pack("<I", s) + b"\x8e" + bytes([0xC0 | place << 3])
         for place, s in _DATA_SEGMENTS.items()
@@ -126,7 +136,10 @@ def _segments_offset() -> int:
 
 
 def _cc_op_offset(hflags: int) -> int:
-    """`cc_op` lies before `hflags`, and `cc_src` before both: set flags stand in the one as they are, and the other says so."""
+    """Where `cc_op` is: it lies before `hflags`, and `cc_src` before both.
+
+    Set flags stand in the one as they are, and the other says so.
+    """
     scratch, flags = _Scratch(b"\xf4"), 0x8D5  # OF SF ZF AF PF CF
     scratch.handle.write(x86.UC_X86_REG_RFLAGS, flags | 2)
     blob = scratch.handle.context()
@@ -178,7 +191,10 @@ def _poke(hva: int, value: int) -> None:
 
 @cache
 def calibrate() -> Calibration:
-    """Measure the offsets once a process; raises NotAvailable, saying what, when a build does not show them."""
+    """Measure the offsets once a process.
+
+    Raises NotAvailable, saying what, when a build does not show them.
+    """
 
     def mov_ds(selector: int) -> bytes:
         return (

@@ -1,8 +1,9 @@
 """The few calls of libunicorn that labkit makes, bound directly.
 
-The `unicorn` package brings the library and its constants; its Python layer costs 2 to 30 us a call (a batch of 18
-registers 35 us against 0.6 us here), which a ucall round trip cannot afford. Two of its facilities have no binding at all:
-a hook whose callback is C's own `uc_emu_stop`, which ends a run in 1 us, and the counter of a counted run.
+The `unicorn` package brings the library and its constants; its Python layer costs 2 to 30 us a call
+(a batch of 18 registers 35 us against 0.6 us here), which a ucall round trip cannot afford. Two of
+its facilities have no binding at all: a hook whose callback is C's own `uc_emu_stop`, which ends a
+run in 1 us, and the counter of a counted run.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from labkit.errors import InvalidState, LabError, NotAvailable
 
 __all__ = [
     "LIB",
+    "READ_REG",
     "STOP",
     "CodeHook",
     "EdgeHook",
@@ -110,7 +112,9 @@ LIB = _load(ctypes.CDLL)
 QUICK = _load(
     ctypes.PyDLL
 )  # for calls that take less than to give the interpreter lock away and take it back
-STOP = ctypes.cast(LIB.uc_emu_stop, c_void_p).value
+# For hooks in machine code: where the library has these functions
+STOP: int = ctypes.cast(LIB.uc_emu_stop, c_void_p).value or 0
+READ_REG: int = ctypes.cast(LIB.uc_reg_read, c_void_p).value or 0
 
 
 def check(status: int, what: str) -> None:
@@ -131,7 +135,8 @@ class Page:
 class RegBatch:
     """A fixed set of 64-bit registers read or written in one call.
 
-    The arguments are made once: to convert them takes ctypes longer than libunicorn takes to answer.
+    The arguments are made once: to convert them takes ctypes longer than libunicorn takes to
+    answer.
     """
 
     def __init__(self, handle: Handle, ids: tuple[int, ...]) -> None:
@@ -232,7 +237,10 @@ class Handle:
         self._removed.clear()
 
     def forget_code(self, gva: int, size: int) -> None:
-        """Forget the translated blocks of a range; a range that is not mapped has none, and Unicorn's page fault is undone."""
+        """Forget the translated blocks of a range.
+
+        A range that is not mapped has none, and Unicorn's page fault is undone.
+        """
         before = self.context()
         code = uc.UC_CTL_IO_WRITE << 30 | 2 << 26 | uc.UC_CTL_TB_REMOVE_CACHE
         LIB.uc_ctl(c_void_p(self.h), c_uint32(code), c_uint64(gva), c_uint64(gva + size))
@@ -241,7 +249,10 @@ class Handle:
     def hook(
         self, kind: int, callback: Any, begin: int = 1, end: int = 0, data: int | None = None
     ) -> int:
-        """Add a hook (a ctypes callback, or the address of a C function); the whole address space by default."""
+        """Add a hook (a ctypes callback, or the address of a C function).
+
+        It is for the whole address space by default.
+        """
         hook = c_size_t()
         pointer = callback if isinstance(callback, int) else ctypes.cast(callback, c_void_p)
         check(LIB.uc_hook_add(self.h, byref(hook), kind, pointer, data, begin, end), "uc_hook_add")
@@ -249,7 +260,10 @@ class Handle:
         return hook.value
 
     def unhook(self, hook: int) -> None:
-        """Remove a hook; `flush_code` must follow before the next run. Page faults that Unicorn makes of it are undone."""
+        """Remove a hook; `flush_code` must follow before the next run.
+
+        Page faults that Unicorn makes of it are undone.
+        """
         before = self.context()
         check(LIB.uc_hook_del(self.h, hook), "uc_hook_del")
         self.set_context(before)
@@ -306,7 +320,11 @@ class Handle:
         )
 
     def unmap(self, gpa: int, size: int) -> None:
-        """Remove a mapping. A page fault that Unicorn makes of it is undone; an x86 guest's next one would be a double fault."""
+        """Remove a mapping.
+
+        A page fault that Unicorn makes of it is undone; an x86 guest's next one would be a double
+        fault.
+        """
         before = self.context()
         check(LIB.uc_mem_unmap(self.h, gpa, size), f"unmap at gpa {gpa:#x}")
         self.set_context(before)

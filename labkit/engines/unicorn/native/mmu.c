@@ -1,6 +1,6 @@
 /*
  * The walk of a page-table tree for Unicorn's TLB, on a machine whose memory has two views: what DRAM holds (raw) and what
- * the guest's key makes of it (plain). tests/build_mmu.py builds it into mmu_code.py; Unicorn calls it at every TLB miss.
+ * the guest's key makes of it (plain). tests/build_native.py builds it into mmu_code.py; Unicorn calls it at every TLB miss.
  */
 typedef unsigned long long u64;
 typedef unsigned char u8;

@@ -1,7 +1,8 @@
 """Counts instructions block by block, exactly, at nearly full speed.
 
-Unicorn's own counting calls a hook at every instruction (50 M/s against 1400 M/s uncounted). A block's instructions are
-known when it is translated, so a hook at its start adds them all; where a run ends inside a block, the rest is taken off.
+Unicorn's own counting calls a hook at every instruction (50 M/s against 1400 M/s uncounted). A
+block's instructions are known when it is translated, so a hook at its start adds them all; where a
+run ends inside a block, the rest is taken off.
 """
 
 from __future__ import annotations
@@ -12,32 +13,38 @@ import mmap
 from labkit.engines.disasm import disassemble
 from labkit.engines.unicorn.native.words import Words
 
-__all__ = ["MAX_BLOCK", "Tally"]
+__all__ = ["MAX_LIMIT", "Tally"]
 
-MAX_BLOCK = 512  # instructions: TCG_MAX_INSNS
+SLOTS = 1 << 16  # where the hash of a gva leads
+SPARE = 1 << 12  # slots behind them, for what comes after the last
+FULL = SLOTS * 3 // 4  # blocks; then the table is begun anew
+MAX_LIMIT = (1 << 63) - 1  # instructions in one native run
+NEVER = 1 << 63  # a count that is over any limit
 
 
 class Tally:
-    """The counter of one vCPU, as the "tally" hook of stubs.py reads and writes it."""
+    """The counter of one vCPU, as the hook `tally` of stubs.c reads and writes it."""
 
     def __init__(self, arch: str) -> None:
         self.arch = arch
-        self._memory = mmap.mmap(
-            -1, 16 << 16
-        )  # 65536 entries (gva, count), of which the kernel backs those that are used
-        self._table = (ctypes.c_uint64 * (2 << 16)).from_buffer(self._memory)
-        self.words = Words(ctypes.addressof(self._table))
-        self.blocks: dict[
-            int, tuple[int, bytes]
-        ] = {}  # gva -> (instructions, bytes), as last translated
+        # Slots of (gva + 1, count), of which the kernel backs those that are used
+        self._memory = mmap.mmap(-1, 16 * (SLOTS + SPARE))
+        self._table = memoryview(self._memory).cast("Q")
+        self._used = 0
+        self.words = Words(ctypes.addressof(ctypes.c_char.from_buffer(self._memory)))
+        # gva -> (instructions, bytes), as last translated
+        self.blocks: dict[int, tuple[int, bytes]] = {}
         self._offsets: dict[int, dict[int, int]] = {}
-        self._back: dict[tuple[int, int], int] = {}  # (block, gva in it) -> what `before` takes off
-        self._unsure: set[int] = (
-            set()
-        )  # where blocks of two lengths begin; they are left to Unicorn's own counting
+        # (block, gva in it) -> what `back` found
+        self._back: dict[tuple[int, int], int] = {}
+        # Where blocks of two lengths begin; they are left to Unicorn's own counting
+        self._unsure: set[int] = set()
 
     def add(self, gva: int, count: int, data: bytes) -> None:
-        """A block was translated; a shorter one too where the CPU wants to look up, as behind STI and MOV SS."""
+        """A block was translated.
+
+        A shorter one too where the CPU wants to look up, as behind STI and MOV SS.
+        """
         known, before = self.blocks.get(gva, (count, b""))
         self.blocks[gva] = (count, data)
         self._offsets.pop(gva, None)
@@ -50,23 +57,42 @@ class Tally:
     def doubt(self, gva: int) -> None:
         """Do not count the block at gva: one entry cannot be right for all of them."""
         self._unsure.add(gva)
-        self._enter(gva, 0, 0)
+        self._enter(gva, NEVER)
 
-    def _enter(self, gva: int, count: int, key: int | None = None) -> None:
-        at = 2 * ((gva ^ gva >> 16) & 0xFFFF)
-        self._table[at], self._table[at + 1] = gva if key is None else key, count
+    def _enter(self, gva: int, count: int) -> None:
+        at = self._slot(gva)
+        if not self._table[at]:
+            if self._used == FULL:
+                self._memory[:] = bytes(len(self._memory))
+                self._used = 0
+                at = self._slot(gva)
+            self._used += 1
+
+        self._table[at], self._table[at + 1] = gva + 1, count
+
+    def _slot(self, gva: int) -> int:
+        """Which word of the table begins the slot of a block, or the empty one where it may go."""
+        table, key = self._table, gva + 1
+        at = 2 * ((gva ^ gva >> 16) % SLOTS)
+        while table[at] not in (0, key):
+            at += 2
+        return at
 
     def knows(self, gva: int) -> bool:
-        """See to it that the block at gva has its entry in the table, where another may have taken its place."""
+        """See to it that the block at gva is in the table, which may have been begun anew.
+
+        False when it cannot.
+        """
         if gva not in self.blocks or gva in self._unsure:
             return False
         self._enter(gva, self.blocks[gva][0])
         return True
 
     def back(self, block: int, gva: int) -> int:
-        """What to add (0 or less) to the total of a block just entered, for the instructions run when the one at gva is about to.
+        """What to add (0 or less) to the total of a block just entered.
 
-        A gva behind the block means that its last one is the one that left.
+        The sum is the instructions run when the one at gva is about to. A gva behind the block means that
+        its last one is the one that left.
         """
         found = self._back.get((block, gva))
         if found is None:
@@ -85,8 +111,11 @@ class Tally:
                 self._offsets[gva][end] = len(insns)
         return self._offsets[gva]
 
-    def close(self) -> None:
-        """Forget everything."""
+    def forget(self) -> None:
+        """Every block was dropped.
+
+        What the table says of one is true until it is translated anew.
+        """
         self.blocks.clear()
         self._offsets.clear()
         self._back.clear()

@@ -1,0 +1,125 @@
+"""Who counts the instructions of one native run, and what the count says of where it ended.
+
+Two ways, of which one is on: "each" is Unicorn's own counter, a hook at every instruction; "tally"
+adds whole blocks (native/tally.py). Blocks carry the hooks that were there when they were
+translated, so a change from one to the other drops them all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+from unicorn import unicorn_const as uc
+
+from labkit.engines.unicorn.native.calibrate import calibrate
+from labkit.engines.unicorn.native.stubs import stub
+from labkit.engines.unicorn.native.tally import Tally
+from labkit.engines.unicorn.native.words import (
+    BLOCK,
+    COUNT,
+    EXTRA,
+    GVA,
+    LIMIT,
+    LOCKED,
+    LOCKED_BLOCK,
+    LOCKED_GVA,
+    TALLY,
+    TOTAL,
+)
+
+if TYPE_CHECKING:
+    from labkit.engines.unicorn.isa.quirks import Quirks
+    from labkit.engines.unicorn.native.lib import Handle
+
+__all__ = ["Counting"]
+
+
+class Counting:
+    """The count of one vCPU's present native run. `words` are shared with hooks in machine code."""
+
+    def __init__(self, handle: Handle, arch: str) -> None:
+        self.handle = handle
+        self.tally = Tally(arch)
+        self.words = self.tally.words
+        self.counter = ctypes.c_uint64.from_address(handle.h + calibrate().counter)
+        self.mode = ""
+        # Where the host's processor is another, Unicorn counts everything
+        self.by_block = "tally" if stub("tally") else "each"
+        self._hook = 0
+
+    def stop(self) -> None:
+        """End a run that is counted by blocks at the next one, from any thread."""
+        self.words.all[LIMIT] = 0
+
+    def change_over(self, mode: str, quirks: Quirks) -> None:
+        """Count in this way from now on."""
+        if self.mode == "tally":
+            self.handle.unhook(self._hook)
+
+        if mode == "tally":
+            code = stub("tally")
+            assert code is not None, "by_block says so"
+            self._hook = self.handle.hook(uc.UC_HOOK_BLOCK, code, data=self.words.at(TALLY))
+            self.words.count_at(self.words.at(TOTAL))
+        else:
+            self.words.count_at(ctypes.addressof(self.counter))
+
+        self.mode = mode
+        self.handle.flush_code()
+        if mode == "tally":
+            self._drop_counter(quirks)
+
+    def _drop_counter(self, quirks: Quirks) -> None:
+        """Get rid of Unicorn's counting hook, which it removes only when a run begins.
+
+        With the hook it takes faults where counted code is no longer mapped.
+        """
+        trace = quirks.fault_trace
+        fault = trace[0]() if trace else 0
+        before = self.handle.context()
+
+        self.words.begin(0)  # up to the first block, which does not run
+        self.handle.run(quirks.pc())
+
+        self.handle.flush_code()
+        self.handle.set_context(before)
+        if trace:
+            trace[1](fault)
+
+    # --- what it came to
+
+    def begun(self) -> int:
+        """Instructions that the run began."""
+        if self.mode == "tally":
+            return self.words.all[TOTAL]
+        return self.counter.value
+
+    def finished(self, pc: int) -> int:
+        """Instructions that it finished, when it ended before or in the one at pc."""
+        if self.mode == "tally":
+            words = self.words.all
+            return words[TOTAL] + self.tally.back(words[BLOCK], pc)
+        return max(self.counter.value - 1, 0)
+
+    @property
+    def extra(self) -> int:
+        """Counted by Unicorn in this run, but no step of the architecture."""
+        return self.words.all[EXTRA]
+
+    def locked(self) -> int:
+        """The step, from the start of the run, of its last locked instruction, when it had one."""
+        words = self.words.all
+        count = words[LOCKED]
+        if self.mode == "tally":
+            count += self.tally.back(words[LOCKED_BLOCK], words[LOCKED_GVA]) + 1
+        return count - words[EXTRA]
+
+    @property
+    def last(self) -> tuple[int, int]:
+        """(gva, count) of the last instruction that takes more than one count."""
+        return self.words.all[GVA], self.words.all[COUNT]
+
+    @last.setter
+    def last(self, value: tuple[int, int]) -> None:
+        self.words.all[GVA], self.words.all[COUNT] = value
