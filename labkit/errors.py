@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "BudgetExceeded",
+    "Busy",
     "CompileError",
     "ElfError",
     "GuestAssertFailed",
@@ -40,6 +41,10 @@ class NotAvailable(LabError):
 
 class InvalidState(LabError):
     """An argument or a call that the VM's present state does not allow."""
+
+
+class Busy(InvalidState):
+    """Another thread runs the VM; the message says who, and since when (facts: running)."""
 
 
 class CompileError(LabError):

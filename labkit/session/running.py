@@ -61,10 +61,10 @@ def run_scheduled(vcpus: Sequence[Vcpu], schedule: Schedule, max_insns: int | No
     while True:
         index, quantum = schedule.pick(runnable(vcpus))
         vcpu = vcpus[index]
-        before = vcpu.step_count
+        before = vcpu.cpu.insns
 
         came = vcpu.run(_smaller(quantum, left))
-        ran = vcpu.step_count - before
+        ran = vcpu.cpu.insns - before
         schedule.ran(ran)
         if not isinstance(came, BudgetExit):
             return came
