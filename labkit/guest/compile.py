@@ -39,7 +39,6 @@ FLAGS = (
     "-fno-stack-protector",
     "-fno-strict-aliasing",
     "-fno-omit-frame-pointer",
-    "-fno-asynchronous-unwind-tables",
     "-gdwarf-4",
     "-Wall",
     "-Werror=implicit-function-declaration",
@@ -48,9 +47,15 @@ FLAGS = (
     "-Wl,--build-id=none",
 )
 FAMILIES = {
-    "zig": ("-fno-sanitize=all", "-Wl,--no-gc-sections", "-fdebug-compilation-dir=."),
+    "zig": (
+        "-fasynchronous-unwind-tables",
+        "-fforce-dwarf-frame",
+        "-fno-sanitize=all",
+        "-Wl,--no-gc-sections",
+        "-fdebug-compilation-dir=.",
+    ),
     "clang": (),
-    "gcc": ("-fno-tree-loop-distribute-patterns",),
+    "gcc": ("-fno-asynchronous-unwind-tables", "-fno-tree-loop-distribute-patterns"),
 }
 NO_FLOATS = {  # (family, arch); ziglang accepts -mgeneral-regs-only and ignores it
     ("zig", "x86_64"): (

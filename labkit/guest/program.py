@@ -10,6 +10,7 @@ from pathlib import Path
 
 from labkit.errors import ElfError, InvalidState, SymbolNotFound
 from labkit.guest.elf import Segment, Symbol, read_elf
+from labkit.guest.frames import FrameRule, FrameTable
 from labkit.guest.lines import Line, LineTable, SourceFiles
 from labkit.guest.types import Kind, kind_of_global
 
@@ -162,6 +163,14 @@ class Program:
     def gva_of_line(self, file: str, line: int) -> tuple[int, ...]:
         """Where the code of a source line begins, one address for each place it was compiled to; () when it has no code."""
         return self._lines.starts(file, line)
+
+    @cached_property
+    def _frames(self) -> FrameTable:
+        return FrameTable(self.image)
+
+    def frame_rule(self, gva: int) -> FrameRule | None:
+        """How to find the caller's frame from an instruction; None without call frame information."""
+        return self._frames.rule(gva)
 
     def places(self, place: str) -> tuple[int, ...]:
         """The addresses of a symbol, or of a line as "file.c:12"; raises SymbolNotFound, or InvalidState for a line without code."""

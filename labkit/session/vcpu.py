@@ -9,6 +9,7 @@ from labkit.engines.disasm import Decoded
 from labkit.errors import InvalidState, LabError, NotAvailable
 from labkit.machine.registers import Registers
 from labkit.session.arrivals import arrived
+from labkit.session.backtrace import Backtrace, backtrace
 from labkit.session.listing import Listing
 from labkit.session.running import collect, stream
 from labkit.session.stepping import step_line
@@ -250,6 +251,15 @@ class Vcpu:
     def where(self) -> str:
         """The program counter as symbol+offset, with the source line when there is one."""
         return self.vm.names.place(self.pc)
+
+    @look
+    def backtrace(self) -> Backtrace:
+        """The functions that have not returned yet, the innermost first, with their source lines.
+
+        They are found by the program's call frame information. Where the trace ends before the
+        entry function, it says why. Raises KvmError for a vCPU whose registers are sealed.
+        """
+        return backtrace(self)
 
     @look
     def __repr__(self) -> str:
