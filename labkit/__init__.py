@@ -15,6 +15,7 @@ from typing import Any
 from labkit.arch.x86_cpu import CpuModel
 from labkit.errors import (
     BudgetExceeded,
+    Busy,
     CompileError,
     ElfError,
     GuestAssertFailed,
@@ -27,6 +28,7 @@ from labkit.errors import (
     OutOfMemory,
     PageFault,
     PspError,
+    Stopped,
     SymbolNotFound,
 )
 from labkit.explore import attacks
@@ -42,6 +44,7 @@ from labkit.ucall.pool import Ucall
 __version__ = "0.1.0"
 __all__ = [
     "BudgetExceeded",
+    "Busy",
     "Comparison",
     "CompileError",
     "CpuModel",
@@ -57,6 +60,7 @@ __all__ = [
     "PageFault",
     "Program",
     "PspError",
+    "Stopped",
     "SymbolNotFound",
     "Ucall",
     "Vcpu",

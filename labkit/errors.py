@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = [
     "BudgetExceeded",
+    "Busy",
     "CompileError",
     "ElfError",
     "GuestAssertFailed",
@@ -19,6 +20,7 @@ __all__ = [
     "OutOfMemory",
     "PageFault",
     "PspError",
+    "Stopped",
     "SymbolNotFound",
 ]
 
@@ -43,6 +45,14 @@ class NotAvailable(LabError):
 
 class InvalidState(LabError):
     """An argument or a call that the VM's present state does not allow."""
+
+
+class Busy(InvalidState):
+    """Another thread runs the VM; the message says who, and since when (facts: running)."""
+
+
+class Stopped(LabError):
+    """Somebody ended the run with vm.stop(), or with its button (facts: ucalls)."""
 
 
 class CompileError(LabError):

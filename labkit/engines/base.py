@@ -130,10 +130,16 @@ class EngineVm(Protocol):
     """The engine's side of one VM: memory slots in, vCPUs out."""
 
     name: str
+    # Called once `ask` was, on the thread that runs the guest, with the guest between two
+    # instructions: others look meanwhile. When it returns True the run ends (StopExit).
+    between: Callable[[], bool]
 
     @property
     def capabilities(self) -> tuple[Capability, ...]:
         """What this engine can and cannot do."""
+
+    def ask(self) -> None:
+        """Have `between` called soon by the run that is on, if one is; from any thread."""
 
     def add_memslot(self, gpa: int, hva: int, size: int) -> None:
         """Let the guest see host memory at `gpa`; the caller keeps it alive."""

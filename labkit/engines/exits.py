@@ -20,6 +20,7 @@ __all__ = [
     "PioExit",
     "SbiExit",
     "ShutdownExit",
+    "StopExit",
     "SystemEventExit",
     "VmgexitExit",
 ]
@@ -251,6 +252,13 @@ class InterruptExit(Exit):
     """Ctrl-C; the caller records what there is to record and raises KeyboardInterrupt."""
 
     end = "interrupted"
+
+
+@dataclass(frozen=True)
+class StopExit(Exit):
+    """Somebody asked for the end of this run (vm.stop()); the next one goes on from here."""
+
+    end = "stopped"
 
 
 @dataclass(frozen=True)

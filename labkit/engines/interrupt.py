@@ -27,14 +27,16 @@ NO_CALL = 0
 
 
 class Shield:
-    """Guards one run at a time per process.
+    """Guards the runs of the main thread, of all VMs together: one at a time is on.
 
-    Runs on other threads than the main one get no SIGINT and need no guard.
+    Runs on other threads get no SIGINT, and nothing that they do here has an effect.
     """
 
     def __init__(self) -> None:
         self.running = False
         self.interrupted = False
+        self._main = threading.main_thread().ident
+        os.register_at_fork(after_in_child=self._follow_fork)
         self._before: object = signal.default_int_handler
         self._stop: Callable[[], object] = lambda: None
         self._handler = self._handle  # one object, so that `is` finds it again
@@ -44,27 +46,40 @@ class Shield:
         self._call = NO_CALL  # the number of the native call that is on
         self._calls = 0  # how many there were
 
+    def _follow_fork(self) -> None:
+        """In a forked process the thread that forked is the main one."""
+        self._main = threading.main_thread().ident
+
     def enter(self, stop: Callable[[], object]) -> None:
         """Begin a run; `stop()` is called from any thread to end it, more than once if need be."""
+        if threading.get_ident() != self._main:
+            return
         self._stop = stop
-        is_set = _signal.getsignal(_SIGINT) is self._handler
-        if not is_set and threading.current_thread() is threading.main_thread():
+        if _signal.getsignal(_SIGINT) is not self._handler:
             self._before = signal.signal(signal.SIGINT, self._handler)
         self.running = True
 
     def leave(self) -> None:
         """End the run; `check` says whether Ctrl-C came in meanwhile."""
-        self.running = False
+        if threading.get_ident() == self._main:
+            self.running = False
+
+    def is_due(self) -> bool:
+        """Whether Ctrl-C came in during this run, which must be the main thread's."""
+        return self.interrupted and threading.get_ident() == self._main
 
     def check(self) -> None:
         """Raise the KeyboardInterrupt that a run held back; called when its exit is recorded."""
-        if self.interrupted:
+        if self.is_due():
             self.interrupted = False
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Around what must not be left half done: Ctrl-C is raised behind it."""
+        if threading.get_ident() != self._main:
+            yield
+            return
         was_running = self.running
         self.enter(lambda: None)
         try:
@@ -77,7 +92,7 @@ class Shield:
     @contextlib.contextmanager
     def native(self) -> Iterator[None]:
         """Around a native call that may never return by itself."""
-        if threading.current_thread() is not threading.main_thread():
+        if threading.get_ident() != self._main:
             yield
             return
         if self._pipe is None:

@@ -34,7 +34,6 @@ FLAGS = (
     "-fno-stack-protector",
     "-fno-strict-aliasing",
     "-fno-omit-frame-pointer",
-    "-fno-asynchronous-unwind-tables",
     "-gdwarf-4",
     "-Wall",
     "-Werror=implicit-function-declaration",
@@ -43,11 +42,18 @@ FLAGS = (
     "-Wl,--build-id=none",
 )
 
-# What one family is told beside that.
+# What one family is told beside that: to write call frame information into .debug_frame, for
+# backtraces. The linker script drops .eh_frame, which would lie in guest memory.
 FAMILY_FLAGS = {
-    "zig": ("-fno-sanitize=all", "-Wl,--no-gc-sections", "-fdebug-compilation-dir=."),
-    "clang": (),
-    "gcc": ("-fno-tree-loop-distribute-patterns",),
+    "zig": (
+        "-fasynchronous-unwind-tables",
+        "-fforce-dwarf-frame",
+        "-fno-sanitize=all",
+        "-Wl,--no-gc-sections",
+        "-fdebug-compilation-dir=.",
+    ),
+    "clang": ("-fasynchronous-unwind-tables", "-fforce-dwarf-frame"),
+    "gcc": ("-fno-asynchronous-unwind-tables", "-fno-tree-loop-distribute-patterns"),
 }
 
 # By (family, arch): the target, and code without floating point. ziglang accepts

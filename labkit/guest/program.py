@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from labkit.errors import ElfError, InvalidState, SymbolNotFound
 from labkit.guest.elf import Segment, Symbol, read_elf
+from labkit.guest.frames import FrameRule, FrameTable
 from labkit.guest.lines import Line, LineTable, SourceFiles
 from labkit.guest.types import Kind, kind_of_global
 
@@ -195,6 +196,14 @@ class Program:
         () when it has no code. `file` is a full name or the end of one.
         """
         return self._lines.starts(file, line)
+
+    @cached_property
+    def _frames(self) -> FrameTable:
+        return FrameTable(self.image)
+
+    def frame_rule(self, gva: int) -> FrameRule | None:
+        """How to find the caller's frame from an instruction; None without call frame information."""
+        return self._frames.rule(gva)
 
     def places(self, place: str) -> tuple[int, ...]:
         """The addresses of a symbol, or of a line as "file.c:12".

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from labkit.engines.exits import BudgetExit, Exit, InterruptExit, VmgexitExit
+from labkit.engines.exits import BudgetExit, Exit, InterruptExit, StopExit, VmgexitExit
 from labkit.sev.vmgexit import answer
 from labkit.ucall.pool import BadUcallExit, Ucall
 
@@ -74,5 +74,5 @@ def _record(vm: Vm, vcpu: Vcpu, came: Ucall | Exit) -> None:
         vcpu.state = "running"
     else:
         vcpu.state = _ENDS.get(came.end, "running")
-        if not isinstance(came, InterruptExit):
+        if not isinstance(came, InterruptExit | StopExit):
             vm.trace(vcpu.index, came.end, {"exit": came, "where": vcpu.where()})

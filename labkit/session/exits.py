@@ -21,6 +21,7 @@ from labkit.engines.exits import (
     PioExit,
     SbiExit,
     ShutdownExit,
+    StopExit,
     SystemEventExit,
     VmgexitExit,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "PioExit",
     "SbiExit",
     "ShutdownExit",
+    "StopExit",
     "SystemEventExit",
     "VmgexitExit",
 ]

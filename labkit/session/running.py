@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from labkit.engines.exits import BudgetExit, DebugExit, Exit, HypercallExit
+from labkit.engines.exits import BudgetExit, DebugExit, Exit, HypercallExit, StopExit
 from labkit.errors import (
     BudgetExceeded,
     GuestAssertFailed,
     GuestCrashed,
     InvalidState,
     NotAvailable,
+    Stopped,
 )
 from labkit.machine.schedule import Schedule
 from labkit.session.arrivals import arrived
@@ -61,10 +62,10 @@ def run_scheduled(vcpus: Sequence[Vcpu], schedule: Schedule, max_insns: int | No
     while True:
         index, quantum = schedule.pick(runnable(vcpus))
         vcpu = vcpus[index]
-        before = vcpu.step_count
+        before = vcpu.cpu.insns
 
         came = vcpu.run(_smaller(quantum, left))
-        ran = vcpu.step_count - before
+        ran = vcpu.cpu.insns - before
         schedule.ran(ran)
         if not isinstance(came, BudgetExit):
             return came
@@ -184,6 +185,8 @@ def _refuse(came: Came, why: str, ucalls: list[Ucall]) -> NoReturn:
             raise GuestCrashed(why, vcpu=came.vcpu, ucall=came, exit=None, ucalls=ucalls)
         case BudgetExit():
             raise BudgetExceeded(why, insns=came.insns, ucalls=ucalls)
+        case StopExit():
+            raise Stopped(f"{why}; run() goes on from here", ucalls=ucalls)
         case DebugExit():
             raise InvalidState(
                 f"a breakpoint, not the end: {why}; run() goes on from here",

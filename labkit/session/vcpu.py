@@ -10,9 +10,11 @@ from labkit.engines.exits import BudgetExit, Exit, VmgexitExit
 from labkit.errors import InvalidState, LabError, NotAvailable
 from labkit.machine.registers import Registers
 from labkit.session.arrivals import arrived
+from labkit.session.backtrace import Backtrace, backtrace
 from labkit.session.listing import Listing
 from labkit.session.running import collect, stream
 from labkit.session.stepping import step_line
+from labkit.session.turn import act, look
 from labkit.sev.vmgexit import complete
 from labkit.ucall.pool import Ucall
 
@@ -33,6 +35,7 @@ class Vcpu:
 
     def __init__(self, vm: Vm, index: int) -> None:
         self.vm: Vm = vm
+        self.turn = vm.turn
         self.index = index
         self.state = "not started"
         self.cpu: EngineVcpu = vm.machine.vcpus[index]
@@ -55,6 +58,7 @@ class Vcpu:
         return self.vm.guest.sealed(self.index)
 
     @property
+    @look
     def step_count(self) -> int:
         """Instructions this vCPU retired; a lower bound where an engine did not count (`exact`)."""
         return self.cpu.insns
@@ -65,11 +69,13 @@ class Vcpu:
         return self.cpu.exact
 
     @property
+    @look
     def pc(self) -> int:
         """The gva of the instruction that runs next."""
         return self.cpu.read_reg(self.vm.arch.pc)
 
     @property
+    @look
     def insn(self) -> Decoded | None:
         """The instruction that runs next: `.mnemonic`, `.op_str`; None where there is none."""
         insns = self.disassemble(self.pc, 1).insns
@@ -85,6 +91,13 @@ class Vcpu:
         """
         if max_insns is not None and max_insns < 0:
             raise InvalidState(f"vCPU {self.index}: cannot run {max_insns} instructions")
+        self.turn.begin("run")
+        try:
+            return self._run(max_insns)
+        finally:
+            self.turn.end()
+
+    def _run(self, max_insns: int | None) -> Ucall | Exit:
         if self.vm.guest is None:
             return arrived(self.vm, self, self.cpu.run(max_insns))
 
@@ -103,7 +116,8 @@ class Vcpu:
         ends a guest.
         """
         coming = stream(self.run, lambda: self.state == "done", lambda: self.step_count, max_insns)
-        return collect(coming, self.vm.explain)
+        with self.turn.run("run_until_done"):
+            return collect(coming, self.vm.explain)
 
     def step(self, count: int = 1) -> Ucall | Exit | None:
         """Run count instructions; a ucall or an exit on the way ends it early and is returned."""
@@ -118,8 +132,10 @@ class Vcpu:
         A ucall or an exit on the way ends it early and is returned. Raises BudgetExceeded when no
         other line comes.
         """
-        return step_line(self, max_insns)
+        with self.turn.run("step_line"):
+            return step_line(self, max_insns)
 
+    @act
     def complete(self, value: int) -> None:
         """What the IN, MMIO read or hypercall that just exited shall return."""
         answered = self.vm.guest is not None and complete(self.vm.guest, self.index, value)
@@ -127,12 +143,14 @@ class Vcpu:
             self.cpu.complete(value)
         self.vm.changed()
 
+    @act
     def args_set(self, *values: int) -> None:
         """Set the arguments of the entry function (vcpu_args_set)."""
         self._check_registers()
         self.vm.machine.set_arguments(self.index, values)
         self.vm.changed()
 
+    @act
     def set_entry(self, entry: str | int) -> None:
         """Begin anew at another function, a symbol or a gva (vcpu_arch_set_entry_point).
 
@@ -168,6 +186,7 @@ class Vcpu:
 
     # --- breakpoints
 
+    @act
     def break_at(self, *places: str | int) -> None:
         """Add breakpoints at symbols, "file.c:12" or gvas; raises as `vm.places` does."""
         gvas = set(self.breakpoints)
@@ -175,6 +194,7 @@ class Vcpu:
             gvas.update(self.vm.places(place))
         self.set_breakpoints(gvas)
 
+    @act
     def set_breakpoints(self, gvas: frozenset[int] | set[int]) -> None:
         """Stop before the instructions at exactly these gvas; raises InvalidState for no gva."""
         for gva in gvas:
@@ -188,14 +208,17 @@ class Vcpu:
 
     # --- memory and code
 
+    @look
     def read(self, gva: int, size: int) -> bytes:
         """Guest-virtual memory through this vCPU's page tables; raises PageFault with the walk."""
         return self.vm.machine.space.read(gva, size, self._root())
 
+    @look
     def peek(self, gva: int, size: int) -> bytes:
         """Guest-virtual memory as the guest itself sees it, encrypted or not; raises PageFault."""
         return self.vm.machine.space.peek(gva, size, self._root())
 
+    @act
     def write(self, gva: int, data: bytes) -> None:
         """Write guest-virtual memory as a debugger does, read-only pages too; raises PageFault."""
         self.vm.machine.space.write(gva, data, self._root())
@@ -205,6 +228,7 @@ class Vcpu:
         """The gpa of the root of its page tables."""
         return self.vm.arch.root_field.get(self.cpu.read_reg(self.vm.arch.root))
 
+    @look
     def disassemble(self, gva: int | str | None = None, count: int = 12) -> Listing:
         """Instructions from a gva or a symbol on; without one, those around the program counter."""
         if count < 1:
@@ -217,16 +241,28 @@ class Vcpu:
         before = count // 3
         return Listing.around(arch, program, self.peek, pc, before, count - before - 1)
 
+    @look
     def source_line(self) -> Line | None:
         """The source line of the program counter; None without debug information."""
         if self.vm.program is None:
             return None
         return self.vm.program.line_at(self.pc)
 
+    @look
     def where(self) -> str:
         """The program counter as symbol+offset, with the source line when there is one."""
         return self.vm.names.place(self.pc)
 
+    @look
+    def backtrace(self) -> Backtrace:
+        """The functions that have not returned yet, the innermost first, with their source lines.
+
+        They are found by the program's call frame information. Where the trace ends before the
+        entry function, it says why. Raises KvmError for a vCPU whose registers are sealed.
+        """
+        return backtrace(self)
+
+    @look
     def __repr__(self) -> str:
         try:
             at = self.where()

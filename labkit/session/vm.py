@@ -23,6 +23,7 @@ from labkit.session.make import Plan, as_program, make_barebones, make_twin, mak
 from labkit.session.names import Names
 from labkit.session.running import collect, run_on, stream
 from labkit.session.state import VmState, put_state, take_state
+from labkit.session.turn import Running, Turn, act, look
 from labkit.session.vcpu import Vcpu
 from labkit.sev.guest import ProtectedGuest
 from labkit.ucall.designs.stack import StackUcalls
@@ -63,6 +64,8 @@ class Vm:
         self.backend = backend
         self.program = program
         self.machine = machine
+        self.turn = Turn(name, machine.engine.ask)
+        machine.engine.between = self.turn.between
         self.arch = machine.arch
         self.memory = machine.memory
         self.cpu = cpu
@@ -149,6 +152,7 @@ class Vm:
         """
         return make_barebones(cls, arch, backend, memory)
 
+    @act
     def add_vcpu(self, entry: str | int) -> Vcpu:
         """One more vCPU, which begins at a function or a gva (vm_vcpu_add)."""
         index = len(self.vcpus)
@@ -186,6 +190,7 @@ class Vm:
 
     # --- encryption
 
+    @act
     def launch(self) -> bytes:
         """Encrypt, measure and release a protected guest; returns its measurement.
 
@@ -196,6 +201,7 @@ class Vm:
         self.changed()
         return measurement
 
+    @act
     def mem_set_private(self, gpa: int, size: int, private: bool = True) -> None:
         """Have the launch encrypt these pages (vm_mem_set_private); size in bytes.
 
@@ -204,6 +210,7 @@ class Vm:
         self.need_guest().set_private(gpa, size, private)
         self.changed()
 
+    @act
     def mem_set_shared(self, gpa: int, size: int) -> None:
         """Have the launch leave these pages as they are; page tables are not changed.
 
@@ -220,6 +227,7 @@ class Vm:
     # --- running
 
     @property
+    @look
     def step(self) -> int:
         """The VM's clock: instructions retired by all vCPUs together."""
         return self.machine.engine.retired()
@@ -229,10 +237,26 @@ class Vm:
 
         With max_insns at most that many instructions in all (then BudgetExit).
         """
+        with self.turn.run("run"):
+            return self._run(max_insns)
+
+    def _run(self, max_insns: int | None) -> Ucall | Exit:
         try:
             return run_on(self, max_insns)
         finally:
             self.machine.pause()
+
+    def stop(self) -> bool:
+        """Have the run that is on end within 100 ms, its state intact (StopExit); from any thread.
+
+        Returns False when no run is on. The VM can go on afterwards as if nothing had been.
+        """
+        return self.turn.stop()
+
+    @property
+    def running(self) -> Running | None:
+        """The run that is on: what was called, on which thread, since when; None when none is."""
+        return self.turn.running
 
     def stream(self, max_insns: int | None = None) -> Iterator[Ucall | Exit]:
         """Every ucall and exit until all vCPUs are done, one of them fails, or the budget's end.
@@ -252,14 +276,17 @@ class Vm:
 
         Raises as Vcpu.run_until_done does.
         """
-        return collect(self.stream(max_insns), self.explain)
+        with self.turn.run("run_until_done"):
+            return collect(self.stream(max_insns), self.explain)
 
+    @look
     def explain(self, came: Ucall | Exit) -> str:
         """One sentence for what ended a guest: vCPU, instruction, source line, address."""
         return explain(self, came)
 
     # --- memory
 
+    @look
     def gva2gpa(self, gva: int) -> int:
         """Translate through the VM's page tables (addr_gva2gpa).
 
@@ -272,6 +299,7 @@ class Vm:
         """The host address of a gpa (addr_gpa2hva); raises MemoryFault for a hole."""
         return self.memory.hva(gpa)
 
+    @act
     def alloc(self, size: int, min_gva: int = 0x2000, kind: str = "alloc") -> int:
         """Zeroed, mapped memory for the guest; size in bytes, returns its gva.
 
@@ -281,6 +309,7 @@ class Vm:
         self.changed()
         return gva
 
+    @act
     def alloc_shared(self, size: int, min_gva: int = 0x2000, kind: str = "shared") -> int:
         """The same, but never encrypted (vm_vaddr_alloc_shared).
 
@@ -290,15 +319,18 @@ class Vm:
         self.changed()
         return gva
 
+    @look
     def read(self, gva: int, size: int) -> bytes:
         """Guest-virtual memory through the VM's own page tables; raises PageFault."""
         return self.machine.space.read(gva, size)
 
+    @act
     def write(self, gva: int, data: bytes) -> None:
         """Write guest-virtual memory, read-only pages included, as a debugger does."""
         self.machine.space.write(gva, data)
         self.changed()
 
+    @look
     def page_table(self) -> PageTable:
         """The whole address space as it is mapped now, through the guest's own eye.
 
@@ -308,6 +340,7 @@ class Vm:
         return scan(space.eye, space.mode, space.root_gpa, self.step, self.names)
 
     @property
+    @look
     def pool(self) -> PoolSnapshot:
         """The ucall pool now; `.since(other)` marks what changed.
 
@@ -332,14 +365,17 @@ class Vm:
         """A string constant of the program, from its file and not from guest memory, or None."""
         return program_string(self.program, gva)
 
+    @act
     def write_guest_global(self, name: str, value: int | bytes) -> None:
         """Set this VM's copy of a global in one store (write_guest_global)."""
         write_guest_global(self.names.program, name, value, self.write)
 
+    @act
     def sync_global_to_guest(self, name: str) -> None:
         """Copy the host's value of a global into this VM (sync_global_to_guest)."""
         self.host_globals.to_guest(name, self.write)
 
+    @look
     def sync_global_from_guest(self, name: str) -> int | bytes:
         """Copy this VM's value of a global to the host and return it (sync_global_from_guest)."""
         return self.host_globals.from_guest(name, self.read)
@@ -354,6 +390,7 @@ class Vm:
             raise InvalidState(f"{self.name} has no program, so it has no symbols")
         return self._host_globals
 
+    @act
     def install_exception_handler(self, vector: int, handler: str | int) -> None:
         """Let a guest function handle an exception (vm_install_exception_handler).
 
@@ -376,13 +413,14 @@ class Vm:
     # --- what happened, and who wants to know
 
     @property
+    @look
     def events(self) -> pd.DataFrame:
         """Everything that happened, a row each: step, vcpu, kind, what, cmd, args, text, slot."""
         return self.log.frame()
 
     def trace(self, vcpu: int, kind: str, facts: dict[str, object]) -> None:
         """Note something that happened on a vCPU now."""
-        self.log.append(Event(self.step, vcpu, kind, facts))
+        self.log.append(Event(self.machine.engine.retired(), vcpu, kind, facts))
 
     def observe(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call back after every change; returns a function that ends it."""
@@ -401,10 +439,12 @@ class Vm:
 
     # --- snapshots
 
+    @look
     def snapshot(self) -> VmState:
         """The whole VM, bit for bit."""
         return take_state(self)
 
+    @act
     def restore(self, state: VmState) -> None:
         """Go back (or on) to a snapshot of this VM.
 
@@ -413,10 +453,12 @@ class Vm:
         put_state(self, state)
         self.changed()
 
+    @look
     def fork(self) -> Self:
         """An independent VM that goes on from here; its pool keeps the addresses handed out."""
         return make_twin(self)
 
+    @act
     def close(self) -> None:
         """Release the engine; the VM cannot run afterwards."""
         self.machine.close()
@@ -427,6 +469,7 @@ class Vm:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @look
     def __repr__(self) -> str:
         states = ", ".join(f"vCPU {vcpu.index} {vcpu.state}" for vcpu in self.vcpus)
         engine = f"{self.arch.name} on {self.backend}"

@@ -11,9 +11,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from labkit.engines.exits import Exit, InterruptExit
+from labkit.engines.exits import Exit, InterruptExit, StopExit
 from labkit.engines.kvm.waiting import Came
-from labkit.errors import InvalidState
 
 if TYPE_CHECKING:
     from labkit.engines.kvm.vcpu import KvmVcpu
@@ -112,7 +111,7 @@ class Lanes:
         with self.vm.shield.held():
             for index in indices:
                 self._let_run(index)
-        index, came = self._next()
+        index, came = self._next(indices)
         if isinstance(came, BaseException):
             raise came
         return index, came
@@ -128,7 +127,7 @@ class Lanes:
         if not lane.running and vcpu.waiting.posted is None:
             lane.go()
 
-    def _next(self) -> tuple[int, Came]:
+    def _next(self, indices: Sequence[int]) -> tuple[int, Came]:
         shield = self.vm.shield
         shield.enter(lambda: None)
         try:
@@ -136,14 +135,28 @@ class Lanes:
                 try:
                     index = self.arrivals.get(timeout=LOOK_UP)
                 except queue.Empty:
-                    if shield.interrupted:
+                    if shield.is_due():
                         return next(iter(self.lanes)), InterruptExit()
+                    if self.vm.asked and self._is_over(indices):
+                        return next(iter(self.lanes)), StopExit()
                     continue
                 came = self._take(index)
                 if came is not None:
                     return index, came
         finally:
             shield.leave()
+
+    def _is_over(self, indices: Sequence[int]) -> bool:
+        """Stand still for those who asked; whether the run shall end.
+
+        A vCPU is paused when somebody touches it, and goes on behind that.
+        """
+        self.vm.asked = False
+        is_over = self.vm.between()
+        if not is_over:
+            for index in indices:
+                self._let_run(index)
+        return is_over
 
     def _take(self, index: int) -> Came | None:
         """What a vCPU brought; None when another state was put there since, or somebody took it."""
@@ -155,20 +168,17 @@ class Lanes:
             self.lanes[index].pause()
         return waiting.take_posted()
 
-    def pause(self, vcpu: KvmVcpu) -> None:
-        """Bring one vCPU out of the guest because the thread that made it wants to touch it.
+    def pause(self, vcpu: KvmVcpu) -> bool:
+        """Bring one vCPU out of the guest because somebody wants to touch it.
 
-        Raises InvalidState for any other thread.
+        Returns False for one that has no lane.
         """
         lane = self.lanes.get(vcpu.index)
-        if lane is None or threading.get_ident() != vcpu.home[0]:
-            raise InvalidState(
-                f"vCPU {vcpu.index} belongs to thread {vcpu.owner:#x}, which alone may touch it; "
-                f"this is thread {threading.get_ident():#x}: make the VM where it is used, or hand "
-                "over what you need as data"
-            )
+        if lane is None:
+            return False
         with self.vm.shield.held():
             lane.pause()
+        return True
 
     def end(self) -> None:
         """Stop all; what came in and was not taken is taken by the next run."""

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 
 from labkit.engines import need
 from labkit.engines.base import Regs
-from labkit.engines.exits import BudgetExit, DeadlineExit, DebugExit, Exit, InterruptExit
+from labkit.engines.exits import (
+    BudgetExit,
+    DeadlineExit,
+    DebugExit,
+    Exit,
+    InterruptExit,
+    StopExit,
+)
 from labkit.engines.kvm.abi import CONSTANTS, EXITS, IOCTLS, call, enter, struct
 from labkit.engines.kvm.exits import HANDLERS, on_io
 from labkit.engines.kvm.kinds import Kind, kind_of
@@ -52,6 +59,7 @@ class KvmVcpu:
         self.entered = 0  # the number of the present stay in the guest, 0 outside
         self.home = threading.get_ident(), threading.get_native_id()
         self.owner, self.tid = self.home
+        self.is_running = False  # on its owner's thread, and not standing still
         self.fd = enter(vm.fd, IOCTLS["KVM_CREATE_VCPU"], index)
         self.page = RunPage(self.fd, vm.run_size)
         self.gprs = self.page.gprs
@@ -81,14 +89,21 @@ class KvmVcpu:
     # --- registers and state
 
     def mine(self) -> None:
-        """Raise InvalidState unless this vCPU is open and belongs to the calling thread.
+        """Make the calling thread the one that may touch this vCPU.
 
-        One that runs in parallel is paused first, and then belongs to the thread that made it.
+        One that runs in parallel is paused first. Raises InvalidState for one that another thread
+        runs now, and for one that is closed.
         """
         if threading.get_ident() != self.owner:
-            self.vm.lanes.pause(self)
+            if not self.vm.lanes.pause(self) and self.is_running:
+                raise InvalidState(f"vCPU {self.index} runs on another thread ({self.owner:#x})")
+            self._adopt()
         if self.fd < 0:
             raise InvalidState(f"vCPU {self.index}: this VM is closed")
+
+    def _adopt(self) -> None:
+        self.home = threading.get_ident(), threading.get_native_id()
+        self.owner, self.tid = self.home
 
     def get_regs(self) -> Regs:
         """All registers by their architectural names."""
@@ -247,15 +262,25 @@ class KvmVcpu:
         """
         if self.pausing or self._is_interrupted():
             return InterruptExit()
+        if self.vm.asked and self.owner == self.vm.runner and self._is_over():
+            return StopExit()
         if in_time and time.monotonic() > self._until:
             return DeadlineExit(self.vm.deadline, self.gprs[RIP])
         return None
 
+    def _is_over(self) -> bool:
+        """Stand still for those who asked; whether the run shall end."""
+        self.vm.asked = False
+        self.is_running = False
+        try:
+            return self.vm.between()
+        finally:
+            self._adopt()
+            self.is_running = True
+
     def _is_interrupted(self) -> bool:
         """Ctrl-C is for the main thread's run alone."""
-        if not self.vm.shield.interrupted:
-            return False
-        return threading.current_thread() is threading.main_thread()
+        return self.vm.shield.is_due()
 
     def set_breakpoints(self, gvas: frozenset[int]) -> None:
         """Stop with DebugExit before the instructions at these addresses."""
@@ -273,12 +298,15 @@ class KvmVcpu:
     def run(self, insns: int | None = None) -> Exit:
         """Run until an exit; with `insns`, until that many instructions retired (BudgetExit)."""
         self.mine()
+        self.vm.runner = self.owner
+        self.is_running = True
         shield = self.vm.shield
         shield.enter(self.kick)
         try:
             return self.run_here(insns)
         finally:
             shield.leave()
+            self.is_running = False
 
     def run_here(self, insns: int | None) -> Exit:
         """Run on the calling thread, wherever Ctrl-C goes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from labkit.arch.x86_cpu import CpuModel
 from labkit.engines.base import Capability, Trace
@@ -51,6 +51,9 @@ class KvmVm:
         self.slots: list[tuple[int, int, int]] = []  # gpa, hva, bytes
         self.vcpus: list[KvmVcpu] = []
         self.lanes = Lanes(self)
+        self.between: Callable[[], bool] = lambda: False
+        self.asked = False  # somebody wants `between` to be called
+        self.runner = 0  # the thread of the last run that was no lane's
         self.fd = -1
         self._logs: list[ctypes.Array[ctypes.c_uint64]] = []  # a bit a page for each slot
         self._known = capabilities
@@ -169,6 +172,13 @@ class KvmVm:
         """Raise the KeyboardInterrupt that a run held back until its exit was recorded."""
         if self.shield.interrupted:
             self.shield.check()
+
+    def ask(self) -> None:
+        """Have `between` called soon by the run that is on, if one is; from any thread."""
+        self.asked = True
+        for vcpu in self.vcpus:
+            if vcpu.is_running:
+                vcpu.kick()
 
     def retired(self) -> int:
         """The VM's clock: counted instructions, and in free runs those that left the guest."""

@@ -32,7 +32,14 @@ from unicorn import unicorn_const as uc
 
 from labkit.engines.base import Regs, Trace
 from labkit.engines.disasm import disassemble
-from labkit.engines.exits import BudgetExit, DebugExit, Exit, InternalErrorExit, InterruptExit
+from labkit.engines.exits import (
+    BudgetExit,
+    DebugExit,
+    Exit,
+    InternalErrorExit,
+    InterruptExit,
+    StopExit,
+)
 from labkit.engines.unicorn.counting import Counting
 from labkit.engines.unicorn.ending import FETCHES, HOLES, Ending
 from labkit.engines.unicorn.guards import Guards
@@ -238,7 +245,7 @@ class UnicornVcpu:
                 self.quirks.drop_resume_flag()
             return exit
         finally:
-            shield.running = False
+            shield.leave()
 
     def _run(self, insns: int | None) -> Exit:
         self._prepare()
@@ -254,13 +261,27 @@ class UnicornVcpu:
             left = end - self.insns
             if left <= 0:
                 return budget_exit(insns or 0)
+            if self.vm.asked and self._is_over():
+                return StopExit()
             exit = self._slice(left, look_after)
             if exit is not None:
                 return exit
-            if self.vm.shield.interrupted:
+            if self.vm.shield.is_due():
                 return InterruptExit()
             if self._words[STOPPED]:
                 look_after = MAX_LIMIT
+
+    def _is_over(self) -> bool:
+        """Stand still for those who asked; whether the run shall end.
+
+        Who looks at an encrypted guest's memory may have it written back, so translations can be
+        stale afterwards.
+        """
+        self.vm.asked = False
+        is_over = self.vm.between()
+        if self._stale_tlb or self._stale_code:
+            self.sync()
+        return is_over
 
     def _prepare(self) -> None:
         """Begin a run with nothing left of the one before."""

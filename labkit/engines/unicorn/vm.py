@@ -6,6 +6,7 @@ Its memslots are shared without a copy, its vCPUs run one after the other on the
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from labkit.arch.x86_cpu import CpuModel
@@ -72,6 +73,8 @@ class UnicornVm:
         self._end = 0  # of the last one
         self.vcpus: list[UnicornVcpu] = []
         self.closed = False
+        self.between: Callable[[], bool] = lambda: False
+        self.asked = False  # somebody wants `between` to be called
         self.runner: UnicornVcpu | None = None
         self.mmu: Mmu | None = None
         self.level = 0  # of protection: 1 memory, 2 registers, 3 ownership of pages
@@ -91,6 +94,12 @@ class UnicornVm:
         self.mmu, self.level = Mmu(mode, cipher, inverted), level
         for slot in self.slots:
             self.mmu.add(*slot)
+
+    def ask(self) -> None:
+        """Have `between` called soon by the run that is on, if one is; from any thread."""
+        self.asked = True
+        for vcpu in self.vcpus:
+            vcpu.stop()
 
     def add_memslot(self, gpa: int, hva: int, size: int) -> None:
         """Let the guest see host memory at `gpa`; the caller keeps it alive."""
