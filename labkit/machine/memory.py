@@ -40,13 +40,14 @@ class Memory:
 
     `on_write(gpa, size)` is told of every write that the host made. `on_look(gpa, size, is_write)`
     is told before every access of the host: what lies there may have to be made first, or be none
-    of the host's business.
+    of the host's business. `before_write()` is asked before every write, and may refuse it.
     """
 
     def __init__(self) -> None:
         self.slots: list[Memslot] = []
         self.on_write: list[Callable[[int, int], None]] = []
         self.on_look: list[Callable[[int, int, bool], None]] = []
+        self.before_write: Callable[[], None] = lambda: None
 
     def add(self, gpa: int, size: int) -> Memslot:
         """Add a zeroed memslot.
@@ -99,6 +100,7 @@ class Memory:
 
         Raises MemoryFault, with nothing written, when it does not fit into memslots.
         """
+        self.before_write()
         parts = self._parts(gpa, len(data))
         self.looked_at(gpa, len(data), True)
         _copy(data, parts)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 from labkit.arch.model import Arch
 from labkit.engines.base import EngineVcpu
 from labkit.errors import InvalidState, KvmError
 
-__all__ = ["Registers", "flags_text"]
+__all__ = ["Registers", "Turns", "flags_text"]
 
 MASK64 = (1 << 64) - 1
 COLUMNS = 3  # of the registers as text
@@ -18,6 +20,14 @@ def flags_text(arch: Arch, value: int) -> str:
     """The names of the set flags, most significant first."""
     names = sorted(arch.flag_names, key=lambda name: arch.flag_names[name], reverse=True)
     return " ".join(name for name in names if value >> arch.flag_names[name] & 1)
+
+
+class Turns(Protocol):
+    """Whose turn it is to touch a VM: looks wait for a pause of the guest, acts are refused."""
+
+    @property
+    def looking(self) -> AbstractContextManager[None]: ...
+    def act(self, what: str) -> AbstractContextManager[None]: ...
 
 
 class Registers:
@@ -32,28 +42,37 @@ class Registers:
     _cpu: EngineVcpu
     _ready: Callable[[], None]
     _check: Callable[[], None]
+    _turn: Turns
 
     def __init__(
-        self, arch: Arch, cpu: EngineVcpu, ready: Callable[[], None], check: Callable[[], None]
+        self,
+        arch: Arch,
+        cpu: EngineVcpu,
+        ready: Callable[[], None],
+        check: Callable[[], None],
+        turn: Turns,
     ) -> None:
         # Plain assignments would be writes of registers.
         object.__setattr__(self, "_arch", arch)
         object.__setattr__(self, "_cpu", cpu)
         object.__setattr__(self, "_ready", ready)
         object.__setattr__(self, "_check", check)
+        object.__setattr__(self, "_turn", turn)
 
     def __getitem__(self, name: str) -> int:
-        self._check()
-        return self._cpu.read_reg(name)
+        with self._turn.looking:
+            self._check()
+            return self._cpu.read_reg(name)
 
     def __setitem__(self, name: str, value: int) -> None:
         if not isinstance(value, int):
             raise InvalidState(f"{name} takes a number, not {value!r}", name=name)
-        self._check()
         if -(1 << 63) <= value < 0:
             value &= MASK64
-        self._cpu.set_regs({name: value})
-        self._ready()
+        with self._turn.act(f"a write of {name}"):
+            self._check()
+            self._cpu.set_regs({name: value})
+            self._ready()
 
     def __getattr__(self, name: str) -> int:
         if name.startswith("_"):
@@ -73,8 +92,9 @@ class Registers:
 
     def all(self) -> Mapping[str, int]:
         """Every register by name."""
-        self._check()
-        return self._cpu.get_regs()
+        with self._turn.looking:
+            self._check()
+            return self._cpu.get_regs()
 
     def __repr__(self) -> str:
         try:

@@ -171,10 +171,20 @@ class Turn:
         if running is None or self._runner == me:
             return
         raise Busy(
-            f"{self._name}: another thread runs it ({running}), so {what}() must wait until that "
+            f"{self._name}: another thread runs it ({running}), so {what} must wait until that "
             "ends, or end it with vm.stop()",
             running=running,
         )
+
+    def check(self, what: str) -> None:
+        """Raise Busy where another thread runs the guest, and does not stand still for this one."""
+        runner = self._runner
+        if runner == 0 or runner == threading.get_ident():
+            return
+        if self._lock.acquire(blocking=False):  # it is this thread's already, for a look
+            self._lock.release()
+            return
+        self._refuse_if_running(what, threading.get_ident())
 
     def wait_to_look(self) -> None:
         """Take the lock in the next pause of the guest that runs."""

@@ -39,7 +39,7 @@ class Vcpu:
         self.index = index
         self.state = "not started"
         self.cpu: EngineVcpu = vm.machine.vcpus[index]
-        self.regs = Registers(vm.arch, self.cpu, vm.changed, self._check_registers)
+        self.regs = Registers(vm.arch, self.cpu, vm.changed, self._check_registers, vm.turn)
         self.breakpoints: frozenset[int] = frozenset()
 
     def _check_registers(self) -> None:

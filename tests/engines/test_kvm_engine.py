@@ -196,27 +196,21 @@ def test_that_garbage_state_is_refused_and_the_old_one_stays(
         } == {} and vm.vcpus[0].run() == HaltExit()
 
 
-def test_that_another_thread_is_refused_with_a_reason(
+def test_that_another_thread_may_use_it_while_nobody_runs_it(
     program: lk.Program, vms: list[lk.Vm]
 ) -> None:
     vms.append(vm := lk.Vm.create(program, backend="kvm"))
-    errors: list[Exception] = []
+    seen: list[object] = []
 
     def use() -> None:
-        for touch in (vm.run, vm.vcpus[0].regs.all, vm.snapshot, lambda: vm.vcpus[0].pc):
-            try:
-                touch()
-            except lk.InvalidState as err:
-                errors.append(err)
+        seen.extend([vm.run().cmd, vm.vcpus[0].regs.all(), vm.snapshot(), vm.vcpus[0].pc])
 
     thread = threading.Thread(target=use)
     thread.start()
     thread.join()
-    assert (
-        len(errors) == 4
-        and all("belongs to thread" in str(err) for err in errors)
-        and vm.run().cmd == "SYNC"
-    )  # type: ignore[union-attr]
+    assert seen[0] == "SYNC"
+    assert vm.vcpus[0].regs.all() == seen[1]
+    assert vm.run().cmd == "SYNC"
 
 
 def test_that_a_closed_vm_says_so(program: lk.Program) -> None:
