@@ -9,6 +9,7 @@ from labkit.errors import InvalidState
 from labkit.machine.schedule import Schedule, ScheduleState
 from labkit.machine.vm import MachineState
 from labkit.session.events import Happened
+from labkit.ucall.pool import PoolState
 
 if TYPE_CHECKING:
     from labkit.session.vm import Vm
@@ -23,7 +24,7 @@ class VmState:
     step: int
     shape: str  # what a VM must be like to take it, in words
     machine: MachineState
-    pool: dict[str, object] | None  # what the host knows of the pool beyond guest memory
+    pool: PoolState | None  # what the host knows of the pool beyond guest memory
     schedule: ScheduleState
     events: tuple[Happened, ...]
     states: tuple[str, ...]  # of each vCPU: "running", "done", ...
