@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from labkit.errors import InvalidState
 from labkit.machine.schedule import Schedule, ScheduleState
 from labkit.machine.vm import MachineState
 from labkit.session.events import Happened
+from labkit.sev.guest import ProtectedState
 from labkit.ucall.pool import PoolState
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class VmState:
     schedule: ScheduleState
     events: tuple[Happened, ...]
     states: tuple[str, ...]  # of each vCPU: "running", "done", ...
-    guest: dict[str, Any] | None = None  # of a protected VM: its key and how far its launch is
+    guest: ProtectedState | None = None  # of a protected VM: its key and how far its launch is
 
     def __repr__(self) -> str:
         size = sum(len(data) for _, data in self.machine.slots) >> 10

@@ -12,16 +12,13 @@ from labkit.sev.ghcb import (
     EVENTS,
     GHCB,
     GhcbReason,
-    MsrHost,
     Port,
     answer_ghcb,
-    answer_msr,
     decode_io,
     parse_ghcb,
-    parse_msr,
     scratch_offset,
-    term_text,
 )
+from labkit.sev.ghcb_msr import MsrHost, answer_msr, parse_msr, term_text
 
 HOST = MsrHost(
     51,

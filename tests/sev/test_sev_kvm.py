@@ -17,17 +17,9 @@ from sev_sample import PLAIN, SPA, good_fields, make_psp
 from labkit.errors import InvalidState, KvmError
 from labkit.sev import ghcb
 from labkit.sev.commands import GuestState
-from labkit.sev.kvm import (
-    KVM_COMMANDS,
-    KvmHost,
-    KvmVcpu,
-    KvmVm,
-    VmType,
-    check_register_access,
-    copy_context,
-    kvm_command,
-    move_context,
-)
+from labkit.sev.kvm import KVM_COMMANDS, check_register_access, kvm_command
+from labkit.sev.kvm_contexts import copy_context, move_context
+from labkit.sev.kvm_host import KvmHost, KvmVcpu, KvmVm, VmType
 from labkit.sev.policy import SnpPolicy, Status
 
 SNP_POLICY = SnpPolicy.SMT | SnpPolicy.RESERVED_ONE

@@ -25,7 +25,8 @@ from sevsnpmeasure.vmsa import SevEsSaveArea
 
 from labkit.machine.memory import Memory
 from labkit.sev import transport
-from labkit.sev.kvm import KvmHost, KvmVcpu, KvmVm, VmType, kvm_command
+from labkit.sev.kvm import kvm_command
+from labkit.sev.kvm_host import KvmHost, KvmVcpu, KvmVm, VmType
 from labkit.sev.policy import Policy, SnpPolicy
 from labkit.sev.psp import Psp
 from labkit.sev.snp import PageType, extend
