@@ -58,7 +58,8 @@ class GuestVcpus:
 
     def sealed(self, index: int) -> bytes | None:
         """A vCPU's VMSA as DRAM holds it; None as long as it is not encrypted."""
-        vcpu, cipher = self.vm.vcpus[index], self.vm.cipher
+        vcpu = self.vm.vcpus[index]
+        cipher = self.vm.cipher
         if not vcpu.protected or cipher is None:
             return None
         return cipher.encrypt(vcpu.vmsa_spa, self._vmsa(index))

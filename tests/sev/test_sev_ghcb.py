@@ -1,4 +1,7 @@
-"""The GHCB: what a guest may ask through the MSR and the page, and how a host answers that believes nothing."""
+"""The GHCB: what a guest may ask through the MSR and the page.
+
+The host that answers believes nothing.
+"""
 
 from __future__ import annotations
 
