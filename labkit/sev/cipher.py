@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +18,6 @@ from numpy.typing import NDArray
 from labkit.bits import is_aligned
 from labkit.errors import InvalidState
 from labkit.machine.memory import PAGE
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, WriteableBuffer
 
 __all__ = ["BLOCK", "CONSTANTS", "MemoryCipher", "tweaks"]
 
@@ -31,6 +27,10 @@ CHUNK = 16 * PAGE
 
 # Of system physical addresses
 LIMIT = 1 << 52
+
+# Buffers to read and to write
+Source = bytes | bytearray | memoryview
+Target = bytearray | memoryview
 
 # Blocks or tweaks, two words each: shape (n, 2)
 Words = NDArray[np.uint64]
@@ -114,7 +114,7 @@ class MemoryCipher:
         """For snapshots: nothing in it changes."""
         return self
 
-    def encrypt(self, spa: int, data: bytes | bytearray | memoryview) -> bytes:
+    def encrypt(self, spa: int, data: Source) -> bytes:
         """Ciphertext of data at spa.
 
         Raises InvalidState where address or length is no multiple of 16.
@@ -123,7 +123,7 @@ class MemoryCipher:
         self.encrypt_into(spa, data, out)
         return bytes(out)
 
-    def decrypt(self, spa: int, data: bytes | bytearray | memoryview) -> bytes:
+    def decrypt(self, spa: int, data: Source) -> bytes:
         """Plaintext of data at spa.
 
         Raises InvalidState where address or length is no multiple of 16.
@@ -132,7 +132,7 @@ class MemoryCipher:
         self.decrypt_into(spa, data, out)
         return bytes(out)
 
-    def encrypt_into(self, spa: int, data: ReadableBuffer, out: WriteableBuffer) -> None:
+    def encrypt_into(self, spa: int, data: Source, out: Target) -> None:
         """Encrypt from one buffer into another of the same length, or into itself.
 
         It goes in chunks and needs no memory of its own that grows. Raises InvalidState where
@@ -140,7 +140,7 @@ class MemoryCipher:
         """
         self._into(True, spa, data, out)
 
-    def decrypt_into(self, spa: int, data: ReadableBuffer, out: WriteableBuffer) -> None:
+    def decrypt_into(self, spa: int, data: Source, out: Target) -> None:
         """Decrypt from one buffer into another of the same length, or into itself.
 
         It goes in chunks and needs no memory of its own that grows. Raises InvalidState where
@@ -148,7 +148,7 @@ class MemoryCipher:
         """
         self._into(False, spa, data, out)
 
-    def _into(self, encrypts: bool, spa: int, data: ReadableBuffer, out: WriteableBuffer) -> None:
+    def _into(self, encrypts: bool, spa: int, data: Source, out: Target) -> None:
         source = memoryview(data).cast("B")
         target = memoryview(out).cast("B")
         size = len(source)

@@ -37,8 +37,6 @@ from labkit.sev.snp import SnpMeasured, SnpState
 from labkit.sev.vmgexit_events import Awaited
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, WriteableBuffer
-
     from labkit.engines.base import ProtectingVm
     from labkit.guest.program import Program
 
@@ -407,19 +405,19 @@ class ProtectedGuest:
 
     # --- the engine's cipher
 
-    def encrypt_into(self, spa: int, data: ReadableBuffer, out: WriteableBuffer) -> None:
+    def encrypt_into(self, spa: int, data: memoryview, out: memoryview) -> None:
         """Encrypt with the guest's key, as the memory controller does on a private write."""
         cipher = self.vm.cipher
         if cipher is None:
-            memoryview(out).cast("B")[:] = memoryview(data).cast("B")
+            out[:] = data
         else:
             cipher.encrypt_into(spa, data, out)
 
-    def decrypt_into(self, spa: int, data: ReadableBuffer, out: WriteableBuffer) -> None:
+    def decrypt_into(self, spa: int, data: memoryview, out: memoryview) -> None:
         """Decrypt with the guest's key, as the memory controller does on a private read."""
         cipher = self.vm.cipher
         if cipher is None:
-            memoryview(out).cast("B")[:] = memoryview(data).cast("B")
+            out[:] = data
         else:
             cipher.decrypt_into(spa, data, out)
 
