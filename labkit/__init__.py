@@ -39,7 +39,7 @@ from labkit.lab import Vcpu, Vm
 from labkit.session import exits
 from labkit.session.make import as_program
 from labkit.session.running import Came, drive
-from labkit.ucall.pool import Ucall
+from labkit.ucall.calls import Ucall
 
 __version__ = "0.1.0"
 __all__ = [

@@ -6,7 +6,7 @@ from labkit.hosts.halves.memory import hole
 from labkit.session.running import Came
 from labkit.session.vcpu import Vcpu
 from labkit.session.vm import Vm
-from labkit.ucall.pool import Ucall
+from labkit.ucall.calls import Ucall
 
 __all__ = ["BUDGET", "MASK64", "hole", "run", "synced", "value_at"]
 

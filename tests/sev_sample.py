@@ -45,7 +45,10 @@ def receiving(psp: Psp, policy: int = Policy.ES, asid: int = 0) -> int:
 
 
 def in_state(psp: Psp, state: GuestState, policy: int = Policy.ES, asid: int = 0) -> int:
-    """The handle of an active guest that was brought to this state; one that does not exist for UNINIT."""
+    """The handle of an active guest that was brought to this state.
+
+    For UNINIT it is one that does not exist.
+    """
     if state is GuestState.UNINIT:
         return 99
     if state is GuestState.RECEIVE_UPDATE:
@@ -75,12 +78,16 @@ def good_fields(psp: Psp, name: str, handle: int) -> dict[str, Any]:
         measure = guest.measure if guest and kind == 1 else b""
         header, data = transport.wrap(keys, kind, PLAIN[:64], bytes(16), measure)
         return {"handle": handle, "spa": SPA, "header": header, "data": data}
-    return {"handle": handle} | {
+    own: dict[str, dict[str, Any]] = {
         "LAUNCH_MEASURE": {"size": 48},
         "SEND_START": {"pdh": psp.pdh},
         "ACTIVATE": {"asid": 2},
         "DBG_ENCRYPT": {"spa": SPA, "data": PLAIN[:32]},
-    }.get(name, {"spa": SPA, "size": 4096} if "UPDATE" in name or name == "DBG_DECRYPT" else {})
+        "DBG_DECRYPT": {"spa": SPA, "size": 4096},
+    }
+    if "UPDATE" in name:
+        return {"handle": handle, "spa": SPA, "size": 4096}
+    return {"handle": handle} | own.get(name, {})
 
 
 def status_of(psp: Psp, name: str, **fields: Any) -> int:
@@ -95,10 +102,8 @@ def status_of(psp: Psp, name: str, **fields: Any) -> int:
 
 def ghcb_page(code: int, info_1: int = 0, info_2: int = 0, **regs: int) -> bytes:
     """A GHCB page with one request, every field of it marked valid."""
-    page, fields = (
-        bytearray(4096),
-        {"sw_exit_code": code, "sw_exit_info_1": info_1, "sw_exit_info_2": info_2, **regs},
-    )
+    page = bytearray(4096)
+    fields = {"sw_exit_code": code, "sw_exit_info_1": info_1, "sw_exit_info_2": info_2, **regs}
     for name, value in fields.items():
         GHCB.put(page, name, value)
     GHCB.put(page, "valid_bitmap", sum(1 << GHCB.fields[name][0] // 8 for name in fields))

@@ -24,7 +24,7 @@ from labkit.look.snapshots import (
 )
 from labkit.paging.build import PageTableBuilder
 from labkit.paging.scan import PageTable, scan
-from labkit.ucall.pool import PoolSnapshot, Slot, SlotState
+from labkit.ucall.snapshot import PoolSnapshot, Slot, SlotState
 
 POOL_GVA, POOL_GPA = 0x9040602000, 0x40000
 OFFSET, SIZE = 64, 1096  # of slot 0 in the pool, and of a slot

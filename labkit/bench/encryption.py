@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from labkit.bench.measure import Pair, Result, at_least, at_most, best, best_pair, fastest
 from labkit.guest.program import Program
 from labkit.lab import Vm
-from labkit.sev.cipher import PAGE, MemoryCipher
+from labkit.machine.memory import PAGE
+from labkit.sev.cipher import MemoryCipher
 
 __all__ = ["results"]
 

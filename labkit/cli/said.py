@@ -10,7 +10,7 @@ from labkit.cli.output import print_json
 if TYPE_CHECKING:
     from labkit.lab import Vm
     from labkit.session.running import Came
-    from labkit.ucall.pool import BadUcallExit, Ucall
+    from labkit.ucall.calls import BadUcallExit, Ucall
 
 __all__ = ["print_came", "print_end"]
 
@@ -23,7 +23,7 @@ def print_came(came: Came, as_json: bool, **more: str) -> None:
 
     With JSON both are objects on stdout, which begin with `more`.
     """
-    from labkit.ucall.pool import BadUcallExit, Ucall
+    from labkit.ucall.calls import BadUcallExit, Ucall
 
     if isinstance(came, Ucall):
         if as_json:

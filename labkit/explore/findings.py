@@ -11,7 +11,7 @@ from typing import NamedTuple
 from labkit.explore.align import Aligned, first
 from labkit.explore.sides import Pair
 from labkit.session.events import Happened
-from labkit.ucall.pool import Ucall
+from labkit.ucall.calls import Ucall
 
 __all__ = ["Finding", "of_events", "of_state"]
 

@@ -14,7 +14,7 @@ from labkit.guest.program import Program
 from labkit.session.running import Came, can
 from labkit.session.vcpu import Vcpu
 from labkit.session.vm import Vm
-from labkit.ucall.pool import Ucall
+from labkit.ucall.calls import Ucall
 
 __all__ = ["Act", "Answer", "Hosted", "Prepare", "Said", "Verdict", "host", "play", "require"]
 

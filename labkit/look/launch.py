@@ -9,7 +9,7 @@ from typing import Any
 from labkit.machine.memory import PAGE
 from labkit.sev.commands import GuestState
 from labkit.sev.policy import Policy, SnpPolicy, Status, policy_api, snp_policy_api
-from labkit.sev.psp import Measured
+from labkit.sev.psp_guest import Measured
 from labkit.sev.snp import SnpMeasured, SnpState
 from labkit.shown import mimebundle
 

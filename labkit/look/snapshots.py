@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from labkit.paging.scan import PageTable
 from labkit.shown import mimebundle
-from labkit.ucall.pool import PoolSnapshot
+from labkit.ucall.snapshot import PoolSnapshot
 
 if TYPE_CHECKING:
     from labkit.look.encryption import EncryptionMap

@@ -14,7 +14,8 @@ from labkit.machine.memory import PAGE
 from labkit.machine.vm import STACK_PAGES
 from labkit.session.events import Happened
 from labkit.session.vm import Vm
-from labkit.ucall.pool import PoolSnapshot, Ucall
+from labkit.ucall.calls import Ucall
+from labkit.ucall.snapshot import PoolSnapshot
 
 __all__ = ["look_at_vm"]
 

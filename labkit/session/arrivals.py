@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from labkit.engines.exits import BudgetExit, Exit, InterruptExit, StopExit, VmgexitExit
 from labkit.sev.vmgexit import answer
-from labkit.ucall.pool import BadUcallExit, Ucall
+from labkit.ucall.calls import BadUcallExit, Ucall
 
 if TYPE_CHECKING:
     from labkit.session.vcpu import Vcpu

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from labkit.ucall.pool import Ucall
+from labkit.ucall.calls import Ucall
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -25,7 +25,7 @@ from labkit.engines.exits import (
     SystemEventExit,
     VmgexitExit,
 )
-from labkit.ucall.pool import BadUcallExit
+from labkit.ucall.calls import BadUcallExit
 
 __all__ = [
     "BadUcallExit",

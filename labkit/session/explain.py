@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 from labkit.engines.exits import BudgetExit, Exit
 from labkit.session.events import Event, Happened
 from labkit.session.listing import Listing
-from labkit.ucall.pool import BadUcallExit, Ucall
+from labkit.ucall.calls import BadUcallExit, Ucall
 
 if TYPE_CHECKING:
     from labkit.session.vm import Vm

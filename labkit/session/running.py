@@ -16,7 +16,7 @@ from labkit.errors import (
 )
 from labkit.machine.schedule import Schedule
 from labkit.session.arrivals import arrived
-from labkit.ucall.pool import BadUcallExit, Ucall
+from labkit.ucall.calls import BadUcallExit, Ucall
 
 if TYPE_CHECKING:
     from labkit.session.vcpu import Vcpu

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from labkit.errors import InvalidState
 from labkit.machine.schedule import Schedule, ScheduleState
 from labkit.machine.vm import MachineState
 from labkit.session.events import Happened
+from labkit.sev.guest import ProtectedState
+from labkit.ucall.pool import PoolState
 
 if TYPE_CHECKING:
     from labkit.session.vm import Vm
@@ -23,11 +25,11 @@ class VmState:
     step: int
     shape: str  # what a VM must be like to take it, in words
     machine: MachineState
-    pool: dict[str, object] | None  # what the host knows of the pool beyond guest memory
+    pool: PoolState | None  # what the host knows of the pool beyond guest memory
     schedule: ScheduleState
     events: tuple[Happened, ...]
     states: tuple[str, ...]  # of each vCPU: "running", "done", ...
-    guest: dict[str, Any] | None = None  # of a protected VM: its key and how far its launch is
+    guest: ProtectedState | None = None  # of a protected VM: its key and how far its launch is
 
     def __repr__(self) -> str:
         size = sum(len(data) for _, data in self.machine.slots) >> 10

@@ -16,7 +16,7 @@ from labkit.session.running import collect, stream
 from labkit.session.stepping import step_line
 from labkit.session.turn import act, look
 from labkit.sev.vmgexit import complete
-from labkit.ucall.pool import Ucall
+from labkit.ucall.calls import Ucall
 
 if TYPE_CHECKING:
     from labkit.guest.lines import Line

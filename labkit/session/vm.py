@@ -26,9 +26,11 @@ from labkit.session.state import VmState, put_state, take_state
 from labkit.session.turn import Running, Turn, act, look
 from labkit.session.vcpu import Vcpu
 from labkit.sev.guest import ProtectedGuest
+from labkit.ucall.calls import Ucall
 from labkit.ucall.designs.stack import StackUcalls
 from labkit.ucall.door import UcallDoor
-from labkit.ucall.pool import Pool, PoolSnapshot, Ucall
+from labkit.ucall.pool import Pool
+from labkit.ucall.snapshot import PoolSnapshot
 
 if TYPE_CHECKING:
     from typing import Self

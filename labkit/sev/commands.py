@@ -1,18 +1,23 @@
-"""The commands of SEV's secure processor as a table: states before and after, and checks in the firmware's order.
+"""The commands of SEV's secure processor as a table: states before and after, and checks.
 
-Source: SEV API (AMD 55766) chapter 6; the numbers of the states are those of GUEST_STATUS. Where it leaves the order open, it is that
-of the firmware's published source (github.com/amd/AMD-ASPFW, sev_mcmd.c).
+Source: SEV API (AMD 55766) chapter 6; the numbers of the states are those of GUEST_STATUS. Where it
+leaves the order of checks open, it is that of the firmware's published source
+(github.com/amd/AMD-ASPFW, sev_mcmd.c).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from labkit.errors import InvalidState
 
-__all__ = ["RULES", "GuestState", "Request", "Rule"]
+__all__ = ["RULES", "GuestState", "Request", "Rule", "Value"]
+
+# What a field of a command holds
+Value = int | bytes
 
 
 class GuestState(IntEnum):
@@ -27,35 +32,47 @@ class GuestState(IntEnum):
     SENT = 6
 
 
+# How many bits a field has in the command buffer
+_FIELD_BITS = {"policy": 32, "handle": 32, "asid": 32, "spa": 52, "size": 32}
+
+
 @dataclass(frozen=True)
 class Request:
-    """The fields of a command buffer; each command reads its own."""
+    """The fields of a command buffer; each command reads its own.
+
+    es belongs to INIT; size is the bytes at spa, or the room for a result. Raises InvalidState for
+    a number that its field cannot hold.
+    """
 
     command: str
     handle: int = 0
     policy: int = 0
     asid: int = 0
-    es: bool = True  # INIT
+    es: bool = True
     spa: int = 0
-    size: int = 0  # bytes at spa, or room for a result
+    size: int = 0
     header: bytes = b""
     data: bytes = b""
     pdh: bytes = b""
     session: bytes = b""
 
     @classmethod
-    def of(cls, command: str, fields: dict[str, Any]) -> Request:
-        """A request from named fields; raises InvalidState for a name that no command has or a value that does not fit."""
+    def of(cls, command: str, fields: Mapping[str, Value]) -> Request:
+        """A request from named fields.
+
+        Raises InvalidState for a name that no command has or a value that does not fit.
+        """
         try:
-            return cls(command, **fields)
+            return cls(command, **fields)  # type: ignore[arg-type]
         except TypeError as err:
             raise InvalidState(f"{command} has no such field: {err}") from err
 
     def __post_init__(self) -> None:
-        for name, bits in (("policy", 32), ("handle", 32), ("asid", 32), ("spa", 52), ("size", 32)):
-            if not 0 <= getattr(self, name) < 1 << bits:
+        for name, bits in _FIELD_BITS.items():
+            value = getattr(self, name)
+            if not 0 <= value < 1 << bits:
                 raise InvalidState(
-                    f"{self.command}: {name} has {bits} bits in the command buffer, not {getattr(self, name):#x}"
+                    f"{self.command}: {name} has {bits} bits in the command buffer, not {value:#x}"
                 )
 
     @property
@@ -65,46 +82,55 @@ class Request:
 
 
 class Rule(NamedTuple):
-    """When a command may run: guest states (none: no guest is asked for), the state after it, the checks in the firmware's order."""
+    """When a command may run, and where it leads.
+
+    states are those that its guest may be in (none: no guest is asked for), to is the state after
+    it (None: the same), checks are names of `psp_checks.CHECKS` in the firmware's order.
+    """
 
     states: frozenset[GuestState]
     to: GuestState | None
     checks: tuple[str, ...]
 
 
-def _rule(states: str, to: int | None, checks: str) -> Rule:
-    return Rule(
-        frozenset(GuestState(int(s)) for s in states),
-        None if to is None else GuestState(to),
-        tuple(checks.split()),
-    )
+def _rule(checks: str, states: Iterable[GuestState] = (), to: GuestState | None = None) -> Rule:
+    return Rule(frozenset(states), to, tuple(checks.split()))
 
 
-_START, _UPDATE = "platform session", "platform guest state"
+_S = GuestState
+_ALIVE = frozenset(GuestState) - {_S.UNINIT}
+_GUEST = "platform guest state"
+_START = "sharer sharing version es_platform"
+_DEBUG = "platform address blocks guest debug active"
+
 RULES = {
-    "INIT": _rule("", None, "uninitialised"),
-    "SHUTDOWN": _rule("", None, ""),
-    "PLATFORM_STATUS": _rule("", None, ""),
-    "DF_FLUSH": _rule("", None, "platform"),
-    "LAUNCH_START": _rule("0", 1, f"{_START} sharer sharing version es_platform"),
-    "LAUNCH_UPDATE_DATA": _rule("1", None, f"{_UPDATE} active address blocks"),
-    "LAUNCH_UPDATE_VMSA": _rule("1", None, f"{_UPDATE} es_guest active address page"),
-    "LAUNCH_MEASURE": _rule("1", 2, f"{_UPDATE} room"),
-    "LAUNCH_SECRET": _rule("2", None, "platform guest address blocks header state active"),
-    "LAUNCH_FINISH": _rule("2", 3, _UPDATE),
-    "GUEST_STATUS": _rule("", None, "platform"),
-    "ACTIVATE": _rule("12345", None, "platform guest asid owned inactive state flushed"),
-    "DEACTIVATE": _rule("123456", None, "platform guest active"),
-    "DECOMMISSION": _rule("123456", 0, "platform guest inactive"),
-    "DBG_DECRYPT": _rule("123456", None, "platform address blocks guest debug active"),
-    "DBG_ENCRYPT": _rule("123456", None, "platform address blocks guest debug active"),
-    "SEND_START": _rule("3", 4, f"{_UPDATE} send"),
-    "SEND_UPDATE_DATA": _rule("4", None, f"{_UPDATE} active blocks address"),
-    "SEND_UPDATE_VMSA": _rule("4", None, f"{_UPDATE} es_guest active blocks address"),
-    "SEND_FINISH": _rule("4", 6, _UPDATE),
-    "SEND_CANCEL": _rule("4", 3, _UPDATE),
-    "RECEIVE_START": _rule("0", 5, f"{_START} session_given sharer sharing version es_platform"),
-    "RECEIVE_UPDATE_DATA": _rule("5", None, f"{_UPDATE} active blocks header address"),
-    "RECEIVE_UPDATE_VMSA": _rule("5", None, f"{_UPDATE} es_guest active blocks header address"),
-    "RECEIVE_FINISH": _rule("5", 3, _UPDATE),
+    "INIT": _rule("uninitialised"),
+    "SHUTDOWN": _rule(""),
+    "PLATFORM_STATUS": _rule(""),
+    "DF_FLUSH": _rule("platform"),
+    "LAUNCH_START": _rule(f"platform session {_START}", {_S.UNINIT}, _S.LAUNCH_UPDATE),
+    "LAUNCH_UPDATE_DATA": _rule(f"{_GUEST} active address blocks", {_S.LAUNCH_UPDATE}),
+    "LAUNCH_UPDATE_VMSA": _rule(f"{_GUEST} es_guest active address page", {_S.LAUNCH_UPDATE}),
+    "LAUNCH_MEASURE": _rule(f"{_GUEST} room", {_S.LAUNCH_UPDATE}, _S.LAUNCH_SECRET),
+    "LAUNCH_SECRET": _rule("platform guest address blocks header state active", {_S.LAUNCH_SECRET}),
+    "LAUNCH_FINISH": _rule(_GUEST, {_S.LAUNCH_SECRET}, _S.RUNNING),
+    "GUEST_STATUS": _rule("platform"),
+    "ACTIVATE": _rule("platform guest asid owned inactive state flushed", _ALIVE - {_S.SENT}),
+    "DEACTIVATE": _rule("platform guest active", _ALIVE),
+    "DECOMMISSION": _rule("platform guest inactive", _ALIVE, _S.UNINIT),
+    "DBG_DECRYPT": _rule(_DEBUG, _ALIVE),
+    "DBG_ENCRYPT": _rule(_DEBUG, _ALIVE),
+    "SEND_START": _rule(f"{_GUEST} send", {_S.RUNNING}, _S.SEND_UPDATE),
+    "SEND_UPDATE_DATA": _rule(f"{_GUEST} active blocks address", {_S.SEND_UPDATE}),
+    "SEND_UPDATE_VMSA": _rule(f"{_GUEST} es_guest active blocks address", {_S.SEND_UPDATE}),
+    "SEND_FINISH": _rule(_GUEST, {_S.SEND_UPDATE}, _S.SENT),
+    "SEND_CANCEL": _rule(_GUEST, {_S.SEND_UPDATE}, _S.RUNNING),
+    "RECEIVE_START": _rule(
+        f"platform session session_given {_START}", {_S.UNINIT}, _S.RECEIVE_UPDATE
+    ),
+    "RECEIVE_UPDATE_DATA": _rule(f"{_GUEST} active blocks header address", {_S.RECEIVE_UPDATE}),
+    "RECEIVE_UPDATE_VMSA": _rule(
+        f"{_GUEST} es_guest active blocks header address", {_S.RECEIVE_UPDATE}
+    ),
+    "RECEIVE_FINISH": _rule(_GUEST, {_S.RECEIVE_UPDATE}, _S.RUNNING),
 }

@@ -1,7 +1,7 @@
 """What a guest's owner demands (policies) and what the secure processor answers (status codes).
 
-Sources: SEV API (AMD 55766) chapter 3 (policy) and section 4.4 (status codes); SNP ABI (AMD 56860), guest policy;
-numbers as in Linux include/uapi/linux/psp-sev.h.
+Sources: SEV API (AMD 55766) chapter 3 (policy) and section 4.4 (status codes); SNP ABI (AMD 56860),
+guest policy; numbers as in Linux include/uapi/linux/psp-sev.h.
 """
 
 from __future__ import annotations
@@ -22,18 +22,27 @@ __all__ = [
 
 
 class Policy(IntFlag):
-    """Bits of a SEV or SEV-ES policy; bits 23:16 and 31:24 hold the least API version (`policy_api`)."""
+    """Bits of a SEV or SEV-ES policy.
 
-    NODBG = 1 << 0  # the host may not debug
-    NOKS = 1 << 1  # no other guest may share the key
-    ES = 1 << 2  # registers are encrypted too
-    NOSEND = 1 << 3  # never leaves this platform
-    DOMAIN = 1 << 4  # only to platforms of the same owner
-    SEV = 1 << 5  # only to platforms with SEV
+    NODBG: the host may not debug. NOKS: no other guest may share the key. ES: registers are
+    encrypted too. NOSEND: the guest never leaves this platform. DOMAIN: it goes only to platforms
+    of the same owner, SEV: only to platforms with SEV. Bits 23:16 and 31:24 hold the least API
+    version (`policy_api`).
+    """
+
+    NODBG = 1 << 0
+    NOKS = 1 << 1
+    ES = 1 << 2
+    NOSEND = 1 << 3
+    DOMAIN = 1 << 4
+    SEV = 1 << 5
 
 
 class SnpPolicy(IntFlag):
-    """Bits of an SNP policy; bits 15:8 and 7:0 hold the least ABI version (`snp_policy_api`)."""
+    """Bits of an SNP policy.
+
+    Bits 15:8 and 7:0 hold the least ABI version (`snp_policy_api`).
+    """
 
     SMT = 1 << 16
     RESERVED_ONE = 1 << 17
@@ -60,7 +69,8 @@ class Status(IntEnum):
     def __new__(cls, code: int, sentence: str) -> Status:
         """A status from its number and its sentence."""
         status = int.__new__(cls, code)
-        status._value_, status.sentence = code, sentence
+        status._value_ = code
+        status.sentence = sentence
         return status
 
     SUCCESS = 0x00, "done"
@@ -105,7 +115,10 @@ class Status(IntEnum):
 
 
 def refusal(status: Status, found: str) -> PspError:
-    """The error to raise for a status: its name, number and sentence, and what was found (facts: status, found)."""
+    """The error to raise for a status: its name, number and sentence, and what was found.
+
+    Its facts are status and found.
+    """
     return PspError(
         f"{status.name} ({status:#04x}): {status.sentence}; found {found}",
         status=status,
@@ -114,7 +127,10 @@ def refusal(status: Status, found: str) -> PspError:
 
 
 def refuse_first(*checks: tuple[object, Status, str]) -> None:
-    """Raise for the first (wrong, status, found) that is wrong: the order of the rows is the firmware's."""
+    """Raise PspError for the first row (wrong, status, found) that is wrong.
+
+    The order of the rows is the firmware's.
+    """
     for wrong, status, found in checks:
         if wrong:
             raise refusal(status, found)

@@ -1,23 +1,24 @@
-"""SNP's reverse map: who owns each page of DRAM, and what the hardware says to an access that does not fit.
+"""SNP's reverse map: who owns each page of DRAM, and what an access that does not fit meets.
 
-Source: APM vol. 2 (24593) 15.36, RMPUPDATE and PVALIDATE in vol. 3; error-code bits in 15.36.10. Where the model
-simplifies: all pages are 4 KiB (no PSMASH), and there is one privilege level (VMPL0), because labkit's guests run at that.
+Source: APM vol. 2 (24593) 15.36, RMPUPDATE and PVALIDATE in vol. 3; error-code bits in 15.36.10.
+Where the model simplifies: all pages are 4 KiB (no PSMASH), and there is one privilege level
+(VMPL0), because labkit's guests run at that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any
 
 from labkit.bits import bit
-from labkit.sev.cipher import PAGE
+from labkit.machine.memory import PAGE
 from labkit.sev.vmsa import VMSA_GPA
 
 __all__ = [
     "PAGE_NOT_VALIDATED",
-    "NestedTable",
+    "PRIVATE",
+    "SHARED",
     "Rmp",
     "RmpEntry",
     "RmpFault",
@@ -26,13 +27,23 @@ __all__ = [
     "host_access",
 ]
 
-PAGE_NOT_VALIDATED = 0x404  # #VC error code
+# Error code of a #VC
+PAGE_NOT_VALIDATED = 0x404
+
+# Bits of a page fault's error code
 _PRESENT, _WRITE, _RMP, _FINAL, _ENCRYPTED = bit(0), bit(1), bit(31), bit(32), bit(34)
+
+# What a page-state request can ask for
+PRIVATE, SHARED = 1, 2
 
 
 @dataclass(frozen=True)
 class RmpEntry:
-    """One page's entry; a page without one is shared, the hypervisor's own."""
+    """One page's entry; a page without one is shared, the hypervisor's own.
+
+    gpa is where the guest with that ASID has the page; immutable pages are the firmware's to
+    change.
+    """
 
     assigned: bool = False
     asid: int = 0
@@ -48,16 +59,21 @@ class RmpEntry:
             return "HYPERVISOR"
         if not self.asid:
             return "FIRMWARE"
-        return (
-            ("PRE_SWAP" if self.validated else "PRE_GUEST")
-            if self.immutable
-            else ("GUEST_VALID" if self.validated else "GUEST_INVALID")
-        )
+        if self.immutable:
+            return "PRE_SWAP" if self.validated else "PRE_GUEST"
+        return "GUEST_VALID" if self.validated else "GUEST_INVALID"
+
+
+# One for all pages without an entry
+_NO_ENTRY = RmpEntry()
 
 
 @dataclass(frozen=True)
 class RmpFault:
-    """What the CPU raises: "#NPF" (exit to the host), "#VC" (in the guest) or "#PF" (in the host), with its error code."""
+    """What the CPU raises, with its error code.
+
+    kind is "#NPF" (exit to the host), "#VC" (in the guest) or "#PF" (in the host).
+    """
 
     kind: str
     error_code: int
@@ -74,7 +90,10 @@ class RmpStatus(IntEnum):
 
 
 def host_access(entry: RmpEntry, is_write: bool) -> RmpFault | None:
-    """What a host's access to the page meets: reads pass (and see ciphertext), writes only to its own pages."""
+    """What a host's access to the page meets, None: nothing.
+
+    Reads pass (and see ciphertext), writes only to its own pages.
+    """
     if is_write and entry.assigned:
         return RmpFault(
             "#PF",
@@ -87,65 +106,73 @@ def host_access(entry: RmpEntry, is_write: bool) -> RmpFault | None:
 def guest_access(
     entry: RmpEntry, asid: int, gpa: int, private: bool, is_write: bool
 ) -> RmpFault | None:
-    """What an access of an SNP guest meets, after its own and the nested tables said yes; `private` is C=1, fetch or page walk."""
-    code = _PRESENT | _FINAL | _RMP | _WRITE * is_write | _ENCRYPTED * private
-    gpa &= -PAGE
-    if not private:
-        return (
-            RmpFault("#NPF", code, f"shared write to a page in state {entry.state}")
-            if is_write and entry.assigned
-            else None
-        )
+    """What an access of an SNP guest meets, None: nothing.
+
+    Its own and the nested tables said yes already. `private` is C=1, a fetch or a page walk.
+    """
+    code = _PRESENT | _FINAL | _RMP
+    if is_write:
+        code |= _WRITE
+    if private:
+        code |= _ENCRYPTED
+
+    if private:
+        return _private_access(entry, asid, gpa & -PAGE, is_write, code)
+    if is_write and entry.assigned:
+        return RmpFault("#NPF", code, f"shared write to a page in state {entry.state}")
+    return None
+
+
+def _private_access(
+    entry: RmpEntry, asid: int, gpa: int, is_write: bool, code: int
+) -> RmpFault | None:
     if not entry.assigned or entry.asid != asid or entry.immutable:
-        return RmpFault(
-            "#NPF",
-            code,
-            f"private access of ASID {asid} to a page in state {entry.state} of ASID {entry.asid}",
-        )
+        why = f"private access of ASID {asid} to a page in state {entry.state} of ASID {entry.asid}"
+        return RmpFault("#NPF", code, why)
     if entry.gpa != gpa:
-        return RmpFault(
-            "#NPF",
-            code,
-            f"the page belongs at gpa {entry.gpa:#x}, the nested table has it at {gpa:#x}",
-        )
+        why = f"the page belongs at gpa {entry.gpa:#x}, the nested table has it at {gpa:#x}"
+        return RmpFault("#NPF", code, why)
     if entry.vmsa and is_write:
         return RmpFault("#NPF", code, "guest write to a VMSA")
     if not entry.validated:
-        return RmpFault(
-            "#VC", PAGE_NOT_VALIDATED, f"gpa {gpa:#x} was never validated, or was taken away since"
-        )
+        why = f"gpa {gpa:#x} was never validated, or was taken away since"
+        return RmpFault("#VC", PAGE_NOT_VALIDATED, why)
     return None
 
 
 class Rmp:
-    """The table: entries by system physical page, changed by the host's RMPUPDATE and the guest's PVALIDATE."""
+    """The table: entries by system physical page.
+
+    The host changes it with RMPUPDATE, the guest with PVALIDATE. `on_change` is told of each page
+    whose entry is another one now.
+    """
 
     def __init__(self) -> None:
         self.entries: dict[int, RmpEntry] = {}
-        self.on_change: Callable[[int], None] | None = (
-            None  # told of each page whose entry is another one now
-        )
+        self.on_change: Callable[[int], None] | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Rmp:
+    def __deepcopy__(self, memo: dict[int, object]) -> Rmp:
         """For snapshots: whoever is told of changes is not part of the table."""
-        twin = memo[id(self)] = Rmp()
+        twin = Rmp()
+        memo[id(self)] = twin
         twin.entries = dict(self.entries)
         return twin
 
     def entry(self, spa: int) -> RmpEntry:
         """The entry of the page that holds spa."""
-        return self.entries.get(spa & -PAGE, RmpEntry())
+        return self.entries.get(spa & -PAGE, _NO_ENTRY)
 
     def update(self, spa: int, new: RmpEntry | None = None) -> RmpStatus:
-        """RMPUPDATE: give the page away, or (None) take it back; what was validated no longer is."""
-        new = new or RmpEntry()
-        if (
-            spa % PAGE
-            or new.gpa % PAGE
-            or new.validated
-            or new.vmsa
-            or (not new.assigned and (new.asid or new.gpa or new.immutable))
-        ):
+        """RMPUPDATE: give the page away, or (None) take it back.
+
+        What was validated no longer is. An entry that only PVALIDATE or the firmware could make is
+        FAIL_INPUT, a page that is the firmware's FAIL_PERMISSION.
+        """
+        if new is None:
+            new = _NO_ENTRY
+        is_aligned = not spa % PAGE and not new.gpa % PAGE
+        has_facts_of_nobody = not new.assigned and (new.asid or new.gpa or new.immutable)
+        if not is_aligned or new.validated or new.vmsa or has_facts_of_nobody:
             return RmpStatus.FAIL_INPUT
         if self.entry(spa).immutable:
             return RmpStatus.FAIL_PERMISSION
@@ -154,59 +181,44 @@ class Rmp:
 
     def set(self, spa: int, entry: RmpEntry) -> None:
         """Write an entry as the firmware does, without checks."""
-        self.entries[spa & -PAGE] = entry
-        if entry == RmpEntry():
-            del self.entries[spa & -PAGE]
+        page = spa & -PAGE
+        if entry == _NO_ENTRY:
+            self.entries.pop(page, None)
+        else:
+            self.entries[page] = entry
         if self.on_change is not None:
-            self.on_change(spa & -PAGE)
+            self.on_change(page)
 
     def pvalidate(
         self, spa: int, asid: int, gpa: int, validate: bool, size: int = PAGE
     ) -> tuple[RmpStatus, bool] | RmpFault:
-        """PVALIDATE of a guest whose gpa the nested table has at spa: (EAX, CF = nothing changed), or the fault it meets instead."""
+        """PVALIDATE of a guest whose gpa the nested table has at spa.
+
+        Gives (EAX, CF), CF saying that nothing changed, or the fault that the guest meets instead.
+        """
         if gpa % PAGE:
             return RmpStatus.FAIL_INPUT, False
-        fault = guest_access(replace(self.entry(spa), validated=True), asid, gpa, True, False)
+        old = self.entry(spa)
+        fault = guest_access(replace(old, validated=True), asid, gpa, private=True, is_write=False)
         if fault:
             return fault
         if size != PAGE:
             return RmpStatus.FAIL_SIZEMISMATCH, False
-        old = self.entry(spa)
         self.set(spa, replace(old, validated=validate))
         return RmpStatus.SUCCESS, old.validated == validate
 
     def page_state_change(self, spa: int, asid: int, gpa: int, op: int) -> int:
-        """A hypervisor's answer to a page-state request (1 private, 2 shared): 0, or the error for GHCBData[63:32]."""
+        """A hypervisor's answer to a page-state request (1 private, 2 shared).
+
+        Gives 0, or the error for GHCBData[63:32].
+        """
         entry = self.entry(spa)
-        if (
-            op not in (1, 2)
-            or gpa >= VMSA_GPA
-            or (entry.assigned and (entry.asid, entry.gpa) != (asid, gpa))
-        ):
+        belongs_elsewhere = entry.assigned and (entry.asid, entry.gpa) != (asid, gpa)
+        if op not in (PRIVATE, SHARED) or gpa >= VMSA_GPA or belongs_elsewhere:
             return 1
-        if op == 1 and entry.assigned:
-            return 0  # private already: leaving it alone keeps what the guest validated
-        return int(self.update(spa, RmpEntry(True, asid, gpa) if op == 1 else None))
-
-
-class NestedTable:
-    """Which page of DRAM stands behind a gpa: its own, but for pairs that a host has exchanged."""
-
-    def __init__(self, pages: Mapping[int, int] | None = None) -> None:
-        self.pages = dict(pages or {})
-
-    def __copy__(self) -> NestedTable:
-        return NestedTable(self.pages)
-
-    def spa(self, gpa: int) -> int:
-        """Where a gpa is in DRAM."""
-        return self.pages.get(gpa & -PAGE, gpa & -PAGE) + gpa % PAGE
-
-    def gpa(self, spa: int) -> int:
-        """The gpa that a page of DRAM stands behind."""
-        return next((gpa for gpa, page in self.pages.items() if page == spa), spa)
-
-    def exchange(self, gpa: int, other: int) -> None:
-        """Exchange the pages behind two gpas."""
-        pages = {gpa & -PAGE: self.spa(other & -PAGE), other & -PAGE: self.spa(gpa & -PAGE)}
-        self.pages |= pages
+        if op == SHARED:
+            return int(self.update(spa, None))
+        if entry.assigned:
+            # Private already: leaving it alone keeps what the guest validated
+            return 0
+        return int(self.update(spa, RmpEntry(assigned=True, asid=asid, gpa=gpa)))

@@ -1,8 +1,10 @@
-"""How keys and pages travel: the session between an owner or a platform and a secure processor, and the packets under it.
+"""How keys and pages travel between an owner or a platform and a secure processor.
 
-Source: SEV API (AMD 55766) chapter 2 (keys: ECDH on P-384, KDF of SP 800-108, session = wrapped TEK || TIK) and section 6.6 (packets;
-SEND and RECEIVE use the same); the KDF is tested with a vector of the crate sev (virtee). Certificates are left out: a public key is
-97 bytes of an uncompressed point, and nobody vouches for it.
+There is a session that hands over keys, and packets under those keys. Source: SEV API (AMD 55766)
+chapter 2 (keys: ECDH on P-384, KDF of SP 800-108, session = wrapped TEK || TIK) and section 6.6
+(packets; SEND and RECEIVE use the same); the KDF is tested with a vector of the crate sev (virtee).
+Certificates are left out: a public key is 97 bytes of an uncompressed point, and nobody vouches for
+it.
 """
 
 from __future__ import annotations
@@ -31,11 +33,15 @@ __all__ = [
     "wrap",
 ]
 
-SESSION_SIZE, HEADER_SIZE = (
-    128,
-    52,
-)  # NONCE 16, WRAP_TK 32, WRAP_IV 16, WRAP_MAC 32, POLICY_MAC 32; FLAGS 4, IV 16, MAC 32
-LAUNCH_SECRET, SEND_DATA, SEND_VMSA = 1, 2, 3  # the byte that a packet's MAC begins with
+# Bytes: NONCE 16, WRAP_TK 32, WRAP_IV 16, WRAP_MAC 32, POLICY_MAC 32
+SESSION_SIZE = 128
+
+# Bytes: FLAGS 4, IV 16, MAC 32
+HEADER_SIZE = 52
+
+# The byte that a packet's MAC begins with
+LAUNCH_SECRET, SEND_DATA, SEND_VMSA = 1, 2, 3
+
 P384_ORDER_BYTES = 48
 
 
@@ -64,26 +70,37 @@ def public_bytes(key: EllipticCurvePrivateKey) -> bytes:
 def make_session(
     own: EllipticCurvePrivateKey, peer: bytes, keys: TransportKeys, policy: int, fresh: bytes
 ) -> bytes:
-    """The 128 bytes that hand `keys` and the policy to the owner of `peer`; `fresh` is a nonce and an IV, 16 bytes each."""
+    """The 128 bytes that hand `keys` and the policy to the owner of the public key `peer`.
+
+    `fresh` is a nonce and an IV, 16 bytes each. Raises PspError INVALID_CERTIFICATE for a peer that
+    is no public key.
+    """
     nonce, iv = fresh[:16], fresh[16:32]
     kek, kik = _session_keys(own, peer, nonce)
     wrapped = _ctr(kek, iv, keys.tek + keys.tik)
-    return nonce + wrapped + iv + _mac(kik, wrapped) + _mac(keys.tik, policy.to_bytes(4, "little"))
+    return nonce + wrapped + iv + _mac(kik, wrapped) + _policy_mac(keys, policy)
 
 
 def open_session(
     own: EllipticCurvePrivateKey, peer: bytes, policy: int, session: bytes
 ) -> TransportKeys:
-    """The keys in a session; raises PspError BAD_MEASUREMENT when it is for another key, damaged, or of another policy."""
-    nonce, wrapped, iv, mac, policy_mac = (
-        session[a:b] for a, b in ((0, 16), (16, 48), (48, 64), (64, 96), (96, 128))
-    )
+    """The keys in a session that the owner of the public key `peer` made.
+
+    Raises PspError BAD_MEASUREMENT when it is for another key, damaged, or of another policy, and
+    INVALID_CERTIFICATE for a peer that is no public key.
+    """
+    nonce = session[0:16]
+    wrapped = session[16:48]
+    iv = session[48:64]
+    mac = session[64:96]
+    policy_mac = session[96:128]
+
     kek, kik = _session_keys(own, peer, nonce)
     if not hmac.compare_digest(mac, _mac(kik, wrapped)):
         raise refusal(Status.BAD_MEASUREMENT, "a WRAP_MAC of another key, or a damaged session")
     plain = _ctr(kek, iv, wrapped)
     keys = TransportKeys(plain[:16], plain[16:])
-    if not hmac.compare_digest(policy_mac, _mac(keys.tik, policy.to_bytes(4, "little"))):
+    if not hmac.compare_digest(policy_mac, _policy_mac(keys, policy)):
         raise refusal(Status.BAD_MEASUREMENT, f"a POLICY_MAC for another policy than {policy:#x}")
     return keys
 
@@ -91,31 +108,43 @@ def open_session(
 def wrap(
     keys: TransportKeys, kind: int, plain: bytes, iv: bytes, measure: bytes = b""
 ) -> tuple[bytes, bytes]:
-    """(header, data) of a packet: AES-128-CTR under the TEK, HMAC-SHA256 under the TIK."""
+    """(header, data) of a packet: AES-128-CTR under the TEK, HMAC-SHA256 under the TIK.
+
+    kind is LAUNCH_SECRET, SEND_DATA or SEND_VMSA; a LAUNCH_SECRET is for one launch, whose
+    `measure` is part of the MAC. iv has 16 bytes.
+    """
     data = _ctr(keys.tek, iv, plain)
-    return bytes(4) + iv + _packet_mac(keys, kind, bytes(4) + iv, data, measure), data
+    head = bytes(4) + iv
+    return head + _packet_mac(keys, kind, head, data, measure), data
 
 
 def unwrap(
     keys: TransportKeys, kind: int, header: bytes, data: bytes, measure: bytes = b""
 ) -> bytes:
-    """The plaintext of a packet; raises PspError: BAD_MEASUREMENT for a wrong MAC, UNSUPPORTED for a compressed packet."""
-    if not hmac.compare_digest(header[20:], _packet_mac(keys, kind, header[:20], data, measure)):
+    """The plaintext of a packet.
+
+    Raises PspError BAD_MEASUREMENT for a wrong MAC, UNSUPPORTED for a compressed packet.
+    """
+    flags, iv, head, mac = header[:4], header[4:20], header[:20], header[20:]
+    if not hmac.compare_digest(mac, _packet_mac(keys, kind, head, data, measure)):
         raise refusal(
             Status.BAD_MEASUREMENT, "a packet MAC of other keys, other bytes or another launch"
         )
-    if any(header[:4]):
+    if any(flags):
         raise refusal(
-            Status.UNSUPPORTED, f"packet flags {header[:4].hex()} (compression is not modelled)"
+            Status.UNSUPPORTED, f"packet flags {flags.hex()} (compression is not modelled)"
         )
-    return _ctr(keys.tek, header[4:20], data)
+    return _ctr(keys.tek, iv, data)
 
 
 def _packet_mac(keys: TransportKeys, kind: int, head: bytes, data: bytes, measure: bytes) -> bytes:
-    length = len(data).to_bytes(
-        4, "little"
-    )  # GUEST_LENGTH and TRANS_LENGTH agree without compression
+    # Without compression GUEST_LENGTH and TRANS_LENGTH agree
+    length = len(data).to_bytes(4, "little")
     return _mac(keys.tik, bytes([kind]) + head + length + length + data + measure)
+
+
+def _policy_mac(keys: TransportKeys, policy: int) -> bytes:
+    return _mac(keys.tik, policy.to_bytes(4, "little"))
 
 
 def _mac(key: bytes, message: bytes) -> bytes:
@@ -130,12 +159,12 @@ def _ctr(key: bytes, iv: bytes, data: bytes) -> bytes:
 
 def _kdf(key: bytes, label: bytes, context: bytes = b"") -> bytes:
     """SP 800-108 in counter mode with one HMAC-SHA256, 128 bits out."""
-    return _mac(
-        key, (1).to_bytes(4, "little") + label + b"\0" + context + (128).to_bytes(4, "little")
-    )[:16]
+    counter, nr_bits = (1).to_bytes(4, "little"), (128).to_bytes(4, "little")
+    return _mac(key, counter + label + b"\0" + context + nr_bits)[:16]
 
 
 def _session_keys(own: EllipticCurvePrivateKey, peer: bytes, nonce: bytes) -> tuple[bytes, bytes]:
+    """(KEK, KIK), which both ends of a session can make."""
     from cryptography.hazmat.primitives.asymmetric import ec
 
     try:

@@ -1,16 +1,20 @@
-"""The ucall ABI of the Linux 6.12 KVM selftests: struct ucall, the pool in front of it, the command numbers.
+"""The ucall ABI of the Linux 6.12 KVM selftests: struct ucall, the pool before it, its commands.
 
-Source: tools/testing/selftests/kvm/include/ucall_common.h and lib/ucall_common.c; x86's exit is include/x86_64/ucall.h.
+Source: tools/testing/selftests/kvm/include/ucall_common.h and lib/ucall_common.c; x86's exit is
+include/x86_64/ucall.h.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 
 import numpy as np
 
 __all__ = [
     "BITMAP_BYTES",
+    "CMDS_WITH_TEXT",
+    "CMD_NAMES",
     "GUEST_ERROR_STRING",
     "GUEST_FILE",
     "GUEST_LINE",
@@ -34,11 +38,18 @@ __all__ = [
 
 UCALL_MAX_ARGS = 7
 UCALL_BUFFER_LEN = 1024
-NR_SLOTS = 512  # KVM_MAX_VCPUS
-GUEST_UCALL_FAILED = 2**64 - 1  # (u64)-1 instead of an hva: the pool is exhausted
 UCALL_PIO_PORT = 0x1000
-GUEST_ERROR_STRING, GUEST_FILE, GUEST_LINE = range(3)  # args of an ABORT: two gvas and a number
 
+# KVM_MAX_VCPUS
+NR_SLOTS = 512
+
+# (u64)-1 in place of an hva: the guest found no free slot
+GUEST_UCALL_FAILED = 2**64 - 1
+
+# Which argument of an ABORT is which: two gvas of strings, and a number
+GUEST_ERROR_STRING, GUEST_FILE, GUEST_LINE = range(3)
+
+# struct ucall and struct ucall_header, little-endian
 UCALL = np.dtype(
     [
         ("cmd", "<u8"),
@@ -47,10 +58,12 @@ UCALL = np.dtype(
         ("hva", "<u8"),
     ]
 )
-HEADER = np.dtype(
-    [("in_use", "u1", NR_SLOTS // 8), ("ucalls", UCALL, NR_SLOTS)]
-)  # struct ucall_header, little-endian
-UCALL_SIZE, HEADER_SIZE, BITMAP_BYTES = UCALL.itemsize, HEADER.itemsize, NR_SLOTS // 8
+HEADER = np.dtype([("in_use", "u1", NR_SLOTS // 8), ("ucalls", UCALL, NR_SLOTS)])
+
+# Bytes; the offsets are from the start of a struct ucall
+UCALL_SIZE = UCALL.itemsize
+HEADER_SIZE = HEADER.itemsize
+BITMAP_BYTES = NR_SLOTS // 8
 OFFSET_ARGS, OFFSET_BUFFER, OFFSET_HVA = 8, 64, 1088
 assert (UCALL_SIZE, HEADER_SIZE) == (1096, 561216)
 
@@ -66,16 +79,30 @@ class UcallCmd(IntEnum):
     UNHANDLED = 5
 
 
+# The same as plain tables: looking a command up in the enumeration takes ten times as long
+CMD_NAMES: Mapping[int, str] = {cmd.value: cmd.name for cmd in UcallCmd}
+CMDS_WITH_TEXT = frozenset(
+    cmd.value for cmd in (UcallCmd.PRINTF, UcallCmd.ABORT, UcallCmd.UNHANDLED)
+)
+
+
 def cmd_name(cmd: int) -> str:
-    """ "SYNC" for 1 and so on; a number that is no command as "0x17?"."""
-    return UcallCmd(cmd).name if 0 <= cmd < len(UcallCmd) else f"0x{cmd:x}?"
+    """The name of a command, "SYNC" for 1 and so on; a number that is none as "0x17?"."""
+    return CMD_NAMES.get(cmd) or f"0x{cmd:x}?"
 
 
 def has_text(cmd: int) -> bool:
-    """Whether the buffer belongs to this ucall; for other commands it holds what an earlier one left."""
-    return cmd in (UcallCmd.PRINTF, UcallCmd.ABORT, UcallCmd.UNHANDLED)
+    """Whether the buffer belongs to this ucall.
+
+    For other commands it holds what an earlier ucall left there.
+    """
+    return cmd in CMDS_WITH_TEXT
 
 
 def decode_text(buffer: bytes | bytearray | memoryview) -> str:
-    """The text of a buffer: up to the first NUL, or all of it when the guest wrote none; broken UTF-8 becomes U+FFFD."""
-    return bytes(buffer[:UCALL_BUFFER_LEN]).split(b"\0", 1)[0].decode("utf-8", "replace")
+    """The text of a buffer, up to its first NUL, or all of it when the guest wrote none.
+
+    No more than UCALL_BUFFER_LEN bytes are read. Broken UTF-8 becomes U+FFFD.
+    """
+    text, _, _ = bytes(buffer[:UCALL_BUFFER_LEN]).partition(b"\0")
+    return text.decode("utf-8", "replace")

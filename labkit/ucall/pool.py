@@ -1,313 +1,185 @@
-"""The ucall pool as the host sees it: which slot is taken, by whom, since when, and what it holds."""
+"""The host's side of the ucall pool: which slot is taken, by whom, since when.
+
+in_use lies in guest memory and says only which slots are taken. Who took one, and when, the host
+concludes from the bits that changed until a vCPU came back: guests change them with locked
+instructions, and the engine knows the step of a vCPU's last one. Bits that the host itself writes
+are nobody's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from struct import Struct
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.engines.exits import Exit
 from labkit.errors import MemoryFault
-from labkit.machine.memory import Memory
+from labkit.machine.memory import PAGE, Memory
 from labkit.machine.space import AddressSpace
-from labkit.shown import mimebundle
 from labkit.ucall import abi
-from labkit.ucall.abi import (
-    BITMAP_BYTES,
-    HEADER_SIZE,
-    NR_SLOTS,
-    UCALL_MAX_ARGS,
-    UCALL_SIZE,
-    UcallCmd,
-    cmd_name,
-    decode_text,
-    has_text,
-)
+from labkit.ucall.abi import BITMAP_BYTES, HEADER_SIZE, NR_SLOTS, UCALL_SIZE
+from labkit.ucall.calls import BadUcallExit, Byteorder, Fields, Strings, Ucall
+from labkit.ucall.snapshot import PoolSnapshot, SlotFacts, UsedSlots
 
-if TYPE_CHECKING:
-    import pandas as pd
+__all__ = ["Pool", "PoolState"]
 
-__all__ = [
-    "BadUcallExit",
-    "Fields",
-    "Pool",
-    "PoolSnapshot",
-    "Slot",
-    "SlotState",
-    "Strings",
-    "Ucall",
-]
+# Offset from the header -> slot
+_SLOTS = {BITMAP_BYTES + UCALL_SIZE * index: index for index in range(NR_SLOTS)}
 
-SlotState = Literal["free", "held", "done", "leaked"]
-Strings = Callable[
-    [int], str | None
-]  # gva of a string constant -> its text, from the program and not from the guest
-_NAMES = {int(cmd): cmd.name for cmd in UcallCmd}
-_WITH_TEXT = frozenset(int(cmd) for cmd in UcallCmd if has_text(cmd))
-_SLOTS = {
-    BITMAP_BYTES + UCALL_SIZE * index: index for index in range(NR_SLOTS)
-}  # by offset from the header
-_TUPLE = (
-    tuple.__new__
-)  # a NamedTuple's own constructor is a Python function, which costs more than the tuple
-_SWAP, _WORDS = Struct(f"<{BITMAP_BYTES // 8}Q").pack, Struct(f">{BITMAP_BYTES // 8}Q").unpack
-
-
-class Ucall(NamedTuple):
-    """One call of a guest to its host, copied out of its slot."""
-
-    cmd: str  # SYNC PRINTF ABORT DONE NONE UNHANDLED, or "0x17?" for a number that is no command
-    args: tuple[int, ...]  # seven u64
-    text: str | None  # of a PRINTF, an ABORT, an UNHANDLED
-    vcpu: int
-    slot: int | None
-    step: int = 0
-    file: str | None = None  # of an ABORT, as are line and expr
-    line: int | None = None
-    expr: str | None = None
-
-    @property
-    def kind(self) -> str:
-        """What it is among events."""
-        return "ucall"
-
-    @property
-    def what(self) -> str:
-        """One line for a person, for a table that has a column for the vCPU."""
-        return repr(self)[1:-1].split(" ", 3)[-1]
-
-    def __repr__(self) -> str:
-        args = list(self.args)
-        while args and not args[-1]:
-            args.pop()
-        said = "" if self.text is None else f" {self.text!r}"
-        where = f" at {self.file}:{self.line}: {self.expr}" if self.file else ""
-        return f"<Ucall vCPU {self.vcpu} {self.cmd}{said}{where} args [{', '.join(map(hex, args))}] slot {self.slot}>"
-
-
-class Fields:
-    """How one struct ucall is read, in a guest's byte order; what is in it is believed by nobody yet."""
-
-    def __init__(self, byteorder: Literal["little", "big"] = "little") -> None:
-        self._unpack = Struct(
-            f"{'>' if byteorder == 'big' else '<'}{1 + UCALL_MAX_ARGS}Q"
-        ).unpack_from
-
-    def ucall(
-        self, data: Any, at: int, vcpu: int, slot: int | None, step: int, strings: Strings
-    ) -> Ucall:
-        """The ucall at an offset; strings finds the texts that an ABORT only points to."""
-        fields = self._unpack(data, at)
-        cmd, args = fields[0], fields[1:]
-        name = _NAMES.get(cmd) or cmd_name(cmd)
-        if cmd not in _WITH_TEXT:
-            return _TUPLE(Ucall, (name, args, None, vcpu, slot, step, None, None, None))
-        text = decode_text(
-            data[at + abi.OFFSET_BUFFER : at + abi.OFFSET_BUFFER + abi.UCALL_BUFFER_LEN]
-        )
-        if cmd != UcallCmd.ABORT:
-            return Ucall(name, args, text, vcpu, slot, step)
-        file, line, expr = (
-            args[i] for i in (abi.GUEST_FILE, abi.GUEST_LINE, abi.GUEST_ERROR_STRING)
-        )
-        return Ucall(name, args, text, vcpu, slot, step, strings(file), line, strings(expr))
+# in_use as u64 words of a big-endian guest, and the same words little-endian
+_big_words = Struct(f">{BITMAP_BYTES // 8}Q").unpack
+_little_words = Struct(f"<{BITMAP_BYTES // 8}Q").pack
 
 
 @dataclass(frozen=True)
-class BadUcallExit(Exit):
-    """A ucall exit with a value that is no slot in use: nothing was read through it."""
+class PoolState:
+    """What the host knows of a pool beyond guest memory, for a VM's snapshot."""
 
-    value: int
-    kind: str  # "exhausted" "stale" "unaligned" "foreign" "no pool" "unreadable"
-    why: str
-    vcpu: int
-    end = "bad-ucall"
-
-    def __str__(self) -> str:
-        return f"vCPU {self.vcpu}: {self.kind} ucall: {self.why}"
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One struct ucall of the pool, decoded by position and never by a pointer that the guest wrote."""
-
-    index: int
-    state: SlotState  # "done": holds a DONE ucall, never freed by design; "leaked": its vCPU is done and forgot it
-    vcpu: int | None  # owner, None when the host never saw who took it
-    since: int | None  # step at which the slot was taken
-    cmd: str  # SYNC, PRINTF, ... or "0x17?" for a number that is no command
-    args: tuple[int, ...]  # seven u64
-    text: str | None  # buffer, only for PRINTF and ABORT: it is stale otherwise
-    gva: int
-    gpa: int
-    hva: int  # as stored in the guest
-    hva_ok: bool  # the stored hva is this slot's
-
-
-@dataclass(frozen=True, repr=False)
-class PoolSnapshot:
-    """What the pool looked like at one step; arrays have one element per slot."""
-
+    hva: int
     step: int
-    nr_slots: int
-    gva: int  # of struct ucall_header
-    gpa: int
-    slot_size: int  # bytes
-    slots_offset: int  # bytes from gva to slot 0
-    nr_pages: int
-    in_use: NDArray[np.bool_]
-    owner: NDArray[np.int16]  # -1: none or not known
-    since: NDArray[np.int64]  # step, -1: none
-    done: NDArray[np.bool_]
-    leaked: NDArray[np.bool_]
-    changed: NDArray[np.bool_]  # bit differs from the last state the user looked at
-    changed_since: int | None  # the step of that state
-    uses: NDArray[np.int32]  # how often the slot was taken so far
-    held: tuple[Slot, ...]  # slots in use, and free ones that were ever used, by index
-    hva: int = 0  # of struct ucall_header, as handed to the guest
-    next_slot: int | None = None  # what the next instruction will take, if it is about to
-
-    @property
-    def slots(self) -> pd.DataFrame:
-        """One row a slot: state, vcpu, since (step), uses, cmd, args, text, gva, gpa, hva, hva_ok."""
-        import pandas as pd
-
-        held = {slot.index: slot for slot in self.held}
-        rows = [held[i] if i in held else self._never_used(i) for i in range(self.nr_slots)]
-        frame = pd.DataFrame([vars(row) for row in rows], dtype=object).set_index("index")
-        frame.insert(3, "uses", self.uses)
-        return frame.astype({"vcpu": "Int64", "since": "Int64"})
-
-    def _never_used(self, index: int) -> Slot:
-        offset = self.slots_offset + self.slot_size * index
-        return Slot(
-            index,
-            "free",
-            None,
-            None,
-            "NONE",
-            (0,) * UCALL_MAX_ARGS,
-            None,
-            self.gva + offset,
-            self.gpa + offset,
-            self.hva + offset,
-            True,
-        )
-
-    def __repr__(self) -> str:
-        return (
-            f"<PoolSnapshot step {self.step}: {int(self.in_use.sum())} of {self.nr_slots} slots in use, "
-            f"{int(self.leaked.sum())} leaked>"
-        )
-
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
-        return mimebundle(self)
+    seen: bytes
+    heard: dict[int, int]
+    owner: tuple[int, ...]
+    since: tuple[int, ...]
+    uses: tuple[int, ...]
+    done: tuple[bool, ...]
 
 
 class Pool:
-    """The host's side of one VM's pool: makes it, looks up what a guest hands over, and keeps the history of its bits."""
+    """The host's side of one VM's pool: makes it, and looks up what a guest hands over.
 
-    def __init__(
-        self, memory: Memory, gpa: int, gva: int, byteorder: Literal["little", "big"] = "little"
-    ) -> None:
-        self._big = byteorder == "big"
-        self._fields = Fields(byteorder)
-        self._header = abi.HEADER.newbyteorder(">" if self._big else "<")
-        self.memory, self.gpa, self.gva = memory, gpa, gva
-        self.hva = memory.hva(
-            gpa
-        )  # of the header, as written into the guest; a forked VM keeps its parent's
-        slot = memory.slot(gpa)
-        assert slot is not None
-        self._data, self._offset = slot.data, gpa - slot.gpa
-        self._in_use = slice(self._offset, self._offset + BITMAP_BYTES)
+    It keeps the history of the bits, one element per slot: owner (vCPU, -1: nobody or not known),
+    since (step, -1: free), uses, and done (it holds a DONE ucall).
+    """
+
+    def __init__(self, memory: Memory, gpa: int, gva: int, byteorder: Byteorder = "little") -> None:
+        """A pool that lies at gpa, inside one memslot, and is mapped at gva."""
+        self.memory = memory
+        self.gpa = gpa
+        self.gva = gva
+
+        # Of the header, as written into the guest; a forked VM keeps its parent's
+        self.hva = memory.hva(gpa)
+
         self.owner = [-1] * NR_SLOTS
-        self.since = [-1] * NR_SLOTS  # step
+        self.since = [-1] * NR_SLOTS
         self.uses = [0] * NR_SLOTS
         self.done = [False] * NR_SLOTS
-        self._seen = bytes(BITMAP_BYTES)  # the bitmap when the host last looked
-        self._heard: dict[
-            int, int
-        ] = {}  # vCPU -> slot of its last ucall, as long as it has not given it back
+
+        slot = memory.slot(gpa)
+        assert slot is not None
+        self._data = slot.data
+        self._offset = gpa - slot.gpa
+        self._in_use = slice(self._offset, self._offset + BITMAP_BYTES)
+
+        self._is_big = byteorder == "big"
+        self._fields = Fields(byteorder)
+        self._header = abi.HEADER.newbyteorder(">" if self._is_big else "<")
+
+        # The bitmap when a vCPU last came back or the host last wrote, and the clock then
+        self._seen = bytes(BITMAP_BYTES)
+        self._step = 0
+
+        # vCPU -> slot of its last ucall, as long as it has not given it back
+        self._heard: dict[int, int] = {}
+        memory.on_write.append(self._host_wrote)
 
     @classmethod
     def make(cls, space: AddressSpace) -> Pool:
-        """Allocate a VM's pool, in memory that is never encrypted, and tell every slot its own address (ucall_init() in C)."""
+        """Allocate a VM's pool, never encrypted, and tell every slot its own hva (ucall_init())."""
         gva = space.alloc(HEADER_SIZE, "ucall pool", protected=False)
         pool = cls(space.memory, space.walk(gva).require(), gva, space.mode.byteorder)
-        with space.memory.view(
-            pool.gpa, HEADER_SIZE
-        ) as raw:  # in place: a copy of half a megabyte of zeros takes longer than the VM
+        hvas = pool.hva + BITMAP_BYTES + UCALL_SIZE * np.arange(NR_SLOTS, dtype=np.uint64)
+
+        # In place: a copy of half a megabyte of zeros takes longer than the VM
+        with space.memory.view(pool.gpa, HEADER_SIZE) as raw:
             header = np.frombuffer(raw, pool._header)
-            header["ucalls"]["hva"] = (
-                pool.hva + BITMAP_BYTES + UCALL_SIZE * np.arange(NR_SLOTS, dtype=np.uint64)
-            )
+            header["ucalls"]["hva"] = hvas
             del header
         return pool
 
     def twin(self, space: AddressSpace) -> Pool:
-        """The same pool in a forked VM's memory, known by the addresses that its parent handed out."""
+        """The same pool in a forked VM's memory, known by the addresses its parent gave out."""
         return Pool(space.memory, self.gpa, self.gva, space.mode.byteorder)
 
-    def saw(self, vcpu: int, locked: int, step: int) -> bytes:
-        """A vCPU came back at `step`: slots that it took and gave back meanwhile. Returns in_use as it is now.
-
-        `locked` is the step of its last locked instruction, which for a test-and-set is the taking itself; without one (-1)
-        slots were taken at `step`.
-        """
-        if self.memory.on_look:
-            self.memory.looked_at(self.gpa, HEADER_SIZE, False)
-        now = self._bitmap()
-        if (
-            locked >= 0
-            and (index := self._heard.pop(vcpu, -1)) >= 0
-            and now[index >> 3] >> (index & 7) & 1
-            and self.owner[index] == vcpu
-            and not self.done[index]
-        ):
-            self._taken(
-                index, vcpu, locked
-            )  # it gave the slot back with a locked instruction, and has it again
-        if now == self._seen:
-            return now
-        step = locked if locked >= 0 else step
-        changed = int.from_bytes(now, "little") ^ int.from_bytes(self._seen, "little")
-        self._seen = now
-        while changed:
-            index = (changed & -changed).bit_length() - 1
-            changed &= changed - 1
-            if now[index >> 3] >> (index & 7) & 1:
-                self._taken(index, vcpu, step)
-            else:
-                self.owner[index] = self.since[index] = -1
-                self.done[index] = False
-        return now
-
-    def _bitmap(self) -> bytes:
-        """in_use as it lies in memory, bit n at byte n / 8: the guest's words are its own byte order's."""
-        now = self._data[self._in_use]
-        return _SWAP(*_WORDS(now)) if self._big else now
+    # --- the history of the bits
 
     def begins(self, vcpu: int) -> None:
         """A vCPU begins anew: what it held it will not give back."""
         self._heard.pop(vcpu, None)
 
+    def saw(self, vcpu: int, locked: int, step: int) -> bytes:
+        """A vCPU came back at `step`: slots that it took and gave back meanwhile.
+
+        `locked` is the step of its last locked instruction, which for a test-and-set is the taking
+        itself; without one (-1) slots were taken at `step`. Returns in_use as it is now, bit n at
+        byte n / 8.
+        """
+        if self.memory.on_look:
+            self.memory.looked_at(self.gpa, HEADER_SIZE, False)
+        now = self._bitmap()
+        self._step = step
+
+        if locked >= 0:
+            step = locked
+            index = self._heard.pop(vcpu, -1)
+            is_taken = index >= 0 and now[index >> 3] >> (index & 7) & 1
+            if is_taken and self.owner[index] == vcpu and not self.done[index]:
+                # It gave its last ucall's slot back with a locked instruction, and has it again
+                self._taken(index, vcpu, step)
+
+        if now != self._seen:
+            self._changed(now, vcpu, step)
+        return now
+
+    def _host_wrote(self, gpa: int, size: int) -> None:
+        """The host wrote memory: slots that it takes or frees are not the next vCPU's doing."""
+        if gpa < self.gpa + BITMAP_BYTES and self.gpa < gpa + size:
+            self._changed(self._bitmap(), -1, self._step)
+
+    def _changed(self, now: bytes, vcpu: int, step: int) -> None:
+        changed = int.from_bytes(now, "little") ^ int.from_bytes(self._seen, "little")
+        self._seen = now
+        while changed:
+            # The lowest bit that is set
+            index = (changed & -changed).bit_length() - 1
+            changed &= changed - 1
+            if now[index >> 3] >> (index & 7) & 1:
+                self._taken(index, vcpu, step)
+            else:
+                self.owner[index] = -1
+                self.since[index] = -1
+                self.done[index] = False
+
     def _taken(self, index: int, vcpu: int, step: int) -> None:
-        self.owner[index], self.since[index], self.done[index] = vcpu, step, False
+        self.owner[index] = vcpu
+        self.since[index] = step
         self.uses[index] += 1
+        self.done[index] = False
+
+    def _bitmap(self) -> bytes:
+        """in_use as it lies in memory now, bit n at byte n / 8."""
+        return self._little(self._data[self._in_use])
+
+    def _little(self, bitmap: bytes) -> bytes:
+        """A bitmap from memory, bit n at byte n / 8: the guest's words are its own byte order's."""
+        return _little_words(*_big_words(bitmap)) if self._is_big else bitmap
+
+    def bits(self) -> NDArray[np.bool_]:
+        """in_use, one bool a slot, as it lies in memory now."""
+        return _unpacked(self._bitmap())
+
+    # --- what a guest hands over
 
     def take(
         self, value: int, vcpu: int, step: int, locked: int, strings: Strings
     ) -> Ucall | BadUcallExit:
-        """The ucall behind the value that a guest left in its register at `step`, or what is wrong with that value.
+        """The ucall behind the value that a guest left in its register, or what is wrong with it.
 
-        `locked` is the step of the vCPU's last locked instruction, -1 when it ran none since it last came back.
-
-        The value is only ever compared with the addresses that the host gave out, never used as one.
+        `step` is the VM's clock; `locked` the step of the vCPU's last locked instruction, -1 when
+        it ran none since it last came back. The value is only ever compared with the addresses that
+        the host gave out, never used as one.
         """
         index = _SLOTS.get(value - self.hva, -1)
         if index < 0:
@@ -316,18 +188,18 @@ class Pool:
             return BadUcallExit(
                 value, "stale", f"slot {index} is not in use: its bit in in_use is clear", vcpu
             )
-        self._heard[vcpu], self.owner[index] = (
-            index,
-            vcpu,
-        )  # the owner: where vCPUs run at once, another one may have come back first
-        found = self._fields.ucall(
-            self._data, self._offset + BITMAP_BYTES + UCALL_SIZE * index, vcpu, index, step, strings
-        )
+        self._heard[vcpu] = index
+
+        # Where vCPUs run at once, another one may have come back first and be thought the owner
+        self.owner[index] = vcpu
+
+        at = self._offset + BITMAP_BYTES + UCALL_SIZE * index
+        found = self._fields.ucall(self._data, at, vcpu, index, step, strings)
         if found.cmd == "DONE":
             self.done[index] = True
         return found
 
-    def _refuse(self, value: int, vcpu: int) -> Ucall | BadUcallExit:
+    def _refuse(self, value: int, vcpu: int) -> BadUcallExit:
         if value == abi.GUEST_UCALL_FAILED:
             taken = int(self.bits().sum())
             return BadUcallExit(
@@ -339,93 +211,105 @@ class Pool:
             )
         index, rest = divmod(value - self.hva - BITMAP_BYTES, UCALL_SIZE)
         if 0 <= index < NR_SLOTS:
-            return BadUcallExit(
-                value,
-                "unaligned",
-                f"{value:#x} lies {rest} bytes behind the start of slot {index}",
-                vcpu,
-            )
+            why = f"{value:#x} lies {rest} bytes behind the start of slot {index}"
+            return BadUcallExit(value, "unaligned", why, vcpu)
+        return BadUcallExit(value, "foreign", self._why_foreign(value), vcpu)
+
+    def _why_foreign(self, value: int) -> str:
         try:
             where = f"this VM's guest memory (gpa {self.memory.gpa(value):#x}), but not a slot"
         except MemoryFault:
             where = "no memory of this VM: forged, or another VM's"
         end = self.hva + HEADER_SIZE - 1
-        return BadUcallExit(
-            value,
-            "foreign",
-            f"{value:#x} is {where}; this VM's pool is at hva {self.hva:#x} to {end:#x}",
-            vcpu,
-        )
+        return f"{value:#x} is {where}; this VM's pool is at hva {self.hva:#x} to {end:#x}"
 
-    def bits(self) -> NDArray[np.bool_]:
-        """in_use, one bool a slot, as it lies in memory now."""
-        raw = np.frombuffer(self._bitmap(), np.uint8)
-        return np.unpackbits(raw, bitorder="little").astype(np.bool_)
+    # --- looking
 
-    def snapshot(
-        self, step: int, finished: frozenset[int], seen: PoolSnapshot | None = None
-    ) -> PoolSnapshot:
-        """The pool now; `finished` are the vCPUs at their DONE, `seen` the state that changes are marked against."""
-        self.saw(-1, -1, step)  # what nobody came back with was written by the host
-        in_use, owner, uses = (
-            self.bits(),
-            np.array(self.owner, np.int16),
-            np.array(self.uses, np.int32),
-        )
-        done = np.array(self.done, np.bool_) & in_use
-        leaked = in_use & ~done & np.isin(owner, list(finished))
-        indices = np.flatnonzero(in_use | (uses > 0)).tolist()
+    def snapshot(self, step: int, finished: frozenset[int]) -> PoolSnapshot:
+        """The pool as it is now, at `step`; `finished` are the vCPUs at their DONE.
+
+        What a finished vCPU holds is leaked, except for its DONE. Looking changes nothing that the
+        host knows, and nothing is marked as changed: `PoolSnapshot.since` does that.
+        """
         header = np.frombuffer(self.memory.read(self.gpa, HEADER_SIZE), self._header)[0]
-        slots = tuple(
-            self._slot(i, header["ucalls"][i], bool(in_use[i]), bool(done[i]), bool(leaked[i]))
-            for i in indices
+        in_use = _unpacked(self._little(header["in_use"].tobytes()))
+        facts = self._facts(in_use, step, finished)
+        used = np.flatnonzero(in_use | (facts.uses > 0))
+        held = UsedSlots(
+            used.tolist(),
+            header["ucalls"][used],
+            facts,
+            self.gva + BITMAP_BYTES,
+            self.gpa + BITMAP_BYTES,
+            self.hva + BITMAP_BYTES,
         )
-        changed = np.zeros(NR_SLOTS, np.bool_) if seen is None else in_use ^ seen.in_use
         return PoolSnapshot(
-            step,
-            NR_SLOTS,
-            self.gva,
-            self.gpa,
-            UCALL_SIZE,
-            BITMAP_BYTES,
-            -(-HEADER_SIZE // 4096),
-            in_use,
-            owner,
-            np.array(self.since, np.int64),
-            done,
-            leaked,
-            changed,
-            None if seen is None else seen.step,
-            uses,
-            slots,
-            self.hva,
+            step=step,
+            nr_slots=NR_SLOTS,
+            gva=self.gva,
+            gpa=self.gpa,
+            slot_size=UCALL_SIZE,
+            slots_offset=BITMAP_BYTES,
+            nr_pages=-(-HEADER_SIZE // PAGE),
+            in_use=in_use,
+            owner=facts.owner,
+            held_since=facts.since,
+            done=facts.done,
+            leaked=facts.leaked,
+            changed=np.zeros(NR_SLOTS, np.bool_),
+            changed_since=None,
+            uses=facts.uses,
+            held=held,
+            hva=self.hva,
         )
 
-    def _slot(self, index: int, raw: np.void, in_use: bool, done: bool, leaked: bool) -> Slot:
-        offset = BITMAP_BYTES + UCALL_SIZE * index
-        cmd, hva, owner = int(raw["cmd"]), int(raw["hva"]), int(self.owner[index])
-        state: SlotState = "done" if done else "leaked" if leaked else "held" if in_use else "free"
-        return Slot(
-            index,
-            state,
-            owner if owner >= 0 else None,
-            int(self.since[index]) if in_use else None,
-            cmd_name(cmd),
-            tuple(int(a) for a in raw["args"]),
-            decode_text(raw["buffer"].tobytes()) if has_text(cmd) else None,
-            self.gva + offset,
-            self.gpa + offset,
-            hva,
-            hva == self.hva + offset,
+    def _facts(self, in_use: NDArray[np.bool_], step: int, finished: frozenset[int]) -> SlotFacts:
+        """What the host knows; a bit that changed since a vCPU last came back is nobody's yet."""
+        owner = np.array(self.owner, np.int16)
+        since = np.array(self.since, np.int64)
+        uses = np.array(self.uses, np.int32)
+        done = np.array(self.done, np.bool_)
+
+        changed = in_use ^ _unpacked(self._seen)
+        if changed.any():
+            owner[changed] = -1
+            since[changed] = np.where(in_use[changed], step, -1)
+            uses[changed & in_use] += 1
+            done[changed] = False
+
+        leaked = np.zeros(NR_SLOTS, np.bool_)
+        if finished:
+            leaked = in_use & ~done & np.isin(owner, list(finished))
+        return SlotFacts(in_use, owner, since, uses, done, leaked)
+
+    # --- a VM's snapshot
+
+    def state(self) -> PoolState:
+        """What the host knows beyond guest memory."""
+        return PoolState(
+            hva=self.hva,
+            step=self._step,
+            seen=self._seen,
+            heard=dict(self._heard),
+            owner=tuple(self.owner),
+            since=tuple(self.since),
+            uses=tuple(self.uses),
+            done=tuple(self.done),
         )
 
-    def state(self) -> dict[str, object]:
-        """What the host knows beyond guest memory, for a snapshot."""
-        slots = [list(column) for column in (self.owner, self.since, self.uses, self.done)]
-        return {"hva": self.hva, "seen": self._seen, "heard": dict(self._heard), "slots": slots}
+    def set_state(self, state: PoolState) -> None:
+        """Put `state` back; memory has to be put back too."""
+        self.hva = state.hva
+        self._step = state.step
+        self._seen = state.seen
+        self._heard = dict(state.heard)
+        self.owner = list(state.owner)
+        self.since = list(state.since)
+        self.uses = list(state.uses)
+        self.done = list(state.done)
 
-    def set_state(self, state: dict[str, object]) -> None:
-        """Put `state` back."""
-        facts: dict[str, Any] = dict(state)
-        self.hva, self._seen, self._heard = facts["hva"], facts["seen"], dict(facts["heard"])
-        self.owner, self.since, self.uses, self.done = (list(column) for column in facts["slots"])
+
+def _unpacked(bitmap: bytes) -> NDArray[np.bool_]:
+    """A bitmap as one bool a slot."""
+    packed = np.frombuffer(bitmap, np.uint8)
+    return np.unpackbits(packed, bitorder="little").astype(np.bool_)

@@ -11,7 +11,7 @@ from labkit.look.launch import LaunchProgress
 from labkit.look.snapshots import MemoryMap, VcpuSnapshot, VmSnapshot
 from labkit.paging.scan import PageTable
 from labkit.paging.walk import Walk
-from labkit.ucall.pool import PoolSnapshot
+from labkit.ucall.snapshot import PoolSnapshot
 from labkit.views import compare, encryption, eyes, launch, memory, pages, pool, stepper
 from labkit.views.drawing.markup import Html, cat, el, num, plain, plural
 from labkit.views.drawing.tables import label

@@ -9,7 +9,7 @@ import numpy as np
 from labkit.look.snapshots import Selection
 from labkit.paging.scan import PageTable
 from labkit.paging.walk import Walk, describe
-from labkit.ucall.pool import PoolSnapshot
+from labkit.ucall.snapshot import PoolSnapshot
 from labkit.views.drawing.markup import Html, cat, el, hx
 from labkit.views.mappings import (
     MAX_ROWS,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from labkit.look.snapshots import Selection
-from labkit.ucall.pool import PoolSnapshot, Slot
+from labkit.ucall.snapshot import PoolSnapshot, Slot
 from labkit.views.drawing.markup import Html, cat, el, esc, hx, num, plain
 from labkit.views.drawing.tables import Row, aligned, boxed, key, label, select, table
 from labkit.views.pictures.pool import draw_pool, is_big, rows_used
@@ -58,7 +56,7 @@ def _marked(pool: PoolSnapshot, previous: PoolSnapshot | None) -> PoolSnapshot:
     """The pool with the slots marked that changed since previous, where there is such a state."""
     if previous is None or previous.nr_slots != pool.nr_slots:
         return pool
-    return replace(pool, changed=pool.in_use != previous.in_use, changed_since=previous.step)
+    return pool.since(previous)
 
 
 def _key(pool: PoolSnapshot, chosen: int | None) -> Html:

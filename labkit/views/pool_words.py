@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from labkit.ucall.pool import PoolSnapshot, Slot
+from labkit.ucall.snapshot import PoolSnapshot, Slot
 from labkit.views.drawing.markup import num, plain
 
 __all__ = ["DIGITS", "STATE", "about", "counts", "marks", "owner", "slot_at", "status", "taken"]

@@ -21,7 +21,7 @@ from labkit.engines.exits import (
     SbiExit,
 )
 from labkit.errors import GuestCrashed, InvalidState
-from labkit.ucall.pool import BadUcallExit
+from labkit.ucall.calls import BadUcallExit
 
 GVA, HOLE = 0x7000_0000, 0x3_0000_0000
 

@@ -14,7 +14,7 @@ import labkit as lk
 from labkit.arch.x86_cpu import CpuModel
 from labkit.explore import attacks
 from labkit.sev.cpu import LEAF, encryption_leaf
-from labkit.ucall.pool import BadUcallExit, Ucall
+from labkit.ucall.calls import BadUcallExit, Ucall
 
 KINDS = ("sev", "snp", "tdx")
 SOURCE = """#include "labkit.h"

@@ -29,7 +29,8 @@ from labkit.engines.exits import (
 from labkit.errors import InvalidState, KvmError, MemoryFault, NotAvailable
 from labkit.sev.cpu import encryption_leaf
 from labkit.sev.dram import VMSA_AT
-from labkit.sev.ghcb import EVENTS, GHCB, MSR_REQUESTS, GhcbReason, parse_ghcb
+from labkit.sev.ghcb import EVENTS, GHCB, GhcbReason, parse_ghcb
+from labkit.sev.ghcb_msr import MSR_REQUESTS
 from labkit.sev.vmsa import VMSA, vmsa_registers
 
 INSNS = {  # one instruction, its length, what is needed before it, the exit code it meets

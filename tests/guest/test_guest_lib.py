@@ -15,7 +15,7 @@ from unicorn import x86_const as x86
 
 from labkit.guest.program import Program
 from labkit.ucall import abi
-from labkit.ucall.pool import Fields
+from labkit.ucall.calls import Fields
 
 DISASSEMBLER = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
 ERROR_CODES = {8, 10, 11, 12, 13, 14, 17, 21, 29, 30}  # SDM Vol. 3 table 6-1, APM Vol. 2 table 8-1

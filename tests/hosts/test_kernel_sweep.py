@@ -12,7 +12,7 @@ import pytest
 
 import labkit as lk
 from labkit.engines.exits import Exit
-from labkit.ucall.pool import Ucall
+from labkit.ucall.calls import Ucall
 
 BUDGET, EXITS, SECONDS = 300_000, 2_000, 20
 ENDS = {

@@ -18,7 +18,7 @@ from labkit.engines.disasm import disassemble
 from labkit.engines.exits import BudgetExit, DebugExit
 from labkit.errors import ElfError, GuestAssertFailed, GuestCrashed, InvalidState
 from labkit.look.touch import operands
-from labkit.ucall.pool import Ucall
+from labkit.ucall.calls import Ucall
 
 SOURCE = """
 #include "labkit.h"

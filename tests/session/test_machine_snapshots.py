@@ -48,7 +48,7 @@ def everything(vm: lk.Vm) -> dict[str, object]:
         "pool": pool
         and [
             list(getattr(pool, name))
-            for name in ("in_use", "owner", "since", "uses", "done", "leaked", "held")
+            for name in ("in_use", "owner", "held_since", "uses", "done", "leaked", "held")
         ],
         "schedule": vm.schedule.save(),
         "steps": [vcpu.step_count for vcpu in vm.vcpus],

@@ -28,7 +28,7 @@ def everything(vm: lk.Vm) -> tuple[Any, ...]:
         [dict(v.regs.all()) for v in vm.vcpus],
         [v.step_count for v in vm.vcpus],
         vm.step,
-        vm.pool.since.tolist(),
+        vm.pool.held_since.tolist(),
         [(e.step, e.vcpu, e.kind, e.what) for e in vm.log.entries],
     )
 

@@ -1,4 +1,7 @@
-"""The GHCB: what a guest may ask through the MSR and the page, and how a host answers that believes nothing."""
+"""The GHCB: what a guest may ask through the MSR and the page.
+
+The host that answers believes nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,13 @@ from labkit.sev.ghcb import (
     EVENTS,
     GHCB,
     GhcbReason,
-    MsrHost,
     Port,
     answer_ghcb,
-    answer_msr,
     decode_io,
     parse_ghcb,
-    parse_msr,
     scratch_offset,
-    term_text,
 )
+from labkit.sev.ghcb_msr import MsrHost, answer_msr, parse_msr, term_text
 
 HOST = MsrHost(
     51,

@@ -1,4 +1,7 @@
-"""KVM's own rules: which command on which VM, mirrors, migration inside a host, and the kernel's headers as witness of the numbers."""
+"""KVM's own rules: which command on which VM, mirrors, migration inside a host.
+
+The kernel's headers are the witness of the numbers.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,9 @@ from sev_sample import PLAIN, SPA, good_fields, make_psp
 from labkit.errors import InvalidState, KvmError
 from labkit.sev import ghcb
 from labkit.sev.commands import GuestState
-from labkit.sev.kvm import (
-    KVM_COMMANDS,
-    KvmHost,
-    KvmVcpu,
-    KvmVm,
-    VmType,
-    check_register_access,
-    copy_context,
-    kvm_command,
-    move_context,
-)
+from labkit.sev.kvm import KVM_COMMANDS, check_register_access, kvm_command
+from labkit.sev.kvm_contexts import copy_context, move_context
+from labkit.sev.kvm_host import KvmHost, KvmVcpu, KvmVm, VmType
 from labkit.sev.policy import SnpPolicy, Status
 
 SNP_POLICY = SnpPolicy.SMT | SnpPolicy.RESERVED_ONE
@@ -108,7 +103,8 @@ def test_that_the_old_inits_are_for_old_vms(
     assert errno_of(vm, name) == (errno, 0) and vm.es == is_es
 
 
-# errno of each command on: a plain VM, a SEV VM, an SNP VM, a mirror of a SEV-ES VM; 0 or EIO when it reaches the firmware
+# errno of each command on: a plain VM, a SEV VM, an SNP VM, a mirror of a SEV-ES VM;
+# 0 or EIO when it reaches the firmware
 RULES = """
                     plain  sev    snp    mirror
 LAUNCH_START        ENOTTY 0      EPERM  EINVAL
@@ -160,23 +156,16 @@ def test_that_a_vm_may_or_may_not(name: str, kind: str, cell: str) -> None:
                 {"plain": VmType.DEFAULT, "sev": VmType.SEV, "snp": VmType.SNP}[kind],
                 init=kind != "plain",
             )
-    fields = good_fields(vm.host.psp, name, vm.handle)
-    del fields["handle"]
-    assert (
-        errno_of(
-            vm,
-            name,
-            **({} if name in ("LAUNCH_UPDATE_VMSA", "FROBNICATE") or name[:3] == "SNP" else fields),
-        )[0]
-        == NUMBERS[cell]
-    )
+    fields = {}
+    if name not in ("LAUNCH_UPDATE_VMSA", "FROBNICATE") and not name.startswith("SNP"):
+        fields = good_fields(vm.host.psp, name, vm.handle)
+        del fields["handle"]
+    assert errno_of(vm, name, **fields)[0] == NUMBERS[cell]
 
 
 def test_that_a_host_without_sev_has_no_commands() -> None:
-    assert errno_of(make_vm(host=KvmHost(make_psp(), has_sev=False), init=False), "INIT2") == (
-        ENOTTY,
-        0,
-    )
+    host = KvmHost(make_psp(), has_sev=False)
+    assert errno_of(make_vm(host=host, init=False), "INIT2") == (ENOTTY, 0)
 
 
 def test_that_the_firmware_status_comes_with_eio() -> None:
@@ -232,26 +221,20 @@ def test_that_a_moved_from_vm_is_dead_and_the_target_goes_on() -> None:
     move_context(target, source)
     assert errno_of(source, "GUEST_STATUS") == (EIO, 0)
     assert kvm_command(target, "GUEST_STATUS") == (4, 1, GuestState.RUNNING)
-    assert (
-        kvm_command(target, "DBG_DECRYPT", spa=SPA, size=4096) == PLAIN
-        and target.vcpus[0].protected
-    )
+    assert kvm_command(target, "DBG_DECRYPT", spa=SPA, size=4096) == PLAIN
+    assert target.vcpus[0].protected
 
 
 @pytest.mark.parametrize("broken", ["vcpus", "vmsa", "type", "active", "plain", "itself"])
 def test_that_a_migration_that_does_not_fit_is_refused(broken: str) -> None:
     host = KvmHost(make_psp())
-    source = (
-        make_vm(host=host, init=broken == "vmsa")
-        if broken in ("vmsa", "plain")
-        else launched(host=host)
-    )
-    target = make_vm(
-        VmType.SEV if broken == "type" else VmType.SEV_ES,
-        host,
-        1 if broken == "vcpus" else 2,
-        broken == "active",
-    )
+    if broken in ("vmsa", "plain"):
+        source = make_vm(host=host, init=broken == "vmsa")
+    else:
+        source = launched(host=host)
+    kind = VmType.SEV if broken == "type" else VmType.SEV_ES
+    nr_vcpus = 1 if broken == "vcpus" else 2
+    target = make_vm(kind, host, nr_vcpus, init=broken == "active")
     with pytest.raises(KvmError, match="EINVAL"):
         move_context(source if broken == "itself" else target, source)
     assert not source.dead
@@ -261,7 +244,8 @@ def test_that_a_migration_that_does_not_fit_is_refused(broken: str) -> None:
 def test_that_a_mirror_that_does_not_fit_is_refused(broken: str) -> None:
     host = KvmHost(make_psp())
     source = make_vm(VmType.SNP if broken == "snp" else VmType.SEV_ES, host, init=broken != "plain")
-    mirror = make_vm(VmType.SEV_ES, host, broken == "vcpus", broken == "active")
+    nr_vcpus = 1 if broken == "vcpus" else 0
+    mirror = make_vm(VmType.SEV_ES, host, nr_vcpus, init=broken == "active")
     if broken == "mirror":
         copy_context(mirror, source)
         source, mirror = mirror, make_vm(VmType.SEV_ES, host, 0, init=False)
@@ -274,7 +258,8 @@ def test_that_snp_launches_page_by_page() -> None:
     kvm_command(vm, "SNP_LAUNCH_START", policy=SNP_POLICY)
     kvm_command(vm, "SNP_LAUNCH_UPDATE", gpa=SPA, size=8192, type=1)
     kvm_command(vm, "SNP_LAUNCH_FINISH")
-    assert vm.snp and [(m.kind, m.gpa) for m in vm.snp.measured] == [
+    assert vm.snp
+    assert [(m.kind, m.gpa) for m in vm.snp.measured] == [
         (1, SPA),
         (1, SPA + 4096),
         (2, 0xFFFFFFFFF000),
@@ -317,18 +302,14 @@ def test_that_a_deep_copy_of_a_vm_is_a_whole_machine() -> None:
     kvm_command(vm, "SNP_LAUNCH_START", policy=SNP_POLICY)
     twin = deepcopy(vm)
     kvm_command(twin, "SNP_LAUNCH_UPDATE", gpa=SPA, size=4096)
-    assert (
-        twin.snp
-        and vm.snp
-        and twin.cipher is vm.cipher is not None
-        and any(twin.snp.digest)
-        and not any(vm.snp.digest)
-    )
-    assert (
-        twin.snp.psp is twin.host.psp is not vm.host.psp
-        and twin.snp.rmp is twin.host.rmp
-        and not vm.host.rmp.entries
-    )
+    assert twin.snp
+    assert vm.snp
+    assert twin.cipher is vm.cipher is not None
+    assert any(twin.snp.digest)
+    assert not any(vm.snp.digest)
+    assert twin.snp.psp is twin.host.psp is not vm.host.psp
+    assert twin.snp.rmp is twin.host.rmp
+    assert not vm.host.rmp.entries
 
 
 @pytest.mark.parametrize(
@@ -374,9 +355,8 @@ def test_that_the_numbers_are_those_of_the_kernels_headers(tmp_path: Path) -> No
         f"SVM_{'VMGEXIT' if code >> 31 else 'EXIT'}_{other.get(event.name, event.name)}": code
         for code, event in ghcb.EVENTS.items()
     }
-    known = set(
-        re.findall(r"\b(?:SEV_RET|KVM_SEV|SVM_EXIT|SVM_VMGEXIT)_\w+", _headers())
-    )  # this machine's kernel may be older
+    # This machine's kernel may be older
+    known = set(re.findall(r"\b(?:SEV_RET|KVM_SEV|SVM_EXIT|SVM_VMGEXIT)_\w+", _headers()))
     names = sorted(ours.keys() & known)
     assert len(names) > 60 and len(known & {f"SEV_RET_{status.name}" for status in Status}) > 20
     source, program = tmp_path / "check.c", tmp_path / "check"
@@ -389,25 +369,9 @@ def test_that_the_numbers_are_those_of_the_kernels_headers(tmp_path: Path) -> No
 
 
 def _headers() -> str:
-    done = subprocess.run(
-        [
-            "gcc",
-            "-E",
-            "-dD",
-            "-include",
-            "linux/kvm.h",
-            "-include",
-            "linux/psp-sev.h",
-            "-include",
-            "asm/svm.h",
-            "-xc",
-            "/dev/null",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout
+    headers = [f"-include{name}" for name in ("linux/kvm.h", "linux/psp-sev.h", "asm/svm.h")]
+    command = ["gcc", "-E", "-dD", *headers, "-xc", "/dev/null"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize(

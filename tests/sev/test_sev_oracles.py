@@ -1,4 +1,7 @@
-"""Witnesses that nobody here wrote: `sev-snp-measure` for launch digests, libvirt's `virt-qemu-sev-validate` for measurements."""
+"""Witnesses that nobody here wrote.
+
+They are `sev-snp-measure` for launch digests, libvirt's `virt-qemu-sev-validate` for measurements.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ from sevsnpmeasure.vmsa import SevEsSaveArea
 
 from labkit.machine.memory import Memory
 from labkit.sev import transport
-from labkit.sev.kvm import KvmHost, KvmVcpu, KvmVm, VmType, kvm_command
+from labkit.sev.kvm import kvm_command
+from labkit.sev.kvm_host import KvmHost, KvmVcpu, KvmVm, VmType
 from labkit.sev.policy import Policy, SnpPolicy
 from labkit.sev.psp import Psp
 from labkit.sev.snp import PageType, extend
@@ -47,7 +51,10 @@ SECTIONS = (
 
 
 def firmware(seed: int, pages: int, ap_eip: int = AP_EIP) -> bytes:
-    """A firmware image as OVMF ends: random code, SEV metadata, and the table of GUIDs 32 bytes before the end."""
+    """A firmware image as OVMF ends.
+
+    That is random code, SEV metadata, and the table of GUIDs 32 bytes before the end.
+    """
     metadata = struct.pack("<4sIII", b"ASEV", 16 + 12 * len(SECTIONS), 1, len(SECTIONS))
     metadata += b"".join(struct.pack("<III", *section[:3]) for section in SECTIONS)
     entries = b"".join(
@@ -162,7 +169,8 @@ def test_that_an_snp_launch_digest_is_the_oracles(
     for gpa, size, _, kind in SECTIONS:
         kvm_command(vm, "SNP_LAUNCH_UPDATE", gpa=gpa, size=size, type=kind)
     kvm_command(vm, "SNP_LAUNCH_FINISH")
-    assert vm.snp and vm.snp.digest == oracle.calc_launch_digest(
+    assert vm.snp
+    assert vm.snp.digest == oracle.calc_launch_digest(
         SevMode.SEV_SNP, nr_vcpus, SIGNATURE, str(path), "", "", "", SNP_ACTIVE
     )
 
@@ -271,9 +279,8 @@ class Owner:
 )
 def owner(request: pytest.FixtureRequest, tmp_path: Path) -> Owner:
     if not TOOL.is_file() or not shutil.which("/usr/bin/python3"):
-        lacking(
-            f"no {TOOL} (Debian: apt-get install libvirt-clients-qemu python3-lxml python3-cryptography)"
-        )
+        packages = "libvirt-clients-qemu python3-lxml python3-cryptography"
+        lacking(f"no {TOOL} (Debian: apt-get install {packages})")
     made = Owner(tmp_path, *request.param)
     probe = subprocess.run(
         ["/usr/bin/python3", "-c", "import lxml.etree, libvirt, cryptography"],

@@ -1,4 +1,7 @@
-"""The secure processor: every command in every state, the order of its checks, policies, ASIDs, measurement and secrets."""
+"""The secure processor: every command in every state, and the order of its checks.
+
+Then policies, ASIDs, measurement and secrets.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ from labkit.sev.policy import Policy, Status
 from labkit.sev.psp import Psp
 
 S = Status
-# What comes out: a state's number when the command succeeds, - when it succeeds and changes no state, else ! and the status
+# What comes out: a state's number when the command succeeds, - when it succeeds and changes no
+# state, else ! and the status
 MATRIX = """
                      UNINIT LAUNCH_UPDATE LAUNCH_SECRET RUNNING SEND_UPDATE RECEIVE_UPDATE SENT
 LAUNCH_UPDATE_DATA   !10    -             !2            !2      !2          !2             !2
@@ -54,9 +58,8 @@ def test_that_the_matrix_is_complete() -> None:
     starts = {
         name for name, rule in RULES.items() if not rule.states or GuestState.UNINIT in rule.states
     }
-    assert {row[0] for row in _ROWS} | starts == set(RULES) and len(CELLS) == len(_ROWS) * len(
-        GuestState
-    )
+    assert {row[0] for row in _ROWS} | starts == set(RULES)
+    assert len(CELLS) == len(_ROWS) * len(GuestState)
 
 
 @pytest.mark.parametrize(
@@ -82,86 +85,69 @@ def test_that_nothing_works_before_init(name: str) -> None:
     assert status_of(psp, name, handle=0) == S.INVALID_PLATFORM_STATE
 
 
-# (command, policy, state, fields that differ from good ones, status): where several are wrong, the first check decides
-ES, STATES = Policy.ES, GuestState
+# (command, policy, state, fields that differ from good ones, status); where several are wrong,
+# the first check decides
+ES, G = Policy.ES, GuestState
 BAD: list[tuple[str, int, GuestState, dict[str, Any], Status]] = [
     (
         "LAUNCH_START",
         0,
-        STATES.UNINIT,
+        G.UNINIT,
         {"session": bytes(7), "handle": 9, "policy": 0xFF000004},
         S.INVALID_LEN,
     ),
-    ("LAUNCH_START", 0, STATES.UNINIT, {"handle": 9, "policy": 0xFFFF0004}, S.INVALID_GUEST),
-    ("LAUNCH_START", 0, STATES.UNINIT, {"handle": 0, "policy": 0x00020000}, S.POLICY_FAILURE),
-    ("LAUNCH_START", 0, STATES.UNINIT, {"handle": 0, "policy": 0x38010000}, S.POLICY_FAILURE),
+    ("LAUNCH_START", 0, G.UNINIT, {"handle": 9, "policy": 0xFFFF0004}, S.INVALID_GUEST),
+    ("LAUNCH_START", 0, G.UNINIT, {"handle": 0, "policy": 0x00020000}, S.POLICY_FAILURE),
+    ("LAUNCH_START", 0, G.UNINIT, {"handle": 0, "policy": 0x38010000}, S.POLICY_FAILURE),
     (
         "LAUNCH_START",
         0,
-        STATES.UNINIT,
+        G.UNINIT,
         {"handle": 0, "session": bytes(128), "pdh": b"x"},
         S.INVALID_CERTIFICATE,
     ),
-    ("RECEIVE_START", 0, STATES.UNINIT, {"handle": 0}, S.INVALID_LEN),
-    ("RECEIVE_START", 0, STATES.UNINIT, {"handle": 0, "session": bytes(127)}, S.INVALID_LEN),
+    ("RECEIVE_START", 0, G.UNINIT, {"handle": 0}, S.INVALID_LEN),
+    ("RECEIVE_START", 0, G.UNINIT, {"handle": 0, "session": bytes(127)}, S.INVALID_LEN),
+    ("LAUNCH_UPDATE_DATA", ES, G.LAUNCH_UPDATE, {"spa": SPA + 8, "size": 15}, S.INVALID_ADDRESS),
+    ("LAUNCH_UPDATE_DATA", ES, G.LAUNCH_UPDATE, {"spa": 1 << 30, "size": 16}, S.INVALID_ADDRESS),
     (
         "LAUNCH_UPDATE_DATA",
         ES,
-        STATES.LAUNCH_UPDATE,
-        {"spa": SPA + 8, "size": 15},
-        S.INVALID_ADDRESS,
-    ),
-    (
-        "LAUNCH_UPDATE_DATA",
-        ES,
-        STATES.LAUNCH_UPDATE,
-        {"spa": 1 << 30, "size": 16},
-        S.INVALID_ADDRESS,
-    ),
-    (
-        "LAUNCH_UPDATE_DATA",
-        ES,
-        STATES.LAUNCH_UPDATE,
+        G.LAUNCH_UPDATE,
         {"spa": (1 << 18) - 4096, "size": 8192},
         S.INVALID_ADDRESS,
     ),
-    ("LAUNCH_UPDATE_DATA", ES, STATES.LAUNCH_UPDATE, {"size": 0}, S.INVALID_LEN),
-    ("LAUNCH_UPDATE_DATA", ES, STATES.LAUNCH_UPDATE, {"size": 24}, S.INVALID_LEN),
-    ("LAUNCH_UPDATE_VMSA", 0, STATES.LAUNCH_UPDATE, {"spa": 3, "size": 0}, S.UNSUPPORTED),
+    ("LAUNCH_UPDATE_DATA", ES, G.LAUNCH_UPDATE, {"size": 0}, S.INVALID_LEN),
+    ("LAUNCH_UPDATE_DATA", ES, G.LAUNCH_UPDATE, {"size": 24}, S.INVALID_LEN),
+    ("LAUNCH_UPDATE_VMSA", 0, G.LAUNCH_UPDATE, {"spa": 3, "size": 0}, S.UNSUPPORTED),
     *(
-        ("LAUNCH_UPDATE_VMSA", ES, STATES.LAUNCH_UPDATE, {"size": size}, S.INVALID_LEN)
+        ("LAUNCH_UPDATE_VMSA", ES, G.LAUNCH_UPDATE, {"size": size}, S.INVALID_LEN)
         for size in (0, 16, 4080, 4095, 8192)
     ),
-    ("LAUNCH_MEASURE", ES, STATES.LAUNCH_UPDATE, {"size": 47}, S.INVALID_LEN),
-    ("LAUNCH_SECRET", ES, STATES.LAUNCH_SECRET, {"spa": SPA + 1, "header": b""}, S.INVALID_ADDRESS),
-    ("LAUNCH_SECRET", ES, STATES.RUNNING, {"spa": SPA + 1, "header": b""}, S.INVALID_ADDRESS),
-    ("LAUNCH_SECRET", ES, STATES.RUNNING, {"header": b""}, S.INVALID_LEN),
-    ("LAUNCH_SECRET", ES, STATES.LAUNCH_SECRET, {"data": bytes(17)}, S.INVALID_LEN),
-    ("LAUNCH_SECRET", ES, STATES.LAUNCH_SECRET, {"header": bytes(51)}, S.INVALID_LEN),
-    ("LAUNCH_SECRET", ES, STATES.LAUNCH_SECRET, {"header": bytes(52)}, S.BAD_MEASUREMENT),
-    ("LAUNCH_SECRET", ES, STATES.LAUNCH_SECRET, {"data": bytes(64)}, S.BAD_MEASUREMENT),
-    (
-        "DBG_DECRYPT",
-        Policy.NODBG,
-        STATES.RUNNING,
-        {"spa": 1, "size": 0, "handle": 9},
-        S.INVALID_ADDRESS,
-    ),
-    ("DBG_DECRYPT", Policy.NODBG, STATES.RUNNING, {"size": 0, "handle": 9}, S.INVALID_LEN),
-    ("DBG_DECRYPT", Policy.NODBG, STATES.RUNNING, {"handle": 9}, S.INVALID_GUEST),
-    ("DBG_DECRYPT", Policy.NODBG, STATES.RUNNING, {}, S.POLICY_FAILURE),
-    ("DBG_ENCRYPT", Policy.NODBG | ES, STATES.LAUNCH_UPDATE, {}, S.POLICY_FAILURE),
-    ("SEND_START", Policy.NOSEND, STATES.LAUNCH_UPDATE, {}, S.INVALID_GUEST_STATE),
-    ("SEND_START", Policy.NOSEND, STATES.RUNNING, {}, S.POLICY_FAILURE),
-    ("SEND_START", Policy.DOMAIN, STATES.RUNNING, {}, S.POLICY_FAILURE),
-    ("SEND_START", 0, STATES.RUNNING, {"pdh": bytes(97)}, S.INVALID_CERTIFICATE),
-    ("SEND_UPDATE_VMSA", 0, STATES.SEND_UPDATE, {}, S.UNSUPPORTED),
-    ("RECEIVE_UPDATE_VMSA", 0, STATES.RECEIVE_UPDATE, {}, S.UNSUPPORTED),
-    ("RECEIVE_UPDATE_DATA", ES, STATES.RECEIVE_UPDATE, {"header": bytes(52)}, S.BAD_MEASUREMENT),
-    ("SEND_UPDATE_DATA", ES, STATES.SEND_UPDATE, {"size": 1, "spa": 1}, S.INVALID_LEN),
-    ("SEND_UPDATE_DATA", ES, STATES.SEND_UPDATE, {"spa": 1}, S.INVALID_ADDRESS),
-    ("INIT", ES, STATES.RUNNING, {}, S.INVALID_PLATFORM_STATE),
-    ("REBOOT", ES, STATES.RUNNING, {}, S.INVALID_COMMAND),
+    ("LAUNCH_MEASURE", ES, G.LAUNCH_UPDATE, {"size": 47}, S.INVALID_LEN),
+    ("LAUNCH_SECRET", ES, G.LAUNCH_SECRET, {"spa": SPA + 1, "header": b""}, S.INVALID_ADDRESS),
+    ("LAUNCH_SECRET", ES, G.RUNNING, {"spa": SPA + 1, "header": b""}, S.INVALID_ADDRESS),
+    ("LAUNCH_SECRET", ES, G.RUNNING, {"header": b""}, S.INVALID_LEN),
+    ("LAUNCH_SECRET", ES, G.LAUNCH_SECRET, {"data": bytes(17)}, S.INVALID_LEN),
+    ("LAUNCH_SECRET", ES, G.LAUNCH_SECRET, {"header": bytes(51)}, S.INVALID_LEN),
+    ("LAUNCH_SECRET", ES, G.LAUNCH_SECRET, {"header": bytes(52)}, S.BAD_MEASUREMENT),
+    ("LAUNCH_SECRET", ES, G.LAUNCH_SECRET, {"data": bytes(64)}, S.BAD_MEASUREMENT),
+    ("DBG_DECRYPT", Policy.NODBG, G.RUNNING, {"spa": 1, "size": 0, "handle": 9}, S.INVALID_ADDRESS),
+    ("DBG_DECRYPT", Policy.NODBG, G.RUNNING, {"size": 0, "handle": 9}, S.INVALID_LEN),
+    ("DBG_DECRYPT", Policy.NODBG, G.RUNNING, {"handle": 9}, S.INVALID_GUEST),
+    ("DBG_DECRYPT", Policy.NODBG, G.RUNNING, {}, S.POLICY_FAILURE),
+    ("DBG_ENCRYPT", Policy.NODBG | ES, G.LAUNCH_UPDATE, {}, S.POLICY_FAILURE),
+    ("SEND_START", Policy.NOSEND, G.LAUNCH_UPDATE, {}, S.INVALID_GUEST_STATE),
+    ("SEND_START", Policy.NOSEND, G.RUNNING, {}, S.POLICY_FAILURE),
+    ("SEND_START", Policy.DOMAIN, G.RUNNING, {}, S.POLICY_FAILURE),
+    ("SEND_START", 0, G.RUNNING, {"pdh": bytes(97)}, S.INVALID_CERTIFICATE),
+    ("SEND_UPDATE_VMSA", 0, G.SEND_UPDATE, {}, S.UNSUPPORTED),
+    ("RECEIVE_UPDATE_VMSA", 0, G.RECEIVE_UPDATE, {}, S.UNSUPPORTED),
+    ("RECEIVE_UPDATE_DATA", ES, G.RECEIVE_UPDATE, {"header": bytes(52)}, S.BAD_MEASUREMENT),
+    ("SEND_UPDATE_DATA", ES, G.SEND_UPDATE, {"size": 1, "spa": 1}, S.INVALID_LEN),
+    ("SEND_UPDATE_DATA", ES, G.SEND_UPDATE, {"spa": 1}, S.INVALID_ADDRESS),
+    ("INIT", ES, G.RUNNING, {}, S.INVALID_PLATFORM_STATE),
+    ("REBOOT", ES, G.RUNNING, {}, S.INVALID_COMMAND),
 ]
 
 
@@ -207,9 +193,8 @@ def test_that_es_needs_a_platform_with_es() -> None:
     psp = make_psp()
     psp.command("SHUTDOWN")
     psp.command("INIT", es=False)
-    assert status_of(psp, "LAUNCH_START", policy=Policy.ES) == S.UNSUPPORTED and psp.command(
-        "LAUNCH_START", policy=0
-    )
+    assert status_of(psp, "LAUNCH_START", policy=Policy.ES) == S.UNSUPPORTED
+    assert psp.command("LAUNCH_START", policy=0)
 
 
 @pytest.mark.parametrize(
@@ -226,10 +211,8 @@ def test_that_es_needs_a_platform_with_es() -> None:
 )
 def test_that_asids_are_few_and_of_two_kinds(policy: int, asid: int, status: Status) -> None:
     psp = make_psp()
-    assert (
-        status_of(psp, "ACTIVATE", handle=psp.command("LAUNCH_START", policy=policy), asid=asid)
-        == status
-    )
+    handle = psp.command("LAUNCH_START", policy=policy)
+    assert status_of(psp, "ACTIVATE", handle=handle, asid=asid) == status
 
 
 def test_that_an_asid_has_one_owner_and_is_flushed_before_the_next() -> None:
@@ -238,10 +221,8 @@ def test_that_an_asid_has_one_owner_and_is_flushed_before_the_next() -> None:
     assert status_of(psp, "ACTIVATE", handle=second, asid=3) == S.ASID_OWNED
     psp.command("DEACTIVATE", handle=first)
     psp.command("DECOMMISSION", handle=first)
-    assert (
-        first not in psp.guests
-        and status_of(psp, "ACTIVATE", handle=second, asid=3) == S.DFFLUSH_REQUIRED
-    )
+    assert first not in psp.guests
+    assert status_of(psp, "ACTIVATE", handle=second, asid=3) == S.DFFLUSH_REQUIRED
     psp.command("DF_FLUSH")
     assert status_of(psp, "ACTIVATE", handle=second, asid=3) == S.SUCCESS
 
@@ -259,10 +240,8 @@ def test_that_keys_are_shared_only_by_consent(first: int, second: int, status: S
     handle = start(psp, first)
     assert status_of(psp, "LAUNCH_START", policy=second, handle=handle) == status
     if not status:
-        assert (
-            psp.guests[2].cipher.key == psp.guests[1].cipher.key
-            and status_of(psp, "ACTIVATE", handle=2, asid=1) == 0
-        )
+        assert psp.guests[2].cipher.key == psp.guests[1].cipher.key
+        assert status_of(psp, "ACTIVATE", handle=2, asid=1) == 0
 
 
 def test_that_a_guest_that_was_sent_gets_no_asid() -> None:
@@ -274,9 +253,8 @@ def test_that_a_guest_that_was_sent_gets_no_asid() -> None:
 
 
 def test_that_keys_are_derived_as_everybody_derives_them() -> None:
-    made = transport._kdf(
-        bytes(16), b"sev-master-secret", bytes(16)
-    )  # the test vector of the crate sev (virtee/sev)
+    # The test vector of the crate sev (virtee/sev)
+    made = transport._kdf(bytes(16), b"sev-master-secret", bytes(16))
     assert made.hex() == "ab4d269fcc62bedb4511d56c386ce706"
 
 
@@ -287,9 +265,9 @@ def test_that_two_guests_have_two_keys() -> None:
         psp.memory.write(SPA, PLAIN)
         psp.command("LAUNCH_UPDATE_DATA", handle=start(psp, asid=asid), spa=SPA, size=4096)
         raw.append(psp.memory.read(SPA, 4096))
-    assert len({PLAIN, *raw}) == 3 and not {raw[0][i : i + 16] for i in range(0, 4096, 16)} & {
-        raw[1][i : i + 16] for i in range(0, 4096, 16)
-    }
+    assert len({PLAIN, *raw}) == 3
+    first, second = ({page[i : i + 16] for i in range(0, 4096, 16)} for page in raw)
+    assert not first & second
 
 
 def test_that_the_measurement_covers_all_plaintext_in_order() -> None:
@@ -305,9 +283,8 @@ def test_that_the_measurement_covers_all_plaintext_in_order() -> None:
     digest = hashlib.sha256(PLAIN * 0x11 + PLAIN[:16] + PLAIN).digest()
     blob = psp.command("LAUNCH_MEASURE", handle=handle, size=48)
     message = b"\x04\x01\x37\x18" + guest.policy.to_bytes(4, "little") + digest + blob[32:]
-    assert (
-        blob == hmac.new(guest.keys.tik, message, "sha256").digest() + blob[32:] and len(blob) == 48
-    )
+    assert blob == hmac.new(guest.keys.tik, message, "sha256").digest() + blob[32:]
+    assert len(blob) == 48
     assert [(m.command, m.size) for m in guest.measured] == [
         ("DATA", 0x11000),
         ("DATA", 16),
@@ -363,11 +340,9 @@ def test_that_an_owner_brings_the_keys_and_sends_a_secret() -> None:
 def test_that_a_damaged_session_is_noticed(byte: int) -> None:
     psp = make_psp()
     _, fields = owner_session(psp, 0)
-    fields["session"] = (
-        fields["session"][:byte]
-        + bytes([fields["session"][byte] ^ 1])
-        + fields["session"][byte + 1 :]
-    )
+    session = bytearray(fields["session"])
+    session[byte] ^= 1
+    fields["session"] = bytes(session)
     assert status_of(psp, "LAUNCH_START", **fields) == S.BAD_MEASUREMENT and not psp.guests
 
 
@@ -458,14 +433,10 @@ def test_that_a_copy_goes_its_own_way() -> None:
     twin.command("LAUNCH_UPDATE_DATA", handle=handle, spa=SPA, size=16)
     twin.command("LAUNCH_MEASURE", handle=handle, size=48)
     twin.command("DEACTIVATE", handle=handle)
-    assert (
-        psp.guests[handle].digest == digest != twin.guests[handle].digest
-        and not psp.guests[handle].measured
-    )
-    assert (
-        psp.command("GUEST_STATUS", handle=handle)[1:] == (1, GuestState.LAUNCH_UPDATE)
-        and not psp.used_asids
-    )
+    assert psp.guests[handle].digest == digest != twin.guests[handle].digest
+    assert not psp.guests[handle].measured
+    assert psp.command("GUEST_STATUS", handle=handle)[1:] == (1, GuestState.LAUNCH_UPDATE)
+    assert not psp.used_asids
 
 
 fields = st.fixed_dictionaries(
@@ -495,9 +466,8 @@ def test_that_any_sequence_of_commands_is_answered(
         status = status_of(psp, name, **some)
         assert not status or {handle: guest.state for handle, guest in psp.guests.items()} == before
     for guest in psp.guests.values():
-        assert guest.state and (
-            not guest.asid or guest.asid in psp.asids(bool(guest.policy & Policy.ES))
-        )
+        assert guest.state
+        assert not guest.asid or guest.asid in psp.asids(bool(guest.policy & Policy.ES))
         assert all(
             other.cipher.key == guest.cipher.key
             for other in psp.guests.values()
@@ -511,7 +481,5 @@ def test_that_a_field_no_command_has_is_refused() -> None:
 
 
 def test_that_every_status_has_a_sentence() -> None:
-    assert (
-        all(status.sentence and status is Status(int(status)) for status in Status)
-        and Status(4).sentence == S.INVALID_LEN.sentence
-    )
+    assert all(status.sentence and status is Status(int(status)) for status in Status)
+    assert Status(4).sentence == S.INVALID_LEN.sentence

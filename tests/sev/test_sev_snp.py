@@ -130,11 +130,9 @@ def test_that_a_page_that_does_not_fit_is_refused(
         guest.finish()
     with pytest.raises(PspError) as caught:
         guest.update(spa, kind)
-    assert (
-        caught.value.status == status
-        and guest.psp.memory.read(SPA, 4096) == PLAIN
-        and not any(guest.digest)
-    )
+    assert caught.value.status == status
+    assert guest.psp.memory.read(SPA, 4096) == PLAIN
+    assert not any(guest.digest)
 
 
 def test_that_a_cpuid_page_has_at_most_64_entries() -> None:
@@ -255,10 +253,8 @@ def test_that_a_page_taken_and_given_back_must_be_validated_again() -> None:
     rmp.update(SPA, INVALID)
     fault = guest_access(rmp.entry(SPA), 2, GPA, True, False)
     assert fault and fault.kind == "#VC"
-    assert (
-        rmp.pvalidate(SPA, 2, GPA, True) == (RmpStatus.SUCCESS, False)
-        and guest_access(rmp.entry(SPA), 2, GPA, True, True) is None
-    )
+    assert rmp.pvalidate(SPA, 2, GPA, True) == (RmpStatus.SUCCESS, False)
+    assert guest_access(rmp.entry(SPA), 2, GPA, True, True) is None
     assert rmp.pvalidate(SPA, 2, GPA, True) == (
         RmpStatus.SUCCESS,
         True,
@@ -278,9 +274,8 @@ def test_that_pvalidate_fits_the_page(asid: int, gpa: int, size: int, answer: ob
     rmp = Rmp()
     rmp.set(SPA, INVALID)
     found = rmp.pvalidate(SPA, asid, gpa, True, size)
-    assert (found.kind if isinstance(found, RmpFault) else found) == answer and rmp.entry(
-        SPA
-    ) == INVALID
+    assert (found.kind if isinstance(found, RmpFault) else found) == answer
+    assert rmp.entry(SPA) == INVALID
 
 
 @pytest.mark.parametrize(

@@ -79,10 +79,8 @@ def test_that_the_ring_is_kept_beside_the_selector(regs: dict[str, int], level: 
 def test_that_the_cpu_says_where_the_c_bit_is(
     protect: str, eax: int, status: int, c_bit: int
 ) -> None:
-    assert (
-        encryption_leaf(protect, c_bit, 5, 15, 8) == (eax, c_bit | 5 << 6, 15, 8)
-        and sev_status(protect) == status
-    )
+    assert encryption_leaf(protect, c_bit, 5, 15, 8) == (eax, c_bit | 5 << 6, 15, 8)
+    assert sev_status(protect) == status
 
 
 @pytest.mark.parametrize(

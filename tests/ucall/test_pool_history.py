@@ -6,7 +6,16 @@ import pytest
 from paths import GUESTS
 
 import labkit as lk
-from labkit.ucall.pool import BadUcallExit
+from labkit.ucall.calls import BadUcallExit
+
+FORGETS = """#include "labkit.h"
+struct ucall *ucall_alloc(void);
+void guest_code(void) { ucall_alloc(); GUEST_SYNC(1); GUEST_DONE(); }
+"""
+HANDS_OVER = """#include "labkit.h"
+void guest_code(uint64_t value) { ucall_arch_do_ucall(value); GUEST_DONE(); }
+"""
+COLUMNS = ["state", "vcpu", "since", "uses", "cmd", "args", "text", "gva", "gpa", "hva", "hva_ok"]
 
 
 def vm_of(name: str, entry: str = "guest_code", **more: int) -> lk.Vm:
@@ -20,20 +29,22 @@ def test_that_since_is_the_step_at_which_the_bit_was_set() -> None:
         vcpu = stepped.vcpus[0]
         taken = -1
         while vcpu.step() is None:
-            word = stepped.read(stepped.pool.gva, 1)[0]
-            taken = stepped.step if word and taken < 0 else taken if word else -1
-        assert ran.step == stepped.step and ran.pool.since[0] == stepped.pool.since[0] == taken
+            is_taken = stepped.read(stepped.pool.gva, 1)[0] != 0
+            if not is_taken:
+                taken = -1
+            elif taken < 0:
+                taken = stepped.step
+        assert ran.step == stepped.step
+        assert ran.pool.held_since[0] == stepped.pool.held_since[0] == taken
 
 
 def test_that_done_is_held_and_what_a_done_vcpu_forgot_is_leaked() -> None:
-    source = '#include "labkit.h"\nstruct ucall *ucall_alloc(void);\nvoid guest_code(void) { ucall_alloc(); GUEST_SYNC(1); GUEST_DONE(); }'
-    vm = lk.Vm.create(lk.Program.compile(source))
+    vm = lk.Vm.create(lk.Program.compile(FORGETS))
     vm.run()
     assert [slot.state for slot in vm.pool.held] == ["held", "held"]
     vm.run()
-    assert [slot.state for slot in vm.pool.held] == ["leaked", "done"] and vm.pool.uses[
-        :2
-    ].tolist() == [1, 2]
+    assert [slot.state for slot in vm.pool.held] == ["leaked", "done"]
+    assert vm.pool.uses[:2].tolist() == [1, 2]
 
 
 def test_that_512_dones_fill_the_pool_for_ever() -> None:
@@ -74,15 +85,13 @@ FORGED = {
 def test_that_a_value_that_is_no_slot_in_use_is_an_event_and_nothing_is_read(
     name: str, kind: str
 ) -> None:
-    source = '#include "labkit.h"\nvoid guest_code(uint64_t value) { ucall_arch_do_ucall(value); GUEST_DONE(); }'
-    program = lk.Program.compile(source)
+    program = lk.Program.compile(HANDS_OVER)
     vm, other = lk.Vm.create(program), lk.Vm.create(program)
     vm.vcpus[0].args_set(FORGED[name](vm, other))
     came = vm.run()
     assert isinstance(came, BadUcallExit) and came.kind == kind
-    assert (
-        vm.events.iloc[-1]["kind"] == "bad-ucall" and f"{kind} ucall" in vm.events.iloc[-1]["what"]
-    )
+    event = vm.events.iloc[-1]
+    assert event["kind"] == "bad-ucall" and f"{kind} ucall" in event["what"]
     assert vm.run().cmd == "DONE"  # type: ignore[union-attr]
 
 
@@ -90,12 +99,9 @@ def test_that_slots_is_a_table_of_all_512() -> None:
     vm = vm_of("hello")
     vm.run()
     frame = vm.pool.slots
-    assert (
-        len(frame) == 512
-        and frame.loc[0, "state"] == "held"
-        and frame.loc[0, "cmd"] == "SYNC"
-        and frame.loc[511, "state"] == "free"
-    )
+    assert len(frame) == 512 and list(frame) == COLUMNS
+    assert frame.loc[0, "state"] == "held" and frame.loc[0, "cmd"] == "SYNC"
+    assert frame.loc[511, "state"] == "free"
     assert frame.loc[511, "hva"] == vm.pool.hva + 64 + 511 * 1096
 
 
@@ -105,11 +111,12 @@ def test_that_a_text_without_end_is_cut_and_a_command_without_name_keeps_its_num
     assert vm_of("bad", "guest_unknown_command").run().cmd == "0x17?"  # type: ignore[union-attr]
 
 
-def test_that_changes_are_marked_against_the_last_look() -> None:
+def test_that_a_run_s_changes_are_marked_against_the_snapshot_before_it() -> None:
     vm = vm_of("hello")
-    assert not vm.pool.changed.any()
+    before = vm.pool
     vm.run()
-    assert vm.pool.changed.nonzero()[0].tolist() == [0] and vm.pool.changed_since == vm.step
+    now = vm.pool.since(before)
+    assert now.changed.nonzero()[0].tolist() == [0] and now.changed_since == before.step == 0
 
 
 def test_that_a_vm_without_pool_says_so() -> None:

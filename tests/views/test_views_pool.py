@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import views_sample as sample
 
-from labkit.ucall.pool import PoolSnapshot
+from labkit.ucall.snapshot import PoolSnapshot
 from labkit.views import pool
 from labkit.views.drawing.markup import num
 from labkit.views.pool_words import marks

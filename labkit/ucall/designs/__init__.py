@@ -1,4 +1,7 @@
-"""The ways in which guests can talk to their hosts: the pool, and others that are kept to show why the pool is as it is."""
+"""The ways in which guests can talk to their hosts.
+
+The pool is what labkit uses; others are kept to show why the pool is as it is.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,16 @@ DESIGNS = ("pool", "stack")
 
 
 def make_ucalls(design: str, program: Program, space: AddressSpace) -> Pool | StackUcalls:
-    """The host's side of a design; raises InvalidState when the program was compiled for the other one."""
-    if (MARK in program.symbols) != (design == "stack"):
+    """The host's side of one of DESIGNS for a VM.
+
+    Raises InvalidState when the program was compiled for the other one.
+    """
+    is_for_stack = MARK in program.symbols
+    if is_for_stack != (design == "stack"):
         raise InvalidState(
             f"ucall={design!r}, but {program.name} was compiled for the other design: "
             'Program.compile(..., defines=("LABKIT_UCALL_ON_STACK",)) is what "stack" takes'
         )
-    return StackUcalls(space) if design == "stack" else Pool.make(space)
+    if design == "stack":
+        return StackUcalls(space)
+    return Pool.make(space)

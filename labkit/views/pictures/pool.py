@@ -6,7 +6,7 @@ from collections.abc import Container, Sequence
 
 import numpy as np
 
-from labkit.ucall.pool import PoolSnapshot
+from labkit.ucall.snapshot import PoolSnapshot
 from labkit.views.drawing.cells import Lattice, dashes, grid
 from labkit.views.drawing.markup import Html, cat, num
 from labkit.views.drawing.shapes import NARROW, bar, cross, path, rect, squares, svg, text
