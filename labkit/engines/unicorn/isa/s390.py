@@ -97,8 +97,8 @@ def _offsets() -> tuple[int, int, int]:
     ]
     if not len(program) == len(service) == len(prefix) == 1:
         raise NotAvailable(
-            f"libunicorn's s390x state does not show interruptions and prefix ({program}, {service}, {prefix}); "
-            f"this build cannot be used"
+            "libunicorn's s390x state does not show interruptions and prefix "
+            f"({program}, {service}, {prefix}); this build cannot be used"
         )
     return program[0], service[0], prefix[0]
 
@@ -119,12 +119,14 @@ class S390x(HostInsns):
         Capability(
             "edat",
             False,
-            "Unicorn walks pages of 4 KiB only, whatever CR0 says, so there are no larger ones to map",
+            "Unicorn walks pages of 4 KiB only, whatever CR0 says, "
+            "so there are no larger ones to map",
         ),
         Capability(
             "set_clock",
             False,
-            "SCK is refused; where its row in libunicorn is not mended (other systems than Linux) it crashes",
+            "SCK is refused; "
+            "where its row in libunicorn is not mended (other systems than Linux) it crashes",
         ),
     )
     hot = ("pswm", *(f"r{i}" for i in range(16)))
@@ -210,10 +212,10 @@ class S390x(HostInsns):
         known = next(disassemble("s390x", data, pc), None) is not None
         if code == OPERATION and known:
             return self.core.refuse("Unicorn does not have this instruction")
-        if (
-            code in TRANSLATIONS and data and not known
-        ):  # at the start of a page, Unicorn wants the page before too
+        # At the start of a page, Unicorn wants the page before too
+        if code in TRANSLATIONS and data and not known:
             code = OPERATION
+
         length = size_of(data[0]) if data and not pc & 1 else 2
         at = pc if code in NULLIFYING else pc + length
         error = self._teid() if code in TRANSLATIONS or code == 4 else 0
@@ -243,9 +245,11 @@ class S390x(HostInsns):
 
     def scan(self, data: bytes, gva: int) -> dict[int, Trap]:
         """The sensitive instructions of a block."""
-        found, at = {}, 0
         if gva & 1:
             return {gva: Trap("odd", gva, data[:2], "", "")}
+
+        found = {}
+        at = 0
         while at < len(data):
             insn = data[at : at + size_of(data[at])]
             kind = self._kind(insn) or host_kind(data, at)
@@ -267,9 +271,10 @@ class S390x(HostInsns):
         return bool(self.was[1] & PROBLEM)
 
     def _do_diag(self, trap: Trap) -> Exit | None:
-        if self.was[1] & PROBLEM:
+        if self._is_problem_state():
             return self._deliver(PRIVILEGED, trap.gva)
-        code, value = self._address(trap.data) & 0xFFFF, self.was[2 + (trap.data[1] & 15)]
+        code = self._address(trap.data) & 0xFFFF
+        value = self.was[2 + (trap.data[1] & 15)]
         self.retire(trap)
         return _diag_exit(code, value)
 
@@ -285,20 +290,18 @@ class S390x(HostInsns):
         return None
 
     def _do_set_clock(self, trap: Trap) -> Exit | None:
-        return (
-            self._deliver(PRIVILEGED, trap.gva)
-            if self._is_problem_state()
-            else self.core.refuse("SET CLOCK: the clock is the VM's")
-        )
+        if self._is_problem_state():
+            return self._deliver(PRIVILEGED, trap.gva)
+        return self.core.refuse("SET CLOCK: the clock is the VM's")
 
     def _do_lpswe(self, trap: Trap) -> Exit | None:
         """LOAD PSW EXTENDED; one that waits is a halt, for no interruption ever comes."""
         gva = self._address(trap.data)
         data = self.core.memory.read(gva, 16)
-        if self._is_problem_state() or gva & 7:
-            return self._deliver(
-                PRIVILEGED if self._is_problem_state() else SPECIFICATION, trap.gva
-            )
+        if self._is_problem_state():
+            return self._deliver(PRIVILEGED, trap.gva)
+        if gva & 7:
+            return self._deliver(SPECIFICATION, trap.gva)
         if data is None:
             return self.core.refuse(f"LPSWE from gva {gva:#x}, which cannot be read")
         mask, pc = struct.unpack(">2Q", data)

@@ -299,7 +299,8 @@ class Handle:
         """Put a CPU state back; the length is checked because a wrong one aborts the process."""
         if len(blob) != self.context_size:
             raise LabError(
-                f"CPU state of {len(blob)} bytes given to an engine whose states have {self.context_size}"
+                f"CPU state of {len(blob)} bytes given to an engine "
+                f"whose states have {self.context_size}"
             )
         assert self._context.value is not None
         ctypes.memmove(self._context.value, blob, len(blob))
