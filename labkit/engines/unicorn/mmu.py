@@ -2,9 +2,9 @@
 
 There are two views of every page, and a walker of our own that picks one at each TLB miss. The raw
 view is what DRAM holds and all that a host sees; the plain one is what the guest's key makes of it.
-As in a coherence protocol a page is good in one view, or in both as long as nobody writes: a write through
-one makes the other stale, and before a stale one is used it is encrypted or decrypted again. The
-state of a page is one byte (see mmu.c), read by both sides.
+As in a coherence protocol a page is good in one view, or in both as long as nobody writes: a write
+through one makes the other stale, and before a stale one is used it is encrypted or decrypted
+again. The state of a page is one byte (see mmu.c), read by both sides.
 """
 
 from __future__ import annotations
