@@ -48,6 +48,14 @@ _ACCESS = {uc.UC_PROT_READ: READ, uc.UC_PROT_WRITE: WRITE, uc.UC_PROT_EXEC: FETC
 _REGS = ("cr0", "cr3", "cr4", "rflags", "cs")
 
 
+# fmt: off
+_FACTS = (
+    "nxe", "levels", "frame", "reserved", "c_bit", "inverted", "plain_at", "peek", "ring", "probed",
+    "probe_at", "why", "code", "gva", "gpa", "type", "nr_slots",
+)
+# fmt: on
+
+
 class _Slot(ctypes.Structure):
     _fields_ = [(name, c_uint64) for name in ("gpa", "size", "raw", "plain", "state")]
 
@@ -58,28 +66,7 @@ class _Facts(ctypes.Structure):
     _fields_ = [
         ("reg_read", c_void_p),
         ("regs", c_uint64 * 5),
-        *(
-            (name, c_uint64)
-            for name in (
-                "nxe",
-                "levels",
-                "frame",
-                "reserved",
-                "c_bit",
-                "inverted",
-                "plain_at",
-                "peek",
-                "ring",
-                "probed",
-                "probe_at",
-                "why",
-                "code",
-                "gva",
-                "gpa",
-                "type",
-                "nr_slots",
-            )
-        ),
+        *((name, c_uint64) for name in _FACTS),
         ("slots", _Slot * MAX_SLOTS),
     ]
 

@@ -19,7 +19,7 @@ from labkit.engines.exits import Exit, HaltExit, HypercallExit, MmioExit
 from labkit.engines.unicorn.isa.plain import PlainQuirks, common_words, probe
 from labkit.engines.unicorn.isa.traps import Trap
 from labkit.engines.unicorn.native.lib import Handle, RegBatch, check
-from labkit.errors import NotAvailable
+from labkit.errors import InvalidState, NotAvailable
 
 if TYPE_CHECKING:
     from labkit.engines.unicorn.isa.core import Core
@@ -236,9 +236,9 @@ class Arm64(PlainQuirks):
     def _number(self, name: str) -> tuple[int, int, int, int, int]:
         if name in SYSTEM:
             return SYSTEM[name]
-        if (match := _NUMBERED.fullmatch(name)) is None:
-            super()._read_special(name)
-        assert match is not None
+        match = _NUMBERED.fullmatch(name)
+        if match is None:
+            raise InvalidState(f"arm64 has no register {name!r}", name=name)
         op0, op1, crn, crm, op2 = map(int, match.groups())
         return op0, op1, crn, crm, op2
 

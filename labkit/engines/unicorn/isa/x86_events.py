@@ -410,7 +410,10 @@ class X86Events:
         if not ist and target == ring:
             return rsp
         base, limit = self.regs.read("tr_base"), self.regs.read("tr_limit")
-        offset = 0x24 + 8 * (ist - 1) if ist else 4 + 8 * target
+        if ist:
+            offset = 0x24 + 8 * (ist - 1)
+        else:
+            offset = 4 + 8 * target
         if offset + 7 > limit:
             raise _Fault(
                 TS,

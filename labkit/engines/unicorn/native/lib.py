@@ -167,7 +167,8 @@ class RegBatch:
     def write(self, *values: int) -> None:
         """Set them all."""
         self._pack(*values)
-        if status := self._write():
+        status = self._write()
+        if status:
             check(status, "uc_reg_write_batch")
 
     def close(self) -> None:
