@@ -283,7 +283,7 @@ def test_that_a_walk_a_scan_and_memory_agree(arch):
     assert not table.nr_bad and not table.truncated
     for gva, gpa in zip(table.gva.tolist(), table.gpa.tolist(), strict=True):
         assert vm.gva2gpa(gva) == gpa == table.walk(gva).gpa
-        assert vm.machine.engine.vcpus[0].translate(gva) == gpa, (
+        assert vm.machine.engine.vcpus[0].memory.translate(gva) == gpa, (
             f"the CPU translates {gva:#x} otherwise"
         )
     walk = table.walk(program(arch).symbol("page").gva)
@@ -296,7 +296,7 @@ def test_that_a_walk_a_scan_and_memory_agree(arch):
     assert (
         hole.gpa is None
         and "not present" in hole.problem
-        and vm.machine.engine.vcpus[0].translate(0x1000) is None
+        and vm.machine.engine.vcpus[0].memory.translate(0x1000) is None
     )
 
 

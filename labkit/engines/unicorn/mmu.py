@@ -1,10 +1,10 @@
 """Encrypted guest memory on Unicorn.
 
-There are two views of every page, and a walker of our own that picks one at each TLB miss. The raw view is
-what DRAM holds and all that a host sees; the plain one is what the guest's key makes of it. As in a
-coherence protocol a page is good in one view, or in both as long as nobody writes: a write through
-one makes the other stale, and before a stale one is used it is encrypted or decrypted again. The
-state of a page is one byte (see mmu.c), read by both sides.
+There are two views of every page, and a walker of our own that picks one at each TLB miss. The raw
+view is what DRAM holds and all that a host sees; the plain one is what the guest's key makes of it.
+As in a coherence protocol a page is good in one view, or in both as long as nobody writes: a write
+through one makes the other stale, and before a stale one is used it is encrypted or decrypted
+again. The state of a page is one byte (see mmu.c), read by both sides.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FAULT", "NEED", "NONCANONICAL", "NOT_YOURS", "Mmu"]
 
-FAULT, NONCANONICAL, NEED, NOT_YOURS = 1, 2, 3, 4
+FAULT, NONCANONICAL, NEED, NOT_YOURS = range(1, 5)  # `why` of mmu.c
 READ, WRITE, FETCH = 16, 17, 18  # uc_mem_type
 PLAIN_STALE, RAW_STALE, _, _, WROTE_PRIVATE, WROTE_SHARED, ASSIGNED, UNUSABLE = (
     1 << bit for bit in range(8)
@@ -48,6 +48,14 @@ _ACCESS = {uc.UC_PROT_READ: READ, uc.UC_PROT_WRITE: WRITE, uc.UC_PROT_EXEC: FETC
 _REGS = ("cr0", "cr3", "cr4", "rflags", "cs")
 
 
+# fmt: off
+_FACTS = (
+    "nxe", "levels", "frame", "reserved", "c_bit", "inverted", "plain_at", "peek", "ring", "probed",
+    "probe_at", "why", "code", "gva", "gpa", "type", "nr_slots",
+)
+# fmt: on
+
+
 class _Slot(ctypes.Structure):
     _fields_ = [(name, c_uint64) for name in ("gpa", "size", "raw", "plain", "state")]
 
@@ -58,28 +66,7 @@ class _Facts(ctypes.Structure):
     _fields_ = [
         ("reg_read", c_void_p),
         ("regs", c_uint64 * 5),
-        *(
-            (name, c_uint64)
-            for name in (
-                "nxe",
-                "levels",
-                "frame",
-                "reserved",
-                "c_bit",
-                "inverted",
-                "plain_at",
-                "peek",
-                "ring",
-                "probed",
-                "probe_at",
-                "why",
-                "code",
-                "gva",
-                "gpa",
-                "type",
-                "nr_slots",
-            )
-        ),
+        *((name, c_uint64) for name in _FACTS),
         ("slots", _Slot * MAX_SLOTS),
     ]
 
@@ -131,19 +118,17 @@ class Mmu:
         self.facts = _Facts(
             ctypes.cast(LIB.uc_reg_read, c_void_p), (c_uint64 * 5)(*(PLAIN[name] for name in _REGS))
         )
-        facts, self._entry = self.facts, _Entry()
-        facts.nxe, facts.levels, facts.frame, facts.reserved = (
-            1,
-            len(mode.levels),
-            mode.pa.mask,
-            mode.reserved,
-        )
-        facts.c_bit, facts.inverted, facts.plain_at, facts.ring = (
-            1 << mode.c_bit,
-            inverted,
-            PLAIN_AT,
-            AS_CS_SAYS,
-        )
+        self._entry = _Entry()
+
+        facts = self.facts
+        facts.nxe = 1
+        facts.levels = len(mode.levels)
+        facts.frame = mode.pa.mask
+        facts.reserved = mode.reserved
+        facts.c_bit = 1 << mode.c_bit
+        facts.inverted = inverted
+        facts.plain_at = PLAIN_AT
+        facts.ring = AS_CS_SAYS
 
     def add(self, gpa: int, hva: int, size: int) -> _View:
         """A new memslot.
@@ -153,12 +138,12 @@ class Mmu:
         if len(self.views) == MAX_SLOTS:
             raise InvalidState(f"a protected VM has at most {MAX_SLOTS} memslots")
         raw = memoryview((ctypes.c_uint8 * size).from_address(hva)).cast("B")
-        plain, nr_pages = mmap.mmap(-1, size), size // 4096
+        plain = mmap.mmap(-1, size)
+        plain_hva = ctypes.addressof(ctypes.c_char.from_buffer(plain))
+        nr_pages = size // 4096
         state = np.full(nr_pages, PLAIN_STALE, np.uint8)
         spa = gpa + 4096 * np.arange(nr_pages, dtype=np.uint64)
-        view = _View(
-            gpa, size, raw, plain, ctypes.addressof(ctypes.c_char.from_buffer(plain)), state, spa
-        )
+        view = _View(gpa, size, raw, plain, plain_hva, state, spa)
         self.facts.slots[len(self.views)] = _Slot(gpa, size, hva, view.hva, state.ctypes.data)
         self.views.append(view)
         self.facts.nr_slots = len(self.views)
@@ -175,26 +160,21 @@ class Mmu:
     # --- the two views
 
     def _at(self, gpa: int) -> tuple[_View, int] | None:
-        return next(
-            (
-                (view, (gpa - view.gpa) // 4096)
-                for view in self.views
-                if view.gpa <= gpa < view.gpa + view.size
-            ),
-            None,
-        )
+        """The view that holds a gpa, and the number of the page in it."""
+        for view in self.views:
+            if view.gpa <= gpa < view.gpa + view.size:
+                return view, (gpa - view.gpa) // 4096
+        return None
 
     def _pages(self, gpa: int, size: int) -> list[tuple[_View, int, int]]:
         """(view, first page, page behind the last) of a range, as far as memslots go."""
-        return [
-            (
-                view,
-                max(gpa - view.gpa, 0) // 4096,
-                -(-min(gpa + size - view.gpa, view.size) // 4096),
-            )
-            for view in self.views
-            if gpa < view.gpa + view.size and view.gpa < gpa + size
-        ]
+        found = []
+        for view in self.views:
+            if gpa < view.gpa + view.size and view.gpa < gpa + size:
+                begin = max(gpa - view.gpa, 0)
+                end = min(gpa + size - view.gpa, view.size)
+                found.append((view, begin // 4096, -(-end // 4096)))
+        return found
 
     def settle(self, gpa: int, size: int = 1) -> bool:
         """Make both views of these pages good; True when plain bytes were made anew.
@@ -203,19 +183,16 @@ class Mmu:
         """
         made = False
         for view, first, last in self._pages(gpa, size):
-            for page in (
-                np.flatnonzero(view.state[first:last] & (PLAIN_STALE | RAW_STALE)) + first
-            ).tolist():
+            stale = np.flatnonzero(view.state[first:last] & (PLAIN_STALE | RAW_STALE)) + first
+            for page in stale.tolist():
                 made |= self._settle_page(view, page)
         self.unsee()
         return made
 
     def _settle_page(self, view: _View, page: int) -> bool:
-        cut, spa, made = (
-            slice(4096 * page, 4096 * page + 4096),
-            int(view.spa[page]),
-            bool(view.state[page] & PLAIN_STALE),
-        )
+        cut = slice(4096 * page, 4096 * page + 4096)
+        spa = int(view.spa[page])
+        made = bool(view.state[page] & PLAIN_STALE)
         with memoryview(view.plain) as plain:
             if made:
                 self.cipher.decrypt_into(spa, view.raw[cut], plain[cut])
@@ -236,7 +213,8 @@ class Mmu:
         """
         late = False
         for view, first, last in self._pages(gpa, size):
-            for page in (np.flatnonzero(view.state[first:last] & RAW_STALE) + first).tolist():
+            stale = np.flatnonzero(view.state[first:last] & RAW_STALE) + first
+            for page in stale.tolist():
                 self._settle_page(view, page)
                 late = True
         if late:
@@ -251,22 +229,20 @@ class Mmu:
 
     def swap(self, gpa: int, other: int) -> None:
         """Exchange the pages of DRAM behind two gpas, as a host can in its nested page table."""
-        places = [self._at(gpa), self._at(other)]
-        if places[0] is None or places[1] is None:
+        one, two = self._at(gpa), self._at(other)
+        if one is None or two is None:
             raise InvalidState(f"gpa {gpa:#x} and {other:#x}: not both lie in memslots")
         self.publish(gpa & -4096, 4096)
         self.publish(other & -4096, 4096)
-        (view, page), (there, beside) = places[0], places[1]
-        here, cut = (
-            slice(4096 * page, 4096 * page + 4096),
-            slice(4096 * beside, 4096 * beside + 4096),
-        )
-        view.raw[here], there.raw[cut] = bytes(there.raw[cut]), bytes(view.raw[here])
-        view.spa[page], there.spa[beside] = int(there.spa[beside]), int(view.spa[page])
-        view.state[page], there.state[beside] = (
-            int(there.state[beside]),
-            int(view.state[page]),
-        )  # how its bytes were written goes along
+
+        (a, i), (b, j) = one, two
+        cut_a = slice(4096 * i, 4096 * i + 4096)
+        cut_b = slice(4096 * j, 4096 * j + 4096)
+        a.raw[cut_a], b.raw[cut_b] = bytes(b.raw[cut_b]), bytes(a.raw[cut_a])
+        a.spa[i], b.spa[j] = int(b.spa[j]), int(a.spa[i])
+        # How its bytes were written goes along
+        a.state[i], b.state[j] = int(b.state[j]), int(a.state[i])
+
         for at in (gpa, other):
             self.host_wrote(at & -4096, 4096)
 
@@ -276,11 +252,11 @@ class Mmu:
         That is as far as memslots go. TLBs must be flushed.
         """
         for view, first, last in self._pages(gpa, 4096 * len(assigned)):
-            part = slice(first - (gpa - view.gpa) // 4096, last - (gpa - view.gpa) // 4096)
+            before = (gpa - view.gpa) // 4096
+            part = slice(first - before, last - before)
             bits = np.where(assigned[part], ASSIGNED, 0) | np.where(usable[part], 0, UNUSABLE)
-            view.state[first:last] = view.state[first:last] & ~np.uint8(
-                ASSIGNED | UNUSABLE
-            ) | bits.astype(np.uint8)
+            others = view.state[first:last] & ~np.uint8(ASSIGNED | UNUSABLE)
+            view.state[first:last] = others | bits.astype(np.uint8)
         self.unsee()
 
     def not_yours(self) -> GuestFault:
@@ -289,9 +265,8 @@ class Mmu:
         A walk (code 2) reads, whatever it is for.
         """
         facts = self.facts
-        fault = self.cipher.guest_fault(
-            facts.gpa, facts.code != 0, facts.type == WRITE and facts.code != 2
-        )
+        is_write = facts.type == WRITE and facts.code != 2
+        fault = self.cipher.guest_fault(facts.gpa, facts.code != 0, is_write)
         assert fault is not None, (
             f"gpa {facts.gpa:#x}: the owner's table and the state of the page disagree"
         )
@@ -317,10 +292,12 @@ class Mmu:
         place = self._at(gpa)
         if place is None or gpa + len(data) > place[0].gpa + place[0].size:
             raise InvalidState(f"{len(data)} bytes at gpa {gpa:#x} do not fit into a memslot")
-        view = place[0]
+
+        view, first = place
         self.plain(gpa, len(data))  # what lies around them must be good
-        view.plain[gpa - view.gpa : gpa - view.gpa + len(data)] = data
-        for page in range((gpa - view.gpa) // 4096, (gpa - view.gpa + len(data) - 1) // 4096 + 1):
+        begin, end = gpa - view.gpa, gpa - view.gpa + len(data)
+        view.plain[begin:end] = data
+        for page in range(first, (end - 1) // 4096 + 1):
             view.state[page] |= RAW_STALE | WROTE_PRIVATE
 
     # --- the guest's own accesses, made by the host for it
@@ -354,13 +331,17 @@ class Mmu:
 
         It goes through its tables and the view that they name; None for a fault.
         """
+        kind = READ if data is None else WRITE
         places = []
-        for at in range(gva, gva + size):
-            if at == gva or not at & 4095:
-                hpa = self._walk(handle, at, READ if data is None else WRITE, ring)
-                if hpa is None:
-                    return None
-                places.append((hpa, min(4096 - (at & 4095), gva + size - at)))
+        at = gva
+        while at < gva + size:
+            hpa = self._walk(handle, at, kind, ring)
+            if hpa is None:
+                return None
+            count = min(4096 - (at & 4095), gva + size - at)
+            places.append((hpa, count))
+            at += count
+
         out = b""
         for hpa, count in places:
             bytes_of = self._bytes(hpa, count)
@@ -372,16 +353,18 @@ class Mmu:
         return out
 
     def _bytes(self, hpa: int, size: int) -> memoryview | None:
-        gpa = hpa - PLAIN_AT if hpa >= PLAIN_AT else hpa
+        """The bytes at an address of Unicorn's physical memory, within one page."""
+        is_plain = hpa >= PLAIN_AT
+        gpa = hpa - PLAIN_AT if is_plain else hpa
         place = self._at(gpa)
         if place is None:
             return None
-        view, offset = place[0], gpa - place[0].gpa
-        whole = (
-            memoryview((ctypes.c_uint8 * view.size).from_address(view.hva)).cast("B")
-            if hpa >= PLAIN_AT
-            else view.raw
-        )
+
+        view = place[0]
+        whole = view.raw
+        if is_plain:
+            whole = memoryview((ctypes.c_uint8 * view.size).from_address(view.hva)).cast("B")
+        offset = gpa - view.gpa
         return whole[offset : offset + size]
 
     def where(self, handle: Handle, pc: int, page: int) -> int:

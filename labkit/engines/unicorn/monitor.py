@@ -28,19 +28,30 @@ CLEAR = (1 << 64) - 1
 def _reserved(vcpu: UnicornVcpu) -> int | None:
     """The gpa of the granule that a vCPU's monitor watches, None when it is not set."""
     at = vcpu.quirks.monitor_offset()
-    gva = int.from_bytes(vcpu.handle.context()[at : at + 8], "little") if at else CLEAR
-    gpa = None if gva == CLEAR else vcpu.memory.translate(gva)
+    if not at:
+        return None
+    gva = int.from_bytes(vcpu.handle.context()[at : at + 8], "little")
+    if gva == CLEAR:
+        return None
+    gpa = vcpu.memory.translate(gva)
     return None if gpa is None else gpa & -GRANULE
 
 
 def clear(vcpu: UnicornVcpu) -> None:
     """What CLREX and an exception return do."""
-    if at := vcpu.quirks.monitor_offset():
+    at = vcpu.quirks.monitor_offset()
+    if not at:
+        return
 
-        def patch(context: int) -> None:
-            ctypes.c_uint64.from_address(context + at).value = CLEAR
+    def patch(context: int) -> None:
+        ctypes.c_uint64.from_address(context + at).value = CLEAR
 
-        vcpu.handle.patch_context(patch)
+    vcpu.handle.patch_context(patch)
+
+
+def _overlap(granule: int, gpa: int, size: int) -> bool:
+    """Whether a write touches a granule."""
+    return gpa < granule + GRANULE and granule < gpa + size
 
 
 class Monitors:
@@ -48,9 +59,8 @@ class Monitors:
 
     def __init__(self) -> None:
         self.open: dict[UnicornVcpu, int] = {}
-        self._restored: set[UnicornVcpu] = (
-            set()
-        )  # their state came from a snapshot, and none has run since
+        # Their state came from a snapshot, and none has run since
+        self._restored: set[UnicornVcpu] = set()
         self._hooks: list[int] = []
         self._watcher: UnicornVcpu | None = None
 
@@ -83,7 +93,8 @@ class Monitors:
         for vcpu in {*vcpus, *self._restored}:
             if vcpu in self._restored:
                 vcpu.handle.flush_tlb()  # it is that of another time
-            if (granule := _reserved(vcpu)) is not None:
+            granule = _reserved(vcpu)
+            if granule is not None:
                 self.open[vcpu] = granule
         self._restored.clear()
 
@@ -100,23 +111,17 @@ class Monitors:
 
     def break_at(self, gpa: int, size: int) -> None:
         """Memory was written: monitors that watch it are clear."""
-        for vcpu in [
-            vcpu
-            for vcpu, granule in self.open.items()
-            if gpa < granule + GRANULE and granule < gpa + size
-        ]:
-            del self.open[vcpu]
-            clear(vcpu)
+        for vcpu, granule in list(self.open.items()):
+            if _overlap(granule, gpa, size):
+                del self.open[vcpu]
+                clear(vcpu)
 
     def host_wrote(self, vcpu: UnicornVcpu | None, gpa: int, size: int) -> None:
         """The host wrote memory, while the last vCPU that ran may have an open monitor too."""
         self._reopen([])
         self.break_at(gpa, size)
-        granule = _reserved(vcpu) if vcpu is not None else None
-        if (
-            vcpu is not None
-            and granule is not None
-            and gpa < granule + GRANULE
-            and granule < gpa + size
-        ):
+        if vcpu is None:
+            return
+        granule = _reserved(vcpu)
+        if granule is not None and _overlap(granule, gpa, size):
             clear(vcpu)

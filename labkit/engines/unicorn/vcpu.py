@@ -4,7 +4,8 @@ The life of a run. `run` takes a budget, or none. It is made of native runs, cal
 `uc_emu_start`, each of which somebody ends:
 
 - the guest, with an exception, a hole in its memory, an instruction that Unicorn does not have;
-- a hook that is C's own `uc_emu_stop`, before a sensitive instruction (a trap), which the host then carries out;
+- a hook that is C's own `uc_emu_stop`, before a sensitive instruction (a trap), which the host then
+  carries out;
 - a hook of ours: new code must be looked through, a breakpoint was reached;
 - the count, at the budget or when it is time to look up;
 - another thread, by `stop`.

@@ -19,7 +19,7 @@ from labkit.engines.exits import Exit, HaltExit, HypercallExit, MmioExit
 from labkit.engines.unicorn.isa.plain import PlainQuirks, common_words, probe
 from labkit.engines.unicorn.isa.traps import Trap
 from labkit.engines.unicorn.native.lib import Handle, RegBatch, check
-from labkit.errors import NotAvailable
+from labkit.errors import InvalidState, NotAvailable
 
 if TYPE_CHECKING:
     from labkit.engines.unicorn.isa.core import Core
@@ -52,46 +52,36 @@ SYSTEM = {  # op0, op1, CRn, CRm, op2
     "cntfrq_el0": (3, 3, 14, 0, 0),
 }
 _SCR_EL3, _HCR_EL2 = (3, 6, 1, 1, 0), (3, 4, 1, 1, 0)
-_NUMBERED = re.compile(
-    r"s(\d+)_(\d+)_c(\d+)_c(\d+)_(\d+)"
-)  # the assembler's name for any system register: s3_0_c1_c0_0
+# The assembler's name for any system register: s3_0_c1_c0_0
+_NUMBERED = re.compile(r"s(\d+)_(\d+)_c(\d+)_c(\d+)_(\d+)")
 _PLAIN = {
     **{f"x{i}": getattr(arm, f"UC_ARM64_REG_X{i}") for i in range(31)},
     "sp": arm.UC_ARM64_REG_SP,
     "pc": arm.UC_ARM64_REG_PC,
     "pstate": arm.UC_ARM64_REG_PSTATE,
 }
-_KINDS = (  # mask, value, kind
-    (0xFFFFFFFF, 0xD503207F, "halt"),
-    (0xFFFFFFDF, 0xD503205F & ~0x20, "pause"),
-    (0xFFFFFFFF, 0xD503203F, "pause"),  # WFI; WFE; YIELD
-    (0xFFE0001F, 0xD4000002, "call"),
-    (0xFFE0001F, 0xD4000003, "call"),  # HVC, SMC
+_KINDS = (  # mask, value, kind; the first that fits
+    (0xFFFFFFFF, 0xD503207F, "halt"),  # WFI
+    (0xFFFFFFDF, 0xD503205F & ~0x20, "pause"),  # WFE
+    (0xFFFFFFFF, 0xD503203F, "pause"),  # YIELD
+    (0xFFE0001F, 0xD4000002, "call"),  # HVC
+    (0xFFE0001F, 0xD4000003, "call"),  # SMC
     (0xFFFFFF80, 0xD53BE000, "counter"),  # MRS of CNTFRQ_EL0 to CNTVCTSS_EL0
-    (0x3FA00000, 0x08000000, "exclusive"),
-    (0x3FA07C00, 0x08A07C00, "locked"),
-    (0xBFA07C00, 0x08207C00, "locked"),  # LDXR, STXR; CAS; CASP
-    (0xFF20EC00, 0xF8204000, "locked"),
-    (0x3F20EC00, 0x38204000, "refused"),  # LDSMAX, LDSMIN of 64 bits; of fewer
+    (0x3FA00000, 0x08000000, "exclusive"),  # LDXR, STXR
+    (0x3FA07C00, 0x08A07C00, "locked"),  # CAS
+    (0xBFA07C00, 0x08207C00, "locked"),  # CASP
+    (0xFF20EC00, 0xF8204000, "locked"),  # LDSMAX, LDSMIN of 64 bits
+    (0x3F20EC00, 0x38204000, "refused"),  # of fewer
     (0x3B200C00, 0x38200000, "locked"),  # LDADD to SWP
 )
 _STORE = (0x3FC00000, 0x39000000)  # STR, STRH, STRB with an unsigned offset
-_HINTS = (
-    "udf",
-    "mrs",
-    "msr",
-    "hvc",
-    "smc",
-    "sys",
-    "at",
-    "tlbi",
-    "dc",
-    "ic",
-    "eret",
-    "brk",
-    "hlt",
+# What may be undefined where the guest runs it; anything else that capstone knows Unicorn lacks
+# fmt: off
+_PRIVILEGED = frozenset({
+    "udf", "mrs", "msr", "hvc", "smc", "sys", "at", "tlbi", "dc", "ic", "eret", "brk", "hlt",
     "drps",
-)
+})
+# fmt: on
 
 
 class _CpReg(ctypes.Structure):
@@ -174,23 +164,41 @@ def _exclusive() -> int:
     found = common_words(*runs)
     if len(found) != 1:
         raise NotAvailable(
-            "libunicorn's arm64 state does not show the exclusive monitor; this build cannot be used"
+            "libunicorn's arm64 state does not show the exclusive monitor; "
+            "this build cannot be used"
         )
     return found[0]
 
 
 @cache
 def _store(data: bytes) -> tuple[int, int, tuple[str, str], int]:
-    """(bytes, offset, base and source register, bits of the source that are stored: none of XZR) of a store with an unsigned offset."""
+    """(bytes, offset, base and source register, mask) of a store with an unsigned offset.
+
+    The mask has the bits of the source that are stored: none of XZR.
+    """
     word = int.from_bytes(data, "little")
-    size, base, source = 1 << (word >> 30), word >> 5 & 31, word & 31
-    names = "sp" if base == 31 else f"x{base}", f"x{source % 31}"
-    return size, (word >> 10 & 0xFFF) * size, names, 0 if source == 31 else (1 << 8 * size) - 1
+    size = 1 << (word >> 30)
+    base, source = word >> 5 & 31, word & 31
+
+    base_name = "sp" if base == 31 else f"x{base}"
+    source_name = f"x{source % 31}"  # x0 stands in for XZR, of which nothing is stored
+    mask = 0 if source == 31 else (1 << 8 * size) - 1
+    return size, (word >> 10 & 0xFFF) * size, (base_name, source_name), mask
 
 
-_mmio_exit = lru_cache(256)(
-    MmioExit
-)  # a frozen dataclass takes long to make, and ucalls come by few addresses
+# A frozen dataclass takes long to make, and ucalls come by few addresses
+_mmio_exit = lru_cache(256)(MmioExit)
+
+
+def _kind(word: int) -> str | None:
+    """How the host carries out an instruction; None when Unicorn may."""
+    for mask, value, kind in _KINDS:
+        if word & mask == value:
+            if kind != "exclusive":
+                return kind
+            is_load = word >> 22 & 1
+            return None if is_load else "locked"
+    return None
 
 
 class Arm64(PlainQuirks):
@@ -228,9 +236,9 @@ class Arm64(PlainQuirks):
     def _number(self, name: str) -> tuple[int, int, int, int, int]:
         if name in SYSTEM:
             return SYSTEM[name]
-        if (match := _NUMBERED.fullmatch(name)) is None:
-            super()._read_special(name)
-        assert match is not None
+        match = _NUMBERED.fullmatch(name)
+        if match is None:
+            raise InvalidState(f"arm64 has no register {name!r}", name=name)
         op0, op1, crn, crm, op2 = map(int, match.groups())
         return op0, op1, crn, crm, op2
 
@@ -246,24 +254,25 @@ class Arm64(PlainQuirks):
 
     def exception(self, vector: int) -> Exit | None:
         """An exception that Unicorn reported; its syndrome is in the CPU state."""
-        pc, blob, (at, far) = self.pc(), self.handle.context(), _offsets()
+        pc = self.pc()
         if vector == UDEF:
             return self._undefined(pc)
         if vector == PREFETCH_ABORT and pc & 3:
             return self._deliver(pc, EC_PC_ALIGNMENT << 26 | IL, pc)
-        (esr,) = struct.unpack_from("<I", blob, at)
-        gva = (
-            struct.unpack_from("<Q", blob, far)[0]
-            if vector in (PREFETCH_ABORT, DATA_ABORT)
-            else None
-        )
+
+        blob = self.handle.context()
+        syndrome_at, address_at = _offsets()
+        (esr,) = struct.unpack_from("<I", blob, syndrome_at)
+        gva = None
+        if vector in (PREFETCH_ABORT, DATA_ABORT):
+            (gva,) = struct.unpack_from("<Q", blob, address_at)
         return self._deliver(pc, esr, gva)
 
     def _undefined(self, pc: int) -> Exit | None:
         if pc & 3:
             return self._deliver(pc, EC_PC_ALIGNMENT << 26 | IL, pc)
         insn = next(disassemble("arm64", self.core.memory.fetch(pc, 4), pc), None)
-        if insn is not None and insn.mnemonic not in _HINTS:
+        if insn is not None and insn.mnemonic not in _PRIVILEGED:
             return self.core.refuse("Unicorn does not have this instruction")
         return self._deliver(pc, IL, None)
 
@@ -271,19 +280,28 @@ class Arm64(PlainQuirks):
         """Enter EL1 (Arm ARM D1.3.1, pseudocode AArch64.TakeException)."""
         pstate, sctlr = self.read("pstate"), self.read("sctlr_el1")
         el, own_stack = pstate >> 2 & 3, pstate & 1
-        source = 2 if el == 0 else 1 if own_stack else 0
-        if not (el and own_stack):  # EL1 has a stack pointer of its own
+        if el == 0:
+            source = 2
+        elif own_stack:
+            source = 1
+        else:
+            source = 0
+
+        changes_stack = source != 1  # EL1 has a stack pointer of its own
+        if changes_stack:
             self.write("sp_el0", self.read("sp"))
             stack = self.read("sp_el1")
-        fresh = 0x3C5 | (0 if sctlr >> 23 & 1 else 1 << 22)  # SPAN, PAN
+        fresh = 0x3C5
+        if not sctlr >> 23 & 1:  # SPAN
+            fresh |= 1 << 22  # PAN
         self.write_many({"pstate": fresh, "spsr_el1": pstate, "elr_el1": pc, "esr_el1": esr})
-        if not (el and own_stack):
+        if changes_stack:
             self.write("sp", stack)
         if far is not None:
             self.write("far_el1", far)
-        return self.raised(
-            64 * 4 * source + (esr >> 26), esr, pc, self.read("vbar_el1") + 0x200 * source & MASK64
-        )
+
+        handler = self.read("vbar_el1") + 0x200 * source & MASK64
+        return self.raised(64 * 4 * source + (esr >> 26), esr, pc, handler)
 
     # --- sensitive instructions
 
@@ -292,13 +310,7 @@ class Arm64(PlainQuirks):
         found = {}
         for i, (word,) in enumerate(struct.iter_unpack("<I", data[: len(data) & -4])):
             at = gva + 4 * i
-            kind = (
-                "device"
-                if at in self._devices
-                else next((kind for mask, value, kind in _KINDS if word & mask == value), None)
-            )
-            if kind == "exclusive":
-                kind = None if word >> 22 & 1 else "locked"
+            kind = "device" if at in self._devices else _kind(word)
             if kind is not None:
                 found[at] = Trap(kind, at, data[4 * i : 4 * i + 4], "", "", kind != "locked")
         return found
@@ -310,11 +322,9 @@ class Arm64(PlainQuirks):
         """
         exit = self.core.meet_hole()
         data = self.core.memory.fetch(pc, 4)
-        if (
-            len(data) == 4
-            and int.from_bytes(data, "little") & _STORE[0] == _STORE[1]
-            and pc not in self._devices
-        ):
+        mask, value = _STORE
+        is_store = len(data) == 4 and int.from_bytes(data, "little") & mask == value
+        if is_store and pc not in self._devices:
             self._devices.add(pc)
             self.core.guard(Trap("device", pc, data, "", ""))
         return exit
@@ -366,8 +376,13 @@ class Arm64(PlainQuirks):
         One tick an instruction, as many hertz as a guest is told.
         """
         word = int.from_bytes(trap.data, "little")
-        value = self.core.vm.cpu.tsc_khz * 1000 if word >> 5 & 7 == 0 else self.clock()
-        self.retire(trap, **({} if word & 31 == 31 else {f"x{word & 31}": value}))
+        is_frequency = word >> 5 & 7 == 0
+        value = self.core.vm.cpu.tsc_khz * 1000 if is_frequency else self.clock()
+        target = word & 31
+        if target == 31:  # XZR
+            self.retire(trap)
+        else:
+            self.retire(trap, **{f"x{target}": value})
 
     def extra_state(self) -> dict[str, object]:
         """What save() must keep beside Unicorn's own state."""

@@ -54,13 +54,19 @@ _PLAIN = {
     "priv": _PRIV,
 }
 _AMO = 0x2F
+# What may be illegal where the guest runs it; anything else that capstone knows Unicorn lacks
+_PRIVILEGED = ("csr", "unimp", "c.unimp", "sret", "mret", "sfence", "wfi", "rd", "h")
 _KINDS = (  # mask, value, kind
     (0xFFFFFFFF, 0x00000073, "ecall"),
     (0xFFFFFFFF, 0x10500073, "halt"),
     (0xFFCFF07F, 0xC0002073, "counter"),  # CSRRS rd, time, zero
     (0x0000007F, _AMO, "locked"),  # AMO, SC; LR is taken out
 )
-_LR = (0xF800007F, 0x1000002F)
+
+
+def _is_lr(word: int) -> bool:
+    """Whether this is LR, the one load among the atomic instructions."""
+    return word & 0xF800007F == 0x1000002F
 
 
 def _after(insn: int, register: str, gva: int) -> bytes:
@@ -90,8 +96,8 @@ def _offsets() -> tuple[int, int]:
     )  # LR.D
     if not len(faults) == len(loads) == 1:
         raise NotAvailable(
-            f"libunicorn's riscv64 state does not show faults and reservations ({faults}, {loads}); "
-            f"this build cannot be used"
+            "libunicorn's riscv64 state does not show faults and reservations "
+            f"({faults}, {loads}); this build cannot be used"
         )
     return faults[0], loads[0]
 
@@ -133,7 +139,10 @@ class Riscv64(PlainQuirks):
         return int(_CSRS[name])
 
     def _as_machine(self, access: Callable[[], int]) -> int:
-        """Access a CSR in M-mode: what libunicorn gives and takes depends on the privilege level."""
+        """Access a CSR in M-mode.
+
+        What libunicorn gives and takes depends on the level that the guest happens to have.
+        """
         level = self.handle.read(_PRIV)
         self.handle.write(_PRIV, 3)
         value = access()
@@ -157,22 +166,23 @@ class Riscv64(PlainQuirks):
         """A trap that Unicorn reported."""
         pc = self.pc()
         gva = self._fault_gva() if vector in WITH_ADDRESS else 0
-        if vector == ILLEGAL or (
-            vector in FETCH_FAULTS and gva < pc
-        ):  # at the start of a page, Unicorn wants the page before too
+        # At the start of a page, Unicorn wants the page before too
+        wants_page_before = vector in FETCH_FAULTS and gva < pc
+        if vector == ILLEGAL or wants_page_before:
             return self._illegal(pc)
+
         word = int.from_bytes(self.core.memory.fetch(pc, 4), "little")
-        if word & 0x7F == _AMO and word & _LR[0] != _LR[1]:
+        if word & 0x7F == _AMO and not _is_lr(word):
             vector = AS_STORE.get(vector, vector)
         return self._deliver(pc, vector, gva)
 
     def _illegal(self, pc: int) -> Exit | None:
         data = self.core.memory.fetch(pc, 4)
-        data = data if data[:1] and data[0] & 3 == 3 else data[:2]
+        is_compressed = not data or data[0] & 3 != 3
+        if is_compressed:
+            data = data[:2]
         insn = next(disassemble("riscv64", data, pc), None)
-        if insn is not None and not insn.mnemonic.startswith(
-            ("csr", "unimp", "c.unimp", "sret", "mret", "sfence", "wfi", "rd", "h")
-        ):
+        if insn is not None and not insn.mnemonic.startswith(_PRIVILEGED):
             return self.core.refuse("Unicorn does not have this instruction")
         return self._deliver(pc, ILLEGAL, int.from_bytes(data, "little"))
 
@@ -185,10 +195,12 @@ class Riscv64(PlainQuirks):
 
         All synchronous exceptions are delegated to it.
         """
-        level, status = self.read("priv"), self.read("sstatus")
-        status = (
-            status & ~(SPP | SPIE | SIE) | (SPP if level else 0) | (SPIE if status & SIE else 0)
-        )
+        before = self.read("sstatus")
+        status = before & ~(SPP | SPIE | SIE)
+        if self.read("priv"):
+            status |= SPP
+        if before & SIE:
+            status |= SPIE
         self.write_many({"priv": 1, "sstatus": status, "sepc": pc, "scause": cause, "stval": stval})
         return self.raised(cause, stval, pc, self.read("stvec") & -4)
 
@@ -196,15 +208,18 @@ class Riscv64(PlainQuirks):
 
     def scan(self, data: bytes, gva: int) -> dict[int, Trap]:
         """The sensitive instructions of a block."""
-        found, at = {}, 0
+        found = {}
+        at = 0
         while at + 4 <= len(data):
-            if data[at] & 3 != 3:
+            if data[at] & 3 != 3:  # a compressed one
                 at += 2
                 continue
-            word = int.from_bytes(data[at : at + 4], "little")
+
+            insn = data[at : at + 4]
+            word = int.from_bytes(insn, "little")
             kind = next((kind for mask, value, kind in _KINDS if word & mask == value), None)
-            if kind is not None and word & _LR[0] != _LR[1]:
-                found[gva + at] = Trap(kind, gva + at, data[at : at + 4], "", "", kind != "locked")
+            if kind is not None and not _is_lr(word):
+                found[gva + at] = Trap(kind, gva + at, insn, "", "", kind != "locked")
             at += 4
         return found
 
@@ -226,4 +241,7 @@ class Riscv64(PlainQuirks):
         """cycle, time and instret: one tick an instruction."""
         word = int.from_bytes(trap.data, "little")
         rd = word >> 7 & 31
-        self.retire(trap, **({GPRS[rd]: self.clock()} if rd else {}))
+        if rd:
+            self.retire(trap, **{GPRS[rd]: self.clock()})
+        else:
+            self.retire(trap)

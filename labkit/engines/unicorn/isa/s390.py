@@ -29,7 +29,7 @@ __all__ = ["S390x"]
 
 MASK64 = (1 << 64) - 1
 SVC = 2  # QEMU's EXCP_SVC
-OPERATION, PRIVILEGED, ADDRESSING, SPECIFICATION = 1, 2, 5, 6
+OPERATION, PRIVILEGED, ADDRESSING, SPECIFICATION, FIXED_POINT_DIVIDE = 1, 2, 5, 6, 9
 TRANSLATIONS = frozenset({0x10, 0x11, 0x38, 0x39, 0x3A, 0x3B})
 NULLIFYING = TRANSLATIONS | {
     0x14,
@@ -47,12 +47,33 @@ _PLAIN = {
 }
 _KINDS = {0x83: "diag", 0x44: "execute"}
 _KINDS2 = {0xB205: "clock", 0xB27C: "clock", 0xB2B2: "lpswe", 0xB204: "set_clock"}
-_IN_HELPER = frozenset(
-    {0x0A, 0xD0, 0xD2, 0xD4, 0xD5, 0xD6, 0xD7, 0xDC, 0xDD}
-)  # targets of EXECUTE: SVC, MVC, ...
+# Targets of EXECUTE for which Unicorn has a helper: SVC, MVC, ...
+_IN_HELPER = frozenset({0x0A, 0xD0, 0xD2, 0xD4, 0xD5, 0xD6, 0xD7, 0xDC, 0xDD})
+# LAN to LAA, CSY to CDSG
 _LOCKED = frozenset(
     {0xE4, 0xE6, 0xE7, 0xE8, 0xEA, 0xF4, 0xF6, 0xF7, 0xF8, 0xFA, 0x14, 0x30, 0x31, 0x3E}
-)  # LAN to LAA, CSY to CDSG
+)
+_RESET_MASK = 0x180000000  # 64-bit addresses
+
+
+def _after(code: bytes) -> bytes:
+    """The CPU state behind the interruption that this code ends in."""
+    return probe(S390x, code, {_PLAIN["pswm"]: _RESET_MASK})
+
+
+def _set_prefix(prefix: int) -> bytes:
+    """SPX 16, with its operand."""
+    return bytes.fromhex("b2100010").ljust(16, b"\0") + struct.pack(">I", prefix)
+
+
+def _places(form: str, *runs: tuple[bytes, tuple[int, ...]]) -> list[int]:
+    """Offsets at which each of these CPU states has, in this form, the facts that go with it."""
+    size = len(runs[0][0])
+    return [
+        at
+        for at in range(0, size - 8, 4)
+        if all(struct.unpack_from(form, blob, at) == facts for blob, facts in runs)
+    ]
 
 
 @cache
@@ -61,44 +82,20 @@ def _offsets() -> tuple[int, int, int]:
 
     The instruction's length is behind either code.
     """
-    csg, dsgr = bytes.fromhex("eb0200040030"), bytes.fromhex("b90d0002")  # unaligned; by zero
-    runs = [
-        (probe(S390x, code, {_PLAIN["pswm"]: 0x180000000}), facts)
-        for code, facts in ((csg, (6, 6)), (dsgr, (9, 4)))
-    ]
-    program = [
-        at
-        for at in range(0, len(runs[0][0]) - 8, 4)
-        if all(struct.unpack_from("<2I", blob, at) == facts for blob, facts in runs)
-    ]
-    calls = [
-        (probe(S390x, bytes([0x0A, n]), {_PLAIN["pswm"]: 0x180000000}), n) for n in (0x5A, 0xA5)
-    ]
-    service = [
-        at
-        for at in range(0, len(calls[0][0]) - 8, 4)
-        if all(struct.unpack_from("<2I", b, at) == (n, 2) for b, n in calls)
-    ]
-    prefixes = [
-        (
-            probe(
-                S390x,
-                bytes.fromhex("b2100010").ljust(16, b"\0") + struct.pack(">I", at),
-                {_PLAIN["pswm"]: 0x180000000},
-            ),
-            at,
-        )
-        for at in (0x123_4000, 0x2B_C000)
-    ]  # SPX 16
-    prefix = [
-        at
-        for at in range(0, len(prefixes[0][0]) - 8, 4)
-        if all(struct.unpack_from("<Q", b, at)[0] == p for b, p in prefixes)
-    ]
+    unaligned_csg = _after(bytes.fromhex("eb0200040030")), (SPECIFICATION, 6)
+    dsgr_by_zero = _after(bytes.fromhex("b90d0002")), (FIXED_POINT_DIVIDE, 4)
+    program = _places("<2I", unaligned_csg, dsgr_by_zero)
+
+    calls = [(_after(bytes([0x0A, number])), (number, 2)) for number in (0x5A, 0xA5)]
+    service = _places("<2I", *calls)
+
+    moves = [(_after(_set_prefix(prefix)), (prefix,)) for prefix in (0x123_4000, 0x2B_C000)]
+    prefix = _places("<Q", *moves)
+
     if not len(program) == len(service) == len(prefix) == 1:
         raise NotAvailable(
-            f"libunicorn's s390x state does not show interruptions and prefix ({program}, {service}, {prefix}); "
-            f"this build cannot be used"
+            "libunicorn's s390x state does not show interruptions and prefix "
+            f"({program}, {service}, {prefix}); this build cannot be used"
         )
     return program[0], service[0], prefix[0]
 
@@ -119,12 +116,14 @@ class S390x(HostInsns):
         Capability(
             "edat",
             False,
-            "Unicorn walks pages of 4 KiB only, whatever CR0 says, so there are no larger ones to map",
+            "Unicorn walks pages of 4 KiB only, whatever CR0 says, "
+            "so there are no larger ones to map",
         ),
         Capability(
             "set_clock",
             False,
-            "SCK is refused; where its row in libunicorn is not mended (other systems than Linux) it crashes",
+            "SCK is refused; "
+            "where its row in libunicorn is not mended (other systems than Linux) it crashes",
         ),
     )
     hot = ("pswm", *(f"r{i}" for i in range(16)))
@@ -134,7 +133,7 @@ class S390x(HostInsns):
         super().__init__(core)
         self.fault_trace = self._teid, self._set_teid
         mend()
-        self.handle.write(_PLAIN["pswm"], 0x180000000)
+        self.handle.write(_PLAIN["pswm"], _RESET_MASK)
 
     # --- registers
 
@@ -210,10 +209,10 @@ class S390x(HostInsns):
         known = next(disassemble("s390x", data, pc), None) is not None
         if code == OPERATION and known:
             return self.core.refuse("Unicorn does not have this instruction")
-        if (
-            code in TRANSLATIONS and data and not known
-        ):  # at the start of a page, Unicorn wants the page before too
+        # At the start of a page, Unicorn wants the page before too
+        if code in TRANSLATIONS and data and not known:
             code = OPERATION
+
         length = size_of(data[0]) if data and not pc & 1 else 2
         at = pc if code in NULLIFYING else pc + length
         error = self._teid() if code in TRANSLATIONS or code == 4 else 0
@@ -243,9 +242,11 @@ class S390x(HostInsns):
 
     def scan(self, data: bytes, gva: int) -> dict[int, Trap]:
         """The sensitive instructions of a block."""
-        found, at = {}, 0
         if gva & 1:
             return {gva: Trap("odd", gva, data[:2], "", "")}
+
+        found = {}
+        at = 0
         while at < len(data):
             insn = data[at : at + size_of(data[at])]
             kind = self._kind(insn) or host_kind(data, at)
@@ -267,9 +268,10 @@ class S390x(HostInsns):
         return bool(self.was[1] & PROBLEM)
 
     def _do_diag(self, trap: Trap) -> Exit | None:
-        if self.was[1] & PROBLEM:
+        if self._is_problem_state():
             return self._deliver(PRIVILEGED, trap.gva)
-        code, value = self._address(trap.data) & 0xFFFF, self.was[2 + (trap.data[1] & 15)]
+        code = self._address(trap.data) & 0xFFFF
+        value = self.was[2 + (trap.data[1] & 15)]
         self.retire(trap)
         return _diag_exit(code, value)
 
@@ -285,20 +287,18 @@ class S390x(HostInsns):
         return None
 
     def _do_set_clock(self, trap: Trap) -> Exit | None:
-        return (
-            self._deliver(PRIVILEGED, trap.gva)
-            if self._is_problem_state()
-            else self.core.refuse("SET CLOCK: the clock is the VM's")
-        )
+        if self._is_problem_state():
+            return self._deliver(PRIVILEGED, trap.gva)
+        return self.core.refuse("SET CLOCK: the clock is the VM's")
 
     def _do_lpswe(self, trap: Trap) -> Exit | None:
         """LOAD PSW EXTENDED; one that waits is a halt, for no interruption ever comes."""
         gva = self._address(trap.data)
         data = self.core.memory.read(gva, 16)
-        if self._is_problem_state() or gva & 7:
-            return self._deliver(
-                PRIVILEGED if self._is_problem_state() else SPECIFICATION, trap.gva
-            )
+        if self._is_problem_state():
+            return self._deliver(PRIVILEGED, trap.gva)
+        if gva & 7:
+            return self._deliver(SPECIFICATION, trap.gva)
         if data is None:
             return self.core.refuse(f"LPSWE from gva {gva:#x}, which cannot be read")
         mask, pc = struct.unpack(">2Q", data)
@@ -317,29 +317,40 @@ class S390x(HostInsns):
         Unicorn has a helper for some targets and makes blocks of others: it counts two.
         """
         core, data = self.core, trap.data
-        near = trap.gva + 2 * int.from_bytes(data[2:], "big", signed=True) & MASK64
-        gva = near if len(data) == 6 else self._address(data, data[1] & 15)
+        if len(data) == 6:  # EXRL
+            gva = trap.gva + 2 * int.from_bytes(data[2:], "big", signed=True) & MASK64
+        else:
+            gva = self._address(data, data[1] & 15)
         target = core.memory.fetch(gva, 6)
         if gva & 1:
             return self._deliver(SPECIFICATION, trap.gva)
-        if target and (self._kind(target) or host_kind(target, 0)) not in (
-            None,
-            "locked",
-            "execute",
-        ):
+        if target and self._is_the_hosts(target):
             return core.refuse(
                 f"EXECUTE of an instruction at gva {gva:#x} that Unicorn does not carry out"
             )
+
         self._executing = trap.gva
         core.unguard(trap.gva)
-        before, after = self.handle.context(), core.insns + 1
-        while (exit := core.run_each(1 if not target or target[0] in _IN_HELPER else 2)) is None:
-            if core.ended_by != "edge" or self.pc() != trap.gva:
-                core.recount(after)
-                break
-            self.handle.set_context(
-                before
-            )  # it stopped between the two, and would forget the target
+        exit = self._execute(trap, 1 if not target or target[0] in _IN_HELPER else 2)
         self._executing = -1
         core.guard(trap)
         return exit
+
+    def _is_the_hosts(self, insn: bytes) -> bool:
+        """Whether Unicorn must not carry out this target of an EXECUTE."""
+        kind = self._kind(insn) or host_kind(insn, 0)
+        return kind not in (None, "locked", "execute")
+
+    def _execute(self, trap: Trap, count: int) -> Exit | None:
+        """Let Unicorn carry it out, which counts so many instructions for one."""
+        core = self.core
+        before, after = self.handle.context(), core.insns + 1
+        while True:
+            exit = core.run_each(count)
+            if exit is not None:
+                return exit
+            if core.ended_by != "edge" or self.pc() != trap.gva:
+                core.recount(after)
+                return None
+            # It stopped between the two, and would forget the target
+            self.handle.set_context(before)

@@ -1,10 +1,10 @@
 """s390x instructions that Unicorn carries out wrongly without a word.
 
-The host carries them out (Principles of Operation, chapter 7). Found by comparing with a later QEMU.
-The condition code of signed additions and subtractions is wrong in two cases only: the smallest
-number added to itself, or taken from zero, is an overflow. They are common, so only those are
-looked after whose condition code may tell: a branch behind them takes overflow for something else,
-or their block ends before the code is set anew.
+The host carries them out (Principles of Operation, chapter 7). They were found by comparing with a
+later QEMU. The condition code of signed additions and subtractions is wrong in two cases only:
+the smallest number added to itself, or taken from zero, is an overflow. They are common, so only
+those are looked after whose condition code may tell: a branch behind them takes overflow for
+something else, or their block ends before the code is set anew.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ _KINDS = {
 }  # by `key`
 _SELECT = frozenset({0xEC54, 0xEC56, 0xEC57})  # RNSBG, ROSBG, RXSBG; wrong where they only test
 _ICM, _BAD_MASKS = frozenset({0xBF, 0xEB80, 0xEB81}), frozenset({5, 7, 9, 10, 11, 13, 14})
-_SUMS = {  # key: (whether it subtracts, bits, where its first operand is); what has a short immediate cannot overflow so
+# key: (whether it subtracts, bits, where its first operand is); 0 bits: the high half.
+# What has a short immediate cannot overflow so
+_SUMS = {
     0x1A: (0, 32, "rr"),
     0x1B: (1, 32, "rr"),
     0x5A: (0, 32, "rx"),
@@ -52,7 +54,7 @@ _SUMS = {  # key: (whether it subtracts, bits, where its first operand is); what
     0xB9C9: (1, 0, "rrr"),
     0xB9D8: (0, 0, "low"),
     0xB9D9: (1, 0, "low"),
-}  # 0 bits: the high half
+}
 _SETTERS = frozenset(
     {
         *range(0x10, 0x18),
@@ -148,9 +150,13 @@ def host_kind(data: bytes, at: int) -> str | None:
     """How the host carries out the instruction at an offset of a block; None when Unicorn may."""
     insn = data[at : at + size_of(data[at])]
     code = key(insn)
-    if (code in _SELECT and insn[2] & 0x80) or (code in _ICM and insn[1] & 15 in _BAD_MASKS):
-        return "test_bits" if code in _SELECT else "insert_bytes"
-    return "sum" if code in _SUMS and _tells(data, at, _SUMS[code][0]) else _KINDS.get(code)
+    if code in _SELECT and insn[2] & 0x80:
+        return "test_bits"
+    if code in _ICM and insn[1] & 15 in _BAD_MASKS:
+        return "insert_bytes"
+    if code in _SUMS and _tells(data, at, _SUMS[code][0]):
+        return "sum"
+    return _KINDS.get(code)
 
 
 def _tells(data: bytes, at: int, wrong: int) -> bool:
@@ -161,20 +167,26 @@ def _tells(data: bytes, at: int, wrong: int) -> bool:
     at += size_of(data[at])
     while at < len(data):
         insn = data[at : at + size_of(data[at])]
-        code, first = key(insn), insn[0]
-        mask = (
-            insn[2] >> 4
-            if first == 0xB9
-            else insn[1] & 15
-            if first in (0xEB, 0xEC)
-            else insn[1] >> 4
-        )
-        if code in _READERS or (code in _MASKED and mask & 1 != mask >> 3 - wrong & 1):
+        code = key(insn)
+        if code in _READERS:
+            return True
+        # A mask that chooses both condition codes, or neither, cannot tell them apart
+        mask = _mask(insn)
+        if code in _MASKED and mask & 1 != mask >> 3 - wrong & 1:
             return True
         if code in _SETTERS or code in _BRANCHES:
             return False
         at += len(insn)
     return True
+
+
+def _mask(insn: bytes) -> int:
+    """The four bits by which a conditional instruction chooses condition codes."""
+    if insn[0] == 0xB9:
+        return insn[2] >> 4
+    if insn[0] in (0xEB, 0xEC):
+        return insn[1] & 15
+    return insn[1] >> 4
 
 
 class HostInsns(PlainQuirks):
@@ -187,12 +199,12 @@ class HostInsns(PlainQuirks):
 
     def _address(self, data: bytes, index: int = 0) -> int:
         """Base, index, and a displacement of 12 bits or, in six bytes, 20."""
-        high, base = data[4] - (data[4] >> 7 << 8) if len(data) == 6 else 0, data[2] >> 4
+        high = _signed(data[4], 8) if len(data) == 6 else 0
         gva = high << 12 | (data[2] & 15) << 8 | data[3]
-        return (
-            gva + (self.was[2 + base] if base else 0) + (self.was[2 + index] if index else 0)
-            & MASK64
-        )
+        for register in (data[2] >> 4, index):
+            if register:  # 0 stands for none
+                gva += self.was[2 + register]
+        return gva & MASK64
 
     def _number(self, gva: int, size: int) -> int | None:
         data = self.core.memory.read(gva, size)
@@ -200,7 +212,8 @@ class HostInsns(PlainQuirks):
 
     def _do_unicorns(self, trap: Trap) -> Exit | None:
         """Let Unicorn carry it out."""
-        core, self._executing = self.core, trap.gva
+        core = self.core
+        self._executing = trap.gva
         core.unguard(trap.gva)
         exit = core.run_one()
         if exit is None and self.pc() == trap.gva:
@@ -217,44 +230,38 @@ class HostInsns(PlainQuirks):
         LLVM likes them.
         """
         registers, first, last, turns, opcode = trap.data[1:]
-        target, source, half = (
-            registers >> 4,
-            self.was[2 + (registers & 15)],
-            0xFFFFFFFF << 32 * (opcode == 0x5D),
-        )
-        chosen = {
-            i & 31 for i in range(first & 31, (last & 31) + (1 if first & 31 <= last & 31 else 33))
-        }
-        mask = sum((1 << 31 - i) * (half & -half) for i in chosen)
+        target, source = registers >> 4, self.was[2 + (registers & 15)]
+        low = 32 if opcode == 0x5D else 0  # HIGH: where the half that is changed begins
+        half = 0xFFFFFFFF << low
+
+        mask = sum(1 << 31 - bit + low for bit in _bits(first, last, 32))
         turned = source << (turns & 63) | source >> 64 - (turns & 63)
-        kept = half ^ MASK64 if last & 0x80 else ~mask
+        sets_rest_to_zero = last & 0x80
+        kept = half ^ MASK64 if sets_rest_to_zero else ~mask
         self.retire(trap, **{f"r{target}": self.was[2 + target] & kept | turned & mask})
 
     def _do_test_bits(self, trap: Trap) -> None:
         """ROTATE THEN AND, OR, XOR SELECTED BITS that keep nothing but the condition code."""
         registers, first, last, turns, opcode = trap.data[1:]
-        left, right, turns = (
-            self.was[2 + (registers >> 4)],
-            self.was[2 + (registers & 15)],
-            turns & 63,
-        )
-        right = right << turns | right >> 64 - turns
-        result = (
-            left & right if opcode == 0x54 else left | right if opcode == 0x56 else left ^ right
-        )
-        first, last = first & 63, last & 63
-        chosen = {i & 63 for i in range(first, last + (1 if first <= last else 65))}
-        self._set(trap, int(any(result >> 63 - i & 1 for i in chosen)))
+        left, right = self.was[2 + (registers >> 4)], self.was[2 + (registers & 15)]
+        right = right << (turns & 63) | right >> 64 - (turns & 63)
+        if opcode == 0x54:
+            result = left & right
+        elif opcode == 0x56:
+            result = left | right
+        else:
+            result = left ^ right
+
+        is_not_zero = any(result >> 63 - bit & 1 for bit in _bits(first, last, 64))
+        self._set(trap, int(is_not_zero))
 
     def _do_load_high(self, trap: Trap) -> None:
         """LOAD HIGH ON CONDITION of a register, for which Unicorn takes its low half."""
-        mask, target, source = (
-            trap.data[2] >> 4,
-            trap.data[3] >> 4,
-            self.was[2 + (trap.data[3] & 15)],
-        )
+        mask, target = trap.data[2] >> 4, trap.data[3] >> 4
+        source = self.was[2 + (trap.data[3] & 15)]
         value = self.was[2 + target]
-        if mask >> 3 - (self.was[1] >> 44 & 3) & 1:
+        condition = self.was[1] >> 44 & 3
+        if mask >> 3 - condition & 1:
             value = source >> 32 << 32 | value & 0xFFFFFFFF
         self.retire(trap, **{f"r{target}": value})
 
@@ -263,36 +270,40 @@ class HostInsns(PlainQuirks):
         half = self._number(trap.gva + 2 * struct.unpack(">i", trap.data[2:])[0] & MASK64, 2)
         if half is None:
             return self._do_unicorns(trap)
-        value = _signed(self.was[2 + (trap.data[1] >> 4)], 32 if trap.data[1] & 15 == 5 else 64)
-        self._set(trap, (value < half) + 2 * (value > half))
+        bits = 32 if trap.data[1] & 15 == 5 else 64
+        value = _signed(self.was[2 + (trap.data[1] >> 4)], bits)
+        self._set(trap, _sign(value - half))
         return None
 
     def _do_insert_bytes(self, trap: Trap) -> Exit | None:
         """INSERT CHARACTERS UNDER MASK, where Unicorn looks for the sign in the wrong place."""
-        target, places = trap.data[1] >> 4, [i for i in range(4) if trap.data[1] >> 3 - i & 1]
+        target, mask = trap.data[1] >> 4, trap.data[1] & 15
+        places = [i for i in range(4) if mask >> 3 - i & 1]
         data = self.core.memory.read(self._address(trap.data), len(places))
         if data is None:
             return self._do_unicorns(trap)
         value = self.was[2 + target]
+        low = 32 if key(trap.data) == 0xEB80 else 0  # ICMH
         for byte, place in zip(data, places, strict=True):
-            left = 24 - 8 * place + 32 * (key(trap.data) == 0xEB80)  # ICMH
+            left = low + 24 - 8 * place
             value = value & ~(0xFF << left) | byte << left
-        self._set(trap, 1 if data[0] & 0x80 else 2 * any(data), **{f"r{target}": value})
+        self._set(trap, _sign(int.from_bytes(data, "big", signed=True)), **{f"r{target}": value})
         return None
 
     def _do_sum(self, trap: Trap) -> Exit | None:
         """Signed ADD and SUBTRACT, of registers, memory, or a number."""
         minus, bits, form = _SUMS[key(trap.data)]
-        low, width = 32 * (not bits), bits or 32
+        low = 0 if bits else 32
+        width = bits or 32
         target, first, second = self._operands(trap.data, form, low, width)
         if second is None:
             return self._do_unicorns(trap)
         exact = _signed(self.was[2 + first] >> low, width) + (-second if minus else second)
-        result, mask = _signed(exact, width), (1 << width) - 1 << low
+        result = _signed(exact, width)
+        mask = (1 << width) - 1 << low
         value = self.was[2 + target] & ~mask | result << low & mask
-        self._set(
-            trap, 3 if result != exact else (result < 0) + 2 * (result > 0), **{f"r{target}": value}
-        )
+        overflows = result != exact
+        self._set(trap, 3 if overflows else _sign(result), **{f"r{target}": value})
         return None
 
     def _operands(
@@ -307,9 +318,29 @@ class HostInsns(PlainQuirks):
             return target, target, self._number(self._address(data, data[1] & 15), width // 8)
         if form == "imm":
             return target, target, int.from_bytes(data[2:], "big", signed=True)
+
         target = data[-1] >> 4
-        first, second = (target, data[-1] & 15) if form == "rr" else (data[-1] & 15, data[2] >> 4)
-        return target, first, _signed(self.was[2 + second] >> (0 if form == "low" else low), width)
+        if form == "rr":
+            first, second = target, data[-1] & 15
+        else:
+            first, second = data[-1] & 15, data[2] >> 4
+        shift = 0 if form == "low" else low
+        return target, first, _signed(self.was[2 + second] >> shift, width)
+
+
+def _bits(first: int, last: int, width: int) -> set[int]:
+    """The bits from one to another, counted from the left; they may wrap around."""
+    first, last = first % width, last % width
+    if first <= last:
+        return set(range(first, last + 1))
+    return {*range(first, width), *range(last + 1)}
+
+
+def _sign(value: int) -> int:
+    """The condition code of a result: 0 zero, 1 negative, 2 positive."""
+    if value < 0:
+        return 1
+    return 2 if value else 0
 
 
 def _signed(value: int, bits: int) -> int:

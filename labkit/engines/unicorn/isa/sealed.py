@@ -50,15 +50,14 @@ def _cpuid(cpu: X86, trap: Trap) -> Exit | None:
 
 
 def _io(cpu: X86, trap: Trap) -> Exit | None:
-    immediate, _, size = (
-        (None, False, SIZES[trap.mnemonic[-1]])
-        if trap.kind == "string_pio"
-        else pio_form(trap.data)
-    )
+    if trap.kind == "string_pio":
+        immediate, size = None, SIZES[trap.mnemonic[-1]]
+    else:
+        immediate, _, size = pio_form(trap.data)
     port = cpu.regs.read("rdx") & 0xFFFF if immediate is None else immediate
-    return (
-        _vc(cpu, 0x7B) if cpu.privileged() or cpu.port_allowed(port, size) else cpu.deliver(GP, 0)
-    )
+    if cpu.privileged() or cpu.port_allowed(port, size):
+        return _vc(cpu, 0x7B)
+    return cpu.deliver(GP, 0)
 
 
 def _msr(cpu: X86, trap: Trap) -> Exit | None:
@@ -81,32 +80,34 @@ def _call(cpu: X86, trap: Trap) -> Exit | None:
 
 
 def _counter(cpu: X86, trap: Trap) -> Exit | None:
-    return _vc(cpu, 0x6F) if cpu.privileged() or cpu.regs.read("cr4") & _PCE else cpu.deliver(GP, 0)
+    if cpu.privileged() or cpu.regs.read("cr4") & _PCE:
+        return _vc(cpu, 0x6F)
+    return cpu.deliver(GP, 0)
 
 
 def _monitor(cpu: X86, trap: Trap) -> Exit | None:
-    there = cpu.cpu.leaf(1, 0)[2] & _MONITOR and cpu.privileged()
-    return _vc(cpu, 0x8A + (trap.mnemonic == "mwait")) if there else cpu.deliver(UD)
+    if not cpu.cpu.leaf(1, 0)[2] & _MONITOR or not cpu.privileged():
+        return cpu.deliver(UD)
+    return _vc(cpu, 0x8B if trap.mnemonic == "mwait" else 0x8A)
 
 
 def _flush(cpu: X86, trap: Trap) -> Exit | None:
-    return (
-        _vc(cpu, 0x76 if trap.mnemonic == "invd" else 0x89)
-        if cpu.privileged()
-        else cpu.deliver(GP, 0)
-    )
+    if not cpu.privileged():
+        return cpu.deliver(GP, 0)
+    return _vc(cpu, 0x76 if trap.mnemonic == "invd" else 0x89)
 
 
 def _dr7(cpu: X86, trap: Trap) -> Exit | None:
-    return (
-        _vc(cpu, 0x37 if trap.op_str.startswith("dr7") else 0x27)
-        if cpu.privileged()
-        else cpu.deliver(GP, 0)
-    )
+    if not cpu.privileged():
+        return cpu.deliver(GP, 0)
+    is_write = trap.op_str.startswith("dr7")
+    return _vc(cpu, 0x37 if is_write else 0x27)
 
 
 def _unknown(cpu: X86, trap: Trap) -> Exit | None:
-    return pvalidate(cpu) if trap.data.startswith(PVALIDATE) else cpu.do(trap)
+    if trap.data.startswith(PVALIDATE):
+        return pvalidate(cpu)
+    return cpu.do(trap)
 
 
 HANDLERS: dict[str, Callable[[X86, Trap], Exit | None]] = {
@@ -134,13 +135,16 @@ def pvalidate(cpu: X86) -> Exit | None:
         return cpu.deliver(UD)
     if not cpu.privileged():
         return cpu.deliver(GP, 0)
-    gva, size = regs.read("rax"), 1 << (21 if regs.read("rcx") & 1 else 12)
+    gva, is_huge = regs.read("rax"), regs.read("rcx") & 1
     gpa = cpu.core.memory.translate(gva)
     if gpa is None:
         return cpu.page_fault(gva, write=False)
-    found = vm.mmu.cipher.pvalidate(
-        gpa & -4096 if size == 4096 else gpa, size, bool(regs.read("rdx") & 1)
-    )
+
+    if is_huge:
+        size = 1 << 21
+    else:
+        size, gpa = 4096, gpa & -4096
+    found = vm.mmu.cipher.pvalidate(gpa, size, bool(regs.read("rdx") & 1))
     cpu.core.sync()  # its translations may be of pages that it gave up
     if not isinstance(found, tuple):
         return cpu.not_yours(found, gva, gpa, True)

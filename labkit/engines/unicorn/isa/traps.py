@@ -53,17 +53,17 @@ _KINDS = {
     "rdpmc": "rdpmc",
     "pause": "pause",
     "flush": "wbinvd wbnoinvd invd",
-    "undefined": "vmrun vmload vmsave stgi clgi skinit invlpga vmxon vmlaunch vmresume vmread vmwrite vmptrld vmptrst vmclear "
-    "monitorx mwaitx rsm getsec",
-    "refused": "xsave xsave64 xsaveopt xsaveopt64 xsavec xsavec64 xsaves xsaves64 xrstor xrstor64 xrstors xrstors64",
+    "undefined": "vmrun vmload vmsave stgi clgi skinit invlpga vmxon vmlaunch vmresume vmread "
+    "vmwrite vmptrld vmptrst vmclear monitorx mwaitx rsm getsec",
+    "refused": "xsave xsave64 xsaveopt xsaveopt64 xsavec xsavec64 xsaves xsaves64 "
+    "xrstor xrstor64 xrstors xrstors64",
 }
 _BY_MNEMONIC = {mnemonic: kind for kind, names in _KINDS.items() for mnemonic in names.split()}
 PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 SIZES = {"b": 1, "w": 2, "d": 4}  # bytes, by the last letter of a string I/O instruction
 _COUNTED = frozenset({"rep", "shadow", "locked", "iret"})
-_SEALED = frozenset(
-    {"flush", "dr7"}
-)  # intercepted where registers are encrypted, Unicorn's own business elsewhere
+# Intercepted where registers are encrypted, Unicorn's own business elsewhere
+_SEALED = frozenset({"flush", "dr7"})
 _STRING = frozenset(b"\xa4\xa5\xa6\xa7\xaa\xab\xac\xad\xae\xaf")
 # Every byte sequence that can begin or be part of one of them; a block without a match needs no
 # decoding
@@ -85,10 +85,8 @@ def _kind(data: bytes, mnemonic: str, op_str: str) -> str | None:
     words = mnemonic.split()
     if words[-1] in _BY_MNEMONIC:
         return _BY_MNEMONIC[words[-1]]
-    opcode = _opcode(data)
-    if opcode in _STRING and (
-        0xF2 in data or 0xF3 in data
-    ):  # capstone does not show every one of them
+    # Capstone does not show every REP
+    if _opcode(data) in _STRING and (0xF2 in data or 0xF3 in data):
         return "rep"
     if words[-1] == "neg" and 0xF0 in data[:-1]:
         return "lock_neg"
@@ -112,7 +110,8 @@ def _is_vector(data: bytes) -> bool:
 
 
 def _opcode(data: bytes) -> int:
-    return next((b for b in data if b not in PREFIXES and b >> 4 != 4), 0)  # 0x4x: REX
+    """The first byte that is neither a prefix nor REX (0x4x)."""
+    return next((byte for byte in data if byte not in PREFIXES and byte >> 4 != 4), 0)
 
 
 @lru_cache(1 << 14)
@@ -129,19 +128,25 @@ def scan(data: bytes, gva: int, sealed: bool = False) -> Mapping[int, Trap]:
     for at, size, mnemonic, op_str in decoder("x86_64").disasm_lite(data, gva):
         end = at + size
         raw = data[at - gva : end - gva]
-        if (kind := _kind(raw, mnemonic, op_str)) is not None and (sealed or kind not in _SEALED):
+        kind = _kind(raw, mnemonic, op_str)
+        if kind is not None and (sealed or kind not in _SEALED):
             found[at] = Trap(kind, at, raw, mnemonic, op_str, kind not in _COUNTED)
     rest = data[end - gva :]
     if rest and not _CUT.fullmatch(rest):
-        found[end] = Trap(
-            "vector" if _is_vector(rest) else "unknown", end, rest[:15], ".byte", rest[:15].hex(" ")
-        )
+        kind = "vector" if _is_vector(rest) else "unknown"
+        found[end] = Trap(kind, end, rest[:15], ".byte", rest[:15].hex(" "))
     return found
 
 
 @cache
 def pio_form(data: bytes) -> tuple[int | None, bool, int]:
     """(immediate port or None for DX, is OUT, bytes) of an IN or OUT."""
-    opcode = next(b for b in data if b not in PREFIXES and b >> 4 != 4)  # 0x4x: REX
-    size = 1 if not opcode & 1 else 2 if b"\x66" in data[:-1] else 4
-    return data[-1] if opcode < 0xE8 else None, bool(opcode & 2), size
+    opcode = _opcode(data)
+    if not opcode & 1:
+        size = 1
+    elif b"\x66" in data[:-1]:
+        size = 2
+    else:
+        size = 4
+    port = data[-1] if opcode < 0xE8 else None
+    return port, bool(opcode & 2), size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from unicorn import unicorn_const as uc
 
@@ -30,12 +30,14 @@ KVM_ENOSYS = -1000  # include/uapi/linux/kvm_para.h
 _OSXSAVE, _TSD = 1 << 18, 1 << 2  # CR4
 _TF, _BS = 1 << 8, 1 << 14  # RFLAGS, DR6
 _BSP = 1 << 8  # IA32_APIC_BASE
+_TSC_AUX = 0xC000_0103
 _MONITOR = 1 << 3  # CPUID 1 ECX
 _NATIVE = {index: name for name, index in NATIVE_MSRS.items()}
 _BASES = {0xC000_0100: "fs_base", 0xC000_0101: "gs_base"}
+# MSRs that hold a gva
 _POINTERS = frozenset(
     {0x175, 0x176, 0xC000_0082, 0xC000_0083, 0xC000_0100, 0xC000_0101, 0xC000_0102}
-)  # MSRs that hold a gva
+)
 
 
 class X86(X86Events):
@@ -55,9 +57,8 @@ class X86(X86Events):
         self.regs = X86Registers(core.handle, self.extra, self._host_msr, core.memory.read)
         self.msrs: dict[int, int] = {}  # written so far; reset values are the VM's
         self._retired = False
-        self.awaits: list[int] | None = (
-            None  # what `complete` sets: [bytes of rax], or [bytes, gva]
-        )
+        # What `complete` sets: [bytes of rax], or [bytes, gva]
+        self.awaits: list[int] | None = None
         self.random = random.Random(f"labkit {core.index}")
         self._hot = RegBatch(
             core.handle, tuple(PLAIN[name] for name in ("rip", "rax", "rdx", "rdi", "cs", "rflags"))
@@ -103,7 +104,9 @@ class X86(X86Events):
 
         With encrypted registers the guest must ask for it (APM vol. 2 15.35: #NPF as #VC).
         """
-        return self.core.meet_hole() if self.core.vm.level < 2 else self.deliver(VC, 0x400)
+        if self.core.vm.level > 1:
+            return self.deliver(VC, 0x400)
+        return self.core.meet_hole()
 
     def is_drained(self) -> bool:
         """RCX is zero: a REP instruction has no iteration left."""
@@ -121,9 +124,8 @@ class X86(X86Events):
         """Carry out one sensitive instruction; None when the run goes on."""
         stepped, self._retired = self._flags & _TF, False
         exit = self._handlers[trap.kind](self, trap)
-        if (
-            stepped and self._retired and self.regs.read("rflags") & _TF
-        ):  # the guest steps itself (SDM vol. 3B 17.3.1.4)
+        # The guest steps itself (SDM vol. 3B 17.3.1.4)
+        if stepped and self._retired and self.regs.read("rflags") & _TF:
             self.regs.write("dr6", self.regs.read("dr6") | _BS)
             self.core.unretire()
             return self.deliver(DB) or exit
@@ -133,19 +135,19 @@ class X86(X86Events):
         """What save() must keep beside Unicorn's own state."""
         return {
             "extra": dict(self.extra),
-            "msrs": {str(k): v for k, v in self.msrs.items()},
+            "msrs": {str(index): value for index, value in self.msrs.items()},
             "random": list(self.random.getstate()[1]),
             "pending": list(self.pending),
             "awaits": self.awaits,
         }
 
-    def set_extra_state(self, state: dict[str, object]) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """Put `extra_state` back."""
-        facts: dict[str, list[int]] = state  # type: ignore[assignment]
-        self.extra.update(state["extra"])  # type: ignore[call-overload]
-        self.msrs = {int(k): v for k, v in state["msrs"].items()}  # type: ignore[attr-defined]
-        self.random.setstate((3, tuple(facts["random"]), None))
-        self.pending, self.awaits = list(facts["pending"]), facts["awaits"]
+        self.extra.update(state["extra"])
+        self.msrs = {int(index): value for index, value in state["msrs"].items()}
+        self.random.setstate((3, tuple(state["random"]), None))
+        self.pending = list(state["pending"])
+        self.awaits = state["awaits"]
 
     def complete(self, value: int) -> bool:
         """Give the value that the last IN, INS or hypercall returns; False when there was none."""
@@ -155,9 +157,11 @@ class X86(X86Events):
         value &= (1 << 8 * size) - 1
         if len(self.awaits) == 2:
             self.core.memory.write(self.awaits[1], value.to_bytes(size, "little"))
-        else:
-            keep = self.regs.read("rax") & -1 << 8 * size if size < 4 else 0
-            self.regs.write("rax", keep | value)
+            return True
+
+        if size < 4:  # the rest of RAX stays
+            value |= self.regs.read("rax") & -1 << 8 * size
+        self.regs.write("rax", value)
         return True
 
     # --- small words for the handlers
@@ -183,13 +187,15 @@ class X86(X86Events):
         port = self._rdx & 0xFFFF if immediate is None else immediate
         if self._cs & 3 and not self.port_allowed(port, size):
             return self.deliver(GP, 0)
-        rax, mask = self._rax, (1 << 8 * size) - 1
         self.core.retire()
         self._retired = True
-        self.regs.pc = trap.gva + len(trap.data) & MASK64
-        self._pair.write(self.regs.pc, rax if out else 0 if size == 4 else rax & ~mask)
+        rax, mask = self._rax, (1 << 8 * size) - 1
+        behind = self.regs.pc = trap.gva + len(trap.data) & MASK64
         if out:
+            self._pair.write(behind, rax)
             return PioExit(port, size, True, rax & mask)
+
+        self._pair.write(behind, 0 if size == 4 else rax & ~mask)
         self.awaits = [size]
         return _in_exit(port, size)
 
@@ -197,17 +203,18 @@ class X86(X86Events):
         """Whether a guest at CPL3 may use a port (SDM vol. 1 19.5)."""
         if self.regs.read("rflags") >> 12 & 3 == 3:
             return True
-        base, limit, ring = (
-            self.regs.read("tr_base"),
-            self.regs.read("tr_limit"),
-            self.regs.read("cs") & 3,
-        )
+
+        base, limit = self.regs.read("tr_base"), self.regs.read("tr_limit")
+        ring = self.regs.read("cs") & 3
         self.regs.set_ring(0)
         offset = self.core.memory.read(base + 0x66, 2) or b"\xff\xff"
         at = int.from_bytes(offset, "little") + port // 8
         bits = self.core.memory.read(base + at, 2) if at + 1 <= limit else None
         self.regs.set_ring(ring)
-        return bits is not None and not int.from_bytes(bits, "little") >> port % 8 & (1 << size) - 1
+        if bits is None:
+            return False
+        wanted = (1 << size) - 1 << port % 8
+        return not int.from_bytes(bits, "little") & wanted
 
     def _do_string_pio(self, trap: Trap) -> Exit | None:
         """INS and OUTS, one iteration a step."""
@@ -216,47 +223,43 @@ class X86(X86Events):
         if not self.privileged() and not self.port_allowed(port, size):
             return self.deliver(GP, 0)
         mask = 0xFFFFFFFF if 0x67 in prefixes else MASK64
-        rep, rcx = 0xF2 in prefixes or 0xF3 in prefixes, self.regs.read("rcx") & mask
-        if rep and not rcx:
+        is_rep = 0xF2 in prefixes or 0xF3 in prefixes
+        rcx = self.regs.read("rcx") & mask
+        if is_rep and not rcx:
             return self.retire(trap)
-        pointer, access = (
-            ("rdi", uc.UC_PROT_WRITE) if word.startswith("in") else ("rsi", uc.UC_PROT_READ)
-        )
+
+        is_in = word.startswith("in")
+        pointer = "rdi" if is_in else "rsi"
         index = self.regs.read(pointer) & mask
-        base = (
-            ""
-            if pointer == "rdi"
-            else "fs_base"
-            if 0x64 in prefixes
-            else "gs_base"
-            if 0x65 in prefixes
-            else ""
-        )
-        gva = index + (self.regs.read(base) if base else 0) & MASK64
+        gva = index + (0 if is_in else self._segment_base(prefixes)) & MASK64
         if not canonical(gva):
             return self.deliver(GP, 0)
-        missing = next(
-            (at for at in (gva, gva + size - 1) if self.core.memory.translate(at, access) is None),
-            None,
-        )
-        if missing is not None:
-            return self.page_fault(missing, write=pointer == "rdi")
-        down = self.regs.read("rflags") >> 10 & 1
-        self.retire(
-            trap,
-            **{pointer: index + (-size if down else size) & mask},
-            **({"rcx": rcx - 1} if rep else {}),
-        )
-        if rep and rcx > 1:
+        access = uc.UC_PROT_WRITE if is_in else uc.UC_PROT_READ
+        for at in (gva, gva + size - 1):
+            if self.core.memory.translate(at, access) is None:
+                return self.page_fault(at, write=is_in)
+
+        goes_down = self.regs.read("rflags") >> 10 & 1
+        changed = {pointer: index + (-size if goes_down else size) & mask}
+        if is_rep:
+            changed["rcx"] = rcx - 1
+        self.retire(trap, **changed)
+        if is_rep and rcx > 1:
             self.set_pc(trap.gva)
             self.core.resume_here()
-        if pointer == "rsi":
-            return PioExit(
-                port, size, True, int.from_bytes(self.core.memory.read(gva, size) or b"", "little")
-            )
+
+        if not is_in:
+            data = self.core.memory.read(gva, size) or b""
+            return PioExit(port, size, True, int.from_bytes(data, "little"))
         self.awaits = [size, gva]
         self.complete(0)
         return PioExit(port, size, False, 0)
+
+    def _segment_base(self, prefixes: bytes) -> int:
+        """What an FS or GS prefix adds to an address."""
+        if 0x64 in prefixes:
+            return self.regs.read("fs_base")
+        return self.regs.read("gs_base") if 0x65 in prefixes else 0
 
     def _do_halt(self, trap: Trap) -> Exit | None:
         if not self.privileged():
@@ -277,8 +280,10 @@ class X86(X86Events):
         if self.regs.read("cr4") & _TSD and not self.privileged():
             return self.deliver(GP, 0)
         tsc = self._tsc()
-        aux = {"rcx": self.msrs.get(0xC000_0103, 0)} if trap.mnemonic == "rdtscp" else {}
-        return self.retire(trap, rax=tsc & 0xFFFFFFFF, rdx=tsc >> 32, **aux)
+        changed = {"rax": tsc & 0xFFFFFFFF, "rdx": tsc >> 32}
+        if trap.mnemonic == "rdtscp":
+            changed["rcx"] = self.msrs.get(_TSC_AUX, 0)
+        return self.retire(trap, **changed)
 
     def _read_msr(self, index: int) -> int | None:
         if index == IA32_TSC:
@@ -294,7 +299,8 @@ class X86(X86Events):
 
     def _write_msr(self, index: int, value: int) -> bool:
         if index in (IA32_TSC, IA32_TSC_ADJUST):
-            by = value - (self._tsc() if index == IA32_TSC else self.extra["tsc_adjust"])
+            before = self._tsc() if index == IA32_TSC else self.extra["tsc_adjust"]
+            by = value - before
             for name in ("tsc_offset", "tsc_adjust"):  # either MSR moves both (SDM vol. 3B 18.17.3)
                 self.extra[name] = self.extra[name] + by & MASK64
         elif index in _POINTERS and not canonical(value):
@@ -363,23 +369,12 @@ class X86(X86Events):
 
         CF says that there was a number.
         """
-        name = trap.op_str
-        bits = (
-            32
-            if name.endswith("d") or name[0] == "e"
-            else 64
-            if name[0] == "r" and not name.endswith("w")
-            else 16
-        )
-        wide = (
-            name.rstrip("dw") if name[1:2].isdigit() else "r" + (name if bits == 16 else name[1:])
-        )
-        value, keep = (
-            self.random.getrandbits(bits),
-            self.regs.read(wide) & ~0xFFFF if bits == 16 else 0,
-        )
+        wide, bits = _wide(trap.op_str)
+        value = self.random.getrandbits(bits)
+        if bits == 16:  # the rest of the register stays
+            value |= self.regs.read(wide) & ~0xFFFF
         flags = self.regs.read("rflags") & ~0x8D5 | 1
-        return self.retire(trap, **{wide: keep | value}, rflags=flags)
+        return self.retire(trap, **{wide: value}, rflags=flags)
 
     def _do_syscall(self, trap: Trap) -> Exit | None:
         """SYSCALL in long mode (SDM vol. 2B): Unicorn alone would only step over it."""
@@ -460,6 +455,20 @@ _HANDLERS: dict[str, Callable[[X86, Trap], Exit | None]] = {
     for name, handler in vars(X86).items()
     if name.startswith("_do_")
 } | CONTROL
+
+
+def _wide(name: str) -> tuple[str, int]:
+    """The 64-bit register behind a name, and the bits that are meant: ("rax", 16) for ax."""
+    if name.endswith("d") or name[0] == "e":
+        bits = 32
+    elif name[0] == "r" and not name.endswith("w"):
+        bits = 64
+    else:
+        bits = 16
+
+    if name[1:2].isdigit():  # r8d, r10w
+        return name.rstrip("dw"), bits
+    return "r" + (name if bits == 16 else name[1:]), bits
 
 
 @cache

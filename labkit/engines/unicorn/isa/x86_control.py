@@ -21,7 +21,8 @@ __all__ = ["CONTROL"]
 _PE, _ET, _NW, _CD, _PG = 1 << 0, 1 << 4, 1 << 29, 1 << 30, 1 << 31  # CR0
 _CR0 = 0xE005_003F  # the bits that mean something; others are dropped
 _PAE, _PCIDE, _OSXSAVE = 1 << 5, 1 << 17, 1 << 18  # CR4
-_CR4 = 0x7EF  # VME PVI TSD DE PSE PAE PGE PCE OSFXSR OSXMMEXCPT: always there; MCE comes with its CPUID bit, as everywhere
+# VME PVI TSD DE PSE PAE PGE PCE OSFXSR OSXMMEXCPT are always there; MCE comes with its CPUID bit
+_CR4 = 0x7EF
 _CR4_IF = {  # bit of CR4 -> CPUID leaf, register (EAX to EDX), bit that announces it
     6: (1, 3, 7),
     11: (7, 2, 2),
@@ -36,27 +37,29 @@ _CR4_IF = {  # bit of CR4 -> CPUID leaf, register (EAX to EDX), bit that announc
 
 def _cr0(cpu: X86, value: int) -> bool:
     """64-bit code cannot turn paging off."""
-    return bool(
-        value >> 32 or not value & _PE or not value & _PG or (value & _NW and not value & _CD)
-    )
+    write_back_without_cache = value & _NW and not value & _CD
+    return bool(value >> 32 or not value & _PE or not value & _PG or write_back_without_cache)
 
 
 def _cr3(cpu: X86, value: int) -> bool:
     """Above MAXPHYADDR only the C-bit, where there is one."""
     mmu = cpu.core.vm.mmu
-    return bool(
-        (value & ~(mmu.facts.c_bit if mmu is not None else 0))
-        >> (cpu.cpu.leaf(0x8000_0008, 0)[0] & 0xFF)
-    )
+    if mmu is not None:
+        value &= ~mmu.facts.c_bit
+    maxphyaddr = cpu.cpu.leaf(0x8000_0008, 0)[0] & 0xFF
+    return bool(value >> maxphyaddr)
 
 
 def _cr4(cpu: X86, value: int) -> bool:
     """What CPUID does not announce is reserved; 64-bit code keeps PAE, and the number of levels."""
-    known = _CR4 | sum(
-        1 << bit for bit, (leaf, reg, at) in _CR4_IF.items() if cpu.cpu.leaf(leaf, 0)[reg] >> at & 1
-    )
-    pcid = value & _PCIDE and not cpu.regs.read("cr4") & _PCIDE and cpu.regs.read("cr3") & 0xFFF
-    return bool(value & ~known or not value & _PAE or pcid)
+    known = _CR4
+    for bit, (leaf, register, at) in _CR4_IF.items():
+        if cpu.cpu.leaf(leaf, 0)[register] >> at & 1:
+            known |= 1 << bit
+
+    sets_pcide = value & _PCIDE and not cpu.regs.read("cr4") & _PCIDE
+    wrong_pcid = sets_pcide and cpu.regs.read("cr3") & 0xFFF
+    return bool(value & ~known or not value & _PAE or wrong_pcid)
 
 
 def _cr8(cpu: X86, value: int) -> bool:
@@ -73,17 +76,17 @@ def _mov(cpu: X86, trap: Trap) -> Exit | None:
     """
     name, _, source = trap.op_str.partition(", ")
     if source == "cr8":
-        return (
-            cpu.retire(trap, **{name: cpu.regs.read("cr8")})
-            if cpu.privileged()
-            else cpu.deliver(GP, 0)
-        )
+        if not cpu.privileged():
+            return cpu.deliver(GP, 0)
+        return cpu.retire(trap, **{name: cpu.regs.read("cr8")})
     if name not in _REFUSES:
         return cpu.deliver(UD)
     value = cpu.regs.read(source)
     if not cpu.privileged() or _REFUSES[name](cpu, value):
         return cpu.deliver(GP, 0)
-    return cpu.retire(trap, **{name: value & _CR0 | _ET if name == "cr0" else value})
+    if name == "cr0":
+        value = value & _CR0 | _ET
+    return cpu.retire(trap, **{name: value})
 
 
 def _xgetbv(cpu: X86, trap: Trap) -> Exit | None:

@@ -73,21 +73,26 @@ class X86Events:
 
         RMW faults as a write at once, and a stack that is not canonical is #SS.
         """
-        if (vector, error) != (GP, 0) and not (vector == PF and not error & 0x12):
+        is_read_fault = vector == PF and not error & 0x12
+        if (vector, error) != (GP, 0) and not is_read_fault:
             return vector, error
+
         data = self.core.memory.fetch(self.regs.read("rip"), 15)
         operands = memory_operands("x86_64", data)
         if vector == PF:
-            return PF, error | 2 * any(op.reads and op.writes for op in operands)
-        insn = next(disassemble("x86_64", data, 0), None)
+            is_rmw = any(op.reads and op.writes for op in operands)
+            return PF, error | 2 if is_rmw else error
+
         bases = [
             op.base
             for op in operands
             if op.base in ("rsp", "rbp") and op.segment not in ("fs", "gs")
         ]
+        insn = next(disassemble("x86_64", data, 0), None)
         if insn and insn.mnemonic.startswith(_STACK):
             bases.append("rbp" if insn.mnemonic == "leave" else "rsp")
-        return (SS if any(not canonical(self.regs.read(base)) for base in bases) else GP), 0
+        is_stack = any(not canonical(self.regs.read(base)) for base in bases)
+        return (SS if is_stack else GP), 0
 
     def forget_exception(self) -> tuple[int, bool]:
         """Clear what Unicorn remembers of its last exception.
@@ -95,16 +100,13 @@ class X86Events:
         Returns the error code, and whether it was INT n.
         """
         facts = self._error_code()
+        where = calibrate()
 
         def forget(context: int) -> None:
-            for offset, value in (
-                (where.old_exception, -1),
-                (where.is_int, 0),
-                (where.error_code, 0),
-            ):
-                ctypes.c_int32.from_address(context + offset).value = value
+            ctypes.c_int32.from_address(context + where.old_exception).value = -1
+            ctypes.c_int32.from_address(context + where.is_int).value = 0
+            ctypes.c_int32.from_address(context + where.error_code).value = 0
 
-        where = calibrate()
         self.handle.patch_context(forget)
         return facts
 
@@ -116,12 +118,14 @@ class X86Events:
         """A page fault on an instruction, which then never began."""
         if vector != PF:
             return False
-        error, gva, pc = self._error_code()[0], self.regs.read("cr2"), self.regs.read("rip")
-        if (
-            self.regs.read("efer") & 1 << 11 or self.regs.read("cr4") & 1 << 20
-        ):  # NXE or SMEP: the I/D bit is there
+        error = self._error_code()[0]
+        nxe, smep = self.regs.read("efer") & 1 << 11, self.regs.read("cr4") & 1 << 20
+        if nxe or smep:  # the I/D bit is there
             return bool(error & 16)
-        return not error & 2 and (gva == pc or (not gva & 4095 and 0 < gva - pc < 4096))
+
+        gva, pc = self.regs.read("cr2"), self.regs.read("rip")
+        is_next_page = not gva & 4095 and 0 < gva - pc < 4096
+        return not error & 2 and (gva == pc or is_next_page)
 
     def restore_flags(self) -> None:
         """Mend the flags after a fault at an instruction with a hook.
@@ -141,7 +145,8 @@ class X86Events:
         """
         if self.core.insns == self.core.resumed:
             return
-        self.core.resumed, flags = None, self.regs.read("rflags")
+        self.core.resumed = None
+        flags = self.regs.read("rflags")
         if flags & _RF:
             self.regs.write("rflags", flags & ~_RF)
 
@@ -151,11 +156,10 @@ class X86Events:
 
     def strange_mode(self) -> str:
         """Code is read as 64-bit code, and looked through as such."""
-        return (
-            ""
-            if self._hflags() & 1 << 15
-            else "the CPU left 64-bit mode, and this engine runs no other"
-        )
+        is_64bit = self._hflags() & 1 << 15
+        if is_64bit:
+            return ""
+        return "the CPU left 64-bit mode, and this engine runs no other"
 
     def ring(self) -> int:
         """The level that memory is accessed with."""
@@ -209,7 +213,14 @@ class X86Events:
         return self.deliver(PF, self._page_error(gva, write, self.regs.read("cs") & 3))
 
     def _page_error(self, gva: int, write: bool, ring: int) -> int:
-        return (self.core.memory.translate(gva) is not None) | write << 1 | (ring == 3) << 2
+        error = 0
+        if self.core.memory.translate(gva) is not None:
+            error |= 1
+        if write:
+            error |= 2
+        if ring == 3:
+            error |= 4
+        return error
 
     def deliver(self, vector: int, error: int | None = None, software: bool = False) -> Exit | None:
         """Enter the guest's handler, by way of #DF if need be.
@@ -233,11 +244,7 @@ class X86Events:
                     self.pending = chain
                     return ShutdownExit(tuple(chain), old["rip"], self.regs.read("cr2"), fault.why)
                 if software:  # a fault lies at the INT itself
-                    old["rip"] -= (
-                        1
-                        if vector == BP and self.core.memory.fetch(old["rip"] - 2, 2) != b"\xcd\x03"
-                        else 2
-                    )
+                    old["rip"] -= self._size_of_int(vector, old["rip"])
                 vector, error = self._combine(vector, fault)
                 software = False
                 chain.append(vector)
@@ -253,6 +260,11 @@ class X86Events:
                 )
                 return None
 
+    def _size_of_int(self, vector: int, behind: int) -> int:
+        """Bytes of the software interrupt that ends there: INT3 has one, INT n two."""
+        is_int_n = self.core.memory.fetch(behind - 2, 2) == b"\xcd\x03"
+        return 1 if vector == BP and not is_int_n else 2
+
     @staticmethod
     def _combine(first: int, fault: _Fault) -> tuple[int, int]:
         """What a fault while `first` is delivered becomes.
@@ -260,9 +272,9 @@ class X86Events:
         A double fault, or an exception of its own.
         """
         second = fault.vector
-        if (first == PF and (second == PF or second in CONTRIBUTORY)) or (
-            first in CONTRIBUTORY and second in CONTRIBUTORY
-        ):
+        behind_page_fault = first == PF and (second == PF or second in CONTRIBUTORY)
+        both_contribute = first in CONTRIBUTORY and second in CONTRIBUTORY
+        if behind_page_fault or both_contribute:
             return DF, 0
         return second, fault.error
 
@@ -284,13 +296,10 @@ class X86Events:
         rsp = self._stack(ist, target, ring, old["rsp"], external) & ~15
         resume = 0 if software or vector in (DB, BP) else _RF  # a fault pushes RF
         self._look_as(target, ring)
-        rsp = self._push(
-            rsp,
-            [old["ss"], old["rsp"], old["rflags"] | resume, old["cs"], old["rip"]]
-            + ([] if error is None else [error]),
-            target,
-            external,
-        )
+        frame = [old["ss"], old["rsp"], old["rflags"] | resume, old["cs"], old["rip"]]
+        if error is not None:
+            frame.append(error)
+        rsp = self._push(rsp, frame, target, external)
         if selector & ~3 | target != old["cs"]:
             self.regs.set_segment("cs", selector & ~3 | target, code)
         if target != ring:
@@ -314,15 +323,18 @@ class X86Events:
             raise _Fault(SS, external, f"the stack lies at {bottom:#x}, which is not canonical")
         if not self.core.memory.write(bottom, struct.pack(f"<{len(words)}Q", *reversed(words))):
             self._check_owner(bottom)
-            slots = (rsp - 8 * i - 8 & MASK64 for i in range(len(words)))
-            gva = next(
-                (gva for gva in slots if self.core.memory.translate(gva, uc.UC_PROT_WRITE) is None),
-                bottom,
-            )
+            gva = self._missing(rsp, len(words), bottom)
             self.regs.write("cr2", gva)
-            raise _Fault(
-                PF, self._page_error(gva, True, ring), f"no writable stack at gva {gva:#x}"
-            )
+            error = self._page_error(gva, True, ring)
+            raise _Fault(PF, error, f"no writable stack at gva {gva:#x}")
+        return bottom
+
+    def _missing(self, rsp: int, nr_words: int, bottom: int) -> int:
+        """The first of so many words below rsp that cannot be written."""
+        for i in range(nr_words):
+            gva = rsp - 8 * i - 8 & MASK64
+            if self.core.memory.translate(gva, uc.UC_PROT_WRITE) is None:
+                return gva
         return bottom
 
     def _check_owner(self, gva: int) -> None:
@@ -398,7 +410,10 @@ class X86Events:
         if not ist and target == ring:
             return rsp
         base, limit = self.regs.read("tr_base"), self.regs.read("tr_limit")
-        offset = 0x24 + 8 * (ist - 1) if ist else 4 + 8 * target
+        if ist:
+            offset = 0x24 + 8 * (ist - 1)
+        else:
+            offset = 4 + 8 * target
         if offset + 7 > limit:
             raise _Fault(
                 TS,

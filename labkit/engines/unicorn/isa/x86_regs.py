@@ -31,10 +31,9 @@ GPRS = (
     "rflags",
 )
 _SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")  # in the order of their records
-CODE64, DATA = (
-    (0, 0xFFFFFFFF, 0x00AF9B00),
-    (0, 0xFFFFFFFF, 0x00CF9300),
-)  # base, limit, second word of a flat descriptor
+# Base, limit, second word of a flat descriptor
+CODE64 = (0, 0xFFFFFFFF, 0x00AF9B00)
+DATA = (0, 0xFFFFFFFF, 0x00CF9300)
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "dr0", "dr1", "dr2", "dr3", "dr6", "dr7")
 _NAMES = (*GPRS, *_SEGMENTS, *_CONTROL, "fs_base", "gs_base", "mxcsr")
 PLAIN = {name: getattr(x86, f"UC_X86_REG_{name.upper()}") for name in _NAMES}
@@ -67,9 +66,19 @@ class _Xmm(ctypes.Structure):
 
 
 def _order(name: str) -> int:
+    """When to set a register among others."""
     if name in _ORDER:
         return _ORDER.index(name)
-    return 20 + (name in _SEGMENTS) if name in _SEGMENTS or name.startswith("tr") else 30
+    if name in _SEGMENTS:
+        return 21
+    return 20 if name.startswith("tr") else 30
+
+
+def _width(name: str) -> int:
+    """Bits of a register."""
+    if name in _VECTORS:
+        return 128
+    return 16 if name in _SEGMENTS else 64
 
 
 class X86Registers:
@@ -109,7 +118,9 @@ class X86Registers:
     def read(self, name: str) -> int:
         """One register; raises InvalidState for a name that x86-64 does not have."""
         if name in PLAIN:
-            return self.rdi if name == "rdi" and self.pc >= 0 else self.handle.read(PLAIN[name])
+            if name == "rdi" and self.pc >= 0:
+                return self.rdi
+            return self.handle.read(PLAIN[name])
         if name in self.extra:
             return self.extra[name]
         if name in NATIVE_MSRS:
@@ -134,7 +145,7 @@ class X86Registers:
 
         Raises InvalidState for a name x86-64 lacks or a value the CPU refuses.
         """
-        width = 128 if name in _VECTORS else 16 if name in _SEGMENTS else 64
+        width = _width(name)
         if not 0 <= value < 1 << width:
             raise InvalidState(f"{name} takes {width} bits, not {value:#x}", name=name, value=value)
         if name in _SEGMENTS:
@@ -158,7 +169,8 @@ class X86Registers:
 
     def _load_segment(self, name: str, selector: int) -> None:
         if selector & ~3:
-            hidden, table = self.descriptor(selector), "LDT" if selector & 4 else "GDT"
+            table = "LDT" if selector & 4 else "GDT"
+            hidden = self.descriptor(selector)
             if hidden is None or (name == "cs" and not hidden[2] & 1 << 21):  # L
                 raise InvalidState(
                     f"{name} = {selector:#x}: the {table} has no such segment", name=name
@@ -170,23 +182,28 @@ class X86Registers:
             self.set_ring(selector & 3)
 
     def descriptor(self, selector: int) -> tuple[int, int, int] | None:
-        """(base, limit, second word) from the descriptor table, read as the CPU reads it: in ring 0."""
-        table, ring = "ldt" if selector & 4 else "gdt", self.read("cs") & 3
+        """(base, limit, second word) from the descriptor table, read in ring 0 as the CPU does."""
+        table = "ldt" if selector & 4 else "gdt"
         base, end = self.read(f"{table}_base"), self.read(f"{table}_limit")
+        if selector | 7 > end:
+            return None
+
+        ring = self.read("cs") & 3
         if ring:
             self.set_ring(0)
-        raw = self.fetch(base + (selector & ~7), 8) if selector | 7 <= end else None
+        raw = self.fetch(base + (selector & ~7), 8)
         if ring:
             self.set_ring(ring)
         if raw is None:
             return None
+
         low, high = int.from_bytes(raw[:4], "little"), int.from_bytes(raw[4:], "little")
+        start = high & 0xFF00_0000 | (high & 0xFF) << 16 | low >> 16
         limit = high & 0xF0000 | low & 0xFFFF
-        return (
-            high & 0xFF00_0000 | (high & 0xFF) << 16 | low >> 16,
-            limit << 12 | 0xFFF if high & 1 << 23 else limit,
-            high,
-        )
+        in_pages = high & 1 << 23  # G
+        if in_pages:
+            limit = limit << 12 | 0xFFF
+        return start, limit, high
 
     def set_segment(self, name: str, selector: int, hidden: tuple[int, int, int]) -> None:
         """Set a segment register with its hidden part, as an interrupt does.

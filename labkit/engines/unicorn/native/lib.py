@@ -167,7 +167,8 @@ class RegBatch:
     def write(self, *values: int) -> None:
         """Set them all."""
         self._pack(*values)
-        if status := self._write():
+        status = self._write()
+        if status:
             check(status, "uc_reg_write_batch")
 
     def close(self) -> None:
@@ -299,7 +300,8 @@ class Handle:
         """Put a CPU state back; the length is checked because a wrong one aborts the process."""
         if len(blob) != self.context_size:
             raise LabError(
-                f"CPU state of {len(blob)} bytes given to an engine whose states have {self.context_size}"
+                f"CPU state of {len(blob)} bytes given to an engine "
+                f"whose states have {self.context_size}"
             )
         assert self._context.value is not None
         ctypes.memmove(self._context.value, blob, len(blob))

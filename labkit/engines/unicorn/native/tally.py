@@ -91,8 +91,8 @@ class Tally:
     def back(self, block: int, gva: int) -> int:
         """What to add (0 or less) to the total of a block just entered.
 
-        The sum is the instructions run when the one at gva is about to. A gva behind the block means that
-        its last one is the one that left.
+        The sum is the instructions run when the one at gva is about to. A gva behind the
+        block means that its last one is the one that left.
         """
         found = self._back.get((block, gva))
         if found is None:
