@@ -1,4 +1,4 @@
-"""The front door: the session's Vm and Vcpu with looking added. The only file that knows all rooms."""
+"""The front door: the session's Vm and Vcpu with looking added; it knows all rooms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds the machine code of labkit/engines/unicorn/native from its C sources, for the hosts that labkit runs on (`make native`)."""
+"""Builds the machine code in engines/unicorn/native from its C sources (`make native`)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ class Source:
     def text(self) -> str:
         """The Python file that holds the code."""
         lines = [
-            f'"""Machine code of {self.name}.c, made by tests/build_native.py; a test sees that they belong together."""',
+            f'"""Machine code of {self.name}.c, made by tests/build_native.py; '
+            'a test sees that they belong together."""',
             "",
             '__all__ = ["COMPILER", "MACHINE_CODE", "SOURCE_SHA256"]',
             "",

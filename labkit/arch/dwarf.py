@@ -31,7 +31,7 @@ DWARF_REGISTERS: Mapping[str, Mapping[int, str]] = {
     ),
     "s390x": {number: f"r{number}" for number in range(16)},
 }
-"""By architecture: number -> the name that labkit's registers have. AMD64's 16 is the return address."""
+"""By architecture: number -> labkit's name of the register. AMD64's 16 is the return address."""
 
 CFA_ABOVE_SP: Mapping[str, int] = {"s390x": 160}
 """Bytes from a caller's stack pointer up to the CFA of what it calls, where they are not the same.

@@ -202,7 +202,7 @@ class Program:
         return FrameTable(self.image)
 
     def frame_rule(self, gva: int) -> FrameRule | None:
-        """How to find the caller's frame from an instruction; None without call frame information."""
+        """How to find the caller's frame from an instruction; None where nothing says it."""
         return self._frames.rule(gva)
 
     def places(self, place: str) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Backtrace:
-    """The frames, the innermost first, and why they end where they do ("" at the entry function)."""
+    """The frames, the innermost first, and why they end there ("" at the entry function)."""
 
     frames: tuple[Frame, ...]
     why: str = ""

@@ -129,7 +129,7 @@ class Names:
     def gva_of(self, place: str | int) -> int:
         """The gva of a symbol, of a "file.c:12" (its first instruction), or the gva itself.
 
-        Raises SymbolNotFound with the names that come near, and InvalidState for a line without code.
+        Raises SymbolNotFound with the names that come near, InvalidState for a line without code.
         """
         return self.places(place)[0]
 

@@ -91,7 +91,7 @@ class Vm:
         self._host_globals = HostGlobals(program) if program is not None else None
 
     def _check_look(self, gpa: int, size: int, is_write: bool) -> None:
-        """Memory of an encrypted guest is made readable for who looks, so the guest stands still."""
+        """An encrypted guest's memory is made readable for who looks: the guest stands still."""
         self.turn.check("a look at its memory")
 
     # --- making VMs
@@ -118,16 +118,12 @@ class Vm:
         """A VM that is ready to run `entry` on every vCPU (vm_create_with_vcpus).
 
         program: a Program, the path of a C or an ELF file, or C source (for x86-64).
-        entry: a function, or a gva.
-        memory: bytes of the memslot at gpa 0; without it as many as program and vCPUs need.
-        privilege: "kernel" (CPL0) or "user" (CPL3); without it as the engine's capability
-        "user_by_default" says.
-        schedule: see Schedule; without it "round_robin", and "parallel" for guests that run in a
-        ring in which nobody can count.
-        protect: "sev", "sev-es", "snp" or "tdx" encrypts the guest, every page but those of
-        alloc_shared; it is launched at once under `policy` (or with launch=False later, step by
-        step, by `vm.guest`), with the encryption bit at c_bit (else CPUID says where).
-        paging: the page-table format by name, where an architecture has several.
+        entry: a function or a gva. memory: bytes of the memslot at gpa 0. paging: a format by name.
+        privilege: "kernel" (CPL0) or "user" (CPL3); without it what the engine is made for.
+        schedule: see Schedule; "parallel" without it where a guest's ring cannot be counted.
+        protect: "sev", "sev-es", "snp" or "tdx" encrypts all pages but those of alloc_shared. The
+        guest is launched at once under `policy`, or with launch=False later, step by step, by
+        `vm.guest`; the encryption bit is c_bit, else where CPUID says.
 
         Raises NotAvailable for a backend or a protection that this labkit or machine lacks,
         SymbolNotFound, InvalidState, and for a path or source ElfError and CompileError.

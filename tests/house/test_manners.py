@@ -23,6 +23,7 @@ STILL_ANY = {
 # names that only look private, and those that libraries give nowhere else
 PUBLIC_IN_SPITE = {
     "_asdict",  # of a NamedTuple
+    "_fields",  # of a NamedTuple
     "_replace",  # of a NamedTuple
     "_name",  # of a ctypes.CDLL: the path it was loaded from
     "_get_segment_header",  # of pyelftools: a header without reading what it points to

@@ -1,4 +1,4 @@
-"""The whole VM in one look: the vCPU in front in full, the others briefly, and nothing remembered."""
+"""The whole VM in one look: the vCPU in front in full, the others briefly."""
 
 from __future__ import annotations
 

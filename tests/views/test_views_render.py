@@ -14,6 +14,7 @@ import views_sample as sample
 from hypothesis import given
 from hypothesis import strategies as st
 
+from labkit.paging.labels import as_labels
 from labkit.views import dashboard, encryption, eyes, launch, memory, pages, pool, stepper
 from labkit.views.drawing.markup import Html, el, esc, plain
 from labkit.views.drawing.style import LIGHT, css, inline_styles, svg_css
@@ -193,7 +194,8 @@ def hostile() -> list[View]:
         stack=tuple(replace(row, note=EVIL) for row in vcpu.stack),
         touches=tuple(replace(touch, note=EVIL, gpa=None) for touch in vcpu.touches),
     )
-    table, layout = replace(sample.page_table(), labels=lambda gva: EVIL), sample.memory()
+    table = replace(sample.page_table(), names=as_labels(lambda gva: EVIL))
+    layout = sample.memory()
     layout = replace(layout, ranges=tuple(replace(part, kind=EVIL) for part in layout.ranges))
     vm = sample.vm(
         name=EVIL,
