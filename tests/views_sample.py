@@ -131,7 +131,7 @@ def pool(
         nr_pages=-(-(OFFSET + nr_slots * SIZE) // 4096),
         in_use=in_use,
         owner=owner,
-        since=since,
+        held_since=since,
         done=done,
         leaked=leaked,
         changed=changed,
