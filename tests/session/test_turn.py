@@ -73,11 +73,12 @@ ACTS: dict[str, Callable[[lk.Vm], object]] = {
 
 @pytest.mark.parametrize("name", ACTS)
 def test_that_an_act_from_another_thread_is_refused_with_who_runs(name: str) -> None:
-    with lk.Vm.create(spin()) as vm, running(vm):
-        with pytest.raises(
-            lk.Busy, match=r"another thread runs it \(run\(\) on thread runner, for"
-        ):
-            ACTS[name](vm)
+    with (
+        lk.Vm.create(spin()) as vm,
+        running(vm),
+        pytest.raises(lk.Busy, match=r"another thread runs it \(run\(\) on thread runner, for"),
+    ):
+        ACTS[name](vm)
 
 
 LOOKS: dict[str, Callable[[lk.Vm], object]] = {
@@ -165,49 +166,67 @@ def test_that_looks_change_no_count_and_no_end() -> None:
         assert watched.read(counter, 8) == alone.read(counter, 8)
 
 
-def test_that_eight_threads_on_three_vms_leave_exact_counts() -> None:
-    """Each thread runs, steps, looks and writes as it likes; who is refused tries something else."""
-    vms = [lk.Vm.create(spin(), "guest_talks") for _ in range(3)]
-    counted = [0] * 3
-    errors: list[BaseException] = []
-    lock = threading.Lock()
-    end = time.monotonic() + 3
+def count_run(vm: lk.Vm, turn: int) -> int:
+    with vm.turn.run("run"):
+        before = vm.step
+        vm.vcpus[0].run(max_insns=turn * 37 % 5000)
+        return vm.step - before
 
-    def use(seed: int) -> None:
+
+def count_step(vm: lk.Vm, turn: int) -> int:
+    with vm.turn.run("run"):
+        vm.vcpus[0].step()
+        return 1
+
+
+def look(vm: lk.Vm, turn: int) -> int:
+    vm.look()
+    vm.pool  # noqa: B018
+    return 0
+
+
+def write(vm: lk.Vm, turn: int) -> int:
+    vm.write_guest_global("counter", turn)
+    return 0
+
+
+class Crowd:
+    """Threads that each run, step, look at and write to VMs; who is refused tries something else."""
+
+    def __init__(self, vms: list[lk.Vm]) -> None:
+        self.vms = vms
+        self.counted = [0] * len(vms)
+        self.errors: list[BaseException] = []
+        self._lock = threading.Lock()
+
+    def use(self, seed: int, end: float) -> None:
         turn = seed
-        while time.monotonic() < end and not errors:
+        while time.monotonic() < end and not self.errors:
             turn += 1
-            index = turn % 3
-            vm = vms[index]
+            index = turn % len(self.vms)
             try:
-                if turn % 5 == 0:
-                    with vm.turn.run("run"):
-                        before = vm.step
-                        vm.vcpus[0].run(max_insns=turn * 37 % 5000)
-                        with lock:
-                            counted[index] += vm.step - before
-                elif turn % 5 == 1:
-                    with vm.turn.run("run"):
-                        vm.vcpus[0].step()
-                        with lock:
-                            counted[index] += 1
-                elif turn % 5 == 2:
-                    vm.look()
-                elif turn % 5 == 3:
-                    vm.alloc(4096) if turn % 50 == 3 else vm.pool
-                else:
-                    vm.write_guest_global("counter", turn)
+                count = (count_run, count_step, look, write)[turn % 4](self.vms[index], turn)
             except lk.Busy:
                 continue
             except BaseException as err:
-                errors.append(err)
+                self.errors.append(err)
+                return
+            with self._lock:
+                self.counted[index] += count
 
-    threads = [threading.Thread(target=use, args=(seed,)) for seed in range(8)]
+
+def test_that_eight_threads_on_three_vms_leave_exact_counts(backend: str) -> None:
+    vms = [
+        lk.Vm.create(spin(), "guest_talks", backend=backend, privilege="kernel") for _ in range(3)
+    ]
+    crowd = Crowd(vms)
+    end = time.monotonic() + 3
+    threads = [threading.Thread(target=crowd.use, args=(seed, end)) for seed in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not errors
-    assert [vm.step for vm in vms] == counted
+    assert not crowd.errors
+    assert [vm.step for vm in vms] == crowd.counted
     for vm in vms:
         vm.close()
