@@ -24,7 +24,7 @@ def machine() -> Iterator[object]:
         vm = bare(text, backend="kvm")
         vms.append(vm)
         vm.machine.space.map(HOLE_GVA, HOLE, 4)
-        vm.vcpus[0]._cpu.set_regs({"rbx": HOLE_GVA, "rdx": 0x99} | regs)
+        vm.vcpus[0].cpu.set_regs({"rbx": HOLE_GVA, "rdx": 0x99} | regs)
         return vm
 
     yield make
@@ -169,7 +169,7 @@ def test_that_the_clock_of_a_free_run_moves_with_each_store_and_alike_after_a_re
 
 
 def test_that_what_an_ins_stores_to_a_hole_leaves_before_the_next_element(machine):
-    cpu = machine("rep insb; hlt", rcx=3, rdi=HOLE_GVA).vcpus[0]._cpu
+    cpu = machine("rep insb; hlt", rcx=3, rdi=HOLE_GVA).vcpus[0].cpu
     element = PioExit(0x99, 1, False, 0)
     for i in range(3):  # nobody looks at registers in between
         assert (cpu.run(), cpu.run()) == (element, store(i, 0))

@@ -35,8 +35,6 @@ STILL_REACHING = {
 STILL_FOLDED = {
     "arch/s390.py": 1,
     "arch/x86_boot.py": 1,
-    "engines/disasm.py": 1,
-    "engines/kvm/step.py": 1,
     "engines/unicorn/guards.py": 1,
     "engines/unicorn/isa/arm64.py": 1,
     "engines/unicorn/isa/s390_host.py": 7,
