@@ -100,7 +100,13 @@ def test_that_answer_c_about_schedules_is_right(seed: int) -> None:
         (LAUNCH, "A", 7, "seed 7: stack)", "('stack', False)"),
         (LAUNCH, "A", 5, "no measurement tells (seed 5)", "('pool', True)"),
         (LAUNCH, "B", 1, "For seed 1 it is <code>LAUNCH_UPDATE_VMSA", "LAUNCH_UPDATE_VMSA: ENOTTY"),
-        (LAUNCH, "B", 2, "for seed 2 <code>GUEST_STATUS", "GUEST_STATUS (0, 8, "),
+        (
+            LAUNCH,
+            "B",
+            2,
+            "for seed 2 <code>GUEST_STATUS",
+            "GUEST_STATUS GuestStatus(policy=0, asid=8, ",
+        ),
         (
             LAUNCH,
             "B",

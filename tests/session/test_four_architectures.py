@@ -376,7 +376,7 @@ def test_that_every_view_draws_it(arch):
         assert data["text/plain"] and "<" in data["text/html"]
     assert (
         snapshot.arch == arch
-        and find_arch(arch).level(vm.vcpus[0].regs.all()) == snapshot.vcpus[0].mode
+        and find_arch(arch).level(vm.vcpus[0].regs.all()) == snapshot.front.mode
     )
 
 
