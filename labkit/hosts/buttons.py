@@ -18,6 +18,7 @@ __all__ = ["VmController"]
 # Instructions that one press of a button may take: a page must not hang on a guest that spins.
 RUN_LIMIT = 20_000_000
 
+WHILE_IT_RUNS = frozenset({"select", "vcpu", "stop"})
 STEADY = frozenset({"select", "vcpu", "toggle_breakpoint"})  # actions that can be done at any time
 RUNNING = frozenset({"run", "step", "step_line"})
 
@@ -32,7 +33,10 @@ class VmController:
 
     @property
     def actions(self) -> frozenset[str]:
-        """What can be done now."""
+        """What can be done now; of a VM that runs for long already, to look on and to stop it."""
+        running = self.vm.running
+        if running is not None and running.is_long:
+            return WHILE_IT_RUNS
         if not self.vm.vcpus or self._vcpu.state not in RUNNABLE:
             return STEADY
         if self.vm.guest is not None and not self.vm.guest.launched:
@@ -61,7 +65,9 @@ class VmController:
         The facts come from a browser: index of a vCPU; gva or line of a breakpoint; kind and value
         of a selection.
         """
-        if name == "run":
+        if name == "stop":
+            self.vm.stop()
+        elif name == "run":
             self._vcpu.run(RUN_LIMIT)
         elif name == "step":
             self._vcpu.step()
@@ -114,5 +120,15 @@ class VmController:
             self.chosen = (kind, int(value))
 
     def observe(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call back after every change of the VM; returns a function that ends it."""
-        return self.vm.observe(callback)
+        """Call back after every change of the VM, and now and then while its guest runs.
+
+        Returns a function that ends it.
+        """
+        end_changes = self.vm.observe(callback)
+        end_ticks = self.vm.turn.follow(callback)
+
+        def end() -> None:
+            end_changes()
+            end_ticks()
+
+        return end

@@ -8,7 +8,13 @@ from labkit.errors import InvalidState
 from labkit.look.encryption import EncryptionMap
 from labkit.look.memory import look_at_memory
 from labkit.look.secrets import look_at_encryption, look_at_launch, look_through_both
-from labkit.look.snapshots import EventMark, Selection, VcpuBrief, VmSnapshot
+from labkit.look.snapshots import (
+    EventMark,
+    Selection,
+    VcpuBrief,
+    VcpuSnapshot,
+    VmSnapshot,
+)
 from labkit.look.vcpu import look_at_vcpu, status_of
 from labkit.machine.memory import PAGE
 from labkit.machine.vm import STACK_PAGES
@@ -50,12 +56,23 @@ def look_at_vm(vm: Vm, front: int = 0, selection: Selection | None = None) -> Vm
         memory=look_at_memory(vm),
         selection=selection,
         events=tuple(_mark(happened) for happened in vm.log),
-        status="" if in_front is None else status_of(in_front),
+        status=_status(vm, in_front),
         front=in_front,
     )
     if vm.guest is None:
         return seen
     return _with_secrets(vm, seen)
+
+
+def _status(vm: Vm, in_front: VcpuSnapshot | None) -> str:
+    """What the vCPU in front is about to do; of a VM that runs for long, how far it is."""
+    if in_front is None:
+        return ""
+    running = vm.running
+    if running is None or not running.is_long:
+        return status_of(in_front)
+    where = "" if in_front.sealed else f", now at {in_front.where}"
+    return f"Running: {running}, at step {vm.step}{where}."
 
 
 def _pool(vm: Vm, next_slot: int | None) -> PoolSnapshot | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ __all__ = ["Running", "Turn", "act", "look"]
 
 PATIENCE = 0.02  # seconds after which who waits looks again whether the runner has come out
 STILL = 0.001  # seconds after which a runner that stands still looks whether it may go on
-TICK = 1 / 30  # seconds between two times that those who follow a long run are told of it
+LONG = 0.2  # seconds
+TICK = 0.1  # seconds between two times that those who follow a long run are told of it
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,17 @@ class Running:
         """For how long it has been on."""
         return time.monotonic() - self.since
 
+    @property
+    def is_long(self) -> bool:
+        """Whether a person would want to be told of it."""
+        return self.seconds > LONG
+
     def __str__(self) -> str:
         return f"{self.what}() on thread {self.thread}, for {self.seconds:.1f} s"
 
 
 class Turn:
-    """The turn of one VM; `on_tick` are told every 33 ms while a guest runs, on its thread."""
+    """The turn of one VM."""
 
     def __init__(self, name: str, ask: Callable[[], object]) -> None:
         self._name = name
@@ -59,8 +66,9 @@ class Turn:
         self._what = ""
         self._since = 0.0
         self._next_tick = 0.0
+        self._ticked = False  # the run that is on is so long that followers were told
         self._stop_asked = False
-        self.on_tick: list[Callable[[], object]] = []
+        self._followers: list[Callable[[], object]] = []
         self.looking = _Looking(self._lock, self.wait_to_look)
 
     @property
@@ -71,6 +79,29 @@ class Turn:
             return None
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         return Running(what, names.get(runner, f"{runner:#x}"), since)
+
+    def follow(self, tell: Callable[[], object]) -> Callable[[], None]:
+        """Call back every 0.1 s while a guest runs, on its thread, and when a long run has ended.
+
+        Returns a function that ends it.
+        """
+        self._followers.append(tell)
+        if len(self._followers) == 1:
+            ticks = threading.Thread(
+                target=_ask_often, args=(weakref.ref(self),), name="labkit-ticks", daemon=True
+            )
+            ticks.start()
+        return lambda: self._followers.remove(tell)
+
+    def ask_for_followers(self) -> bool:
+        """Have a guest that runs come out soon; False when nobody follows any longer."""
+        if self._runner:
+            self._ask()
+        return bool(self._followers)
+
+    def close(self) -> None:
+        """The VM is closed: nobody follows it any longer."""
+        self._followers.clear()
 
     # --- running
 
@@ -93,9 +124,14 @@ class Turn:
     def end(self) -> None:
         """The guest has stopped."""
         self._depth -= 1
+        was_followed = False
         if self._depth == 0:
             self._runner = 0
+            was_followed = self._ticked
+            self._ticked = False
         self._lock.release()
+        if was_followed:
+            self._tell()
 
     @contextmanager
     def run(self, what: str) -> Iterator[None]:
@@ -113,7 +149,7 @@ class Turn:
         """
         if self._lookers:
             self._stand_still()
-        if self.on_tick:
+        if self._followers:
             self._tick()
         return self._stop_asked
 
@@ -124,9 +160,13 @@ class Turn:
     def _tick(self) -> None:
         if time.monotonic() < self._next_tick:
             return
-        for tell in list(self.on_tick):
-            tell()
+        self._ticked = True
+        self._tell()
         self._next_tick = time.monotonic() + TICK
+
+    def _tell(self) -> None:
+        for tell in list(self._followers):
+            tell()
 
     def stop(self) -> bool:
         """Have the run that is on end soon, its state intact; from any thread.
@@ -197,6 +237,16 @@ class Turn:
                     return
         finally:
             self._lookers.remove(me)
+
+
+def _ask_often(turn: weakref.ref[Turn]) -> None:
+    """Have a guest that runs come out now and then, as long as there is a VM that is followed."""
+    while True:
+        time.sleep(TICK)
+        followed = turn()
+        if followed is None or not followed.ask_for_followers():
+            return
+        del followed
 
 
 class _Looking:

@@ -467,6 +467,7 @@ class Vm:
     def close(self) -> None:
         """Release the engine; the VM cannot run afterwards."""
         self.machine.close()
+        self.turn.close()
 
     def __enter__(self) -> Self:
         return self

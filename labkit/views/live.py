@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -104,7 +105,8 @@ class Hub:
         self.memo: Memo = {}  # parts that several widgets show are drawn once
         self.painters: list[Callable[[int], None]] = []  # of the widgets that somebody may see
         self.publisher = Publisher(self._publish)
-        controller.observe(self.publisher.poke)
+        self._lock = threading.RLock()  # cells and the browser's messages are on two threads
+        controller.observe(self._poke)
         self._settle_after_cells()
 
     def _settle_after_cells(self) -> None:
@@ -122,12 +124,27 @@ class Hub:
             return self._settled
         return self._before_settled
 
+    def _poke(self) -> None:
+        """Something changed: told by the thread that runs the guest, which must not wait here.
+
+        Where another thread paints just now it may be waiting for the guest to stand still; what
+        changed is painted by the next one.
+        """
+        if not self._lock.acquire(blocking=False):
+            self.publisher.dirty = True
+            return
+        try:
+            self.publisher.poke()
+        finally:
+            self._lock.release()
+
     def settle(self) -> None:
         """A cell or an action ended: show the final state; later changes are marked against it."""
-        self.publisher.flush()
-        if _happened(self.shown, self._settled):
-            self._before_settled = self._settled
-        self._settled = self.shown
+        with self._lock:
+            self.publisher.flush()
+            if _happened(self.shown, self._settled):
+                self._before_settled = self._settled
+            self._settled = self.shown
 
     def act(self, name: str, **facts: object) -> None:
         """Do what a person asked for, and show the result."""
@@ -140,28 +157,31 @@ class Hub:
 
     def refresh(self) -> None:
         """Look at the VM again."""
-        self.shown = self.controller.snapshot()
+        with self._lock:
+            self.shown = self.controller.snapshot()
 
     def _publish(self) -> int:
         """Send one message a widget.
 
         Each says how many there are, and the browser paints them together when all have come.
         """
-        nr_messages = len(self.painters)
-        if self.painters:
-            self.refresh()
-        for paint in self.painters:
-            paint(nr_messages)
-        return nr_messages
+        with self._lock:
+            painters = list(self.painters)
+            if painters:
+                self.refresh()
+            for paint in painters:
+                paint(len(painters))
+            return len(painters)
 
     def watch(self, paint: Callable[[int], None], watched: bool) -> None:
         """A browser shows the widget that paint belongs to, or none does any longer."""
-        if not watched:
-            self.painters = [other for other in self.painters if other != paint]
-        elif paint not in self.painters:
-            self.painters.append(paint)
-            self.publisher.dirty = True
-            self.publisher.flush()
+        with self._lock:
+            if not watched:
+                self.painters = [other for other in self.painters if other != paint]
+            elif paint not in self.painters:
+                self.painters.append(paint)
+                self.publisher.dirty = True
+                self.publisher.flush()
 
 
 def _happened(now: VmSnapshot, then: VmSnapshot) -> bool:

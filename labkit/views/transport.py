@@ -47,6 +47,7 @@ FORTH = (
     ),
 )
 RUN = (
+    Button("stop", "Stop the run", "S", "S", "M3 3h10v10H3z", "stop"),
     Button("run", "Run to the next ucall", "U", "U", "M2 2l7 6-7 6zM10.5 3h3.5v10h-3.5z", "ucall"),
     Button("end", "Run to the end", "End", "End", "M14 2h-2v12h2zM2 2v12l9-6z"),
 )
