@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 from typing import Protocol, cast
 
 from labkit.cli.output import print_json
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="labkit", description="The guest framework of the Linux KVM selftests as a lab."
     )
+    top.add_argument("--version", action="version", version=f"labkit {version('labkit')}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = import_module(f"labkit.cli.{name}")

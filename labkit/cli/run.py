@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,14 @@ def _declare_guest(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--arch", help="of a C file (default: x86_64); an ELF file says it itself")
     parser.add_argument(
+        "-D",
+        dest="defines",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="a macro for a C file; may be given again",
+    )
+    parser.add_argument(
         "--backend",
         default="unicorn",
         help="engine: unicorn or kvm (default: unicorn); unicorn,kvm compares them",
@@ -64,6 +73,12 @@ def _declare_running(parser: argparse.ArgumentParser) -> None:
         "--schedule", help="round_robin:QUANTUM, random:SEED:QUANTUM, sequential or parallel"
     )
     parser.add_argument(
+        "--memory",
+        type=number,
+        metavar="BYTES",
+        help="size of the memslot at gpa 0 (default: what program and vCPUs need)",
+    )
+    parser.add_argument(
         "--privilege",
         choices=("kernel", "user"),
         help="ring of the guests (default: the engine's, see labkit doctor)",
@@ -86,11 +101,11 @@ def place(text: str) -> str | int:
     return number(text) if text[:1].isdigit() else text
 
 
-def load(path: Path, arch: str | None) -> Program:
-    """A program from C or ELF.
+def load(path: Path, arch: str | None, defines: Sequence[str] = ()) -> Program:
+    """A program from C, with macros as "NAME" or "NAME=VALUE", or from ELF.
 
     Raises NotAvailable for a file that cannot be read, InvalidState for an ELF file of another
-    architecture than `arch`, and the errors of the guest room.
+    architecture than `arch` or with macros, and the errors of the guest room.
     """
     from labkit.guest.program import Program
 
@@ -99,7 +114,9 @@ def load(path: Path, arch: str | None) -> Program:
     except OSError as err:
         raise NotAvailable(f"{path}: {err.strerror}", path=path) from err
     if not image.startswith(ELF_MAGIC) and path.suffix in C_SUFFIXES:
-        return Program.compile(path, arch=arch or "x86_64")
+        return Program.compile(path, arch=arch or "x86_64", defines=tuple(defines))
+    if defines:
+        raise InvalidState(f"{path} is no C file: -D {defines[0]} has nothing to define it for")
     program = Program.load(path)
     if arch not in (None, program.arch):
         raise InvalidState(f"{path} is for {program.arch}, not for {arch}", path=path)
@@ -110,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the guest to its end; status 0 when every vCPU reached DONE, and all engines agree."""
     if args.max_insns is not None and args.max_insns < 0:
         raise InvalidState(f"--max-insns {args.max_insns}: a budget is not negative")
-    program = load(args.file, args.arch)
+    program = load(args.file, args.arch, args.defines)
     if "," in args.backend:
         from labkit.cli.run_compared import run_compared
 
@@ -126,6 +143,7 @@ def create_options(args: argparse.Namespace) -> dict[str, Any]:
         "privilege": args.privilege,
         "policy": args.policy,
         "c_bit": args.c_bit,
+        "memory": args.memory,
     }
 
 

@@ -189,3 +189,34 @@ def test_that_a_terminal_without_the_letters_of_a_guest_is_shown_what_they_are(
         command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, env=env
     )
     assert done.returncode == 0 and b"caf\\xe9" in done.stdout and not done.stderr
+
+
+def test_that_macros_reach_a_c_file(tmp_path: Path) -> None:
+    guest = tmp_path / "guest.c"
+    guest.write_text(
+        '#include "labkit.h"\nvoid guest_code(void) { GUEST_SYNC(STAGE + DEBUG); GUEST_DONE(); }\n'
+    )
+    status, lines, _ = run(guest, "-D", "STAGE=41", "-DDEBUG", "--json")
+    assert status == 0
+    assert lines[0]["args"][1] == 42
+
+
+def test_that_macros_for_an_elf_file_are_refused() -> None:
+    status, lines, _ = run(GUESTS / "hello.elf", "-DX", "--json")
+    assert status == 1
+    assert "no C file" in lines[0]["message"]
+
+
+def test_that_memory_is_as_large_as_was_said() -> None:
+    status, lines, _ = run(GUESTS / "hello.elf", "--memory", "0x1000", "--json")
+    assert status == 1
+    assert lines[0]["error"] in ("OutOfMemory", "InvalidState")
+    assert run(GUESTS / "hello.elf", "--memory", "0x1000000")[0] == 0
+
+
+def test_that_the_version_is_said() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "labkit.cli", "--version"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith("labkit 0.")
