@@ -23,6 +23,7 @@ from labkit.look.snapshots import (
     VmSnapshot,
 )
 from labkit.paging.build import PageTableBuilder
+from labkit.paging.entries import U64
 from labkit.paging.scan import PageTable, scan
 from labkit.ucall.snapshot import PoolSnapshot, Slot, SlotState
 
@@ -203,11 +204,13 @@ def page_table(c_bit: int | None = None, late: bool = False, inverted: bool = Fa
         build.map(0x90406D0000, 0x104000, 2, nx=True, **shared)
         build.unmap(0x9040697000)
         build.protect(0x90406A4000, writable=False, **shared)
-    return scan(read, mode, build.root_gpa, step=STEP if late else EARLIER, label=_label)
+    return scan(read, mode, build.root_gpa, step=STEP if late else EARLIER, names=_Names())
 
 
-def _label(gva: int) -> str:
-    spans = (
+class _Names:
+    """What lies where in the sample."""
+
+    SPANS = (
         (0x400000, 0x408000, "code"),
         (0x408000, 0x40E000, "data, bss"),
         (0x41C000, 0x430000, "stacks of 4 vCPUs"),
@@ -215,7 +218,12 @@ def _label(gva: int) -> str:
         (0x9040696000, 0x904069A000, "mailbox"),
         (0x90406A0000, 0x90406D0000, "test_mem"),
     )
-    return next((name for low, high, name in spans if low <= gva < high), "")
+
+    def label(self, gva: int) -> str:
+        return next((name for low, high, name in self.SPANS if low <= gva < high), "")
+
+    def labels(self, gvas: U64, gpas: U64) -> list[str]:
+        return [self.label(gva) for gva in gvas.tolist()]
 
 
 def memory(protected: bool = False) -> MemoryMap:

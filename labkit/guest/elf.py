@@ -118,7 +118,14 @@ def read_elf(image: bytes, name: str) -> ElfFacts:
     _check_ident(file)
     try:
         elf = open_elf(image)
-        header = _Header(*(elf.header[field] for field in _Header._fields))
+        header = _Header(
+            e_type=elf.header["e_type"],
+            e_machine=elf.header["e_machine"],
+            e_entry=elf.header["e_entry"],
+            e_phoff=elf.header["e_phoff"],
+            e_phnum=elf.header["e_phnum"],
+            e_phentsize=elf.header["e_phentsize"],
+        )
     except Exception as error:  # pyelftools meets hostile bytes with exceptions of every kind
         file.refuse(f"broken ELF header ({error or type(error).__name__})")
     arch = _check_machine(file, header)

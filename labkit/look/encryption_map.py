@@ -111,6 +111,4 @@ def _what(
     """What a segment is for; "" when nobody knows."""
     if part.use >= 0:
         return uses[part.use].kind
-    if gvas and table.labels is not None:
-        return table.labels(gvas[0])
-    return ""
+    return table.label(gvas[0]) if gvas else ""

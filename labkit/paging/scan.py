@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from labkit.arch.desc import PagingMode
 from labkit.errors import MemoryFault
 from labkit.paging.entries import U64, Bools, Indices, runs
-from labkit.paging.labels import Label, Labels, as_labels, range_label
+from labkit.paging.labels import Labels, range_label
 from labkit.paging.leaves import read_tables
 from labkit.paging.walk import Read, Walk, walk
 from labkit.shown import Bundle, mimebundle
@@ -94,11 +94,6 @@ class PageTable:
     def label(self, gva: int) -> str:
         """What lies at a gva, in a word; "" when nobody knows."""
         return "" if self.names is None else self.names.label(gva)
-
-    @property
-    def labels(self) -> Label | None:
-        """The same as a callable, None when there is nobody to ask."""
-        return None if self.names is None else self.names.label
 
     # --- rights
 
@@ -252,15 +247,14 @@ def scan(
     mode: PagingMode,
     root_gpa: int,
     step: int | None = None,
-    label: Label | Labels | None = None,
+    names: Labels | None = None,
     max_leaves: int = MAX_LEAVES,
 ) -> PageTable:
     """Read every table below root_gpa (or raw CR3) and give a snapshot of all leaves; never raises.
 
     Without .truncated it holds exactly the translations that walk() finds; tables that loop or are
-    very many are cut off after max_leaves leaves, and what is there is still true. `label` says
-    what lies where: Labels, or a callable that is given one gva, which takes its time when there
-    are many.
+    very many are cut off after max_leaves leaves, and what is there is still true. `names` say what
+    lies where.
     """
     root = mode.root(root_gpa)
     found = read_tables(read, mode, root, max_leaves)
@@ -279,7 +273,7 @@ def scan(
         nr_bad=len(found.bad),
         outside=found.outside,
         truncated=found.truncated,
-        names=as_labels(label),
+        names=names,
     )
 
 

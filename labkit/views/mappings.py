@@ -83,9 +83,8 @@ def _access(flags: dict[str, bool]) -> str:
 
 def _what(found: PageTable, gva: int, end: int) -> str:
     """What lies in a range, by its first and its last byte."""
-    if found.labels is None:
-        return ""
-    low, high = plain(found.labels(gva), 60), plain(found.labels(end), 60)
+    low = plain(found.label(gva), 60)
+    high = plain(found.label(end), 60)
     if low == high or not high:
         return low
     return f"{low} .. {high}"

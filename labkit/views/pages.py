@@ -86,9 +86,7 @@ def render_walk(
     before = None
     if previous is not None and found is not None and previous.tables != found.tables:
         before = previous
-    what = ""
-    if found is not None and found.labels is not None:
-        what = found.labels(walk.gva)
+    what = "" if found is None else found.label(walk.gva)
     picture = draw_walk(walk, found, inner, before=before, objects=objects, name=what)
     picture += walk_key(walk, found, None if before is None else before.step)
     if walk.problem is not None:

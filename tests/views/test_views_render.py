@@ -14,7 +14,7 @@ import views_sample as sample
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labkit.paging.labels import as_labels
+from labkit.paging.entries import U64
 from labkit.views import dashboard, encryption, eyes, launch, memory, pages, pool, stepper
 from labkit.views.drawing.markup import Html, el, esc, plain
 from labkit.views.drawing.style import LIGHT, css, inline_styles, svg_css
@@ -174,6 +174,16 @@ def test_that_control_characters_are_spelled_out_and_long_text_is_cut() -> None:
     assert Html("<b>") + "<i>" == "<b>&lt;i&gt;"
 
 
+class EvilNames:
+    """A guest's program that has one name for everything."""
+
+    def label(self, gva: int) -> str:
+        return EVIL
+
+    def labels(self, gvas: U64, gpas: U64) -> list[str]:
+        return [EVIL] * len(gvas)
+
+
 def hostile() -> list[View]:
     """Every guest-controlled string replaced by an attack."""
     held = tuple(replace(slot, text=EVIL, cmd=EVIL) for slot in sample.pool().held)
@@ -194,7 +204,7 @@ def hostile() -> list[View]:
         stack=tuple(replace(row, note=EVIL) for row in vcpu.stack),
         touches=tuple(replace(touch, note=EVIL, gpa=None) for touch in vcpu.touches),
     )
-    table = replace(sample.page_table(), names=as_labels(lambda gva: EVIL))
+    table = replace(sample.page_table(), names=EvilNames())
     layout = sample.memory()
     layout = replace(layout, ranges=tuple(replace(part, kind=EVIL) for part in layout.ranges))
     vm = sample.vm(
