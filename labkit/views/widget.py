@@ -84,6 +84,18 @@ class LabWidget(_Panes):
             self.batch = [self.batch[0] + 1, nr_messages]
             for name, body in drawn.items():
                 setattr(self, name, body)
+        self._hear_while_a_cell_runs()
+
+    def _hear_while_a_cell_runs(self) -> None:
+        """Have clicks taken by the browser's own subshell, whoever painted last.
+
+        ipykernel (7.4, BaseComm.publish_msg) sends what comes back for a comm to the shell that
+        used it last. After a paint by a running cell that is the main shell, where a click on stop
+        would wait until the cell has ended. Without a note of that each message goes where it was
+        sent.
+        """
+        if self.comm is not None:
+            self.comm.__dict__.pop("_reply_subshell_id", None)
 
     def close(self) -> None:
         """Stop following the VM."""

@@ -230,6 +230,52 @@ def test_that_the_dark_theme_reaches_the_dashboard(tour: Tour) -> None:
     tour.shoot("dark")
 
 
+ADD_CELL = """async ([source, wait]) => {
+  const app = window.jupyterapp;
+  const { content } = app.shell.currentWidget;
+  content.activeCellIndex = content.widgets.length - 1;
+  await app.commands.execute('notebook:insert-cell-below');
+  content.activeCell.model.sharedModel.setSource(source);
+  window.cellRun = app.commands.execute('notebook:run-cell');
+  if (wait) await window.cellRun;
+}"""
+LAST_OUTPUT = """() => {
+  const cells = window.jupyterapp.shell.currentWidget.content.widgets;
+  const { outputs } = cells[cells.length - 1].model;
+  return JSON.stringify(outputs.toJSON());
+}"""
+BUSY = """import labkit as lk
+SPIN = '#include "labkit.h"\\nvolatile long n; void guest_code(void) { for (;;) n++; }'
+busy = lk.Vm.create(SPIN, name="busy")
+busy.show()"""
+
+
+def test_that_clicks_while_a_cell_runs_are_answered_and_stop_ends_it(tour: Tour) -> None:
+    page = tour.page
+    page.evaluate(ADD_CELL, [BUSY, True])
+    root = page.locator("section.lk").last
+    root.scroll_into_view_if_needed()
+    page.evaluate(ADD_CELL, ["busy.run()", False])
+    stop = root.get_by_role("button", name="Stop the run")
+    stop.wait_for()
+    status = root.locator("[role=status]").first
+    assert "Running: run() on thread MainThread" in status.inner_text()
+    root.screenshot(path=OUT / "tour-running.png")
+
+    root.locator("[data-act=vcpu]").first.click()
+    root.focus()
+    for key in ("ArrowRight", "Shift+ArrowRight", "p"):
+        page.keyboard.press(key)
+    stop.click()
+    page.evaluate(f"async () => {{ {SOON} await soon(20, 'the run', window.cellRun); }}")
+    assert "StopExit()" in page.evaluate(LAST_OUTPUT)
+    root.get_by_role("button", name="Step one instruction").wait_for()
+    assert "Running" not in status.inner_text()
+
+    page.evaluate(ADD_CELL, ["1 + 1", True])
+    assert "2" in page.evaluate(LAST_OUTPUT)
+
+
 def test_that_nothing_was_asked_of_the_outside(tour: Tour) -> None:
     assert "127.0.0.1" in tour.hosts
     assert tour.hosts <= {"127.0.0.1", "data", "blob"}
