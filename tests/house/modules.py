@@ -93,21 +93,6 @@ def check(rule: Rule, modules: tuple[Module, ...] = MODULES) -> None:
         pytest.fail("\n".join([f"{len(places)} places:", *places]), pytrace=False)
 
 
-def check_fewer(rule: Rule, allowed: dict[str, int], modules: tuple[Module, ...] = MODULES) -> None:
-    """The same for a rule that is not kept everywhere yet.
-
-    `allowed` says how often it may be broken in which file, and only shrinks.
-    """
-    places = [
-        place
-        for module in modules
-        if len(found := list(rule(module))) > allowed.get(module.rel, 0)
-        for place in found
-    ]
-    if places:
-        pytest.fail("\n".join([f"{len(places)} places:", *places]), pytrace=False)
-
-
 def example(rel: str, source: str, top: Path = PACKAGE) -> Module:
     """A file that is not there, for the tests that a rule can be broken."""
     module = Module(top / rel, top)
