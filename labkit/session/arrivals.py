@@ -41,7 +41,7 @@ def arrived(vm: Vm, vcpu: Vcpu, exit: Exit) -> Ucall | Exit:
     met = _through_door(vm, vcpu, came, value)
 
     _record(vm, vcpu, met)
-    if vm.is_observed:
+    if vm.observers:
         vm.changed()
     vm.machine.engine.check_interrupt()
     return met
@@ -69,7 +69,7 @@ def _record(vm: Vm, vcpu: Vcpu, came: Ucall | Exit) -> None:
     """Note what came, and what it leaves its vCPU in."""
     if isinstance(came, Ucall):
         vcpu.state = _FINAL.get(came.cmd, "running")
-        vm.log.append(came)
+        vm.log.entries.append(came)
     elif isinstance(came, BudgetExit):
         vcpu.state = "running"
     else:

@@ -110,12 +110,16 @@ class Turn:
 
         Raises Busy while another thread runs the guest.
         """
-        self._take(what)
+        # Every step of a guest comes through here: no call that can be spared.
+        if not self._lock.acquire(False):
+            self._take(what)
+        elif self._depth and self._runner != threading.get_ident():
+            self._lock.release()
+            self._take(what)
         if self._depth == 0:
             self._runner = threading.get_ident()
             self._what = what
             self._since = time.monotonic()
-            self._next_tick = self._since + TICK
             self._stop_asked = False
         self._depth += 1
         if self._lookers:
@@ -124,11 +128,12 @@ class Turn:
     def end(self) -> None:
         """The guest has stopped."""
         self._depth -= 1
-        was_followed = False
-        if self._depth == 0:
-            self._runner = 0
-            was_followed = self._ticked
-            self._ticked = False
+        if self._depth:
+            self._lock.release()
+            return
+        self._runner = 0
+        was_followed = self._ticked
+        self._ticked = False
         self._lock.release()
         if was_followed:
             self._tell()
@@ -158,7 +163,7 @@ class Turn:
             self._pause.wait(STILL)
 
     def _tick(self) -> None:
-        if time.monotonic() < self._next_tick:
+        if time.monotonic() < max(self._next_tick, self._since + TICK):
             return
         self._ticked = True
         self._tell()

@@ -21,6 +21,7 @@ from labkit.ucall.calls import Ucall
 if TYPE_CHECKING:
     from labkit.guest.lines import Line
     from labkit.session.vm import Vm
+    from labkit.sev.guest import ProtectedGuest
 
 __all__ = ["Vcpu"]
 
@@ -93,15 +94,15 @@ class Vcpu:
             raise InvalidState(f"vCPU {self.index}: cannot run {max_insns} instructions")
         self.turn.begin("run")
         try:
-            return self._run(max_insns)
+            if self.vm.guest is None:
+                return arrived(self.vm, self, self.cpu.run(max_insns))
+            return self._run_protected(self.vm.guest, max_insns)
         finally:
             self.turn.end()
 
-    def _run(self, max_insns: int | None) -> Ucall | Exit:
-        if self.vm.guest is None:
-            return arrived(self.vm, self, self.cpu.run(max_insns))
-
-        self.vm.guest.check_ready(self.index)
+    def _run_protected(self, guest: ProtectedGuest, max_insns: int | None) -> Ucall | Exit:
+        """The same for an encrypted guest, whose VMGEXITs the host answers on the way."""
+        guest.check_ready(self.index)
         start = self.cpu.insns
         came = arrived(self.vm, self, self.cpu.run(max_insns))
         while type(came) is VmgexitExit and came.request:

@@ -47,7 +47,7 @@ class Vm:
     machine, which holds the page tables and the engine; cpu, what CPUID and MSRs say; vcpus, by
     index; schedule; protect ("sev", ..., None) and guest, its encryption; ucalls, who reads what
     guests hand over, and door, through which exit they do; names, of its addresses; log, of what
-    happened.
+    happened; observers, who are told of changes.
     """
 
     vcpus: Sequence[Vcpu]
@@ -87,7 +87,7 @@ class Vm:
         self.door = UcallDoor(machine.arch.ucall)
         self.names = Names(self)
         self.log = EventLog()
-        self._observers: list[Callable[[], None]] = []
+        self.observers: list[Callable[[], None]] = []
         self._host_globals = HostGlobals(program) if program is not None else None
 
     def _check_look(self, gpa: int, size: int, is_write: bool) -> None:
@@ -429,17 +429,12 @@ class Vm:
 
     def observe(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call back after every change; returns a function that ends it."""
-        self._observers.append(callback)
-        return lambda: self._observers.remove(callback)
-
-    @property
-    def is_observed(self) -> bool:
-        """Whether anybody wants to be told of changes."""
-        return bool(self._observers)
+        self.observers.append(callback)
+        return lambda: self.observers.remove(callback)
 
     def changed(self) -> None:
         """Tell everybody who observes."""
-        for tell in list(self._observers):
+        for tell in list(self.observers):
             tell()
 
     # --- snapshots
