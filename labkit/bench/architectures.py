@@ -41,8 +41,10 @@ def _vm(arch: str, entry: str, argument: int) -> Vm:
 
 def _plain(arch: str) -> Result:
     ours, bare = fastest(_plain_round(arch) for _ in range(ROUNDS))
+    # It was 0.9 while a run without a budget went uncounted: a block of two instructions, as this
+    # loop has on arm64 and riscv64, pays for its hook what it takes itself.
     return at_least(
-        0.9,
+        0.8,
         f"{arch}: plain code, unbounded",
         bare / ours,
         "of bare Unicorn",
