@@ -126,6 +126,14 @@ def test_that_stop_ends_a_run_and_the_next_goes_on(entry: str, backend: str) -> 
         assert isinstance(vm.vcpus[0].run(1000 if backend == "unicorn" else 10), lk.exits.Exit)
 
 
+def test_that_every_one_of_many_threads_can_be_stopped(vm: lk.Vm) -> None:
+    """The identifiers of threads that ended are given to new ones."""
+    for _ in range(5):
+        with running(vm) as came:
+            vm.stop()
+        assert came == [lk.exits.StopExit()]
+
+
 def test_that_stopping_a_run_to_the_end_is_an_error_of_its_own() -> None:
     def run(vm: lk.Vm) -> str:
         with pytest.raises(lk.Stopped) as err:

@@ -298,6 +298,7 @@ class KvmVcpu:
     def run(self, insns: int | None = None) -> Exit:
         """Run until an exit; with `insns`, until that many instructions retired (BudgetExit)."""
         self.mine()
+        self._adopt()  # a new thread may have the identifier of one that ended, and is another
         self.vm.runner = self.owner
         self.is_running = True
         shield = self.vm.shield
