@@ -18,6 +18,7 @@ from labkit.look.vm import look_at_vm
 from labkit.session import vcpu as session_vcpu
 from labkit.session import vm as session_vm
 from labkit.session.state import VmState
+from labkit.session.turn import look as in_a_pause
 from labkit.shown import draw_with, mimebundle
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Vcpu(session_vcpu.Vcpu):
 
     vm: Vm
 
+    @in_a_pause
     def look(self) -> VcpuSnapshot:
         """Registers, code, stack and what the next instruction touches, as one snapshot.
 
@@ -56,6 +58,7 @@ class Vm(session_vm.Vm):
     def _new_vcpu(self, index: int) -> Vcpu:
         return Vcpu(self, index)
 
+    @in_a_pause
     def encryption_map(self) -> EncryptionMap:
         """Every range of guest memory: what page tables say of it, what it is, where they disagree.
 
@@ -63,6 +66,7 @@ class Vm(session_vm.Vm):
         """
         return look_at_encryption(self)
 
+    @in_a_pause
     def launch_progress(self) -> LaunchProgress:
         """The launch so far: each command and what came of it, the growing digest, the state.
 
@@ -70,6 +74,7 @@ class Vm(session_vm.Vm):
         """
         return look_at_launch(self)
 
+    @in_a_pause
     def eyes(self, gpa: int | None = None, gva: int | None = None) -> PageEyes:
         """One page, by gpa or gva, through two eyes: the host's and the guest's.
 
@@ -78,10 +83,12 @@ class Vm(session_vm.Vm):
         """
         return look_through_both(self, gpa_of(self, gpa, gva))
 
+    @in_a_pause
     def memory_map(self) -> MemoryMap:
         """What lies where in guest-physical memory."""
         return look_at_memory(self)
 
+    @in_a_pause
     def look(self, vcpu: int = 0) -> VmSnapshot:
         """All of the VM as one snapshot that shows itself; `vcpu` is the one in front.
 

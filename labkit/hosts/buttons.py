@@ -51,7 +51,8 @@ class VmController:
 
     def snapshot(self) -> VmSnapshot:
         """The VM now, with the vCPU in front and the selection."""
-        return look_at_vm(self.vm, self.front, self._selection())
+        with self.vm.turn.looking:
+            return look_at_vm(self.vm, self.front, self._selection())
 
     def _selection(self) -> Selection | None:
         if self.chosen is None:

@@ -39,14 +39,13 @@ def look_at_vm(vm: Vm, front: int = 0, selection: Selection | None = None) -> Vm
         raise InvalidState(f"there is no vCPU {front}")
     in_front = look_at_vcpu(vm, vm.vcpus[front]) if vm.vcpus else None
     vcpus = tuple(VcpuBrief(vcpu.index, vcpu.step_count, vcpu.state) for vcpu in vm.vcpus)
-    states = sorted({vcpu.state for vcpu in vcpus})
 
     seen = VmSnapshot(
         name=vm.name,
         arch=vm.arch.name,
         engine=vm.backend,
         protection="no encryption",
-        state=", ".join(states) or "no vCPU",
+        state=_state(vm),
         schedule=vm.schedule.name.replace("_", " "),
         step=vm.step,
         vcpu=front,
@@ -64,6 +63,15 @@ def look_at_vm(vm: Vm, front: int = 0, selection: Selection | None = None) -> Vm
     return _with_secrets(vm, seen)
 
 
+def _state(vm: Vm) -> str:
+    """The states of its vCPUs; while it runs, that it does."""
+    if not vm.vcpus:
+        return "no vCPU"
+    if vm.running is not None:
+        return "running"
+    return ", ".join(sorted({vcpu.state for vcpu in vm.vcpus}))
+
+
 def _status(vm: Vm, in_front: VcpuSnapshot | None) -> str:
     """What the vCPU in front is about to do; of a VM that runs for long, how far it is."""
     if in_front is None:
@@ -72,7 +80,7 @@ def _status(vm: Vm, in_front: VcpuSnapshot | None) -> str:
     if running is None or not running.is_long:
         return status_of(in_front)
     where = "" if in_front.sealed else f", now at {in_front.where}"
-    return f"Running: {running}, at step {vm.step}{where}."
+    return f"Running: {running}{where}."
 
 
 def _pool(vm: Vm, next_slot: int | None) -> PoolSnapshot | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from labkit.bits import is_aligned
 from labkit.errors import InvalidState, MemoryFault
+from labkit.machine.turns import Alone, Turns
 
 __all__ = ["LIMIT", "PAGE", "Memory", "Memslot"]
 
@@ -40,14 +41,14 @@ class Memory:
 
     `on_write(gpa, size)` is told of every write that the host made. `on_look(gpa, size, is_write)`
     is told before every access of the host: what lies there may have to be made first, or be none
-    of the host's business. `before_write()` is asked before every write, and may refuse it.
+    of the host's business. `turn` says when another thread may write, or look at what must be made.
     """
 
     def __init__(self) -> None:
         self.slots: list[Memslot] = []
         self.on_write: list[Callable[[int, int], None]] = []
         self.on_look: list[Callable[[int, int, bool], None]] = []
-        self.before_write: Callable[[], None] = lambda: None
+        self.turn: Turns = Alone()
 
     def add(self, gpa: int, size: int) -> Memslot:
         """Add a zeroed memslot.
@@ -84,27 +85,33 @@ class Memory:
 
     def read(self, gpa: int, size: int) -> bytes:
         """size bytes from gpa on; raises MemoryFault at the first byte that no memslot holds."""
+        if not self.on_look:
+            return self._read(gpa, size)
+        with self.turn.looking:
+            return self._read(gpa, size)
+
+    def _read(self, gpa: int, size: int) -> bytes:
         slot = self.slot(gpa)
         if slot is None or size < 0:
             raise self._fault("read", gpa, size)
+        self.looked_at(gpa, size, False)
         offset = gpa - slot.gpa
-        if self.on_look:
-            self.looked_at(gpa, size, False)
         if offset + size <= slot.size:
             return slot.data[offset : offset + size]
         head = slot.size - offset
-        return slot.data[offset:] + self.read(gpa + head, size - head)
+        return slot.data[offset:] + self._read(gpa + head, size - head)
 
     def write(self, gpa: int, data: bytes) -> None:
         """Write data at gpa.
 
-        Raises MemoryFault, with nothing written, when it does not fit into memslots.
+        Raises MemoryFault, with nothing written, when it does not fit into memslots, and what the
+        turn raises while another thread runs the guest.
         """
-        self.before_write()
-        parts = self._parts(gpa, len(data))
-        self.looked_at(gpa, len(data), True)
-        _copy(data, parts)
-        self.was_written(gpa, len(data))
+        with self.turn.act("a write of memory"):
+            parts = self._parts(gpa, len(data))
+            self.looked_at(gpa, len(data), True)
+            _copy(data, parts)
+            self.was_written(gpa, len(data))
 
     def put(self, gpa: int, data: bytes) -> None:
         """Put whole pages of a snapshot back, as `write`, but nobody is asked or told.

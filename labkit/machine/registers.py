@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from typing import Protocol
 
 from labkit.arch.model import Arch
 from labkit.engines.base import EngineVcpu
 from labkit.errors import InvalidState, KvmError
+from labkit.machine.turns import Turns
 
-__all__ = ["Registers", "Turns", "flags_text"]
+__all__ = ["Registers", "flags_text"]
 
 MASK64 = (1 << 64) - 1
 COLUMNS = 3  # of the registers as text
@@ -20,14 +19,6 @@ def flags_text(arch: Arch, value: int) -> str:
     """The names of the set flags, most significant first."""
     names = sorted(arch.flag_names, key=lambda name: arch.flag_names[name], reverse=True)
     return " ".join(name for name in names if value >> arch.flag_names[name] & 1)
-
-
-class Turns(Protocol):
-    """Whose turn it is to touch a VM: looks wait for a pause of the guest, acts are refused."""
-
-    @property
-    def looking(self) -> AbstractContextManager[None]: ...
-    def act(self, what: str) -> AbstractContextManager[None]: ...
 
 
 class Registers:

@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar, cast
@@ -25,6 +25,7 @@ __all__ = ["Running", "Turn", "act", "look"]
 PATIENCE = 0.02  # seconds after which who waits looks again whether the runner has come out
 STILL = 0.001  # seconds after which a runner that stands still looks whether it may go on
 LONG = 0.2  # seconds
+STOPPING = 5.0  # seconds for which a run that does not end is asked to
 TICK = 0.1  # seconds between two times that those who follow a long run are told of it
 
 
@@ -55,12 +56,13 @@ class Turn:
 
     def __init__(self, name: str, ask: Callable[[], object]) -> None:
         self._name = name
-        self._ask = (
-            ask  # makes a guest that runs come out soon; from any thread, too often if need be
-        )
+        # Makes a guest that runs come out soon; from any thread, and too often if need be.
+        self._ask = ask
         self._lock = threading.RLock()
         self._pause = threading.Condition(self._lock)  # to let go of the lock, however often held
         self._lookers: list[int] = []  # threads that wait for the runner to stand still
+        # Of the threads for which it stands still now: in how many looks, one inside the other.
+        self._invited: dict[int, int] = {}
         self._runner = 0  # the thread that runs the guest, and how deep it is in runs; 0: nobody
         self._depth = 0
         self._what = ""
@@ -69,7 +71,8 @@ class Turn:
         self._ticked = False  # the run that is on is so long that followers were told
         self._stop_asked = False
         self._followers: list[Callable[[], object]] = []
-        self.looking = _Looking(self._lock, self.wait_to_look)
+        self._ticks: threading.Thread | None = None
+        self.looking: AbstractContextManager[None] = _Looking(self)
 
     @property
     def running(self) -> Running | None:
@@ -87,17 +90,20 @@ class Turn:
         """
         self._followers.append(tell)
         if len(self._followers) == 1:
-            ticks = threading.Thread(
-                target=_ask_often, args=(weakref.ref(self),), name="labkit-ticks", daemon=True
-            )
-            ticks.start()
-        return lambda: self._followers.remove(tell)
+            self._ticks = _Ticks(self)
+            self._ticks.start()
 
-    def ask_for_followers(self) -> bool:
-        """Have a guest that runs come out soon; False when nobody follows any longer."""
+        def unfollow() -> None:
+            if tell in self._followers:  # a closed VM has none any longer
+                self._followers.remove(tell)
+
+        return unfollow
+
+    def ask_for_followers(self, ticks: threading.Thread) -> bool:
+        """Have a guest that runs come out soon; False when nobody needs these ticks any longer."""
         if self._runner:
             self._ask()
-        return bool(self._followers)
+        return ticks is self._ticks and bool(self._followers)
 
     def close(self) -> None:
         """The VM is closed: nobody follows it any longer."""
@@ -112,10 +118,10 @@ class Turn:
         """
         # Every step of a guest comes through here: no call that can be spared.
         if not self._lock.acquire(False):
-            self._take(what)
+            self.take(what)
         elif self._depth and self._runner != threading.get_ident():
             self._lock.release()
-            self._take(what)
+            self.take(what)
         if self._depth == 0:
             self._runner = threading.get_ident()
             self._what = what
@@ -159,8 +165,21 @@ class Turn:
         return self._stop_asked
 
     def _stand_still(self) -> None:
-        while self._lookers:
+        """Let those look who wait for it now; who comes later waits for the next pause.
+
+        Or one thread that looks all the time would keep the guest from going on.
+        """
+        for looker in list(self._lookers):
+            self._invited[looker] = 0
+        while self._invited:
             self._pause.wait(STILL)
+            self._forget_who_left()
+
+    def _forget_who_left(self) -> None:
+        """Somebody who was invited may have been interrupted before he came."""
+        for looker, depth in list(self._invited.items()):
+            if depth == 0 and looker not in self._lookers:
+                del self._invited[looker]
 
     def _tick(self) -> None:
         if time.monotonic() < max(self._next_tick, self._since + TICK):
@@ -174,42 +193,46 @@ class Turn:
             tell()
 
     def stop(self) -> bool:
-        """Have the run that is on end soon, its state intact; from any thread.
+        """Have the run that is on end, its state intact; from any thread, and at once.
 
-        Returns False when no run is on.
+        Returns False when no run is on. It comes back when that run is over, at the latest after
+        STOPPING seconds; on the runner's own thread, which is between two instructions, at once.
         """
-        if not self._runner:
+        runner, since = self._runner, self._since
+        if not runner:
             return False
         self._stop_asked = True
-        self._ask()
-        return True
+        if runner == threading.get_ident():
+            return True
 
-    @property
-    def stop_asked(self) -> bool:
-        """Whether somebody wants the run that is on to end."""
-        return self._stop_asked
+        # One word is not enough: the engine may be just about to begin, and not hear it.
+        end = time.monotonic() + STOPPING
+        while self._runner == runner and self._since == since and time.monotonic() < end:
+            self._ask()
+            time.sleep(STILL)
+        return True
 
     # --- acts and looks
 
-    @contextmanager
-    def act(self, what: str) -> Iterator[None]:
+    def act(self, what: str) -> AbstractContextManager[None]:
         """Around what changes the VM and is over soon; raises Busy while another thread runs it."""
-        self._take(what)
-        try:
-            yield
-        finally:
-            self._lock.release()
+        return _Acting(self, what)
 
-    def _take(self, what: str) -> None:
-        """Take the lock: wait for what is over soon, but not for a guest that runs."""
+    def take(self, what: str) -> None:
+        """Take the lock for an act: wait for what is over soon, but not for a guest that runs."""
         me = threading.get_ident()
-        while not self._lock.acquire(blocking=False):
+        patience = 0.0
+        while True:
+            if self._lock.acquire(timeout=patience):
+                if self._runner in (0, me):
+                    return
+                self._lock.release()  # the runner only stands still for those who look
             self._refuse_if_running(what, me)
-            if self._lock.acquire(timeout=PATIENCE):
-                break
-        if self._runner and self._runner != me:  # it only stands still for those who look
-            self._lock.release()
-            self._refuse_if_running(what, me)
+            patience = PATIENCE
+
+    def give_back(self) -> None:
+        """The act is over."""
+        self._lock.release()
 
     def _refuse_if_running(self, what: str, me: int) -> None:
         running = self.running
@@ -221,53 +244,100 @@ class Turn:
             running=running,
         )
 
-    def check(self, what: str) -> None:
-        """Raise Busy where another thread runs the guest, and does not stand still for this one."""
-        runner = self._runner
-        if runner == 0 or runner == threading.get_ident():
-            return
-        if self._lock.acquire(blocking=False):  # it is this thread's already, for a look
+    def begin_look(self) -> None:
+        """Stand between two instructions of the guest, whoever runs it, until `end_look`."""
+        if not self._lock.acquire(blocking=False):
+            self._wait_to_look()
+        elif self._runner and not self._may_look():
             self._lock.release()
-            return
-        self._refuse_if_running(what, threading.get_ident())
+            self._wait_to_look()
 
-    def wait_to_look(self) -> None:
+    def _may_look(self) -> bool:
+        """Whether this thread, which has the lock, may look although a guest runs."""
+        me = threading.get_ident()
+        if self._runner in (0, me):
+            return True
+        if me not in self._invited:
+            return False
+        self._invited[me] += 1
+        return True
+
+    def _wait_to_look(self) -> None:
         """Take the lock in the next pause of the guest that runs."""
         me = threading.get_ident()
         self._lookers.append(me)
         try:
             while True:
                 self._ask()
-                if self._lock.acquire(timeout=PATIENCE):
+                if not self._lock.acquire(timeout=PATIENCE):
+                    continue
+                if self._may_look():
                     return
+                self._lock.release()  # it stands still for others
+                time.sleep(STILL)
         finally:
             self._lookers.remove(me)
 
+    def end_look(self) -> None:
+        """The guest may go on, if it runs and nobody else looks."""
+        if self._invited:
+            self._one_less(threading.get_ident())
+        self._lock.release()
 
-def _ask_often(turn: weakref.ref[Turn]) -> None:
-    """Have a guest that runs come out now and then, as long as there is a VM that is followed."""
-    while True:
-        time.sleep(TICK)
-        followed = turn()
-        if followed is None or not followed.ask_for_followers():
+    def _one_less(self, me: int) -> None:
+        depth = self._invited.get(me)
+        if depth is None:
             return
-        del followed
+        if depth > 1:
+            self._invited[me] = depth - 1
+            return
+        del self._invited[me]
+        self._pause.notify_all()
+
+
+class _Ticks(threading.Thread):
+    """Has a guest that runs come out now and then, as long as there is a VM that is followed."""
+
+    def __init__(self, turn: Turn) -> None:
+        super().__init__(name="labkit-ticks", daemon=True)
+        self._followed = weakref.ref(turn)
+
+    def run(self) -> None:
+        while True:
+            time.sleep(TICK)
+            turn = self._followed()
+            if turn is None or not turn.ask_for_followers(self):
+                return
+            del turn
 
 
 class _Looking:
     """`with turn.looking:` around what only looks; one object serves all, as it keeps nothing."""
 
-    def __init__(self, lock: threading.RLock, wait: Callable[[], None]) -> None:
-        self._acquire = lock.acquire
-        self._release = lock.release
-        self._wait = wait
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
 
     def __enter__(self) -> None:
-        if not self._acquire(blocking=False):
-            self._wait()
+        self._turn.begin_look()
 
     def __exit__(self, *_: object) -> None:
-        self._release()
+        self._turn.end_look()
+
+
+class _Acting:
+    """`with turn.act(what):`; every write of memory comes through here."""
+
+    __slots__ = ("_turn", "_what")
+
+    def __init__(self, turn: Turn, what: str) -> None:
+        self._turn = turn
+        self._what = what
+
+    def __enter__(self) -> None:
+        self._turn.take(self._what)
+
+    def __exit__(self, *_: object) -> None:
+        self._turn.give_back()
 
 
 class _HasTurn(Protocol):

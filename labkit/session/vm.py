@@ -68,9 +68,7 @@ class Vm:
         self.machine = machine
         self.turn = Turn(name, machine.engine.ask)
         machine.engine.between = self.turn.between
-        machine.memory.before_write = partial(self.turn.check, "a write of memory")
-        if guest is not None:
-            machine.memory.on_look.insert(0, self._check_look)
+        machine.memory.turn = self.turn
         self.arch = machine.arch
         self.memory = machine.memory
         self.cpu = cpu
@@ -89,10 +87,6 @@ class Vm:
         self.log = EventLog()
         self.observers: list[Callable[[], None]] = []
         self._host_globals = HostGlobals(program) if program is not None else None
-
-    def _check_look(self, gpa: int, size: int, is_write: bool) -> None:
-        """An encrypted guest's memory is made readable for who looks: the guest stands still."""
-        self.turn.check("a look at its memory")
 
     # --- making VMs
 

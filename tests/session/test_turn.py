@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
 import pytest
 
 import labkit as lk
+from labkit.session.turn import Turn
 
 SOURCE = """#include "labkit.h"
 volatile uint64_t counter;
@@ -238,3 +239,93 @@ def test_that_eight_threads_on_three_vms_leave_exact_counts(backend: str) -> Non
     assert [vm.step for vm in vms] == crowd.counted
     for vm in vms:
         vm.close()
+
+
+# --- moments between two lines
+
+
+def test_that_one_look_shows_one_moment(vm: lk.Vm) -> None:
+    """Every part of a look is of the same pause, or it would show a state that never was."""
+    with running(vm):
+        for _ in range(20):
+            seen = vm.look()
+            assert seen.step == seen.front.step == seen.page_table.step == seen.memory.step
+
+
+@pytest.fixture
+def encrypted() -> Iterator[lk.Vm]:
+    with lk.Vm.create(spin(), protect="sev") as vm:
+        yield vm
+
+
+@pytest.mark.parametrize("name", ["look", "eyes", "encryption_map", "launch_progress", "memory"])
+def test_that_an_encrypted_guest_that_runs_can_be_looked_at(name: str, encrypted: lk.Vm) -> None:
+    gva = encrypted.names.gva_of("counter")
+    looks: dict[str, Callable[[], object]] = {
+        "look": encrypted.look,
+        "eyes": lambda: encrypted.eyes(gva=gva),
+        "encryption_map": encrypted.encryption_map,
+        "launch_progress": encrypted.launch_progress,
+        "memory": lambda: encrypted.memory.read(0x3000, 4096),
+    }
+    with running(encrypted):
+        for _ in range(5):
+            looks[name]()
+
+
+def test_that_an_act_has_its_turn_or_is_busy_whenever_it_comes() -> None:
+    """While a runner comes and goes, and stands still for somebody who looks."""
+    turn = Turn("it", lambda: None)
+    end = time.monotonic() + 2
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        with turn.run("run"):
+            turn.between()
+
+    def look() -> None:
+        with turn.looking:
+            pass
+
+    def act() -> None:
+        with suppress(lk.Busy), turn.act("write"):
+            assert turn.running is None
+
+    def often(what: Callable[[], None]) -> None:
+        try:
+            while time.monotonic() < end and not errors:
+                what()
+        except BaseException as err:
+            errors.append(err)
+
+    threads = [threading.Thread(target=often, args=(what,)) for what in (run, look, look, act, act)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_that_stop_asks_again_until_it_is_heard() -> None:
+    asked: list[float] = []
+    heard = threading.Event()
+
+    def ask() -> None:
+        asked.append(time.monotonic())
+        if len(asked) > 2:  # the first two come just before the engine begins, and are lost
+            heard.set()
+
+    turn = Turn("it", ask)
+
+    def run() -> None:
+        turn.begin("run")
+        heard.wait(5)
+        turn.end()
+
+    runner = threading.Thread(target=run)
+    runner.start()
+    while turn.running is None:
+        time.sleep(0.001)
+    assert turn.stop()
+    runner.join(1)
+    assert heard.is_set()

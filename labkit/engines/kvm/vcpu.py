@@ -48,7 +48,10 @@ _SERIAL = itertools.count(1)
 
 
 class KvmVcpu:
-    """A vCPU with its file descriptor, which only the thread that the vCPU belongs to touches."""
+    """A vCPU with its file descriptor; it belongs to the thread that touched it last.
+
+    Another thread may take it whenever it does not run (`mine`), and kick it when it does.
+    """
 
     def __init__(self, vm: KvmVm, index: int) -> None:
         self.vm = vm
@@ -59,7 +62,7 @@ class KvmVcpu:
         self.entered = 0  # the number of the present stay in the guest, 0 outside
         self.home = threading.get_ident(), threading.get_native_id()
         self.owner, self.tid = self.home
-        self.is_running = False  # on its owner's thread, and not standing still
+        self.is_running = False  # on its owner's thread, in no lane, and not standing still
         self.fd = enter(vm.fd, IOCTLS["KVM_CREATE_VCPU"], index)
         self.page = RunPage(self.fd, vm.run_size)
         self.gprs = self.page.gprs
@@ -260,9 +263,9 @@ class KvmVcpu:
 
         Only where `in_time` is the deadline one of the askers: counted runs end by themselves.
         """
-        if self.pausing or self._is_interrupted():
+        if self.pausing or self.vm.shield.is_due():
             return InterruptExit()
-        if self.vm.asked and self.owner == self.vm.runner and self._is_over():
+        if self.vm.asked and self.is_running and self._is_over():
             return StopExit()
         if in_time and time.monotonic() > self._until:
             return DeadlineExit(self.vm.deadline, self.gprs[RIP])
@@ -277,10 +280,6 @@ class KvmVcpu:
         finally:
             self._adopt()
             self.is_running = True
-
-    def _is_interrupted(self) -> bool:
-        """Ctrl-C is for the main thread's run alone."""
-        return self.vm.shield.is_due()
 
     def set_breakpoints(self, gvas: frozenset[int]) -> None:
         """Stop with DebugExit before the instructions at these addresses."""
@@ -299,7 +298,6 @@ class KvmVcpu:
         """Run until an exit; with `insns`, until that many instructions retired (BudgetExit)."""
         self.mine()
         self._adopt()  # a new thread may have the identifier of one that ended, and is another
-        self.vm.runner = self.owner
         self.is_running = True
         shield = self.vm.shield
         shield.enter(self.kick)

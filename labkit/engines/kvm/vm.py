@@ -53,7 +53,6 @@ class KvmVm:
         self.lanes = Lanes(self)
         self.between: Callable[[], bool] = lambda: False
         self.asked = False  # somebody wants `between` to be called
-        self.runner = 0  # the thread of the last run that was no lane's
         self.fd = -1
         self._logs: list[ctypes.Array[ctypes.c_uint64]] = []  # a bit a page for each slot
         self._known = capabilities
