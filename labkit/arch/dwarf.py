@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["CFA_ABOVE_SP", "DWARF_REGISTERS", "RESTORED_BY"]
+__all__ = ["CFA_ABOVE_SP", "DWARF_REGISTERS", "RESTORED_BY", "RETURNS_IN"]
 
 _X86_64 = ("rax", "rdx", "rcx", "rbx", "rsi", "rdi", "rbp", "rsp")
 
@@ -44,3 +44,6 @@ RESTORED_BY: Mapping[str, str] = {"s390x": r"lmg %r\d+, %r15"}
 
 Only for compilers that leave the end of a function out of the call frame information.
 """
+
+RETURNS_IN: Mapping[str, str] = {"arm64": "x30", "riscv64": "ra", "s390x": "r14"}
+"""The register that a call leaves its return address in; AMD64's leaves it on the stack."""

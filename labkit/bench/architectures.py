@@ -42,7 +42,7 @@ def _vm(arch: str, entry: str, argument: int) -> Vm:
 def _plain(arch: str) -> Result:
     ours, bare = fastest(_plain_round(arch) for _ in range(ROUNDS))
     # It was 0.9 while a run without a budget went uncounted. Each block pays for the hook that
-    # counts it: with blocks of 5 to 22 instructions as here 10 to 15 %, in an empty loop up to 40 %.
+    # counts it: with blocks of 5 to 22 instructions as here 10 to 15 %, in an empty one up to 40 %.
     return at_least(
         0.8,
         f"{arch}: plain code, unbounded",

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from labkit.engines.exits import BudgetExit, Exit, InterruptExit, StopExit, VmgexitExit
+from labkit.engines.exits import (
+    BudgetExit,
+    DebugExit,
+    Exit,
+    InterruptExit,
+    StopExit,
+    VmgexitExit,
+)
 from labkit.sev.vmgexit import answer
 from labkit.ucall.calls import BadUcallExit, Ucall
 
@@ -74,5 +81,12 @@ def _record(vm: Vm, vcpu: Vcpu, came: Ucall | Exit) -> None:
         vcpu.state = "running"
     else:
         vcpu.state = _ENDS.get(came.end, "running")
-        if not isinstance(came, InterruptExit | StopExit):
+        if not _is_the_hosts(vcpu, came):
             vm.trace(vcpu.index, came.end, {"exit": came, "where": vcpu.where()})
+
+
+def _is_the_hosts(vcpu: Vcpu, came: Exit) -> bool:
+    """Whether an exit is something that the host alone wanted: nothing happened in the guest."""
+    if isinstance(came, DebugExit):
+        return vcpu.is_passing()
+    return isinstance(came, InterruptExit | StopExit)

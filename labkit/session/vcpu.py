@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from labkit.engines.base import EngineVcpu, MonitorVcpu
@@ -13,7 +15,7 @@ from labkit.session.arrivals import arrived
 from labkit.session.backtrace import Backtrace, backtrace
 from labkit.session.listing import Listing
 from labkit.session.running import collect, stream
-from labkit.session.stepping import step_line
+from labkit.session.stepping import finish, next_line, run_to, step_line
 from labkit.session.turn import act, look
 from labkit.sev.vmgexit import complete
 from labkit.ucall.calls import Ucall
@@ -42,6 +44,7 @@ class Vcpu:
         self.cpu: EngineVcpu = vm.machine.vcpus[index]
         self.regs = Registers(vm.arch, self.cpu, vm.changed, self._check_registers, vm.turn)
         self.breakpoints: frozenset[int] = frozenset()
+        self._passed: frozenset[int] = frozenset()
 
     def _check_registers(self) -> None:
         """Raise KvmError where the host may not see or set registers."""
@@ -136,6 +139,33 @@ class Vcpu:
         with self.turn.run("step_line"):
             return step_line(self, max_insns)
 
+    def next_line(self, max_insns: int = 1_000_000) -> Ucall | Exit | None:
+        """Run to the start of another source line, but through calls as if they were one step.
+
+        Otherwise as step_line.
+        """
+        with self.turn.run("next_line"):
+            return next_line(self, max_insns)
+
+    def finish(self, max_insns: int | None = None) -> Ucall | Exit | None:
+        """Run until the function in front has returned to its caller.
+
+        A ucall or an exit on the way ends it early and is returned. Raises InvalidState where no
+        caller is known, BudgetExceeded after max_insns instructions.
+        """
+        with self.turn.run("finish"):
+            return finish(self, max_insns)
+
+    def run_to(self, place: str | int, max_insns: int | None = None) -> Ucall | Exit | None:
+        """Run until the instruction at a symbol, a "file.c:12" or a gva is next, or next again.
+
+        A ucall, a breakpoint or another exit on the way ends it early and is returned. Raises as
+        `vm.places` and, after max_insns instructions, BudgetExceeded.
+        """
+        gvas = frozenset(self.vm.places(place))
+        with self.turn.run("run_to"):
+            return run_to(self, gvas, max_insns)
+
     @act
     def complete(self, value: int) -> None:
         """What the IN, MMIO read or hypercall that just exited shall return."""
@@ -206,6 +236,21 @@ class Vcpu:
         self.breakpoints = frozenset(gvas)
         self.cpu.set_breakpoints(self.breakpoints)
         self.vm.changed()
+
+    @contextmanager
+    def passing(self, gvas: frozenset[int]) -> Iterator[None]:
+        """Runs end with a DebugExit at these gvas too, which are breakpoints of nobody."""
+        self.cpu.set_breakpoints(self.breakpoints | gvas)
+        self._passed = gvas
+        try:
+            yield
+        finally:
+            self._passed = frozenset()
+            self.cpu.set_breakpoints(self.breakpoints)
+
+    def is_passing(self) -> bool:
+        """Whether it stopped where only `passing` wants it: nothing that happened to the guest."""
+        return bool(self._passed) and self.pc in self._passed - self.breakpoints
 
     # --- memory and code
 
