@@ -14,7 +14,7 @@ from labkit.look.memory import look_at_memory
 from labkit.look.secrets import gpa_of, look_at_encryption, look_at_launch, look_through_both
 from labkit.look.snapshots import MemoryMap, VcpuSnapshot, VmSnapshot
 from labkit.look.vcpu import look_at_vcpu
-from labkit.look.vm import look_at_vm
+from labkit.look.vm import Looking, look_at_vm
 from labkit.session import vcpu as session_vcpu
 from labkit.session import vm as session_vm
 from labkit.session.state import VmState
@@ -94,7 +94,7 @@ class Vm(session_vm.Vm):
 
         Raises InvalidState for a vCPU that is not there.
         """
-        return look_at_vm(self, vcpu)
+        return look_at_vm(self, Looking(vcpu))
 
     def show(self, kind: str = "vm") -> LabWidget:
         """A live view that follows the VM: all of it, or one part alone.

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from labkit.paging.scan import PageTable
 from labkit.shown import mimebundle
 from labkit.ucall.snapshot import PoolSnapshot
@@ -16,10 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EventMark",
+    "FrameRow",
     "Insn",
     "MemoryMap",
     "MemoryRange",
     "RegisterRow",
+    "Said",
     "Selection",
     "StackRow",
     "Touch",
@@ -67,6 +72,15 @@ class StackRow:
 
 
 @dataclass(frozen=True)
+class FrameRow:
+    """One function that has not returned yet: the innermost first, for others the call in it."""
+
+    where: str  # "ucall+0x19f"
+    file: str | None
+    line: int | None
+
+
+@dataclass(frozen=True)
 class Touch:
     """A memory access of the instruction about to run."""
 
@@ -108,6 +122,9 @@ class VcpuSnapshot(VcpuBrief):
     sealed: str = ""  # why the host cannot see registers, stack and code; "" when it can
     next_slot: int | None = None  # the pool slot that the next instruction will take, if any
     pc_name: str = "rip"
+    frames: tuple[FrameRow, ...] = ()
+    frames_end: str = ""  # why the frames end before the entry function; "" when they do not
+    frame: int = 0  # the one whose source is shown
 
     def since(self, other: VcpuSnapshot) -> VcpuSnapshot:
         """The same, with the registers marked that are not what they were in another snapshot.
@@ -168,12 +185,30 @@ class Selection:
 
 @dataclass(frozen=True)
 class EventMark:
-    """One thing that happened, as a mark on a time axis."""
+    """One thing that happened, as a mark on a time axis and as a row of the log."""
 
     step: int
     vcpu: int
-    kind: str  # "S" "P" "D" "A" or another exit's letter
+    letter: str  # "S" "P" "D" "A" "N", or "X" for what is no ucall
     text: str
+    kind: str = ""  # "ucall", "exception", "shutdown", ...
+    slot: int | None = None  # that it came through
+    gva: int | None = None  # of the instruction, where that is known
+
+
+@dataclass(frozen=True)
+class Said:
+    """The last ucall or exit of any vCPU, in full."""
+
+    step: int
+    vcpu: int
+    kind: str  # "SYNC", "PRINTF", ...; for another exit its word: "shutdown", "mmio"
+    args: tuple[int, ...]  # without the zeros at their end
+    text: str | None
+    slot: int | None
+    words: str  # the sentence that a terminal would show; "" for a ucall that says all
+    is_end: bool  # a guest does not go on after this
+    is_now: bool  # nothing ran since
 
 
 @dataclass(frozen=True)
@@ -199,6 +234,9 @@ class VmSnapshot:
     encryption: EncryptionMap | None = None  # of a protected VM, as are the next two
     eyes: PageEyes | None = None  # the page of the selection
     launch: LaunchProgress | None = None
+    said: Said | None = None  # the last ucall or exit
+    shifts: NDArray[np.int64] | None = None  # rows of vCPU, first step, step behind the last
+    log_of: int | None = None  # the vCPU whose events the log shows; None for all
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
         return mimebundle(self)

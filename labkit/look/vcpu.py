@@ -5,9 +5,10 @@ from __future__ import annotations
 from labkit.engines.disasm import Decoded
 from labkit.guest.lines import Line
 from labkit.look.access import Operands
-from labkit.look.snapshots import Insn, RegisterRow, StackRow, Touch, VcpuSnapshot
+from labkit.look.snapshots import FrameRow, Insn, RegisterRow, StackRow, Touch, VcpuSnapshot
 from labkit.look.touch import operands
 from labkit.machine.registers import flags_text
+from labkit.session.backtrace import Frame
 from labkit.session.listing import Listing, read_code
 from labkit.session.vcpu import Vcpu
 from labkit.session.vm import Vm
@@ -23,9 +24,10 @@ MAX_INSN = 15
 ENDED = ("done", "aborted", "unhandled", "halted", "shutdown", "stuck")
 
 
-def look_at_vcpu(vm: Vm, vcpu: Vcpu) -> VcpuSnapshot:
+def look_at_vcpu(vm: Vm, vcpu: Vcpu, frame: int = 0) -> VcpuSnapshot:
     """One vCPU between two instructions; no register is marked as changed (`since` does that).
 
+    frame: of the backtrace, the one whose source is shown (the last where there are fewer).
     Registers, stack and code of a vCPU that is sealed are not the host's to see.
     """
     if vcpu.sealed:
@@ -34,7 +36,9 @@ def look_at_vcpu(vm: Vm, vcpu: Vcpu) -> VcpuSnapshot:
     pc = regs[vm.arch.pc]
     ops = operands(vm.arch.name, read_code(vcpu.peek, pc, MAX_INSN), regs, pc, vcpu.peek)
     listing = Listing.around(vm.arch.name, vm.program, vcpu.peek, pc, INSNS_BEFORE, INSNS_AFTER)
-    line = vcpu.source_line()
+    trace = vcpu.backtrace()
+    frame = max(0, min(frame, len(trace) - 1))
+    line = vcpu.source_line() if frame == 0 else _line_of(trace[frame])
     return VcpuSnapshot(
         index=vcpu.index,
         step=vcpu.step_count,
@@ -54,7 +58,17 @@ def look_at_vcpu(vm: Vm, vcpu: Vcpu) -> VcpuSnapshot:
         outlook=_outlook(vm, ops),
         next_slot=_next_slot(vm, ops),
         pc_name=vm.arch.pc,
+        frames=tuple(FrameRow(one.where, one.file, one.line) for one in trace),
+        frames_end=trace.why,
+        frame=frame,
     )
+
+
+def _line_of(frame: Frame) -> Line | None:
+    """The line of the call in a frame."""
+    if frame.file is None or frame.line is None:
+        return None
+    return Line(frame.file, frame.line, None)
 
 
 def _sealed(vcpu: Vcpu) -> VcpuSnapshot:
@@ -276,6 +290,7 @@ def status_of(vcpu: VcpuSnapshot) -> str:
     if not current:
         return f"vCPU {vcpu.index}: no instruction at {vcpu.pc:#x}."
     what = f"{current[0].mnemonic} {current[0].op_str}".strip()
-    line = f", line {vcpu.line}" if vcpu.line else ""
+    line_here = vcpu.line if vcpu.frame == 0 else vcpu.frames[0].line
+    line = f", line {line_here}" if line_here else ""
     said = f"vCPU {vcpu.index} is about to run {what} at {vcpu.where}{line}."
     return f"{said} {vcpu.outlook}".strip()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from labkit.errors import InvalidState
 from labkit.look.encryption import EncryptionMap
 from labkit.look.memory import look_at_memory
+from labkit.look.said import look_at_last, mark
 from labkit.look.secrets import look_at_encryption, look_at_launch, look_through_both
 from labkit.look.snapshots import (
-    EventMark,
+    Said,
     Selection,
     VcpuBrief,
     VcpuSnapshot,
@@ -18,26 +19,37 @@ from labkit.look.snapshots import (
 from labkit.look.vcpu import look_at_vcpu, status_of
 from labkit.machine.memory import PAGE
 from labkit.machine.vm import STACK_PAGES
-from labkit.session.events import Happened
 from labkit.session.vm import Vm
-from labkit.ucall.calls import Ucall
 from labkit.ucall.snapshot import PoolSnapshot
 
-__all__ = ["look_at_vm"]
-
-LETTERS = {"SYNC": "S", "PRINTF": "P", "DONE": "D", "ABORT": "A", "UNHANDLED": "A"}
+__all__ = ["Looking", "look_at_vm"]
 
 
-def look_at_vm(vm: Vm, front: int = 0, selection: Selection | None = None) -> VmSnapshot:
+@dataclass(frozen=True)
+class Looking:
+    """What a person wants in front."""
+
+    vcpu: int = 0
+    selection: Selection | None = None
+    frame: int = 0  # of the vCPU: the one whose source is shown
+    log_of: int | None = None  # the vCPU whose events the log shows; None for all
+
+
+FROM_OUTSIDE = Looking()
+
+
+def look_at_vm(vm: Vm, looking: Looking = FROM_OUTSIDE) -> VmSnapshot:
     """Everything the dashboard draws; raises InvalidState for a vCPU in front that is not there.
 
     Only the vCPU in front is looked at in full, so that a look costs the same with 1 and with 16.
     What only a protected VM has comes with it: the encryption map, the launch, and one page
     through both eyes.
     """
+    front = looking.vcpu
     if not 0 <= front < max(len(vm.vcpus), 1):
         raise InvalidState(f"there is no vCPU {front}")
-    in_front = look_at_vcpu(vm, vm.vcpus[front]) if vm.vcpus else None
+    in_front = look_at_vcpu(vm, vm.vcpus[front], looking.frame) if vm.vcpus else None
+    said = look_at_last(vm)
     vcpus = tuple(VcpuBrief(vcpu.index, vcpu.step_count, vcpu.state) for vcpu in vm.vcpus)
 
     seen = VmSnapshot(
@@ -53,10 +65,13 @@ def look_at_vm(vm: Vm, front: int = 0, selection: Selection | None = None) -> Vm
         pool=_pool(vm, None if in_front is None else in_front.next_slot),
         page_table=vm.page_table(),
         memory=look_at_memory(vm),
-        selection=selection,
-        events=tuple(_mark(happened) for happened in vm.log),
-        status=_status(vm, in_front),
+        selection=looking.selection,
+        events=tuple(mark(happened) for happened in vm.log),
+        status=_status(vm, in_front, said),
         front=in_front,
+        said=said,
+        shifts=vm.shifts.until(vm.step),
+        log_of=looking.log_of,
     )
     if vm.guest is None:
         return seen
@@ -72,15 +87,32 @@ def _state(vm: Vm) -> str:
     return ", ".join(sorted({vcpu.state for vcpu in vm.vcpus}))
 
 
-def _status(vm: Vm, in_front: VcpuSnapshot | None) -> str:
-    """What the vCPU in front is about to do; of a VM that runs for long, how far it is."""
+def _status(vm: Vm, in_front: VcpuSnapshot | None, said: Said | None) -> str:
+    """What just happened, and what the vCPU in front is about to do; of a long run, how far it is.
+
+    What ended a guest stands there as the command line would say it.
+    """
     if in_front is None:
         return ""
     running = vm.running
-    if running is None or not running.is_long:
+    if running is not None and running.is_long:
+        where = "" if in_front.sealed else f", now at {in_front.where}"
+        return f"Running: {running}{where}."
+    if said is None or not said.is_now:
         return status_of(in_front)
-    where = "" if in_front.sealed else f", now at {in_front.where}"
-    return f"Running: {running}{where}."
+    if said.is_end:
+        return f"{said.words}."
+    return f"{_in_words(said)} {status_of(in_front)}"
+
+
+def _in_words(said: Said) -> str:
+    """A ucall or an exit as a short sentence."""
+    if said.words:
+        return f"{said.words}."
+    args = ", ".join(map(hex, said.args))
+    what = said.kind if said.text is None else f"{said.kind} {said.text!r}"
+    slot = "" if said.slot is None else f" in slot {said.slot}"
+    return f"vCPU {said.vcpu} said {what}({args}){slot}."
 
 
 def _pool(vm: Vm, next_slot: int | None) -> PoolSnapshot | None:
@@ -88,13 +120,6 @@ def _pool(vm: Vm, next_slot: int | None) -> PoolSnapshot | None:
     if vm.host_pool is None:
         return None
     return replace(vm.pool, next_slot=next_slot)
-
-
-def _mark(happened: Happened) -> EventMark:
-    letter = "X"
-    if isinstance(happened, Ucall):
-        letter = LETTERS.get(happened.cmd, "N")
-    return EventMark(happened.step, happened.vcpu, letter, happened.what)
 
 
 def _with_secrets(vm: Vm, seen: VmSnapshot) -> VmSnapshot:

@@ -42,6 +42,7 @@ class MachineState:
     space: SpaceState
     tables: MachineTables
     views: Sequence[tuple[bytes, bytes]]  # of an encrypted machine: ProtectingVm.views_state
+    entries: tuple[int, ...]
     stacks: tuple[int, ...]  # these three by vCPU: see Machine
     areas: tuple[int, ...]
     tasks: tuple[int, ...]

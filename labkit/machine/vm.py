@@ -38,9 +38,9 @@ class Machine:
     """A machine without ucalls: what the selftests call a barebones VM.
 
     Attributes: arch, engine, memory, space (the address space), is_user (guests begin in the least
-    privileged ring), vcpus. By vCPU: stacks (gva of its stack's lowest byte), tasks (gva of its own
-    descriptor page, where guests run as users), areas (gpa of its own memory, where the
-    architecture wants it). preset are registers that every vCPU begins with.
+    privileged ring), vcpus. By vCPU: entries (gva where it began), stacks (gva of its lowest byte),
+    tasks (gva of its own descriptor page, where guests run as users), areas (gpa of its own memory,
+    where the architecture wants it). preset are registers that every vCPU begins with.
 
     Raises InvalidState for a privilege that is none, NotAvailable for one that the architecture,
     and for a protection that the engine lacks.
@@ -75,6 +75,7 @@ class Machine:
         self.space.check_size = self._check_size
 
         self.vcpus: list[EngineVcpu] = []
+        self.entries: list[int] = []
         self.stacks: list[int] = []
         self.tasks: list[int] = []
         self.areas: list[int] = []
@@ -193,6 +194,7 @@ class Machine:
             self.areas.append(self._make_area(self.arch.area))
         vcpu = self.engine.create_vcpu(index, trace)
         self._attach(vcpu)
+        self.entries.append(entry)
         self.reset_vcpu(index, entry)
         return vcpu
 
@@ -224,6 +226,7 @@ class Machine:
         vcpu_arch_set_entry_point() and more.
         """
         arch = self.arch
+        self.entries[index] = entry
         tables = self._boot_tables(index)
         for offset, data in arch.area_image(tables).items():
             self.memory.write(tables.area + offset, data)
@@ -331,6 +334,7 @@ class Machine:
             views=[] if self._protecting is None else self._protecting.views_state(),
             space=self.space.state(),
             tables=tables,
+            entries=tuple(self.entries),
             stacks=tuple(self.stacks),
             areas=tuple(self.areas),
             tasks=tuple(self.tasks),
@@ -358,6 +362,7 @@ class Machine:
         self.handlers_gva = state.tables.handlers_gva
         self.vectors_gva = state.tables.vectors_gva
         self.preset = dict(state.tables.preset)
+        self.entries = list(state.entries)
         self.stacks = list(state.stacks)
         self.areas = list(state.areas)
         self.tasks = list(state.tasks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,9 @@ class Backtrace:
 
     def __getitem__(self, index: int) -> Frame:
         return self.frames[index]
+
+    def __iter__(self) -> Iterator[Frame]:
+        return iter(self.frames)
 
     def __repr__(self) -> str:
         rows = [f"#{number} {frame}" for number, frame in enumerate(self.frames)]

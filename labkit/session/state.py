@@ -9,6 +9,7 @@ from labkit.errors import InvalidState
 from labkit.machine.schedule import Schedule, ScheduleState
 from labkit.machine.vm import MachineState
 from labkit.session.events import Happened
+from labkit.session.shifts import ShiftsState
 from labkit.sev.guest import ProtectedState
 from labkit.ucall.pool import PoolState
 
@@ -29,6 +30,7 @@ class VmState:
     schedule: ScheduleState
     events: tuple[Happened, ...]
     states: tuple[str, ...]  # of each vCPU: "running", "done", ...
+    shifts: ShiftsState  # which vCPU ran when
     guest: ProtectedState | None = None  # of a protected VM: its key and how far its launch is
 
     def __repr__(self) -> str:
@@ -55,6 +57,7 @@ def take_state(vm: Vm) -> VmState:
         schedule=vm.schedule.save(),
         events=tuple(vm.log),
         states=tuple(vcpu.state for vcpu in vm.vcpus),
+        shifts=vm.shifts.state(),
         guest=None if vm.guest is None else vm.guest.save(),
     )
 
@@ -76,5 +79,6 @@ def put_state(vm: Vm, state: VmState) -> None:
         vm.host_pool.set_state(state.pool)
     vm.schedule = Schedule.restored(state.schedule)
     vm.log.replace(state.events)
+    vm.shifts.set_state(state.shifts)
     for vcpu, was in zip(vm.vcpus, state.states, strict=True):
         vcpu.state = was

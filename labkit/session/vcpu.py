@@ -97,6 +97,8 @@ class Vcpu:
             raise InvalidState(f"vCPU {self.index}: cannot run {max_insns} instructions")
         self.turn.begin("run")
         try:
+            if self.vm.shifts.vcpu != self.index:
+                self.vm.shifts.change(self.index, self.vm.machine.engine.retired())
             if self.vm.guest is None:
                 return arrived(self.vm, self, self.cpu.run(max_insns))
             return self._run_protected(self.vm.guest, max_insns)

@@ -22,6 +22,7 @@ from labkit.session.explain import explain
 from labkit.session.make import Plan, as_program, make_barebones, make_twin, make_vm
 from labkit.session.names import Names
 from labkit.session.running import collect, run_on, stream
+from labkit.session.shifts import Shifts
 from labkit.session.state import VmState, put_state, take_state
 from labkit.session.turn import Running, Turn, act, look
 from labkit.session.vcpu import Vcpu
@@ -47,7 +48,7 @@ class Vm:
     machine, which holds the page tables and the engine; cpu, what CPUID and MSRs say; vcpus, by
     index; schedule; protect ("sev", ..., None) and guest, its encryption; ucalls, who reads what
     guests hand over, and door, through which exit they do; names, of its addresses; log, of what
-    happened; observers, who are told of changes.
+    happened; shifts, which vCPU ran when; observers, who are told of changes.
     """
 
     vcpus: Sequence[Vcpu]
@@ -85,6 +86,7 @@ class Vm:
         self.door = UcallDoor(machine.arch.ucall)
         self.names = Names(self)
         self.log = EventLog()
+        self.shifts = Shifts()
         self.observers: list[Callable[[], None]] = []
         self._host_globals = HostGlobals(program) if program is not None else None
 

@@ -6,7 +6,7 @@ import re
 
 from labkit.look.snapshots import VcpuSnapshot
 from labkit.views.drawing.markup import Attribute, Html, cat, el, esc, hx, plain
-from labkit.views.drawing.tables import Row, label, table
+from labkit.views.drawing.tables import Row, label, select, table
 
 __all__ = ["disassembly", "source"]
 
@@ -26,8 +26,11 @@ def source(vcpu: VcpuSnapshot) -> Html:
         is_here = n == vcpu.line
         gutter = _gutter("line", str(n), n in vcpu.breakpoint_lines, is_here)
         rows.append(((gutter, ("n", str(n)), ("src", _c(words))), _now(is_here)))
-    said = plain(vcpu.file or "", 80) if rows else f"none: {_why_no_source(vcpu)}"
-    return label("Source", said) + table("source", rows, cls="code")
+    name = plain(vcpu.file or "", 80)
+    if vcpu.frame:
+        name += f", of #{vcpu.frame} in the backtrace"
+    said = name if rows else f"none: {_why_no_source(vcpu)}"
+    return label("Source", said) + _table("source", rows)
 
 
 def _why_no_source(vcpu: VcpuSnapshot) -> str:
@@ -63,13 +66,17 @@ def disassembly(vcpu: VcpuSnapshot) -> Html:
             ("op", insn.op_str),
             ("cm", insn.comment),
         )
-        rows.append((cells, _now(insn.current)))
+        rows.append((cells, {**select("byte", hx(insn.gva)), **_now(insn.current)}))
 
     if rows:
         said = plain(vcpu.symbol, 80)
     else:
         said = "none: sealed" if vcpu.sealed else "none: no code here"
-    return label("Disassembly", said) + table("disassembly", rows, cls="code")
+    return label("Disassembly", said) + _table("disassembly", rows)
+
+
+def _table(name: str, rows: list[Row]) -> Html:
+    return table(name, rows, cls="code") if rows else Html()
 
 
 def _gutter(kind: str, value: str, stop: bool, here: bool) -> tuple[str, str]:

@@ -12,8 +12,8 @@ from labkit.look.snapshots import MemoryMap, VcpuSnapshot, VmSnapshot
 from labkit.paging.scan import PageTable
 from labkit.paging.walk import Walk
 from labkit.ucall.snapshot import PoolSnapshot
-from labkit.views import compare, encryption, eyes, launch, memory, pages, pool, stepper
-from labkit.views.drawing.markup import Html, cat, el, num, plain, plural
+from labkit.views import compare, encryption, eyes, launch, memory, pages, pool, said, stepper
+from labkit.views.drawing.markup import Html, cat, num, plain, plural
 from labkit.views.drawing.tables import label
 from labkit.views.pictures import timeline
 from labkit.views.scene import Memo, Scene
@@ -28,18 +28,19 @@ PANES = (
     "source", "disassembly", "registers", "stack", "touches",
     "pool", "card", "poolkey", "held", "rail",
     "memory", "walk", "ruler", "ranges", "changes",
+    "said", "log", "frames",
     "problems", "dump", "blocks", "words", "states", "pages", "steps", "owner",
 )
 # fmt: on
 HEAD = cat(
     [
-        *map(pane, ("title", "transport", "timeline", "status")),
+        *map(pane, ("title", "transport", "timeline", "status", "said")),
         columns(
             "c2 dash",
-            columns("two", pane("source"), pane("disassembly")),
-            el("div", pane("registers"), pane("touches"), cls="side"),
+            columns("two", *map(pane, ("source", "disassembly", "touches", "frames"))),
+            pane("registers"),
         ),
-        *map(pane, ("pool", "poolkey", "rail", "memory")),
+        *map(pane, ("pool", "poolkey", "rail", "log", "memory")),
     ]
 )
 LAYOUT = HEAD + pane("walk")
@@ -80,18 +81,20 @@ def _dash(scene: Scene) -> View:
         inside = [scene.memory()]
     layout = SECRET_LAYOUT if is_protected else LAYOUT
     parts = [code, slots, *inside, walk]
-    said = plain(vm.status, 400) if vm.status else code.status
+    sentence = plain(vm.status, 400) if vm.status else code.status
 
     panes = _panes_of(parts, layout)
     panes["title"] = header(plain(vm.name), _facts(vm), vm.step)
     panes["timeline"] = timeline.draw(vm, scene.width - FRAME)
-    panes["status"] = status_line(said, "status top")
+    panes["status"] = status_line(sentence, "status top")
+    panes["said"] = said.card(vm)
+    panes["log"] = said.log(vm)
     panes["rail"] = walk.panes["rail"]
     panes["walk"] = label("Page walk", f"of {_walk_of(vm)}: {walk.status}") + walk.panes["walk"]
     if is_protected:
         panes["states"] = label("Launch", inside[-1].status) + panes["states"]
     title = f"{plain(vm.name)}, {plain(vm.arch)}, {plain(vm.engine)}, step {num(vm.step)}"
-    return View(title, said, panes, layout, lambda: _lines(parts))
+    return View(title, sentence, panes, layout, lambda: _lines(vm, parts))
 
 
 def _panes_of(parts: Collection[View], layout: Html) -> dict[str, Html]:
@@ -127,9 +130,9 @@ def _walk_of(vm: VmSnapshot) -> str:
     return "the page above" if vm.front.sealed else "the next instruction"
 
 
-def _lines(parts: Collection[View]) -> list[str]:
-    """All parts for a terminal, apart by an empty line."""
-    out = []
+def _lines(vm: VmSnapshot, parts: Collection[View]) -> list[str]:
+    """What happened and all parts for a terminal, apart by an empty line."""
+    out = [*said.card_text(vm), *said.log_text(vm)]
     for part in parts:
         out += ["", part.status, *part.lines()]
     return out

@@ -38,13 +38,21 @@ class Controller(Protocol):
     def act(self, name: str, **facts: object) -> None:
         """Do what a person asked for; raises LabError for what cannot be done.
 
-        run, step and step_line take no facts, vcpu takes index, toggle_breakpoint gva or line,
-        select kind and value: slot (index), register (name), entry and byte (gva), page and block
-        (gpa), symbol (name), none (None).
+        Runs and steps take no facts; vcpu, frame and log_of take index (log_of: None for all);
+        toggle_breakpoint and run_to gva or line (run_to without: to the selection); select takes
+        kind and value: slot (index), register (name), entry and byte (gva), page and block (gpa),
+        symbol (name), none (None).
         """
 
     def observe(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call callback after every change; the function returned ends that."""
+
+    def when_done(self, tell: Callable[[str], None]) -> None:
+        """Call tell(problem) when what act() began ended after act() had returned."""
+
+
+Painter = Callable[[int, str], None]
+"""Paints one widget: how many are painted together, and what went wrong ("")."""
 
 
 class Publisher:
@@ -103,10 +111,11 @@ class Hub:
         self._settled = self.shown  # what stood there when the last cell or action ended
         self._before_settled: VmSnapshot | None = None  # and before the guest came there
         self.memo: Memo = {}  # parts that several widgets show are drawn once
-        self.painters: list[Callable[[int], None]] = []  # of the widgets that somebody may see
+        self.painters: list[Painter] = []  # of the widgets that somebody may see
         self.publisher = Publisher(self._publish)
         self._lock = threading.RLock()  # cells and the browser's messages are on two threads
         controller.observe(self._poke)
+        controller.when_done(self._done)
         self._settle_after_cells()
 
     def _settle_after_cells(self) -> None:
@@ -155,6 +164,15 @@ class Hub:
             self.publisher.dirty = True
             self.settle()
 
+    def _done(self, problem: str) -> None:
+        """What a button began has ended after its click had returned; on the thread that did it."""
+        self.publisher.dirty = True
+        self.settle()
+        if problem:
+            with self._lock:
+                for paint in list(self.painters):
+                    paint(1, problem)
+
     def refresh(self) -> None:
         """Look at the VM again."""
         with self._lock:
@@ -170,10 +188,10 @@ class Hub:
             if painters:
                 self.refresh()
             for paint in painters:
-                paint(len(painters))
+                paint(len(painters), "")
             return len(painters)
 
-    def watch(self, paint: Callable[[int], None], watched: bool) -> None:
+    def watch(self, paint: Painter, watched: bool) -> None:
         """A browser shows the widget that paint belongs to, or none does any longer."""
         with self._lock:
             if not watched:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from labkit.look.snapshots import Insn, Selection, Touch, VcpuSnapshot
-from labkit.views import code
+from labkit.views import code, said
 from labkit.views.drawing.markup import Attribute, Html, cat, el, esc, hx, num, plain
 from labkit.views.drawing.shapes import path, rect, svg, text
 from labkit.views.drawing.tables import Row, classes, label, select, table
@@ -24,12 +24,12 @@ LAYOUT = cat(
             pane("source"),
             pane("disassembly"),
             pane("registers"),
-            el("div", pane("stack"), pane("touches"), cls="stk"),
+            el("div", pane("stack"), pane("touches"), pane("frames"), cls="stk"),
         ),
         pane("status"),
     ]
 )
-SEALED_WIDTH, SEALED_HEIGHT = 380, 306  # of the pane of sealed registers: as high as they were
+SEALED_WIDTH, SEALED_HEIGHT = 380, 56  # of the pane of sealed registers: three lines
 HATCH = 9  # pixels between its lines
 
 
@@ -50,7 +50,7 @@ def render(
         since = LAST_STEP if is_next else f"step {num(previous.step)}"
         vcpu = vcpu.since(previous)
 
-    said = status(vcpu, since)
+    sentence = status(vcpu, since)
     chosen = None if selection is None else selection.gva
     where = el("span", vcpu.where, cls="mono") if vcpu.where else ""
     facts = [fact for fact in (where, vcpu.mode, vcpu.state) if fact]
@@ -61,11 +61,12 @@ def render(
         "registers": _registers(vcpu, since, chosen),
         "stack": _stack(vcpu, chosen),
         "touches": _touches(vcpu, chosen),
-        "status": status_line(said),
+        "frames": said.frames(vcpu),
+        "status": status_line(sentence),
     }
     place = plain(vcpu.where) or "its registers sealed"
     title = f"vCPU {vcpu.index}, step {num(vcpu.step)}, {place}"
-    return View(title, said, panes, LAYOUT, lambda: _lines(vcpu))
+    return View(title, sentence, panes, LAYOUT, lambda: _lines(vcpu))
 
 
 def status(vcpu: VcpuSnapshot, since: str = LAST_LOOK) -> str:
@@ -136,19 +137,19 @@ def _note(words: str) -> Html:
 
 
 def _sealed(why: str) -> Html:
-    """The registers that the host cannot see: a hatched pane that says why."""
+    """The registers that the host cannot see: a hatched band that says why."""
     w, h = SEALED_WIDTH, SEALED_HEIGHT
     hatch = ""
     for at in range(0, w + h, HATCH):  # from the left and lower edge to the upper and right one
         hatch += f"M{max(at - h, 0)} {min(at, h)}L{min(at, w)} {max(at - w, 0)}"
-    lines = textwrap.wrap(plain(why, 160), 44)[:4]
+    lines = textwrap.wrap(plain(why, 160), 50)[:2]
 
     out = rect(0, 0, w, h, "c-dark")
     out += path(hatch, "c-hatch")
-    out += rect(36, h / 2 - 28, w - 72, 34 + 16 * len(lines), "c-bg")
-    out += text(w / 2, h / 2 - 10, "sealed: the host sees ciphertext", "b", "middle")
+    out += rect(12, 6, w - 24, h - 12, "c-bg")
+    out += text(w / 2, 19, "sealed: the host sees ciphertext", "b", "middle")
     for i, line in enumerate(lines):
-        out += text(w / 2, h / 2 + 8 + 16 * i, line, "d", "middle")
+        out += text(w / 2, 33 + 14 * i, line, "d", "middle")
     return svg(w, h, out, f"Registers sealed: {plain(why, 160)}")
 
 
@@ -217,6 +218,9 @@ def _lines(vcpu: VcpuSnapshot) -> list[str]:
         if touch.after is not None:
             said += f" -> {hx(touch.after)}"
         out.append(said)
+    for number, frame in enumerate(vcpu.frames):
+        line = "" if frame.file is None else f"  {plain(frame.file)}:{frame.line}"
+        out.append(f"  #{number} {plain(frame.where)}{line}")
     return [line.rstrip() for line in out]
 
 

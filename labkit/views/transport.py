@@ -39,19 +39,48 @@ FORTH = (
     Button("step", "Step one instruction", "ArrowRight", "→", "M13 8L4 2v12z", "step"),
     Button(
         "step_line",
-        "Step one line",
+        "Step one line, into calls",
         "Shift+ArrowRight",
         "⇧→",
         "M8 8L2 3v10zM14.5 8l-6-5v10z",
         "line",
     ),
+    Button(
+        "next_line",
+        "Step one line, over calls",
+        "N",
+        "N",
+        "M2 12V6a4 4 0 0 1 8 0h3l-4.5 5L4 6h3a1.5 1.5 0 0 0-3 0v6z",
+        "next",
+    ),
+    Button(
+        "finish",
+        "Finish this function",
+        "F",
+        "F",
+        "M3 14V8h5V4l5 5-5 5v-4H5v4z",
+        "finish",
+    ),
 )
 RUN = (
     Button("stop", "Stop the run", "S", "S", "M3 3h10v10H3z", "stop"),
     Button("run", "Run to the next ucall", "U", "U", "M2 2l7 6-7 6zM10.5 3h3.5v10h-3.5z", "ucall"),
-    Button("end", "Run to the end", "End", "End", "M14 2h-2v12h2zM2 2v12l9-6z"),
+    Button("run_to", "Run to the selection", "G", "G", "M2 7h7V3l5 5-5 5V9H2z", "here"),
+    Button("end", "Run to the end", "End", "End", "M14 2h-2v12h2zM2 2v12l9-6z", "end"),
+    Button("restart", "Set the entry again", "R", "R", "M3 3h2v4.2L12 3v10L5 8.8V13H3z", "restart"),
 )
-BUTTONS = (BACK, FORTH, RUN)
+ALL = (  # of several vCPUs
+    Button("turn", "Run one turn of the schedule", "T", "T", "M3 2h3v12H3zM8 8l6-5v10z", "turn"),
+    Button(
+        "run_any",
+        "Run all vCPUs to the next ucall of any",
+        "A",
+        "A",
+        "M1 3l5 5-5 5zM6 3l5 5-5 5zM12 3h2.5v10H12z",
+        "any ucall",
+    ),
+)
+BUTTONS = (BACK, FORTH, RUN, ALL)
 PRIMARY = "run"  # the one that people press most is the filled one
 
 
@@ -59,14 +88,25 @@ def transport(vm: VmSnapshot, actions: Collection[str]) -> Html:
     """The buttons on offer, grouped back, forth, run; and a tab per vCPU."""
     groups = []
     for group in BUTTONS:
-        offered = [_button(button) for button in group if button.action in actions]
+        offered = [
+            _button(button, _is_idle(button, vm)) for button in group if button.action in actions
+        ]
         groups.append(el("div", *offered, cls="grp"))
     tabs = [_tab(vcpu, vcpu.index == vm.vcpu) for vcpu in vm.vcpus]
     row = el("div", *tabs, cls="tabs", role="tablist", aria_label="vCPU")
     return el("div", *groups, row, cls="tp", role="toolbar", aria_label="Run")
 
 
-def _button(button: Button) -> Html:
+def _is_idle(button: Button, vm: VmSnapshot) -> bool:
+    """Whether a button that is on offer has nothing to do just now; it keeps its place."""
+    if button.action == "run_to":
+        return vm.selection is None or vm.selection.gva is None
+    if button.action == "finish":
+        return vm.front is None or len(vm.front.frames) < 2
+    return False
+
+
+def _button(button: Button, is_idle: bool) -> Html:
     icon = el(
         "svg",
         el("path", d=button.icon),
@@ -86,6 +126,7 @@ def _button(button: Button) -> Html:
         title=button.words,
         aria_keyshortcuts=button.key,
         data_act=button.action,
+        disabled="disabled" if is_idle else None,
     )
 
 

@@ -34,6 +34,7 @@ class _Panes(anywidget.AnyWidget):
     # The number of a paint, and how many messages it has: the browser paints them together.
     batch = traitlets.List(traitlets.Int(), [0, 1]).tag(sync=True)
     acks = traitlets.Int().tag(sync=True)  # actions done so far
+    heard = traitlets.Int().tag(sync=True)  # the number of the last question "is anybody there?"
     # Traits are found in the namespace of the class body.
     vars().update({f"pane_{name}": traitlets.Unicode().tag(sync=True) for name in dashboard.PANES})
 
@@ -73,10 +74,11 @@ class LabWidget(_Panes):
             memo=hub.memo,
         )
 
-    def paint(self, nr_messages: int = 1) -> None:
+    def paint(self, nr_messages: int = 1, problem: str = "") -> None:
         """Draw the hub's snapshot and send the panes that changed, as one message.
 
-        It is one of nr_messages that the browser paints together.
+        It is one of nr_messages that the browser paints together. A problem stands in the status
+        line until the next paint.
         """
         drawn = self._drawn(min(max(self.width, MIN_WIDTH), MAX_WIDTH))
         with self.hold_sync():
@@ -84,6 +86,8 @@ class LabWidget(_Panes):
             self.batch = [self.batch[0] + 1, nr_messages]
             for name, body in drawn.items():
                 setattr(self, name, body)
+            if problem:
+                self.pane_status = str(status_line(problem, "status top hole"))
         self._hear_while_a_cell_runs()
 
     def _hear_while_a_cell_runs(self) -> None:
@@ -121,11 +125,19 @@ class LabWidget(_Panes):
             return
         name = str(content.get("act"))
         if name == "hello":
+            self._answer(content.get("value"))
             self._shown_by(self._nr_views + 1)
+        elif name == "ping":
+            self._answer(content.get("value"))
         elif name == "bye":
             self._shown_by(max(self._nr_views - 1, 0))
         else:
             self._act(name, content)
+
+    def _answer(self, question: object) -> None:
+        """Somebody is here: a page asked, with a number of its own."""
+        if isinstance(question, int) and 0 < question < 1 << 31:
+            self.heard = question
 
     def _shown_by(self, nr_views: int) -> None:
         self._nr_views = nr_views
@@ -153,9 +165,13 @@ class LabWidget(_Panes):
     def _facts(self, name: str, content: dict[str, object]) -> dict[str, object]:
         """The arguments of an action, as the controller takes them; ValueError for nonsense."""
         kind, value = str(content.get("kind")), content.get("value")
-        if name == "vcpu":
+        if name in ("vcpu", "frame"):
             return {"index": _number(value)}
-        if name == "toggle_breakpoint":
+        if name == "log_of":
+            return {"index": None if value == "all" else _number(value)}
+        if name == "run_to" and value is None:
+            return {}  # to the selection
+        if name in ("toggle_breakpoint", "run_to"):
             return {"line" if kind == "line" else "gva": _number(value)}
         if name == "select":
             return {"kind": kind, "value": self._selected(kind, value, content.get("arg"))}

@@ -75,7 +75,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
     """A page with the dashboard in it, in something that can take the focus as a notebook can."""
-    page = browser.new_page(viewport={"width": 1000, "height": 1600})
+    page = browser.new_page(viewport={"width": 1000, "height": 2000})
     body = "<div tabindex=0 id=notebook><div id=here></div></div>"
     page.set_content(f"<style>{css()}</style><body data-jp-theme-light=true>{body}")
     show(page, state())
@@ -99,6 +99,7 @@ def state(kind: str = "vm", **changes: object) -> dict[str, object]:
         "step": 1277,
         "width": 940,
         "acks": 0,
+        "heard": 0,
         "batch": [0, 1],
         **panes,
     }
@@ -107,7 +108,7 @@ def state(kind: str = "vm", **changes: object) -> dict[str, object]:
 def sent(page: Any) -> list[dict[str, object]]:
     """What the script sent after its hello."""
     first, *rest = page.evaluate("window.sent")
-    assert first == {"act": "hello"}
+    assert first == {"act": "hello", "value": 1}
     return [_without_nulls(message) for message in rest]
 
 
@@ -154,15 +155,63 @@ def test_that_keys_press_the_buttons(page: Any, key: str, act: str) -> None:
     assert [message["act"] for message in sent(page)] == [act]
 
 
-def test_that_keys_not_on_offer_go_to_the_notebook_and_others_do_not(page: Any) -> None:
+def test_that_no_key_pressed_in_a_view_reaches_the_notebook(page: Any) -> None:
+    """There x cuts the cell with the dashboard in it, b inserts one; the browser's own go on."""
     page.evaluate("""() => {
       window.seen = [];
       document.addEventListener('keydown', (event) => window.seen.push(event.key), true);
     }""")
     page.locator("section.lk").focus()
-    for key in ("ArrowRight", "ArrowLeft", "b", "Control+s"):
+    for key in ("ArrowRight", "ArrowLeft", "b", "x", "d", "Shift+Enter", "Control+s"):
         page.keyboard.press(key)
-    assert page.evaluate("window.seen") == ["ArrowLeft", "b", "Control", "s"]
+    assert page.evaluate("window.seen") == ["Control", "s"]
+
+
+def test_that_a_question_mark_lists_the_keys(page: Any) -> None:
+    page.locator("section.lk").focus()
+    page.keyboard.press("?")
+    shown = page.locator(".keys").inner_text()
+    assert "→ Step one instruction" in shown
+    assert "Esc let go of the selection" in shown
+    page.keyboard.press("?")
+    assert page.locator(".keys").count() == 0
+    assert sent(page) == []
+
+
+def test_that_a_double_click_runs_to_a_line_and_to_an_instruction(page: Any) -> None:
+    page.locator("[data-pane=source] tr", has_text="memset").locator(".src").dblclick()
+    page.locator("[data-pane=disassembly] tr", has_text="imul").locator(".op").dblclick()
+    asked = [message for message in sent(page) if message["act"] == "run_to"]
+    assert [message["kind"] for message in asked] == ["line", "gva"]
+    assert asked[1]["value"] == "0x401273"
+
+
+def test_that_a_pane_folds_and_stays_folded(page: Any) -> None:
+    pane = page.locator("[data-pane=registers]")
+    pane.locator(".lab").click()
+    assert not pane.locator("table").is_visible()
+    assert pane.locator(".lab").get_attribute("aria-expanded") == "false"
+    after = state(step=1300)
+    page.evaluate(
+        "(panes) => window.model.push(panes)", {"pane_registers": after["pane_registers"]}
+    )
+    assert not pane.locator("table").is_visible()
+    pane.locator(".lab").focus()
+    page.keyboard.press("Enter")
+    assert pane.locator("table").is_visible()
+    assert sent(page) == []
+
+
+def test_that_a_view_without_an_answer_says_so_until_one_comes(page: Any) -> None:
+    page.locator(".gone-words").wait_for(timeout=10_000)
+    assert "run the cell again" in page.locator(".gone-words").inner_text()
+    page.evaluate("window.model.push({heard: 1})")
+    assert page.locator(".gone-words").count() == 0
+
+
+def test_that_a_restarted_kernel_is_asked_whether_it_is_there(page: Any) -> None:
+    page.evaluate("window.model.handlers.comm_live_update.forEach((tell) => tell())")
+    assert sent(page) == [{"act": "ping", "value": 2}]
 
 
 def test_that_a_click_on_a_slot_selects_it(page: Any) -> None:

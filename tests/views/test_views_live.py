@@ -93,7 +93,7 @@ def test_that_the_event_loop_paints_what_is_left() -> None:
 # --- what
 
 
-def nothing(messages: int) -> None:
+def nothing(messages: int, problem: str) -> None:
     """What paints nothing."""
 
 
@@ -101,8 +101,8 @@ def test_that_views_of_one_vm_share_one_snapshot_a_paint_and_say_how_many_they_a
     run, shown = Run(), list[str]()
     hub = Hub(run)
 
-    def painter(name: str) -> Callable[[int], None]:
-        return lambda messages: shown.append(f"{name} of {messages}")
+    def painter(name: str) -> Callable[[int, str], None]:
+        return lambda messages, problem: shown.append(f"{name} of {messages}{problem}")
 
     for name in "ab":
         hub.watch(painter(name), True)

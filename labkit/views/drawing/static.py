@@ -15,7 +15,7 @@ from labkit.views.drawing.style import inline_styles, svg_css
 __all__ = ["SVG", "alone", "document"]
 
 SVG = re.compile(r'<svg class="lk-d".*?</svg>', re.DOTALL)
-BUTTONS = re.compile(r'<div class="tp".*?</div></div>')
+BUTTONS = re.compile(r'<div class="tp".*?</div></div>|<div class="flts".*?</div>')
 TAG = re.compile(r"<(\w+)((?: [^<>]*)?)>")
 CLASS = re.compile(r'class="([^"]*)"')
 LABEL = re.compile(r'aria-label="([^"]*)"')

@@ -126,6 +126,35 @@ function neighbour(grid, cell, key) {
 
 const ANNOUNCE = 500; // ms: at most one announcement in that time while something runs
 const MEASURE = 60; // ms: a width is measured when it has stood still that long
+const PATIENCE = 4000; // ms: who does not answer for that long may be gone
+const FOLDS = 'labkit-folds'; // where a browser keeps which panes are folded
+const GONE = `No kernel answers this view: it is busy, was restarted, or is gone. Clicks do nothing \
+until it answers. If it was restarted, run the cell again for a live view.`;
+const KEYS = [
+  ['/', 'find a symbol'],
+  ['arrows', 'in a grid: move; Enter chooses, W shows the walk'],
+  ['P', 'pin the address as a second ruler'],
+  ['double click', 'on a line or an instruction: run to it'],
+  ['Esc', 'let go of the selection, then hand the keys back to the notebook'],
+  ['?', 'this list'],
+];
+
+/** Names of the panes that this browser keeps folded; a page without storage keeps none. */
+function storedFolds() {
+  try {
+    return new Set(JSON.parse(localStorage.getItem(FOLDS) ?? '[]'));
+  } catch {
+    return new Set();
+  }
+}
+
+function storeFolds(folds) {
+  try {
+    localStorage.setItem(FOLDS, JSON.stringify([...folds]));
+  } catch {
+    // a page that may not store anything folds for itself alone
+  }
+}
 
 let made = 0;
 
@@ -139,6 +168,8 @@ class LabView {
     this.hovering = false; // the status line says what is under the pointer
     this.cursors = new Map(); // name of a grid -> the cell that keys act on
     this.ends = []; // functions that undo what listen() did
+    this.pings = 0; // questions whether anybody is there
+    this.folds = storedFolds();
 
     this.root = document.createElement('section');
     this.root.className = 'lk';
@@ -154,8 +185,10 @@ class LabView {
     this.listen();
     for (const name of this.panes.keys()) this.dirty.add(name);
     this.paint();
-    model.send({ act: 'hello' });
+    this.ask('hello');
   }
+
+  lost = () => this.ask('ping');
 
   listen() {
     const on = (target, type, handler, options) => {
@@ -169,9 +202,17 @@ class LabView {
 
     for (const name of this.panes.keys()) change(`pane_${name}`, () => this.queue(name));
     change('batch', () => queueMicrotask(() => this.arrived()));
-    change('acks', () => this.waiting());
+    change('acks', () => {
+      this.waiting();
+      this.answered();
+    });
+    change('heard', () => this.answered());
+    // ipywidgets says so when the kernel of a view is restarted, gone or back
+    this.model.on('comm_live_update', this.lost);
+    this.ends.push(() => this.model.off('comm_live_update', this.lost));
 
     on(this.root, 'click', (event) => this.click(event));
+    on(this.root, 'dblclick', (event) => this.doubleClick(event));
     on(this.root, 'pointermove', (event) => this.hover(event));
     on(this.root, 'pointerleave', () => this.unhover());
     on(this.root, 'focusin', (event) => this.focused(event));
@@ -189,6 +230,7 @@ class LabView {
     page.views.delete(this);
     clearTimeout(this.speaking);
     clearTimeout(this.measuring);
+    clearTimeout(this.missing);
     for (const end of this.ends) end();
   }
 
@@ -231,6 +273,31 @@ class LabView {
     pane.shown = html;
     if (name === 'status') this.speak(pane, html);
     else pane.innerHTML = html;
+    this.foldable(pane);
+  }
+
+  /** A pane that begins with a label folds under it. */
+  foldable(pane) {
+    const label = pane.firstElementChild;
+    if (!label?.classList.contains('lab')) {
+      pane.classList.remove('folded');
+      return;
+    }
+    const isFolded = this.folds.has(pane.dataset.pane);
+    pane.classList.toggle('folded', isFolded);
+    label.classList.add('fold');
+    label.tabIndex = 0;
+    label.setAttribute('role', 'button');
+    label.setAttribute('aria-expanded', String(!isFolded));
+    const name = label.firstChild?.textContent ?? pane.dataset.pane;
+    label.setAttribute('aria-label', `${isFolded ? 'Unfold' : 'Fold'} ${name}`);
+  }
+
+  fold(pane) {
+    const name = pane.dataset.pane;
+    if (!this.folds.delete(name)) this.folds.add(name);
+    storeFolds(this.folds);
+    this.foldable(pane);
   }
 
   /** The status line: new words at once, but announced only now and then. */
@@ -265,6 +332,36 @@ class LabView {
     this.root.classList.toggle('wait', this.model.get('acks') < this.sent);
   }
 
+  /** Ask whether a kernel is there. */
+  ask(act) {
+    this.pings = Math.max(this.pings, this.model.get('heard')) + 1;
+    this.model.send({ act, value: this.pings });
+    this.expect();
+  }
+
+  /** A view that gets no answer says so. */
+  expect() {
+    clearTimeout(this.missing);
+    this.missing = setTimeout(() => this.gone(), PATIENCE);
+  }
+
+  answered() {
+    if (this.model.get('heard') < this.pings || this.model.get('acks') < this.sent) return;
+    clearTimeout(this.missing);
+    this.root.classList.remove('gone');
+    this.root.querySelector('.gone-words')?.remove();
+  }
+
+  gone() {
+    if (this.root.querySelector('.gone-words')) return;
+    this.root.classList.add('gone');
+    const words = document.createElement('div');
+    words.className = 'hole gone-words';
+    words.setAttribute('role', 'alert');
+    words.textContent = GONE;
+    this.root.prepend(words);
+  }
+
   measured() {
     clearTimeout(this.measuring);
     this.measuring = setTimeout(() => {
@@ -282,6 +379,7 @@ class LabView {
     this.sent = Math.max(this.sent, this.model.get('acks')) + 1;
     this.waiting();
     this.model.send(message);
+    this.expect();
   }
 
   /** Choose a cell of a grid. */
@@ -292,6 +390,11 @@ class LabView {
   }
 
   click(event) {
+    const label = event.target.closest('.fold');
+    if (label && this.root.contains(label)) {
+      this.fold(label.parentElement);
+      return;
+    }
     const target = event.target.closest('[data-act],[role=grid]');
     if (!target || !this.root.contains(target)) return;
     if (target.getAttribute('role') !== 'grid') {
@@ -303,6 +406,14 @@ class LabView {
     const cell = cellUnder(target, event);
     target.focus({ preventScroll: true });
     if (cell !== null) this.open(target, cell);
+  }
+
+  /** A double click on a line or an instruction runs to it. */
+  doubleClick(event) {
+    const gutter = event.target.closest('.code tr')?.querySelector('.bp');
+    if (!gutter || event.target.closest('.bp')) return;
+    const { kind, value } = gutter.dataset;
+    this.send({ act: 'run_to', kind, value });
   }
 
   /** Say what is under the pointer. */
@@ -330,16 +441,16 @@ class LabView {
 
   // ---- keys
 
+  /** No key that is pressed in a view is the notebook's; Tab and the browser's own go on. */
   key(event) {
     if (!this.root.contains(event.target) || event.target.matches('input')) return;
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (this.handled(event)) {
-      event.preventDefault();
-      event.stopImmediatePropagation();
-    }
+    if (event.key === 'Tab' || /^F\d+$/.test(event.key)) return;
+    event.stopImmediatePropagation();
+    if (this.handled(event)) event.preventDefault();
   }
 
-  /** Whether a key was one of ours; others go on to the notebook. */
+  /** Whether a key was one of ours. */
   handled(event) {
     const { key, target } = event;
     const grid = target.closest('[role=grid]');
@@ -351,6 +462,15 @@ class LabView {
     }
     if (key === '/') {
       this.find();
+      return true;
+    }
+    if (key === '?') {
+      this.listKeys();
+      return true;
+    }
+    const isPressed = key === 'Enter' || key === ' ';
+    if (isPressed && target.getAttribute('role') === 'button') {
+      target.click();
       return true;
     }
     if (key.toLowerCase() === 'p' && this.panes.has('ruler')) {
@@ -409,6 +529,31 @@ class LabView {
       this.root.blur();
       this.root.parentElement.closest('[tabindex]')?.focus();
     }
+  }
+
+  /** The keys of this view under its buttons, or away again. */
+  listKeys() {
+    const shown = this.root.querySelector('.keys');
+    if (shown) {
+      shown.remove();
+      return;
+    }
+    const list = document.createElement('dl');
+    list.className = 'keys';
+    list.setAttribute('aria-label', 'keys');
+    const buttons = [...this.root.querySelectorAll('.tp button[aria-keyshortcuts]')];
+    const ofButtons = buttons.map((button) => [
+      button.querySelector('kbd').textContent,
+      button.getAttribute('aria-label'),
+    ]);
+    for (const [key, words] of [...ofButtons, ...KEYS]) {
+      const row = document.createElement('div');
+      const cap = document.createElement('kbd');
+      cap.textContent = key;
+      row.append(cap, ` ${words}`);
+      list.append(row);
+    }
+    (this.panes.get('transport') ?? this.root.firstElementChild).after(list);
   }
 
   /** A field for the name of a symbol, under the selection. */

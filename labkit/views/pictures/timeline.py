@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from labkit.look.snapshots import EventMark, VmSnapshot
 from labkit.views.drawing.markup import Html, cat, el, num, plain
 from labkit.views.drawing.shapes import path, svg, text
@@ -13,6 +15,7 @@ __all__ = ["APART", "LANE", "SHAPES", "draw", "exit_mark"]
 LEFT = 66  # room for the names of the lanes
 LANE = 20  # height of one
 TOP = 30  # where the lanes begin, under the numbers of the axis
+APART_RAN = 0.5  # pixels between two stays of a vCPU that are drawn apart
 APART = 13  # pixels between two marks with a letter; what is nearer becomes a tick
 MAX_MARKS = 4000  # the newest ones
 ROUND = (1, 2, 3, 5, 7.5, 10)  # where an axis may end, times a power of ten
@@ -41,12 +44,47 @@ def draw(vm: VmSnapshot, width: float) -> Html:
         y = TOP + lane * LANE + LANE / 2
         out += text(0, y + 4, f"vCPU {vcpu.index}", "b" if vcpu.index == vm.vcpu else None)
         out += path(f"M{LEFT} {y}H{now:.1f}", "c-lane")
+        out += path(_ran(vm, vcpu.index, y, scale), "c-ran")
+        out += _hit(vcpu.index, y, width)
         out += _marks((mark for mark in reversed(newest) if mark.vcpu == vcpu.index), y, scale)
     out += path(f"M{now:.1f} {TOP - 4}V{bottom}", "c-now")
     out += path(f"M{now - 5.5:.1f} {TOP - 15}h11v6l-5.5 5.5l-5.5 -5.5z", "c-flag")
 
     words = f"Timeline up to step {vm.step}: {len(vm.events)} exits on {len(vm.vcpus)} vCPUs"
     return svg(width, bottom + 2, out, words)
+
+
+def _ran(vm: VmSnapshot, vcpu: int, y: float, scale: float) -> str:
+    """Where a vCPU ran, as a path: what is nearer than half a pixel becomes one line."""
+    if vm.shifts is None:
+        return ""
+    mine = vm.shifts[vm.shifts[:, 0] == vcpu]
+    if not len(mine):
+        return ""
+    starts = LEFT + mine[:, 1] * scale
+    ends = np.maximum(LEFT + mine[:, 2] * scale, starts + 1)
+    is_apart = starts[1:] - np.maximum.accumulate(ends)[:-1] > APART_RAN
+    firsts = np.concatenate(([0], np.flatnonzero(is_apart) + 1))
+    lasts = np.concatenate((firsts[1:] - 1, [len(mine) - 1]))
+    return "".join(
+        f"M{starts[first]:.1f} {y:g}H{ends[last]:.1f}"
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)
+    )
+
+
+def _hit(vcpu: int, y: float, width: float) -> Html:
+    """The lane takes clicks over its whole height."""
+    return el(
+        "rect",
+        x=0,
+        y=y - LANE / 2,
+        width=width,
+        height=LANE,
+        cls="c-hit",
+        data_act="vcpu",
+        data_value=vcpu,
+        data_say=f"vCPU {vcpu}: a click brings it to the front",
+    )
 
 
 def _end_of_axis(step: int) -> int:
@@ -80,7 +118,7 @@ def _marks(newest_first: Iterable[EventMark], y: float, scale: float) -> Html:
             ticks.add(round(x))
             continue
         last = x
-        letter = plain(mark.kind, 3)[:1].upper()
+        letter = plain(mark.letter, 3)[:1].upper()
         said = f"Step {num(mark.step)}, vCPU {mark.vcpu}: {plain(mark.text, 80)}"
         out.append(exit_mark(letter, x, y, said))
 
