@@ -41,6 +41,8 @@ class Run:
         for tell in self.watchers:
             tell()
 
+    closed = False
+
     def observe(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call back after every step."""
         self.watchers.append(callback)

@@ -32,6 +32,7 @@ def jupyter_command(notebook: Path, port: int | None = None, browser: bool = Tru
         f"--ServerApp.root_dir={_root(notebook)}",
         f"--LabApp.default_url={_page(notebook)}",
         "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate",
+        "--ContentsManager.pre_save_hook=labkit.cli.saved.prefer_pictures",
     ]
     if port is not None:
         command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
@@ -56,7 +57,7 @@ def _page(notebook: Path) -> str:
 def jupyter_environment() -> dict[str, str]:
     """Its environment: with a page configuration of ours before the user's own.
 
-    It spares a newcomer the question about Jupyter's news.
+    It spares a newcomer the question about Jupyter's news, and has the state of widgets saved.
     """
     folders = [str(Path(__file__).with_name("jupyter"))]
     theirs = os.environ.get("JUPYTER_CONFIG_PATH")

@@ -46,8 +46,15 @@ class VmController:
         self._said = ""  # what came of the last button, where the VM itself does not say it
 
     @property
+    def closed(self) -> bool:
+        """Whether there is nothing to look at any longer."""
+        return self.vm.closed
+
+    @property
     def actions(self) -> frozenset[str]:
         """What can be done now; of a VM that runs for long already, to look on and to stop it."""
+        if self.vm.closed:
+            return frozenset()
         running = self.vm.running
         if running is not None and running.is_long:
             return WHILE_IT_RUNS

@@ -48,7 +48,7 @@ class Vm:
     machine, which holds the page tables and the engine; cpu, what CPUID and MSRs say; vcpus, by
     index; schedule; protect ("sev", ..., None) and guest, its encryption; ucalls, who reads what
     guests hand over, and door, through which exit they do; names, of its addresses; log, of what
-    happened; shifts, which vCPU ran when; observers, who are told of changes.
+    happened; shifts, which vCPU ran when; closed; observers, who are told of changes.
     """
 
     vcpus: Sequence[Vcpu]
@@ -87,6 +87,7 @@ class Vm:
         self.names = Names(self)
         self.log = EventLog()
         self.shifts = Shifts()
+        self.closed = False
         self.observers: list[Callable[[], None]] = []
         self._host_globals = HostGlobals(program) if program is not None else None
 
@@ -456,9 +457,11 @@ class Vm:
 
     @act
     def close(self) -> None:
-        """Release the engine; the VM cannot run afterwards."""
+        """Release the engine; the VM cannot run afterwards, and its views keep what they show."""
         self.machine.close()
+        self.closed = True
         self.turn.close()
+        self.changed()
 
     def __enter__(self) -> Self:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 from labkit.explore.comparison import Comparison
 from labkit.look.encryption import EncryptionMap
@@ -47,6 +48,7 @@ LAYOUT = HEAD + pane("walk")
 SECRET_LAYOUT = HEAD + cat(  # of a protected VM
     [pane("problems"), eyes.SIDES, *map(pane, ("walk", "states", "owner"))]
 )
+CLOSED = "closed"  # the state of a VM of which there is nothing to see any longer
 SECRETS = ("encryption", "eyes", "launch")  # views that only a protected VM has
 
 
@@ -67,7 +69,11 @@ def render(
     next time.
     """
     scene = Scene(vm, previous, width, actions, pinned, {} if memo is None else memo)
-    return VIEWS[kind](scene)
+    view = VIEWS[kind](scene)
+    if vm.state != CLOSED:
+        return view
+    said = plain(vm.status, 400)
+    return replace(view, status=said, panes={**view.panes, "status": status_line(said)})
 
 
 def _dash(scene: Scene) -> View:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 from labkit.look.snapshots import VmSnapshot
@@ -23,6 +24,10 @@ MAX_PAUSE = 0.5  # seconds
 
 class Controller(Protocol):
     """What the live views need of a VM."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether the VM is closed: there is no snapshot of it any longer."""
 
     @property
     def actions(self) -> frozenset[str]:
@@ -144,6 +149,8 @@ class Hub:
             return
         try:
             self.publisher.poke()
+            if self.controller.closed:
+                self.publisher.flush()  # nothing comes after it
         finally:
             self._lock.release()
 
@@ -176,7 +183,10 @@ class Hub:
     def refresh(self) -> None:
         """Look at the VM again."""
         with self._lock:
-            self.shown = self.controller.snapshot()
+            if self.controller.closed:
+                self.shown = _closed(self.shown)
+            else:
+                self.shown = self.controller.snapshot()
 
     def _publish(self) -> int:
         """Send one message a widget.
@@ -200,6 +210,12 @@ class Hub:
                 self.painters.append(paint)
                 self.publisher.dirty = True
                 self.publisher.flush()
+
+
+def _closed(last: VmSnapshot) -> VmSnapshot:
+    """The last look at a VM that is closed."""
+    words = f"{last.name} is closed: this is how it was last seen. Make another VM to go on."
+    return replace(last, state="closed", status=words)
 
 
 def _happened(now: VmSnapshot, then: VmSnapshot) -> bool:

@@ -237,3 +237,16 @@ def test_that_nothing_is_run_to_without_a_selection(vm: lk.Vm) -> None:
     press(widget, "run_to")
     assert "no address is selected" in widget.pane_status
     assert vm.step == 0
+
+
+def test_that_the_view_of_a_closed_vm_says_so(vm: lk.Vm) -> None:
+    widget = vm.show()
+    press(widget, "run")
+    vm.close()
+    assert "guest is closed" in widget.pane_status
+    assert "SYNC" in widget.pane_said
+    assert "data-act" not in widget.pane_transport.partition('role="tablist"')[0]
+    for act in ("step", "select", "vcpu"):
+        press(widget, act, kind="slot", value=0)
+    assert "guest is closed" in widget.pane_status
+    assert vm.show("pool").pane_status

@@ -226,7 +226,7 @@ class LabView {
   }
 
   close() {
-    this.model.send({ act: 'bye' });
+    this.tell({ act: 'bye' });
     page.views.delete(this);
     clearTimeout(this.speaking);
     clearTimeout(this.measuring);
@@ -335,8 +335,17 @@ class LabView {
   /** Ask whether a kernel is there. */
   ask(act) {
     this.pings = Math.max(this.pings, this.model.get('heard')) + 1;
-    this.model.send({ act, value: this.pings });
+    this.tell({ act, value: this.pings });
     this.expect();
+  }
+
+  /** A message to Python; a connection that is gone throws. */
+  tell(message) {
+    try {
+      this.model.send(message);
+    } catch {
+      this.gone();
+    }
   }
 
   /** A view that gets no answer says so. */
@@ -368,7 +377,11 @@ class LabView {
       const width = this.root.offsetWidth;
       if (width > 0 && Math.abs(width - this.model.get('width')) >= 4) {
         this.model.set('width', width);
-        this.model.save_changes();
+        try {
+          this.model.save_changes();
+        } catch {
+          this.gone();
+        }
       }
     }, MEASURE);
   }
@@ -378,7 +391,7 @@ class LabView {
   send(message) {
     this.sent = Math.max(this.sent, this.model.get('acks')) + 1;
     this.waiting();
-    this.model.send(message);
+    this.tell(message);
     this.expect();
   }
 
