@@ -108,6 +108,7 @@ class VcpuSnapshot(VcpuBrief):
     sealed: str = ""  # why the host cannot see registers, stack and code; "" when it can
     next_slot: int | None = None  # the pool slot that the next instruction will take, if any
     pc_name: str = "rip"
+    why_no_source: str = ""  # why the lines of `file` are not shown; "" when they are
 
     def since(self, other: VcpuSnapshot) -> VcpuSnapshot:
         """The same, with the registers marked that are not what they were in another snapshot.

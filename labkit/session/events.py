@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from labkit.outside import plain, printable
 from labkit.ucall.calls import Ucall
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ class Event(NamedTuple):
     @property
     def what(self) -> str:
         """One line for a person."""
+        return plain(self._said(), 4000)
+
+    def _said(self) -> str:
         facts = dict(self.facts)
         where = f" at {facts.pop('where')}" if "where" in facts else ""
         if "exit" in facts:
@@ -80,5 +84,6 @@ class EventLog:
 def _row(happened: Happened) -> tuple[object, ...]:
     common = (happened.step, happened.vcpu, happened.kind, happened.what)
     if isinstance(happened, Ucall):
-        return *common, happened.cmd, happened.args, happened.text, happened.slot
+        text = None if happened.text is None else printable(happened.text)
+        return *common, happened.cmd, happened.args, text, happened.slot
     return *common, None, None, None, None

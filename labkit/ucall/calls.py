@@ -9,6 +9,7 @@ from struct import Struct
 from typing import Literal, NamedTuple
 
 from labkit.engines.exits import Exit
+from labkit.outside import plain
 from labkit.ucall import abi
 from labkit.ucall.abi import CMD_NAMES, CMDS_WITH_TEXT, UcallCmd, cmd_name, decode_text
 
@@ -57,7 +58,9 @@ class Ucall(NamedTuple):
         while nr_args and not self.args[nr_args - 1]:
             nr_args -= 1
         said = "" if self.text is None else f" {self.text!r}"
-        where = f" at {self.file}:{self.line}: {self.expr}" if self.file else ""
+        where = ""
+        if self.file:
+            where = f" at {plain(self.file)}:{self.line}: {plain(self.expr, 4096)}"
         args = ", ".join(map(hex, self.args[:nr_args]))
         return f"{self.cmd}{said}{where} args [{args}] slot {self.slot}"
 
