@@ -17,6 +17,8 @@ __all__ = ["BadUcallExit", "Byteorder", "Fields", "Strings", "Ucall"]
 
 Byteorder = Literal["little", "big"]
 
+MAX_CONSTANT = 4096  # characters of an expression with all its macros expanded
+
 # The gva of a string constant -> its text, taken from the program and not from the guest
 Strings = Callable[[int], str | None]
 
@@ -58,9 +60,7 @@ class Ucall(NamedTuple):
         while nr_args and not self.args[nr_args - 1]:
             nr_args -= 1
         said = "" if self.text is None else f" {self.text!r}"
-        where = ""
-        if self.file:
-            where = f" at {plain(self.file)}:{self.line}: {plain(self.expr, 4096)}"
+        where = f" at {self.file}:{self.line}: {self.expr}" if self.file else ""
         args = ", ".join(map(hex, self.args[:nr_args]))
         return f"{self.cmd}{said}{where} args [{args}] slot {self.slot}"
 
@@ -114,7 +114,12 @@ class Fields:
         if cmd != UcallCmd.ABORT:
             return Ucall(name, args, text, vcpu, slot, step)
 
-        file = strings(args[abi.GUEST_FILE])
+        file = _one_line(strings(args[abi.GUEST_FILE]))
         line = args[abi.GUEST_LINE]
-        expr = strings(args[abi.GUEST_ERROR_STRING])
+        expr = _one_line(strings(args[abi.GUEST_ERROR_STRING]))
         return Ucall(name, args, text, vcpu, slot, step, file, line, expr)
+
+
+def _one_line(text: str | None) -> str | None:
+    """A name or an expression out of a program's file, fit for a sentence."""
+    return None if text is None else plain(text, MAX_CONSTANT)
