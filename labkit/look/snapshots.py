@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from operator import eq
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from labkit.paging.scan import PageTable
 from labkit.shown import mimebundle
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EventMark",
     "Insn",
+    "Marks",
     "MemoryMap",
     "MemoryRange",
     "RegisterRow",
@@ -177,6 +180,47 @@ class EventMark:
     text: str
 
 
+T = TypeVar("T")
+
+
+class Marks(Sequence[EventMark], Generic[T]):
+    """The first so many of a log that only grows, as marks, each made when somebody asks for it.
+
+    A look costs the same after a million events as after ten.
+    """
+
+    def __init__(self, log: Sequence[T], count: int, mark: Callable[[T], EventMark]) -> None:
+        self._log = log
+        self._count = count
+        self._mark = mark
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> EventMark: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[EventMark, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> EventMark | tuple[EventMark, ...]:
+        which = range(self._count)[index]
+        if isinstance(which, range):
+            return tuple(self._mark(self._log[one]) for one in which)
+        return self._mark(self._log[which])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(map(eq, self, other))
+
+    def __hash__(self) -> int:
+        return hash(self[:])
+
+    def __repr__(self) -> str:
+        return f"<{self._count} marks>"
+
+
 @dataclass(frozen=True)
 class VmSnapshot:
     """Everything that the dashboard draws, taken at one step."""
@@ -194,7 +238,7 @@ class VmSnapshot:
     page_table: PageTable
     memory: MemoryMap
     selection: Selection | None
-    events: tuple[EventMark, ...] = field(default=())
+    events: Sequence[EventMark] = ()
     status: str = ""
     front: VcpuSnapshot | None = None  # the vCPU in front; None for a VM without vCPUs
     encryption: EncryptionMap | None = None  # of a protected VM, as are the next two

@@ -10,6 +10,7 @@ from labkit.look.memory import look_at_memory
 from labkit.look.secrets import look_at_encryption, look_at_launch, look_through_both
 from labkit.look.snapshots import (
     EventMark,
+    Marks,
     Selection,
     VcpuBrief,
     VcpuSnapshot,
@@ -54,7 +55,7 @@ def look_at_vm(vm: Vm, front: int = 0, selection: Selection | None = None) -> Vm
         page_table=vm.page_table(),
         memory=look_at_memory(vm),
         selection=selection,
-        events=tuple(_mark(happened) for happened in vm.log),
+        events=Marks(vm.log.entries, len(vm.log), _mark),
         status=_status(vm, in_front),
         front=in_front,
     )

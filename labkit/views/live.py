@@ -6,9 +6,10 @@ import asyncio
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 from labkit.look.snapshots import VmSnapshot
 from labkit.views.scene import Memo
@@ -17,7 +18,7 @@ __all__ = ["Controller", "Hub", "Publisher"]
 
 # JupyterLab breaks a notebook off at 1000 messages a second; one per 33 ms is as good to the eye.
 RATE = 30  # messages a second, all widgets of a VM together
-SHARE = 6  # time for the guest per time for painting
+SHARE = 8  # time for the guest per time for painting
 MAX_PAUSE = 0.5  # seconds
 
 
@@ -47,6 +48,13 @@ class Controller(Protocol):
         """Call callback after every change; the function returned ends that."""
 
 
+class Unseen(Protocol):
+    """A widget, which is of no use when its VM is closed and no page shows it."""
+
+    def close_unseen(self) -> None:
+        """Let go of everything, unless a page shows it."""
+
+
 class Publisher:
     """Turns many changes into few paints: one per interval, and a last one after the last change.
 
@@ -73,6 +81,10 @@ class Publisher:
             # A notebook's event loop runs when the cell ends; without one the next poke paints.
             with suppress(RuntimeError):
                 self._timer = asyncio.get_running_loop().call_later(self._next - now, self.flush)
+
+    def is_early(self) -> bool:
+        """Whether it is too early for another paint."""
+        return self.clock() < self._next
 
     def flush(self) -> None:
         """Paint now what is not painted yet."""
@@ -103,6 +115,8 @@ class Hub:
         self._settled = self.shown  # what stood there when the last cell or action ended
         self._before_settled: VmSnapshot | None = None  # and before the guest came there
         self.memo: Memo = {}  # parts that several widgets show are drawn once
+        self.closed = False
+        self.widgets: weakref.WeakSet[Unseen] = weakref.WeakSet()
         self.painters: list[Callable[[int], None]] = []  # of the widgets that somebody may see
         self.publisher = Publisher(self._publish)
         self._lock = threading.RLock()  # cells and the browser's messages are on two threads
@@ -114,8 +128,18 @@ class Hub:
         if "IPython" not in sys.modules:
             return
         shell = sys.modules["IPython"].get_ipython()
-        if shell is not None:
-            shell.events.register("post_execute", self.settle)
+        if shell is None:
+            return
+        events = shell.events
+        hub = weakref.ref(self)  # the shell must not keep a VM that nobody else has
+
+        def settle() -> None:
+            alive = hub()
+            if alive is not None:
+                alive.settle()
+
+        events.register("post_execute", settle)
+        weakref.finalize(self, _unregister, events, settle)
 
     @property
     def before(self) -> VmSnapshot | None:
@@ -130,11 +154,16 @@ class Hub:
         Where another thread paints just now it may be waiting for the guest to stand still; what
         changed is painted by the next one.
         """
+        # Every ucall comes through here, so what nobody sees yet is decided first.
+        publisher = self.publisher
+        if not self.painters or (publisher.dirty and publisher.is_early()):
+            publisher.dirty = True
+            return
         if not self._lock.acquire(blocking=False):
-            self.publisher.dirty = True
+            publisher.dirty = True
             return
         try:
-            self.publisher.poke()
+            publisher.poke()
         finally:
             self._lock.release()
 
@@ -173,6 +202,13 @@ class Hub:
                 paint(len(painters))
             return len(painters)
 
+    def close(self) -> None:
+        """The VM is closed: what stands in a page stays until the page lets go of it."""
+        self.settle()
+        self.closed = True
+        for widget in list(self.widgets):
+            widget.close_unseen()
+
     def watch(self, paint: Callable[[int], None], watched: bool) -> None:
         """A browser shows the widget that paint belongs to, or none does any longer."""
         with self._lock:
@@ -182,6 +218,11 @@ class Hub:
                 self.painters.append(paint)
                 self.publisher.dirty = True
                 self.publisher.flush()
+
+
+def _unregister(events: Any, settle: Callable[[], None]) -> None:
+    with suppress(ValueError):  # somebody has cleared the list of callbacks
+        events.unregister("post_execute", settle)
 
 
 def _happened(now: VmSnapshot, then: VmSnapshot) -> bool:

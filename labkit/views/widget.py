@@ -56,6 +56,7 @@ class LabWidget(_Panes):
         hub.refresh()
         layout = str(self.view().layout)
         super().__init__(layout_html=layout, step=hub.shown.step, **self._drawn(WIDTH))
+        hub.widgets.add(self)
         hub.watch(self.paint, True)  # until the last browser that showed it says bye
         self.on_msg(self._receive)
         self.observe(lambda _change: self.paint(), "width")
@@ -103,6 +104,11 @@ class LabWidget(_Panes):
             self._hub.watch(self.paint, False)
             super().close()
 
+    def close_unseen(self) -> None:
+        """Let go of everything, unless a page shows it; ipywidgets keeps what is not closed."""
+        if self._nr_views == 0:
+            self.close()
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.view().title}>"
 
@@ -130,6 +136,8 @@ class LabWidget(_Panes):
     def _shown_by(self, nr_views: int) -> None:
         self._nr_views = nr_views
         self._hub.watch(self.paint, nr_views > 0)
+        if self._hub.closed:
+            self.close_unseen()
 
     def _act(self, name: str, content: dict[str, object]) -> None:
         """What is no action on offer is ignored, what fails is said in the status line."""
