@@ -5,6 +5,8 @@ Everything that labkit raises is a LabError, and its facts are attributes.
 
 from __future__ import annotations
 
+from labkit.outside import printable
+
 __all__ = [
     "BudgetExceeded",
     "Busy",
@@ -26,10 +28,13 @@ __all__ = [
 
 
 class LabError(Exception):
-    """Root of every error labkit raises on purpose; keyword facts become attributes."""
+    """Root of every error labkit raises on purpose; keyword facts become attributes.
+
+    Messages quote guests and files, so what a terminal would obey is spelled out in them.
+    """
 
     def __init__(self, message: str, **facts: object) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.facts = facts
 
     def __getattr__(self, name: str) -> object:

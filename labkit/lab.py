@@ -113,6 +113,12 @@ class Vm(session_vm.Vm):
             self._hub = Hub(VmController(self))
         return LabWidget(self._hub, kind)
 
+    def close(self) -> None:
+        """Release the engine; the VM cannot run afterwards. Its views show what it was last."""
+        super().close()
+        if self._hub is not None:
+            self._hub.close()
+
 
 def _draw(snapshot: object) -> Any:
     """What a snapshot shows of itself; the views load when the first one does."""

@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Protocol, cast
 
-from labkit.cli.output import print_json
+from labkit.cli.output import print_json, say
 from labkit.errors import LabError
 
 __all__ = ["COMMANDS", "Command", "main", "parser"]
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             print_json({"error": type(err).__name__, "message": str(err)})
         else:
-            print(f"labkit {args.command}: {err}", file=sys.stderr)
+            say(f"labkit {args.command}: {err}", is_error=True)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED

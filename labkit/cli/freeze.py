@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from labkit.cli import notebooks
-from labkit.cli.output import print_json
+from labkit.cli.output import print_json, say
 from labkit.errors import InvalidState
 
 __all__ = ["ABOUT", "WIDGET", "declare", "freeze", "run"]
@@ -129,4 +129,4 @@ def _show(path: Path, changed: bool, removed: list[str], args: argparse.Namespac
     if counts:
         what = ", ".join(f"{count} {word}" for word, count in counts.items())
         did += f" ({what} removed)"
-    print(f"{path}: {did}", flush=True)
+    say(f"{path}: {did}")

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["print_json"]
+from labkit.outside import printable
+
+__all__ = ["print_json", "say"]
 
 
 def print_json(facts: Mapping[str, Any]) -> None:
     """Print one JSON object on a line of its own, at once: who reads along sees it happen."""
     print(json.dumps(facts), flush=True)
+
+
+def say(text: str, is_error: bool = False) -> None:
+    """Print words for a person, at once; a terminal gets nothing from a guest that it obeys."""
+    print(printable(text), file=sys.stderr if is_error else sys.stdout, flush=True)

@@ -110,10 +110,13 @@ def load(path: Path, arch: str | None, defines: Sequence[str] = ()) -> Program:
     from labkit.guest.program import Program
 
     try:
-        image = path.read_bytes()
+        if path.exists() and not path.is_file():
+            raise NotAvailable(f"{path}: not a regular file", path=path)
+        with path.open("rb") as file:
+            magic = file.read(len(ELF_MAGIC))
     except OSError as err:
         raise NotAvailable(f"{path}: {err.strerror}", path=path) from err
-    if not image.startswith(ELF_MAGIC) and path.suffix in C_SUFFIXES:
+    if magic != ELF_MAGIC and path.suffix in C_SUFFIXES:
         return Program.compile(path, arch=arch or "x86_64", defines=tuple(defines))
     if defines:
         raise InvalidState(f"{path} is no C file: -D {defines[0]} has nothing to define it for")

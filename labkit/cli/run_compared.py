@@ -7,7 +7,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
-from labkit.cli.output import print_json
+from labkit.cli.output import print_json, say
 from labkit.cli.run import create_options
 from labkit.cli.said import print_came
 
@@ -35,7 +35,7 @@ def run_compared(args: argparse.Namespace, program: Program) -> int:
     if args.json:
         print_json(_as_json(found))
     else:
-        print(found.text)
+        say(found.text)
     good = found.equal and set(found.ends) == {"done"}
     return 0 if good else 1
 

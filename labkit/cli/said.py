@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
-from labkit.cli.output import print_json
+from labkit.cli.output import print_json, say
 
 if TYPE_CHECKING:
     from labkit.lab import Vm
@@ -29,12 +28,12 @@ def print_came(came: Came, as_json: bool, **more: str) -> None:
         if as_json:
             print_json(more | _as_json(came))
         else:
-            print(_as_text(came), flush=True)
+            say(_as_text(came))
     elif isinstance(came, BadUcallExit):
         if as_json:
             print_json(more | _bad_as_json(came))
         else:
-            print(str(came), file=sys.stderr, flush=True)
+            say(str(came), is_error=True)
 
 
 def _as_json(ucall: Ucall) -> dict[str, Any]:
@@ -85,9 +84,9 @@ def print_end(vm: Vm, end: str, why: str, as_json: bool) -> int:
         because = f": {why}" if why else ""
         least = "" if exact else "at least "
         line = f"{end}{because} ({least}{vm.step} instructions)"
-        print(line, file=sys.stdout if end == "done" else sys.stderr)
+        say(line, is_error=end != "done")
         if end != "done":
             for facts in vcpus:
                 where = f"{facts['state']} at {facts['at']}"
-                print(f"  vCPU {facts['vcpu']} {where}", file=sys.stderr)
+                say(f"  vCPU {facts['vcpu']} {where}", is_error=True)
     return STATUS.get(end, 1)

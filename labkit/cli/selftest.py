@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from labkit.cli.output import print_json
+from labkit.cli.output import print_json, say
 
 if TYPE_CHECKING:
     from labkit.hosts.hosting import Verdict
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print_json(asdict(verdict))
         else:
-            print(_line(verdict), flush=True)
+            say(_line(verdict))
     if not args.json:
         print(", ".join(f"{count} {word}" for word, count in sorted(counts.items())))
     passed = counts["passes"] > 0 and counts["fails"] == 0

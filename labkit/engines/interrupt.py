@@ -26,6 +26,10 @@ AGAIN = 0.02  # seconds until a stop that was not followed is asked for once mor
 NO_CALL = 0
 
 
+def _nothing() -> None:
+    """What stops nothing."""
+
+
 class Shield:
     """Guards the runs of the main thread, of all VMs together: one at a time is on.
 
@@ -38,7 +42,7 @@ class Shield:
         self._main = threading.main_thread().ident
         os.register_at_fork(after_in_child=self._follow_fork)
         self._before: object = signal.default_int_handler
-        self._stop: Callable[[], object] = lambda: None
+        self._stop: Callable[[], object] = _nothing
         self._handler = self._handle  # one object, so that `is` finds it again
         self._pipe: tuple[int, int] | None = None
         self._old_fd = -1
@@ -63,6 +67,7 @@ class Shield:
         """End the run; `check` says whether Ctrl-C came in meanwhile."""
         if threading.get_ident() == self._main:
             self.running = False
+            self._stop = _nothing  # or the last VM that ran would never go
 
     def is_due(self) -> bool:
         """Whether Ctrl-C came in during this run, which must be the main thread's."""

@@ -10,6 +10,8 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from labkit.errors import CompileError, InvalidState, NotAvailable
@@ -21,8 +23,18 @@ from labkit.guest.compilers import (
     Compiler,
     find_compiler,
 )
-from labkit.guest.lines import LIBRARY, LIBRARY_NAME
+from labkit.guest.confine import confined
+from labkit.guest.elf import read_elf
+from labkit.guest.lines import LineTable
 from labkit.guest.program import Program
+from labkit.guest.sources import (
+    LIBRARY,
+    LIBRARY_NAME,
+    MAX_SOURCE,
+    SourceFiles,
+    SourcePath,
+    folders_of,
+)
 
 __all__ = ["compile_guest"]
 
@@ -35,6 +47,9 @@ ANY_BYTES = "surrogateescape"  # a source may have comments in Latin-1
 # An attribute's name, where the kernel's headers have a macro.
 NOINLINE = re.compile(r"__attribute__\s*\(\([^()]*\bnoinline\b")
 
+# An include of something else than the library.
+OWN_HEADER = re.compile(r'#\s*include\s*(?!\s*["<]labkit\.h[">])')
+
 # A linker's warning, which is left out: a guest may name its functions as it likes.
 ENTRY_MISSING = re.compile(r"^.*(cannot find entry symbol|entry symbol).*\n?", re.MULTILINE)
 
@@ -45,6 +60,10 @@ HINTS = (
         "a source with __attribute__((noinline)) cannot have the kernel's bare noinline too",
     ),
     (r"declar.*GUEST_|GUEST_.*declar", 'is #include "labkit.h" missing?'),
+    (
+        r"(Permission denied|AccessDenied|not permitted|incbin file|file not found: )",
+        "a source's files lie below its own folder, or below those named with source_path=",
+    ),
     (r"\b__[a-z]+[sdt]f[0-9]?\b|SSE (register|disabled|vector)", "guests have no floating point"),
 )
 
@@ -56,12 +75,15 @@ def compile_guest(
     opt: str = "-O1",
     defines: Sequence[str] = (),
     name: str | None = None,
+    source_path: SourcePath = (),
 ) -> Program:
     """Compile C text, or the file at a path, with the guest library into a Program.
 
     A Path is a file, and so is a str that ends in .c; any other str is the text itself. `defines`
     are "NAME" or "NAME=VALUE"; `name` is what messages and line numbers call the source
     ("guest.c"). Nothing but the source decides the result: no path of this machine gets into it.
+    What it includes lies below its own folder (of text: the current one) or below those of
+    `source_path`; other files of this machine are kept from the compiler (see confine.py).
 
     Raises CompileError with the compiler's own message, NotAvailable for an architecture or a
     compiler that is not here, InvalidState for a name that no source can have.
@@ -80,14 +102,29 @@ def compile_guest(
 
     found = find_compiler(compiler, arch)
     folder = Path.cwd() if path is None else path.parent.resolve()
-    options = [opt, *(f"-D{define}" for define in defines), f"-iquote{folder}"]
+    folders = (folder, *folders_of(source_path))
+    options = [opt, *(f"-D{define}" for define in defines), *(f"-iquote{each}" for each in folders)]
     with tempfile.TemporaryDirectory(prefix="labkit-") as work:
         _write_source(Path(work), name, text)
         command = _command(found, arch, Path(work), options)
-        image, output = _run(found, command, Path(work))
+        image, output = _run(found, command, Path(work), folders)
 
     shown = text.encode("utf-8", ANY_BYTES).decode("utf-8", "replace")
-    return Program(image, Path(name).stem, None, {name: shown}, output)
+    sources = {name: shown}
+    if OWN_HEADER.search(text):
+        sources = _included(image, folders) | sources
+    return Program(image, Path(name).stem, None, sources, output)
+
+
+def _included(image: bytes, folders: Sequence[Path]) -> dict[str, str]:
+    """The text of the other files that the code came from, as it is now."""
+    files = SourceFiles({}, None, folders)
+    found = {}
+    for file in LineTable.read(image, read_elf(image, "guest").segments).files:
+        lines = None if file.startswith(LIBRARY_NAME) else files.lines(file)
+        if lines is not None:
+            found[file] = "\n".join(lines)
+    return found
 
 
 def _read_source(source_or_path: str | Path) -> tuple[str, Path | None]:
@@ -97,9 +134,20 @@ def _read_source(source_or_path: str | Path) -> tuple[str, Path | None]:
             source_or_path.encode("utf-8", ANY_BYTES)  # or it could not be written for the compiler
             return source_or_path, None
         path = Path(source_or_path)
-        return path.read_bytes().decode("utf-8", ANY_BYTES), path
+        return _read_file(path).decode("utf-8", ANY_BYTES), path
     except (OSError, ValueError) as error:
         raise CompileError(f"the source cannot be read: {error}", command=(), output="") from error
+
+
+def _read_file(path: Path) -> bytes:
+    """The bytes of a C file; raises OSError or ValueError for what is none."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
+    with path.open("rb") as file:
+        data = file.read(MAX_SOURCE + 1)
+    if len(data) > MAX_SOURCE:
+        raise ValueError(f"{path} is larger than {MAX_SOURCE >> 20} MiB")
+    return data
 
 
 def _is_text(source_or_path: str) -> bool:
@@ -173,19 +221,25 @@ def _library_sources(arch: str) -> list[str]:
     return sorted(str(file) for file in files if file.suffix in (".c", ".S"))
 
 
-def _run(compiler: Compiler, command: list[str], work: Path) -> tuple[bytes, str]:
+def _run(
+    compiler: Compiler, command: list[str], work: Path, folders: Sequence[Path]
+) -> tuple[bytes, str]:
     """The ELF file's bytes and what the compiler had to say; raises CompileError."""
+    environment = _environment(work)
+    call = partial(
+        subprocess.run,
+        command,
+        cwd=work,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        timeout=TIMEOUT,
+        env=environment,
+    )
+    read = (*folders, LIBRARY, Path(compiler.command[0]).resolve().parent)
     try:
-        done = subprocess.run(
-            command,
-            cwd=work,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            stdin=subprocess.DEVNULL,
-            timeout=TIMEOUT,
-            env=_environment(work),
-        )
+        done = confined(call, read, (work, *_caches(environment)))
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise CompileError(
             f"{compiler.name} could not run: {error}", command=tuple(command), output=""
@@ -200,11 +254,26 @@ def _run(compiler: Compiler, command: list[str], work: Path) -> tuple[bytes, str
 
 
 def _environment(work: Path) -> dict[str, str]:
-    """English messages, and a cache for zig, which insists on one, where there is no home."""
-    environment = {**os.environ, "LC_ALL": "C"}
+    """English messages, a folder for what is left half done, and a cache for zig.
+
+    Zig insists on one; where there is no home it is the work folder's.
+    """
+    environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(work)}
     if not os.access(Path.home(), os.W_OK):
         environment.setdefault("ZIG_GLOBAL_CACHE_DIR", str(work / "cache"))
     return environment
+
+
+def _caches(environment: dict[str, str]) -> list[Path]:
+    """The folders in which zig keeps what it has compiled, made if need be."""
+    usual = environment.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folders = [Path(environment.get("ZIG_GLOBAL_CACHE_DIR") or Path(usual) / "zig")]
+    if "ZIG_LOCAL_CACHE_DIR" in environment:
+        folders.append(Path(environment["ZIG_LOCAL_CACHE_DIR"]))
+    for folder in folders:
+        with suppress(OSError):  # zig says it better
+            folder.mkdir(parents=True, exist_ok=True)
+    return folders
 
 
 def _hint(output: str) -> str:

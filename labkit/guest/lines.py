@@ -8,19 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from labkit.guest.elf import Segment
 from labkit.guest.sections import debug_info
+from labkit.outside import plain
 
-__all__ = ["LIBRARY", "LIBRARY_NAME", "Line", "LineTable", "Row", "SourceFiles"]
+__all__ = ["Line", "LineTable", "Row"]
 
-LIBRARY = Path(__file__).parent / "lib"
-LIBRARY_NAME = "labkit/"  # compile.py maps the library's directory to this
 MAX_ROWS = 500_000
 MAX_UNITS = 4096
-MAX_SOURCE = 4 << 20  # bytes
+MAX_NAME = 4096  # characters
 
 
 @dataclass(frozen=True)
@@ -151,47 +149,4 @@ def _file_names(program: Any, directory: str) -> dict[int, str]:
 
 
 def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "replace")
-
-
-class SourceFiles:
-    """Source text by the names that debug information uses."""
-
-    def __init__(self, given: Mapping[str, str], program: Path | None) -> None:
-        self._program = program
-        self._known: dict[str, list[str] | None] = {
-            name: text.splitlines() for name, text in given.items()
-        }
-
-    def lines(self, file: str) -> list[str] | None:
-        """The lines of a file, None when it is nowhere.
-
-        Given with the program, from the guest library, beside the program, or at its own path.
-        """
-        if file not in self._known:
-            self._known[file] = self._find(file)
-        return self._known[file]
-
-    def _find(self, file: str) -> list[str] | None:
-        for path in self._places(file):
-            lines = _read_lines(path)
-            if lines is not None:
-                return lines
-        return None
-
-    def _places(self, file: str) -> Iterator[Path]:
-        if file.startswith(LIBRARY_NAME):
-            yield LIBRARY / file.removeprefix(LIBRARY_NAME)
-        if self._program is not None:
-            yield self._program.parent / Path(file).name
-        yield Path(file)
-
-
-def _read_lines(path: Path) -> list[str] | None:
-    """The lines of a file that is there and no larger than source is."""
-    try:
-        if not path.is_file() or path.stat().st_size > MAX_SOURCE:
-            return None
-        return path.read_text("utf-8", "replace").splitlines()
-    except (OSError, ValueError):
-        return None
+    return plain(raw.decode("utf-8", "replace"), MAX_NAME)

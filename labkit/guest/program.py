@@ -12,8 +12,11 @@ from typing import NamedTuple
 from labkit.errors import ElfError, InvalidState, SymbolNotFound
 from labkit.guest.elf import Segment, Symbol, read_elf
 from labkit.guest.frames import FrameRule, FrameTable
-from labkit.guest.lines import Line, LineTable, SourceFiles
+from labkit.guest.lines import Line, LineTable
+from labkit.guest.sources import SourceFiles, SourcePath, folders_of
+from labkit.guest.symbols import MAX_NAME
 from labkit.guest.types import Kind, kind_of_global
+from labkit.outside import plain, printable
 
 __all__ = ["Line", "Program", "Segment", "Symbol"]
 
@@ -44,34 +47,42 @@ class Program:
         path: Path | None = None,
         sources: Mapping[str, str] | None = None,
         compiler_output: str = "",
+        source_path: SourcePath = (),
     ) -> None:
         facts = read_elf(image, name)
         self.image = image
-        self.name = name
+        self.name = plain(name)
         self.path = path
         self.arch = facts.arch
         self.byteorder = facts.byteorder
         self.entry = facts.entry
         self.segments = facts.segments
-        self.compiler_output = compiler_output
+        self.compiler_output = printable(compiler_output)
         self.all_symbols = facts.symbols
         self.symbols: dict[str, Symbol] = {}
         for symbol in facts.symbols:
             # The first counts: a global one, else that of the file that was linked first.
             self.symbols.setdefault(symbol.name, symbol)
         self._kinds: dict[int, Kind] = {}
-        self._files = SourceFiles(sources or {}, path)
+        self._files = SourceFiles(sources or {}, path, folders_of(source_path))
 
     @classmethod
-    def load(cls, path_or_bytes: str | Path | bytes, name: str | None = None) -> Program:
+    def load(
+        cls,
+        path_or_bytes: str | Path | bytes,
+        name: str | None = None,
+        source_path: SourcePath = (),
+    ) -> Program:
         """Load an ELF file linked at fixed addresses, a kernel selftest's binary included.
 
-        Raises ElfError for any other file, and for one that cannot be read.
+        Its source is looked for below the file's own folder and below those of `source_path`, a
+        folder or several, and nowhere else, whatever its debug information says. Raises ElfError
+        for any other file, and for one that cannot be read; InvalidState for no folder.
         """
         if isinstance(path_or_bytes, bytes | bytearray | memoryview):
-            return cls(bytes(path_or_bytes), name or "guest")
+            return cls(bytes(path_or_bytes), name or "guest", source_path=source_path)
         path = Path(path_or_bytes)
-        return cls(_read_image(path), name or path.name, path)
+        return cls(_read_image(path), name or path.name, path, source_path=source_path)
 
     @classmethod
     def compile(
@@ -82,6 +93,7 @@ class Program:
         opt: str = "-O1",
         defines: Sequence[str] = (),
         name: str | None = None,
+        source_path: SourcePath = (),
     ) -> Program:
         """Compile a guest written in C; see labkit.guest.compile.compile_guest.
 
@@ -90,7 +102,7 @@ class Program:
         """
         from labkit.guest.compile import compile_guest
 
-        return compile_guest(source_or_path, arch, compiler, opt, defines, name)
+        return compile_guest(source_or_path, arch, compiler, opt, defines, name, source_path)
 
     def __repr__(self) -> str:
         size = sum(segment.memsz for segment in self.segments)
@@ -102,7 +114,7 @@ class Program:
     def symbol(self, name: str) -> Symbol:
         """The symbol of that name; raises SymbolNotFound with the names that come near."""
         try:
-            return self.symbols[name]
+            return self.symbols[plain(name, MAX_NAME)]
         except KeyError:
             raise self._no_symbol(name) from None
 
@@ -226,8 +238,12 @@ class Program:
         return self._lines.files
 
     def source(self, file: str) -> list[str] | None:
-        """The lines of a source file, None when it is nowhere to be found."""
+        """The lines of a source file, None when they are not shown (see why_no_source)."""
         return self._files.lines(file)
+
+    def why_no_source(self, file: str) -> str:
+        """Why the lines of a source file are not shown, in words; "" when they are."""
+        return self._files.why_not(file)
 
 
 def _read_image(path: Path) -> bytes:

@@ -9,6 +9,7 @@ import numpy as np
 from elftools.elf.elffile import ELFFile
 
 from labkit.guest.sections import section_bytes
+from labkit.outside import plain
 
 __all__ = ["Symbol", "SymbolKind", "read_symbols"]
 
@@ -73,7 +74,9 @@ def read_symbols(elf: ELFFile, image: bytes) -> tuple[Symbol, ...]:
         name = _name(names, name_at)
         if name is None or (shndx == SHN_ABS and name != GLOBAL_POINTER):
             continue
-        symbol = Symbol(name.decode("utf-8", "replace"), gva, size, KINDS[info & 15])
+        symbol = Symbol(
+            plain(name.decode("utf-8", "replace"), MAX_NAME), gva, size, KINDS[info & 15]
+        )
         if info >> 4 == STB_LOCAL:
             local_symbols.append(symbol)
         else:

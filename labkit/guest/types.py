@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from elftools.dwarf.die import DIE
 
+from labkit.guest.dies import DieSizes
 from labkit.guest.sections import debug_info
 
 __all__ = ["Kind", "kind_of_global"]
@@ -68,14 +69,14 @@ def _variable(image: bytes, gva: int) -> DIE | None:
     if unit is None:
         return None
 
+    sizes = DieSizes(unit, stream.getvalue())
     offset = unit.cu_die_offset
     for _ in range(MAX_DIES):
-        if offset > at:
-            return None
-        die = DIE(unit, stream, offset)
-        offset += die.size
-        if offset > at:
+        size = sizes.at(offset) or DIE(unit, stream, offset).size
+        if offset + size > at:
+            die = DIE(unit, stream, offset)
             return die if die.tag == "DW_TAG_variable" else None
+        offset += size
     return None
 
 

@@ -9,9 +9,8 @@ from labkit.session.running import goes_on
 from labkit.session.vm import Vm
 from labkit.ucall.calls import Ucall
 
-__all__ = ["NR_LOGGED", "look_at_last", "mark"]
+__all__ = ["look_at_last", "mark"]
 
-NR_LOGGED = 200  # rows of the log, the newest ones
 LETTERS = {"SYNC": "S", "PRINTF": "P", "DONE": "D", "ABORT": "A", "UNHANDLED": "A"}
 
 

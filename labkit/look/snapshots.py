@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from operator import eq
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,7 @@ __all__ = [
     "EventMark",
     "FrameRow",
     "Insn",
+    "Marks",
     "MemoryMap",
     "MemoryRange",
     "RegisterRow",
@@ -125,6 +128,7 @@ class VcpuSnapshot(VcpuBrief):
     frames: tuple[FrameRow, ...] = ()
     frames_end: str = ""  # why the frames end before the entry function; "" when they do not
     frame: int = 0  # the one whose source is shown
+    why_no_source: str = ""  # why the lines of `file` are not shown; "" when they are
 
     def since(self, other: VcpuSnapshot) -> VcpuSnapshot:
         """The same, with the registers marked that are not what they were in another snapshot.
@@ -211,6 +215,47 @@ class Said:
     is_now: bool  # nothing ran since
 
 
+T = TypeVar("T")
+
+
+class Marks(Sequence[EventMark], Generic[T]):
+    """The first so many of a log that only grows, as marks, each made when somebody asks for it.
+
+    A look costs the same after a million events as after ten.
+    """
+
+    def __init__(self, log: Sequence[T], count: int, mark: Callable[[T], EventMark]) -> None:
+        self._log = log
+        self._count = count
+        self._mark = mark
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> EventMark: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[EventMark, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> EventMark | tuple[EventMark, ...]:
+        which = range(self._count)[index]
+        if isinstance(which, range):
+            return tuple(self._mark(self._log[one]) for one in which)
+        return self._mark(self._log[which])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(map(eq, self, other))
+
+    def __hash__(self) -> int:
+        return hash(self[:])
+
+    def __repr__(self) -> str:
+        return f"<{self._count} marks>"
+
+
 @dataclass(frozen=True)
 class VmSnapshot:
     """Everything that the dashboard draws, taken at one step."""
@@ -228,7 +273,7 @@ class VmSnapshot:
     page_table: PageTable
     memory: MemoryMap
     selection: Selection | None
-    events: tuple[EventMark, ...] = field(default=())
+    events: Sequence[EventMark] = ()
     status: str = ""
     front: VcpuSnapshot | None = None  # the vCPU in front; None for a VM without vCPUs
     encryption: EncryptionMap | None = None  # of a protected VM, as are the next two

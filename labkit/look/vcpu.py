@@ -61,6 +61,7 @@ def look_at_vcpu(vm: Vm, vcpu: Vcpu, frame: int = 0) -> VcpuSnapshot:
         frames=tuple(FrameRow(one.where, one.file, one.line) for one in trace),
         frames_end=trace.why,
         frame=frame,
+        why_no_source=_why_no_source(vm, line),
     )
 
 
@@ -169,6 +170,13 @@ def _source(vm: Vm, line: Line | None) -> tuple[tuple[int, str], ...]:
     first = max(1, min(line.line - SOURCE_ROWS // 3, last_start))
     last = min(len(text), first + SOURCE_ROWS - 1)
     return tuple((number, text[number - 1]) for number in range(first, last + 1))
+
+
+def _why_no_source(vm: Vm, line: Line | None) -> str:
+    if vm.program is None or line is None:
+        return ""
+    why = vm.program.why_no_source(line.file)
+    return why or ("" if line.text is not None else "it has no such line")
 
 
 def _breakpoint_lines(vm: Vm, vcpu: Vcpu, line: Line | None) -> frozenset[int]:

@@ -10,6 +10,7 @@ from labkit.look.memory import look_at_memory
 from labkit.look.said import look_at_last, mark
 from labkit.look.secrets import look_at_encryption, look_at_launch, look_through_both
 from labkit.look.snapshots import (
+    Marks,
     Said,
     Selection,
     VcpuBrief,
@@ -66,7 +67,7 @@ def look_at_vm(vm: Vm, looking: Looking = FROM_OUTSIDE) -> VmSnapshot:
         page_table=vm.page_table(),
         memory=look_at_memory(vm),
         selection=looking.selection,
-        events=tuple(mark(happened) for happened in vm.log),
+        events=Marks(vm.log.entries, len(vm.log), mark),
         status=_status(vm, in_front, said),
         front=in_front,
         said=said,

@@ -104,8 +104,15 @@ class AddressSpace:
         self.used.set(pfn, nr_pages)
         if self.protected is not None and protected:
             self.protected.set(pfn, nr_pages)
-        insort(self.uses, Use(pfn * PAGE, nr_pages, kind))
+        self._note(Use(pfn * PAGE, nr_pages, kind))
         return pfn * PAGE
+
+    def _note(self, use: Use) -> None:
+        """Enter a use in the order of gpas; most lie behind all others."""
+        if not self.uses or self.uses[-1] < use:
+            self.uses.append(use)
+        else:
+            insort(self.uses, use)
 
     def _gap(self, nr_pages: int, min_pfn: int) -> int | None:
         """The first of so many free pages in a row, inside one memslot."""

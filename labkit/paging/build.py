@@ -91,10 +91,12 @@ class PageTableBuilder:
         bits = mode.new_leaf(level, {"writable": writable, "user": user, "nx": nx, **flags})
 
         spans = list(self._spans(level, gva, nr_pages))
-        for start, count in spans:
-            self._check_free(level, start, count)
+        free = [self._free_slot(level, start, count) for start, count in spans]
         # All tables first: with no memory left for one, nothing is mapped.
-        slots = [self._slot(level, start) for start, _ in spans]
+        slots = [
+            self._slot(level, start) if slot is None else slot
+            for slot, (start, _) in zip(free, spans, strict=True)
+        ]
         for (start, count), slot in zip(spans, slots, strict=True):
             offsets = np.arange(count, dtype=np.uint64) * np.uint64(page_size)
             frames = gpa + (start - gva) + offsets
@@ -165,21 +167,27 @@ class PageTableBuilder:
             table = self.mode.next_table(step).get(entry)
         return _Place(step, entry_gpa, kind)
 
-    def _check_free(self, level: Level, gva: int, count: int) -> None:
-        """Raise InvalidState when any of count entries of one table maps something."""
+    def _free_slot(self, level: Level, gva: int, count: int) -> int | None:
+        """The gpa of the first of count entries of one table; None where there is no table yet.
+
+        Raises InvalidState when any of them maps something.
+        """
         place = self._descend(level, gva)
         if place.level is not level:
             if place.kind == "hole":
-                return
+                return None
             what = "is mapped already" if place.kind == "leaf" else "cannot be mapped"
             raise self._refusal(what, gva, place.level, place.entry_gpa)
 
+        if count == 1 and place.kind == "hole":
+            return place.entry_gpa
         entries = self._entries(place.entry_gpa, count)
         taken = np.flatnonzero(classify_all(self.mode, level, entries).present)
         if taken.size:
             first = int(taken[0])
             entry_gpa = place.entry_gpa + first * self.mode.entry_size
             raise self._refusal("is mapped already", gva + first * level.size, level, entry_gpa)
+        return place.entry_gpa
 
     def _slot(self, level: Level, gva: int) -> int:
         """The gpa of the entry of level for gva; makes the tables above it."""

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from labkit.outside import plain
+from labkit.session.columns import EventColumns
 from labkit.ucall.calls import Ucall
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["Event", "EventLog", "Happened"]
-
-COLUMNS = ("step", "vcpu", "kind", "what", "cmd", "args", "text", "slot")
 
 
 class Event(NamedTuple):
@@ -27,6 +27,9 @@ class Event(NamedTuple):
     @property
     def what(self) -> str:
         """One line for a person."""
+        return plain(self._said(), 4000)
+
+    def _said(self) -> str:
         facts = dict(self.facts)
         where = f" at {facts.pop('where')}" if "where" in facts else ""
         if "exit" in facts:
@@ -49,6 +52,7 @@ class EventLog:
     """Everything that happened in one VM, the oldest first."""
 
     entries: list[Happened] = field(default_factory=list)
+    _columns: EventColumns | None = None
 
     def append(self, happened: Happened) -> None:
         """Note one thing more."""
@@ -67,18 +71,10 @@ class EventLog:
     def frame(self) -> pd.DataFrame:
         """One row an event: step, vcpu, kind, what, and for a ucall cmd, args, text and slot.
 
-        The last four are None for what is no ucall. The index is called seq.
+        The last four are None for what is no ucall. The index is called seq. What was in the table
+        before is not made again.
         """
-        import pandas as pd
-
-        rows = [_row(happened) for happened in self.entries]
-        frame = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object)
-        frame = frame.astype({"step": "int64", "vcpu": "int64", "slot": "Int64"})
-        return frame.rename_axis("seq")
-
-
-def _row(happened: Happened) -> tuple[object, ...]:
-    common = (happened.step, happened.vcpu, happened.kind, happened.what)
-    if isinstance(happened, Ucall):
-        return *common, happened.cmd, happened.args, happened.text, happened.slot
-    return *common, None, None, None, None
+        columns = self._columns
+        if columns is None or not columns.is_of(self.entries):
+            columns = self._columns = EventColumns(self.entries)
+        return columns.frame()

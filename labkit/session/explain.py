@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from labkit.engines.exits import BudgetExit, Exit
+from labkit.outside import printable
 from labkit.session.events import Event, Happened
 from labkit.session.listing import Listing
 from labkit.ucall.calls import BadUcallExit, Ucall
@@ -36,7 +37,7 @@ def explain(vm: Vm, came: Ucall | Exit) -> str:
     said = _said(vm, came)
     if _may_have_a_chain(vm, came):
         said += _chain(vm, came)
-    return said
+    return printable(said)
 
 
 def _said(vm: Vm, came: Ucall | Exit) -> str:

@@ -16,6 +16,7 @@ from labkit.guest.loader import DEFAULT_MEMORY, program_string
 from labkit.guest.program import Program
 from labkit.machine.schedule import Schedule
 from labkit.machine.vm import Machine
+from labkit.outside import plain
 from labkit.paging.scan import PageTable, scan
 from labkit.session.events import Event, EventLog
 from labkit.session.explain import explain
@@ -63,7 +64,7 @@ class Vm:
         cpu: CpuModel,
         guest: ProtectedGuest | None = None,
     ) -> None:
-        self.name = name
+        self.name = plain(name)
         self.backend = backend
         self.program = program
         self.machine = machine

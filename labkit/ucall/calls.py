@@ -9,12 +9,15 @@ from struct import Struct
 from typing import Literal, NamedTuple
 
 from labkit.engines.exits import Exit
+from labkit.outside import plain
 from labkit.ucall import abi
 from labkit.ucall.abi import CMD_NAMES, CMDS_WITH_TEXT, UcallCmd, cmd_name, decode_text
 
 __all__ = ["BadUcallExit", "Byteorder", "Fields", "Strings", "Ucall"]
 
 Byteorder = Literal["little", "big"]
+
+MAX_CONSTANT = 4096  # characters of an expression with all its macros expanded
 
 # The gva of a string constant -> its text, taken from the program and not from the guest
 Strings = Callable[[int], str | None]
@@ -111,7 +114,12 @@ class Fields:
         if cmd != UcallCmd.ABORT:
             return Ucall(name, args, text, vcpu, slot, step)
 
-        file = strings(args[abi.GUEST_FILE])
+        file = _one_line(strings(args[abi.GUEST_FILE]))
         line = args[abi.GUEST_LINE]
-        expr = strings(args[abi.GUEST_ERROR_STRING])
+        expr = _one_line(strings(args[abi.GUEST_ERROR_STRING]))
         return Ucall(name, args, text, vcpu, slot, step, file, line, expr)
+
+
+def _one_line(text: str | None) -> str | None:
+    """A name or an expression out of a program's file, fit for a sentence."""
+    return None if text is None else plain(text, MAX_CONSTANT)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from labkit.errors import InvalidState
+from labkit.outside import printable
 from labkit.shown import mimebundle
 from labkit.ucall.abi import UCALL_MAX_ARGS, UCALL_SIZE, cmd_name, decode_text, has_text
 
@@ -205,6 +206,7 @@ class PoolSnapshot:
         used = {slot.index: slot for slot in self.held}
         rows = [used.get(index) or self._never_used(index) for index in range(self.nr_slots)]
         frame = pd.DataFrame([vars(row) for row in rows], dtype=object).set_index("index")
+        frame["text"] = [None if row.text is None else printable(row.text) for row in rows]
         frame.insert(3, "uses", self.uses)
         return frame.astype({"vcpu": "Int64", "since": "Int64"})
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 from labkit.look.snapshots import VcpuSnapshot
-from labkit.views.drawing.markup import Attribute, Html, cat, el, esc, hx, plain
+from labkit.outside import plain
+from labkit.views.drawing.markup import Attribute, Html, cat, el, esc, hx
 from labkit.views.drawing.tables import Row, label, select, table
 
-__all__ = ["disassembly", "source"]
+__all__ = ["disassembly", "source", "why_no_source"]
 
 KEYWORDS = re.compile(
     r"\b(auto|break|case|char|const|continue|default|do|double|else|enum|extern|float|for|goto|if"
@@ -29,15 +30,17 @@ def source(vcpu: VcpuSnapshot) -> Html:
     name = plain(vcpu.file or "", 80)
     if vcpu.frame:
         name += f", of #{vcpu.frame} in the backtrace"
-    said = name if rows else f"none: {_why_no_source(vcpu)}"
+    said = name if rows else f"none: {why_no_source(vcpu)}"
     return label("Source", said) + _table("source", rows)
 
 
-def _why_no_source(vcpu: VcpuSnapshot) -> str:
+def why_no_source(vcpu: VcpuSnapshot) -> str:
+    """Why there are no lines, for a person."""
     if vcpu.sealed:
         return "the instruction pointer is sealed"
     if vcpu.line:
-        return f"{plain(vcpu.file)}:{vcpu.line} is not on this machine"
+        why = plain(vcpu.why_no_source) or "it is not on this machine"
+        return f"{plain(vcpu.file, 80)}:{vcpu.line} is not shown: {why}"
     return "this code has no line numbers"
 
 

@@ -10,11 +10,12 @@ from labkit.look.encryption import EncryptionMap
 from labkit.look.eyes import PageEyes
 from labkit.look.launch import LaunchProgress
 from labkit.look.snapshots import MemoryMap, VcpuSnapshot, VmSnapshot
+from labkit.outside import plain
 from labkit.paging.scan import PageTable
 from labkit.paging.walk import Walk
 from labkit.ucall.snapshot import PoolSnapshot
 from labkit.views import compare, encryption, eyes, launch, memory, pages, pool, said, stepper
-from labkit.views.drawing.markup import Html, cat, num, plain, plural
+from labkit.views.drawing.markup import Html, cat, num, plural
 from labkit.views.drawing.tables import label
 from labkit.views.pictures import timeline
 from labkit.views.scene import Memo, Scene

@@ -5,7 +5,8 @@ from __future__ import annotations
 from labkit.look.encryption import EncryptionMap, EncryptionRange, PageState
 from labkit.look.snapshots import Selection
 from labkit.machine.memory import PAGE
-from labkit.views.drawing.markup import Html, cat, el, hx, num, plain
+from labkit.outside import plain
+from labkit.views.drawing.markup import Html, cat, el, hx, num
 from labkit.views.drawing.tables import (
     Cell,
     Row,

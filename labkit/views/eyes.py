@@ -8,7 +8,8 @@ import numpy as np
 
 from labkit.look.eyes import BLOCK, Eye, PageEyes
 from labkit.look.snapshots import Selection
-from labkit.views.drawing.markup import Html, cat, el, hx, num, plain, plural
+from labkit.outside import plain
+from labkit.views.drawing.markup import Html, cat, el, hx, num, plural
 from labkit.views.drawing.shapes import NARROW, WIDE
 from labkit.views.drawing.tables import Cell, Row, boxed, label, select, swatch
 from labkit.views.pictures.blocks import about, draw_maps, map_key

@@ -6,19 +6,20 @@ import asyncio
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from labkit.look.snapshots import VmSnapshot
 from labkit.views.scene import Memo
 
-__all__ = ["Controller", "Hub", "Publisher"]
+__all__ = ["Controller", "Hub", "Painter", "Publisher", "Unseen"]
 
 # JupyterLab breaks a notebook off at 1000 messages a second; one per 33 ms is as good to the eye.
 RATE = 30  # messages a second, all widgets of a VM together
-SHARE = 6  # time for the guest per time for painting
+SHARE = 8  # time for the guest per time for painting
 MAX_PAUSE = 0.5  # seconds
 
 
@@ -60,6 +61,13 @@ Painter = Callable[[int, str], None]
 """Paints one widget: how many are painted together, and what went wrong ("")."""
 
 
+class Unseen(Protocol):
+    """A widget, which is of no use when its VM is closed and no page shows it."""
+
+    def close_unseen(self) -> None:
+        """Let go of everything, unless a page shows it."""
+
+
 class Publisher:
     """Turns many changes into few paints: one per interval, and a last one after the last change.
 
@@ -86,6 +94,10 @@ class Publisher:
             # A notebook's event loop runs when the cell ends; without one the next poke paints.
             with suppress(RuntimeError):
                 self._timer = asyncio.get_running_loop().call_later(self._next - now, self.flush)
+
+    def is_early(self) -> bool:
+        """Whether it is too early for another paint."""
+        return self.clock() < self._next
 
     def flush(self) -> None:
         """Paint now what is not painted yet."""
@@ -117,6 +129,8 @@ class Hub:
         self._before_settled: VmSnapshot | None = None  # and before the guest came there
         self.memo: Memo = {}  # parts that several widgets show are drawn once
         self.painters: list[Painter] = []  # of the widgets that somebody may see
+        self.closed = False
+        self.widgets: weakref.WeakSet[Unseen] = weakref.WeakSet()
         self.publisher = Publisher(self._publish)
         self._lock = threading.RLock()  # cells and the browser's messages are on two threads
         controller.observe(self._poke)
@@ -128,8 +142,18 @@ class Hub:
         if "IPython" not in sys.modules:
             return
         shell = sys.modules["IPython"].get_ipython()
-        if shell is not None:
-            shell.events.register("post_execute", self.settle)
+        if shell is None:
+            return
+        events = shell.events
+        hub = weakref.ref(self)  # the shell must not keep a VM that nobody else has
+
+        def settle() -> None:
+            alive = hub()
+            if alive is not None:
+                alive.settle()
+
+        events.register("post_execute", settle)
+        weakref.finalize(self, _unregister, events, settle)
 
     @property
     def before(self) -> VmSnapshot | None:
@@ -144,13 +168,16 @@ class Hub:
         Where another thread paints just now it may be waiting for the guest to stand still; what
         changed is painted by the next one.
         """
+        # Every ucall comes through here, so what nobody sees yet is decided first.
+        publisher = self.publisher
+        if not self.painters or (publisher.dirty and publisher.is_early()):
+            publisher.dirty = True
+            return
         if not self._lock.acquire(blocking=False):
-            self.publisher.dirty = True
+            publisher.dirty = True
             return
         try:
-            self.publisher.poke()
-            if self.controller.closed:
-                self.publisher.flush()  # nothing comes after it
+            publisher.poke()
         finally:
             self._lock.release()
 
@@ -201,6 +228,13 @@ class Hub:
                 paint(len(painters), "")
             return len(painters)
 
+    def close(self) -> None:
+        """The VM is closed: what stands in a page stays until the page lets go of it."""
+        self.settle()
+        self.closed = True
+        for widget in list(self.widgets):
+            widget.close_unseen()
+
     def watch(self, paint: Painter, watched: bool) -> None:
         """A browser shows the widget that paint belongs to, or none does any longer."""
         with self._lock:
@@ -216,6 +250,11 @@ def _closed(last: VmSnapshot) -> VmSnapshot:
     """The last look at a VM that is closed."""
     words = f"{last.name} is closed: this is how it was last seen. Make another VM to go on."
     return replace(last, state="closed", status=words)
+
+
+def _unregister(events: Any, settle: Callable[[], None]) -> None:
+    with suppress(ValueError):  # somebody has cleared the list of callbacks
+        events.unregister("post_execute", settle)
 
 
 def _happened(now: VmSnapshot, then: VmSnapshot) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from labkit.machine.memory import PAGE
+from labkit.outside import plain
 from labkit.paging.scan import PageTable
-from labkit.views.drawing.markup import Html, hx, num, plain
+from labkit.views.drawing.markup import Html, hx, num
 from labkit.views.drawing.tables import Cell, Row, boxed, label, select, swatch
 from labkit.views.pictures.walk_plan import size_name
 

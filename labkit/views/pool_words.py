@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from labkit.outside import plain
 from labkit.ucall.snapshot import PoolSnapshot, Slot
-from labkit.views.drawing.markup import num, plain
+from labkit.views.drawing.markup import num
 
 __all__ = ["DIGITS", "STATE", "about", "counts", "marks", "owner", "slot_at", "status", "taken"]
 

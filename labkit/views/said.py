@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from labkit.look.snapshots import EventMark, FrameRow, Said, VcpuSnapshot, VmSnapshot
-from labkit.views.drawing.markup import Attribute, Html, el, hx, num, plain
+from labkit.outside import plain
+from labkit.views.drawing.markup import Attribute, Html, el, hx, num
 from labkit.views.drawing.tables import Row, classes, label, select, table
 
 __all__ = ["card", "card_text", "frames", "log", "log_text"]
 
 NR_ROWS = 200  # of the log, the newest ones
+SEARCHED = 5000  # events among which those of one vCPU are looked for
 NR_IN_TEXT = 8  # of them in a terminal
 MAX_TEXT = 300  # characters of what a guest said
 
@@ -56,17 +60,20 @@ def card_text(vm: VmSnapshot) -> list[str]:
 # --- the log
 
 
-def _logged(vm: VmSnapshot) -> tuple[list[EventMark], int]:
-    """The newest events of the vCPUs that the log shows, newest first, and how many there are."""
-    events = vm.events
-    if vm.log_of is not None:
-        events = tuple(event for event in events if event.vcpu == vm.log_of)
-    return list(reversed(events[-NR_ROWS:])), len(events)
+def _logged(vm: VmSnapshot) -> list[EventMark]:
+    """The newest events of the vCPUs that the log shows, newest first.
+
+    Of one vCPU among many those of the last SEARCHED events, so that a long past costs no more.
+    """
+    if vm.log_of is None:
+        return list(reversed(vm.events[-NR_ROWS:]))
+    newest = reversed(vm.events[-SEARCHED:])
+    return list(islice((event for event in newest if event.vcpu == vm.log_of), NR_ROWS))
 
 
 def log(vm: VmSnapshot) -> Html:
     """All ucalls and exits, the newest first; a click selects the slot, or what stopped."""
-    shown, nr_events = _logged(vm)
+    shown = _logged(vm)
     chosen = vm.selection
     rows: list[Row] = []
     for event in shown:
@@ -81,15 +88,22 @@ def log(vm: VmSnapshot) -> Html:
         cells = (("r nm", num(event.step)), ("d", f"vCPU {event.vcpu}"), ("cm", _what(event)))
         rows.append((cells, attributes))
 
-    said = f"{num(nr_events)}, the newest first" if rows else "nothing happened yet"
-    if nr_events > len(rows):
-        said = f"the newest {len(rows)} of {num(nr_events)}"
-    head = label("Ucalls and exits", said)
+    head = label("Ucalls and exits", _how_many(vm, len(rows)))
     if len(vm.vcpus) > 1 and vm.events:
         head += _filters(vm)
     if not rows:
         return head
     return head + el("div", table("log", rows, cls="regs log"), cls="scr", tabindex=0)
+
+
+def _how_many(vm: VmSnapshot, nr_rows: int) -> str:
+    if not vm.events:
+        return "nothing happened yet"
+    if vm.log_of is not None:
+        return f"the newest {nr_rows} of vCPU {vm.log_of}, {num(len(vm.events))} of all"
+    if nr_rows < len(vm.events):
+        return f"the newest {nr_rows} of {num(len(vm.events))}"
+    return f"{nr_rows}, the newest first"
 
 
 def _what(event: EventMark) -> Html:
@@ -121,7 +135,7 @@ def _filters(vm: VmSnapshot) -> Html:
 
 def log_text(vm: VmSnapshot) -> list[str]:
     """The newest rows of the log for a terminal, the oldest first."""
-    shown, nr_events = _logged(vm)
+    shown, nr_events = _logged(vm), len(vm.events)
     lines = [
         f"  {num(event.step):>9} vCPU {event.vcpu} {plain(event.text, 120)}"
         for event in reversed(shown[:NR_IN_TEXT])

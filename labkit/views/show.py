@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from labkit.look.snapshots import Selection
-from labkit.views.drawing.markup import Html, el, esc, hx, num, plain
+from labkit.outside import plain, printable
+from labkit.views.drawing.markup import Html, el, esc, hx, num
 from labkit.views.drawing.static import SVG, alone, document
 from labkit.views.drawing.style import css
 from labkit.views.drawing.tables import swatch
@@ -69,7 +70,7 @@ class View:
     @cached_property
     def text(self) -> str:
         """The view for a terminal: title line, status line, then a table."""
-        return "\n".join([self.title, self.status, *self.lines()])
+        return printable("\n".join([self.title, self.status, *self.lines()]))
 
     def page(self, theme: str = "light") -> str:
         """A whole HTML document, to be saved or photographed; theme is "light" or "dark"."""

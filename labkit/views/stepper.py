@@ -5,8 +5,9 @@ from __future__ import annotations
 import textwrap
 
 from labkit.look.snapshots import Insn, Selection, Touch, VcpuSnapshot
+from labkit.outside import plain
 from labkit.views import code, said
-from labkit.views.drawing.markup import Attribute, Html, cat, el, esc, hx, num, plain
+from labkit.views.drawing.markup import Attribute, Html, cat, el, esc, hx, num
 from labkit.views.drawing.shapes import path, rect, svg, text
 from labkit.views.drawing.tables import Row, classes, label, select, table
 from labkit.views.show import View, columns, header, pane, status_line
@@ -201,6 +202,8 @@ def _effect(touch: Touch) -> str:
 
 def _lines(vcpu: VcpuSnapshot) -> list[str]:
     out = []
+    if not vcpu.source and not vcpu.sealed:
+        out.append(f"  no source: {code.why_no_source(vcpu)}")
     for n, words in vcpu.source:
         head = _margin(n == vcpu.line, n in vcpu.breakpoint_lines)
         out.append(f"{head} {n:>5} {plain(words.expandtabs(4))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from importlib.resources import files
 from typing import Any
 
@@ -20,6 +21,7 @@ from labkit.views.show import Bundle, View, mimebundle, status_line
 __all__ = ["LabWidget"]
 
 WIDTH = 940  # until the browser has measured its own
+AWAITED = 10.0  # seconds that a page may take to show what it was sent
 MIN_WIDTH, MAX_WIDTH = 320, 4000
 
 
@@ -53,10 +55,12 @@ class LabWidget(_Panes):
         self._hub = hub
         self._kind = kind
         self._nr_views = 0  # pages that show it
+        self._is_awaited = False  # sent to a page that has not come yet
         self._pinned: int | None = None  # gva of the second ruler
         hub.refresh()
         layout = str(self.view().layout)
         super().__init__(layout_html=layout, step=hub.shown.step, **self._drawn(WIDTH))
+        hub.widgets.add(self)
         hub.watch(self.paint, True)  # until the last browser that showed it says bye
         self.on_msg(self._receive)
         self.observe(lambda _change: self.paint(), "width")
@@ -107,10 +111,26 @@ class LabWidget(_Panes):
             self._hub.watch(self.paint, False)
             super().close()
 
+    def close_unseen(self) -> None:
+        """Let go of everything, unless a page shows it; ipywidgets keeps what is not closed.
+
+        A page that was sent it just now has some time to come: a cell may show a VM and close it.
+        """
+        if self._nr_views:
+            return
+        if self._is_awaited:
+            self._is_awaited = False
+            later = threading.Timer(AWAITED, self.close_unseen)
+            later.daemon = True
+            later.start()
+            return
+        self.close()
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.view().title}>"
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Bundle:
+        self._is_awaited = True
         return mimebundle(self.view(), super()._repr_mimebundle_(**kwargs))
 
     def _drawn(self, width: int) -> dict[str, str]:
@@ -141,7 +161,10 @@ class LabWidget(_Panes):
 
     def _shown_by(self, nr_views: int) -> None:
         self._nr_views = nr_views
+        self._is_awaited = False
         self._hub.watch(self.paint, nr_views > 0)
+        if self._hub.closed:
+            self.close_unseen()
 
     def _act(self, name: str, content: dict[str, object]) -> None:
         """What is no action on offer is ignored, what fails is said in the status line."""

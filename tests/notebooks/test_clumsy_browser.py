@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import nbformat
+import books
 import pytest
 from lab_page import ADD_CELL, LAST_OUTPUT, READY, SOON, lab
 from paths import REPO
@@ -60,11 +60,9 @@ KEYS = ("ArrowRight", "Shift+ArrowRight", "n", "f", "u", "t", "a", "g", "p", "x"
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     home = tmp_path_factory.mktemp("clumsy")
     notebook = home / "clumsy.ipynb"
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    book = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell("1")], metadata={"kernelspec": kernel}
-    )
-    nbformat.write(book, notebook)
+    book = books.notebook(books.code("1"))
+    book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
+    books.write(book, notebook)
     with lab(home, notebook) as address:
         yield address, notebook
 

@@ -14,9 +14,10 @@ import views_sample as sample
 from hypothesis import given
 from hypothesis import strategies as st
 
+from labkit.outside import plain
 from labkit.paging.entries import U64
 from labkit.views import dashboard, encryption, eyes, launch, memory, pages, pool, stepper
-from labkit.views.drawing.markup import Html, el, esc, plain
+from labkit.views.drawing.markup import Html, el, esc
 from labkit.views.drawing.style import LIGHT, css, inline_styles, svg_css
 from labkit.views.show import View, mimebundle
 

@@ -6,11 +6,11 @@ import html
 import re
 from collections.abc import Iterable
 
-__all__ = ["Attribute", "Html", "cat", "coordinate", "el", "esc", "hx", "num", "plain", "plural"]
+from labkit.outside import THIN, plain
 
-THIN = "\N{THIN SPACE}"
+__all__ = ["Attribute", "Html", "cat", "coordinate", "el", "esc", "hx", "num", "plural"]
+
 SPECIAL = re.compile("[&<>\"']")
-NAMED_CONTROLS = {9: "\\t", 10: "\\n", 13: "\\r"}
 
 Attribute = str | float | None
 
@@ -22,27 +22,6 @@ class Html(str):
 
     def __add__(self, other: str) -> Html:
         return Html(str.__add__(self, esc(other)))
-
-
-def plain(what: object, limit: int = 200) -> str:
-    """Text from anywhere as one safe line, cut at limit characters.
-
-    Controls, direction marks and half surrogates are spelled out.
-    """
-    string = str(what)
-    if len(string) > limit:
-        string = string[: limit - 1] + "…"
-    if string.isprintable():
-        return string
-
-    return "".join(c if c.isprintable() or c == THIN else _spelled(ord(c)) for c in string)
-
-
-def _spelled(code: int) -> str:
-    """A character that cannot be printed, as C writes it."""
-    if code in NAMED_CONTROLS:
-        return NAMED_CONTROLS[code]
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 def esc(what: object, limit: int = 4000) -> Html:

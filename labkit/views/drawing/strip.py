@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from labkit.machine.memory import PAGE
+from labkit.outside import plain
 from labkit.views.drawing.cells import Rows, dashes
-from labkit.views.drawing.markup import Html, cat, hx, num, plain
+from labkit.views.drawing.markup import Html, cat, hx, num
 from labkit.views.drawing.shapes import NARROW, WIDE, path, rect, text
 
 __all__ = ["Bracket", "Named", "Painter", "Strip", "box", "joined", "lay", "outline"]

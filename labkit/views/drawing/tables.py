@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from labkit.views.drawing.markup import Attribute, Html, cat, el, plain
+from labkit.outside import plain
+from labkit.views.drawing.markup import Attribute, Html, cat, el
 
 __all__ = [
     "Cell",

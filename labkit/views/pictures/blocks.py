@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from labkit.look.eyes import BLOCK, Eye, PageEyes
+from labkit.outside import plain
 from labkit.views.drawing.cells import Lattice, grid
-from labkit.views.drawing.markup import Html, num, plain
+from labkit.views.drawing.markup import Html, num
 from labkit.views.drawing.shapes import bar, path, rect, squares, svg, text
 from labkit.views.drawing.tables import key
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from labkit.look.encryption import EncryptionMap, EncryptionRange, PageState
 from labkit.look.snapshots import Selection
 from labkit.machine.memory import PAGE
+from labkit.outside import plain
 from labkit.views.drawing.cells import grid
-from labkit.views.drawing.markup import Html, plain
+from labkit.views.drawing.markup import Html
 from labkit.views.drawing.shapes import cross, path, svg, text
 from labkit.views.drawing.strip import Painter, Strip, joined, lay, outline
 from labkit.views.drawing.tables import key

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from labkit.look.launch import LaunchProgress
 from labkit.machine.memory import PAGE
+from labkit.outside import plain
 from labkit.views.drawing.cells import grid
-from labkit.views.drawing.markup import Html, plain
+from labkit.views.drawing.markup import Html
 from labkit.views.drawing.shapes import path, svg, text
 from labkit.views.drawing.strip import Painter, Strip, joined, lay
 from labkit.views.drawing.tables import key

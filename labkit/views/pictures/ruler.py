@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from labkit.arch.desc import LAST, Level, PagingMode, short
+from labkit.outside import plain
 from labkit.paging.walk import WalkStep
-from labkit.views.drawing.markup import Html, hx, plain
+from labkit.views.drawing.markup import Html, hx
 from labkit.views.drawing.shapes import NARROW, path, rect, svg, text
 
 __all__ = ["Part", "draw", "parts"]

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from labkit.look.snapshots import EventMark, VmSnapshot
-from labkit.views.drawing.markup import Html, cat, el, num, plain
+from labkit.outside import plain
+from labkit.views.drawing.markup import Html, cat, el, num
 from labkit.views.drawing.shapes import path, svg, text
 
 __all__ = ["APART", "LANE", "SHAPES", "draw", "exit_mark"]

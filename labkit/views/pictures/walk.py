@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from labkit.arch.desc import Level
+from labkit.outside import plain
 from labkit.paging.scan import PageTable
 from labkit.paging.walk import Walk, WalkStep
-from labkit.views.drawing.markup import Html, cat, hx, num, plain
+from labkit.views.drawing.markup import Html, cat, hx, num
 from labkit.views.drawing.shapes import path, rect, svg, text
 from labkit.views.drawing.tables import key
 from labkit.views.pictures.walk_plan import TOP, Plan, ramp
