@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from unicorn import unicorn_const as uc
 
+from labkit.engines.disasm import branch_target, disassemble
 from labkit.engines.unicorn.native.lib import LIB, STOP, CodeHook, EdgeHook, Handle, Page, Tb
 from labkit.engines.unicorn.native.stubs import stub
-from labkit.engines.unicorn.native.words import AGAIN, EXTRA, LOCKED, LOCKED_GVA, REP
+from labkit.engines.unicorn.native.words import AGAIN, EXTRA, LOCKED, LOCKED_GVA, RCX, REP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -61,7 +62,9 @@ class Guards:
         self._found: Mapping[int, Trap] = {}
         self._stale: list[int] = []  # where hooks are that do not fit any more
         self._remapped = False
-        self._restarted = -1  # where an instruction was begun anew
+        # The last block that was translated, and the count when it has run
+        self._newest = (-1, -1)
+        self.restarted = -1  # where an instruction was begun anew in this native run
         self._strange = ""  # why the CPU's mode is none that we run
 
         self._know_a_block()
@@ -105,9 +108,8 @@ class Guards:
         """A block was translated and has not run: stop when something must be done about it."""
         counting = self.counting
         if tb.icount == 1 and counting.begun() and self._is_restart(tb.pc):
-            self._restarted = tb.pc
-            self._words.all[EXTRA] += counting.begun() - counting.finished(tb.pc)
-            counting.tally.doubt(tb.pc)
+            counting.begin_anew(tb.pc)
+            self.restarted = tb.pc
         if self._look(tb.pc, tb.size, tb.icount):
             self.ending.by = "edge"
             LIB.uc_emu_stop(self.handle.h)
@@ -117,6 +119,8 @@ class Guards:
 
         It was counted, and did not run.
         """
+        if self._was_begun_here(gva):
+            return True
         if self.quirks.wants_short_block():
             return False
         tally = self.counting.tally
@@ -126,6 +130,32 @@ class Guards:
                 if gva in block and block[gva] + 1 < len(block):
                     return True
         return False
+
+    def _was_begun_here(self, gva: int) -> bool:
+        """Whether the last instruction that was counted is the one at gva, which is about to run.
+
+        So it is no other place from which the CPU came here. That can be said of a REP, whose hook
+        saw RCX, of the first instruction of a run, and of the last one of a block that is new.
+        """
+        counting, words = self.counting, self._words.all
+        begun = counting.begun()
+        if counting.last == (gva, begun):
+            return words[RCX] == self.quirks.read("rcx")
+        is_first = begun == 1 and gva == self.handle.started_at
+        if not is_first and not self._ends_newest(gva, begun):
+            return False
+
+        trap = self.traps.get(gva)
+        if trap is not None and trap.kind == "rep":
+            return False
+        arch = self.memory.vm.arch
+        insn = next(disassemble(arch, self.memory.fetch(gva, self.quirks.longest), gva), None)
+        return insn is not None and branch_target(arch, insn) != gva
+
+    def _ends_newest(self, gva: int, begun: int) -> bool:
+        """Whether the last block that was translated has just run, and ends with that instruction."""
+        block, end = self._newest
+        return end == begun and gva == max(self.counting.tally.offsets(block), default=-1)
 
     def _look(self, gva: int, size: int, count: int) -> bool:
         """Look through a block of so many bytes and instructions.
@@ -137,11 +167,12 @@ class Guards:
         for page in range(gva & -4096, gva + size, 4096):
             self._remapped |= self._note(page)
         self.counting.tally.add(gva, count, data)
+        self._newest = gva, self.counting.begun() + count
 
         self._found = self.quirks.scan(data, gva)
         here = [(at, work) for at, (work, _) in self._hooks.items() if gva <= at < gva + size]
         self._stale = [at for at, work in here if work != _work(self._found.get(at))]
-        if self._strange or self._stale or self._remapped or self._restarted >= 0:
+        if self._strange or self._stale or self._remapped:
             return True
         if not self._hooks.keys() >= self._found.keys():
             return True
@@ -179,12 +210,15 @@ class Guards:
             if gva not in self._hooks:
                 self._hook(gva, trap)
         self.traps.update(self._found)
-
-        if self._restarted >= 0:
-            self.handle.forget_code(self._restarted, 1)
-            self.quirks.shorten_block()  # or it would begin anew for ever
-            self._restarted = -1
         return ""
+
+    def forget_restarted(self) -> None:
+        """Drop the block that Unicorn made for an instruction that it began anew.
+
+        It would take that block another time without a word, and the count would be wrong.
+        """
+        self.handle.forget_code(self.restarted, 1)
+        self.restarted = -1
 
     # --- hooks at sensitive instructions
 
@@ -251,8 +285,12 @@ class Guards:
         count = self.counting.begun()
         again = self.counting.last == (gva, count - 1)
         self._words.all[AGAIN] = again
-        if self.is_shadow(gva) or (again and self.quirks.is_drained()):
+        if self.is_shadow(gva):
             self._words.all[EXTRA] += 1
+        else:
+            self._words.all[RCX] = self.quirks.read("rcx")
+            if again and self.quirks.is_drained():
+                self._words.all[EXTRA] += 1
         self.counting.last = gva, count
 
     # --- breakpoints

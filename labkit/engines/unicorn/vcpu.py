@@ -350,10 +350,12 @@ class UnicornVcpu:
 
         if words[LOCKED]:
             self.locked_at = self.vm.retired() + counting.locked()
+        if self.guards.restarted >= 0:
+            self.guards.forget_restarted()
         if ending.by or status or ending.exception is not None:
             return self._ended(status, limit)
-        if mode == "each" and counting.counter.value > limit:
-            return self._between(limit)
+        if mode == "each" and counting.ran_out():
+            return self._between(counting.counter.value - 1)
 
         pc = self.quirks.arrive()
         guards = self.guards
