@@ -69,6 +69,7 @@ class Counting:
 
         self.mode = mode
         self.handle.flush_code()
+        self.tally.forget()
         if mode == "tally":
             self._drop_counter(quirks)
 
@@ -103,6 +104,14 @@ class Counting:
             words = self.words.all
             return words[TOTAL] + self.tally.back(words[BLOCK], pc)
         return max(self.counter.value - 1, 0)
+
+    def before(self, pc: int) -> int:
+        """Instructions that it ran, when an exception came before the one at pc had begun."""
+        if self.mode == "tally":
+            words = self.words.all
+            if pc in self.tally.offsets(words[BLOCK]):
+                return self.finished(pc)
+        return self.begun()
 
     def begin_anew(self, pc: int) -> None:
         """The instruction at pc was counted last and did not run: it will now, alone in a block.

@@ -153,7 +153,7 @@ class Guards:
         return insn is not None and branch_target(arch, insn) != gva
 
     def _ends_newest(self, gva: int, begun: int) -> bool:
-        """Whether the last block that was translated has just run, and ends with that instruction."""
+        """Whether the newest block has just run, and ends with the instruction at gva."""
         block, end = self._newest
         return end == begun and gva == max(self.counting.tally.offsets(block), default=-1)
 

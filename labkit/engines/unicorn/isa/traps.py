@@ -74,10 +74,14 @@ _SUSPECT = re.compile(
     re.DOTALL,
 )
 
-# Control and debug registers, LGDT and the like in memory at CPL3: Unicorn raises #GP and reads no
-# further
+# Where Unicorn raises an exception and reads no further: control and debug registers, LGDT and the
+# like in memory at CPL3; x87, MMX and SSE with CR0.TS or EM
 _CUT = re.compile(
-    rb"[\x26\x2e\x36\x3e\x64-\x67\xf2\xf3]*[\x40-\x4f]?\x0f([\x20-\x23]|[\x00\x01][\x00-\xbf])"
+    rb"[\x26\x2e\x36\x3e\x64-\x67\xf2\xf3]*[\x40-\x4f]?"
+    rb"([\xd8-\xdf]|\x0f("
+    rb"[\x20-\x23]|[\x00\x01][\x00-\xbf]"
+    rb"|[\x0e\x10-\x17\x28-\x2f\x38\x3a\x50-\x7f\xc2\xc4-\xc6\xd0-\xff]|\xae[\x00-\xbf]))",
+    re.DOTALL,
 )
 
 

@@ -115,7 +115,9 @@ class X86Events:
         return struct.unpack_from("<I", blob, where.error_code)[0], blob[where.is_int] == 1
 
     def is_fetch_fault(self, vector: int | None) -> bool:
-        """A page fault on an instruction, which then never began."""
+        """A fault on the way to an instruction, which then never began."""
+        if vector == GP:
+            return self._is_beyond_canonical()
         if vector != PF:
             return False
         error = self._error_code()[0]
@@ -126,6 +128,19 @@ class X86Events:
         gva, pc = self.regs.read("cr2"), self.regs.read("rip")
         is_next_page = not gva & 4095 and 0 < gva - pc < 4096
         return not error & 2 and (gva == pc or is_next_page)
+
+    def _is_beyond_canonical(self) -> bool:
+        """Whether code ran off the last canonical address of the lower half.
+
+        Unicorn finds that out for a whole block, before its first instruction.
+        """
+        pc = self.regs.read("rip")
+        in_last_page = pc >> 12 == (1 << 47) - 1 >> 12
+        return not canonical(pc) or (in_last_page and not self.core.is_translated(pc))
+
+    def came_before(self, vector: int | None) -> bool:
+        """No exception comes before its instruction but a fetch's."""
+        return False
 
     def restore_flags(self) -> None:
         """Mend the flags after a fault at an instruction with a hook.
