@@ -806,7 +806,13 @@ def test_that_arm64_breakpoints_and_software_steps_are_the_guests_own(
 
 @pytest.mark.parametrize(
     "insn",
-    ["fcvt.d.l fa0, a0", "fld fa0, 0(sp)", "fadd.s fa0, fa1, fa2", "frcsr a0", "c.fldsp fa0, 0(sp)"],
+    [
+        "fcvt.d.l fa0, a0",
+        "fld fa0, 0(sp)",
+        "fadd.s fa0, fa1, fa2",
+        "frcsr a0",
+        "c.fldsp fa0, 0(sp)",
+    ],
 )
 def test_that_riscv_floating_point_is_illegal_while_it_is_off(insn):
     body = (

@@ -5,12 +5,22 @@ Hooks at sensitive instructions, found block by block, and at breakpoints.
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, Any
 
 from unicorn import unicorn_const as uc
 
 from labkit.engines.disasm import branch_target, disassemble
-from labkit.engines.unicorn.native.lib import LIB, STOP, CodeHook, EdgeHook, Handle, Page, Tb
+from labkit.engines.unicorn.native.lib import (
+    LIB,
+    READ_REG,
+    STOP,
+    CodeHook,
+    EdgeHook,
+    Handle,
+    Page,
+    Tb,
+)
 from labkit.engines.unicorn.native.stubs import stub
 from labkit.engines.unicorn.native.words import AGAIN, EXTRA, LOCKED, LOCKED_GVA, RCX, REP
 
@@ -22,6 +32,7 @@ if TYPE_CHECKING:
     from labkit.engines.unicorn.isa.core import Machine
     from labkit.engines.unicorn.isa.quirks import Quirks
     from labkit.engines.unicorn.isa.traps import Trap
+    from labkit.engines.unicorn.isa.x86_forms import Check
     from labkit.engines.unicorn.memory import GuestMemory
 
 __all__ = ["Guards"]
@@ -53,6 +64,7 @@ class Guards:
         self.breakpoints: frozenset[int] = frozenset()
 
         self._hooked_breakpoints: frozenset[int] = frozenset()
+        self._checks: list[object] = []
         self._hooks: dict[int, tuple[str, int]] = {}  # gva -> (what it does, hook)
         self._mapped: dict[int, int] = {}  # page of gvas -> page of gpas
         # gpa -> the page as it was when a block of it was last translated
@@ -254,6 +266,8 @@ class Guards:
 
         A ctypes callback or the address of a C function, and its data.
         """
+        if trap.check is not None:
+            return self._checked(trap.check)
         if trap.kind == "locked":
             locked = stub("locked") or CodeHook(lambda _h, _a, _s, _d: self._at_locked())
             return locked, self._words.at(LOCKED)
@@ -266,6 +280,27 @@ class Guards:
         if not trap.stops:
             return CodeHook(lambda _h, at, _s, _d: self._count_extra(at)), None
         return STOP, None
+
+    def _checked(self, check: Check) -> tuple[Any, int | None]:
+        """The hook of an instruction that is a trap only at times (`check` of stubs.c)."""
+        code = stub("check")
+        if code is None:
+            return CodeHook(lambda h, _a, _s, _d: self._look_at(check) and LIB.uc_emu_stop(h)), None
+        words = (ctypes.c_uint64 * 8)(
+            READ_REG, STOP, check.base, check.index, check.scale, check.segment,
+            check.displacement, check.mask,
+        )  # fmt: skip
+        self._checks.append(words)  # for as long as translated code may call the hook
+        return code, ctypes.addressof(words)
+
+    def _look_at(self, check: Check) -> bool:
+        """What `check` of stubs.c does."""
+        read = self.handle.read
+        total = check.displacement
+        for register, scale in ((check.base, 1), (check.index, check.scale), (check.segment, 1)):
+            if register:
+                total += scale * read(register)
+        return bool(total & check.mask)
 
     def _unhook(self, gva: int) -> None:
         self.handle.unhook(self._hooks.pop(gva)[1])
@@ -306,7 +341,8 @@ class Guards:
     def _at_breakpoint(self, gva: int) -> None:
         trap = self.traps.get(gva)
         # The run loop sees to those that are traps too
-        if gva not in self.breakpoints or (trap is not None and trap.stops):
+        is_trap = trap is not None and trap.stops and trap.check is None
+        if gva not in self.breakpoints or is_trap:
             return
 
         # A REP comes to its own breakpoint once, not at every iteration
@@ -331,4 +367,6 @@ def _work(trap: Trap | None) -> str:
     """What the hook of a trap does."""
     if trap is None:
         return ""
+    if trap.check is not None:
+        return repr(trap.check)
     return "stop" if trap.stops else trap.kind

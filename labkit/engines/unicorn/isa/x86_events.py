@@ -14,6 +14,7 @@ from unicorn import unicorn_const as uc
 from labkit.engines.base import GuestFault
 from labkit.engines.disasm import disassemble, memory_operands
 from labkit.engines.exits import Exit, MemoryFaultExit, ShutdownExit
+from labkit.engines.unicorn.isa.x86_operands import place
 from labkit.engines.unicorn.mmu import NOT_YOURS
 from labkit.engines.unicorn.native.calibrate import CC_OP_EFLAGS, calibrate
 
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
     from labkit.engines.unicorn.isa.core import Core
     from labkit.engines.unicorn.isa.x86_regs import X86Registers
 
-__all__ = ["DB", "DF", "GP", "PF", "UD", "VC", "X86Events", "canonical"]
+__all__ = [
+    "DB", "DF", "GP", "MF", "NM", "NP", "PF", "SS", "UD", "VC", "XM", "X86Events", "canonical",
+]  # fmt: skip
 
-DE, DB, BP, UD, DF, TS, NP, SS, GP, PF, VC = 0, 1, 3, 6, 8, 10, 11, 12, 13, 14, 29
+DE, DB, BP, UD, NM, DF, TS, NP, SS, GP, PF, MF, XM = 0, 1, 3, 6, 7, 8, 10, 11, 12, 13, 14, 16, 19
+VC = 29
 WITH_ERROR = frozenset({DF, TS, NP, SS, GP, PF, 17, 21})
 CONTRIBUTORY = frozenset({DE, TS, NP, SS, GP, VC})
 MASK64 = (1 << 64) - 1
@@ -83,11 +87,10 @@ class X86Events:
             is_rmw = any(op.reads and op.writes for op in operands)
             return PF, error | 2 if is_rmw else error
 
-        bases = [
-            op.base
-            for op in operands
-            if op.base in ("rsp", "rbp") and op.segment not in ("fs", "gs")
-        ]
+        where = place(data, self.regs.read("rip"))
+        if where is not None and where.is_stack and not canonical(where.gva(self.regs)):
+            return SS, 0
+        bases = []
         insn = next(disassemble("x86_64", data, 0), None)
         if insn and insn.mnemonic.startswith(_STACK):
             bases.append("rbp" if insn.mnemonic == "leave" else "rsp")
