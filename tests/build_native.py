@@ -86,7 +86,7 @@ class Source:
 # `fill` takes its callees into itself: they are static, and each has one caller
 SOURCES = (
     Source("mmu", ("fill",), "-Os"),
-    Source("stubs", ("tally", "locked", "rep"), "-O2"),
+    Source("stubs", ("tally", "locked", "rep", "check"), "-O2"),
 )
 
 

@@ -53,6 +53,12 @@ OWN_HEADER = re.compile(r'#\s*include\s*(?!\s*["<]labkit\.h[">])')
 # A linker's warning, which is left out: a guest may name its functions as it likes.
 ENTRY_MISSING = re.compile(r"^.*(cannot find entry symbol|entry symbol).*\n?", re.MULTILINE)
 
+# A linker that misses one of the functions of lib/runtime, which most guests can do without.
+RUNTIME_CALL = re.compile(
+    r"undefined (symbol|reference)[^\n]*\b__(u?div|u?mod|u?divmod|mul|mulo|popcount|parity|clz|ctz|ffs"
+    r"|clrsb|bswap|ashl|ashr|lshr|neg|u?cmp|addv|subv|mulv|negv|absv)[sdt]i[234]\b"
+)
+
 # (what a compiler says, one word of ours for the mistakes that everybody makes once)
 HINTS = (
     (
@@ -107,7 +113,12 @@ def compile_guest(
     with tempfile.TemporaryDirectory(prefix="labkit-") as work:
         _write_source(Path(work), name, text)
         command = _command(found, arch, Path(work), options)
-        image, output = _run(found, command, Path(work), folders)
+        try:
+            image, output = _run(found, command, Path(work), folders)
+        except CompileError as error:
+            if not RUNTIME_CALL.search(error.output):
+                raise
+            image, output = _run(found, [*command, *_runtime_sources()], Path(work), folders)
 
     shown = text.encode("utf-8", ANY_BYTES).decode("utf-8", "replace")
     sources = {name: shown}
@@ -219,6 +230,11 @@ def _library_sources(arch: str) -> list[str]:
     """The files of the guest library: what all architectures share, and this one's own."""
     files = [*LIBRARY.iterdir(), *(LIBRARY / arch).iterdir()]
     return sorted(str(file) for file in files if file.suffix in (".c", ".S"))
+
+
+def _runtime_sources() -> list[str]:
+    """What compilers call for operations that a processor lacks."""
+    return sorted(str(file) for file in (LIBRARY / "runtime").glob("*.c"))
 
 
 def _run(

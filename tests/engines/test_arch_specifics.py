@@ -760,3 +760,63 @@ def test_that_s390_says_where_a_suppressed_instruction_was_and_has_no_fault_of_t
         "dsgr %r4, %r4" in vm.explain(uc) for vm, uc in zip(vms, (counted, stepped), strict=True)
     )
     assert vms[0].vcpus[0].source_line() is not None and counted.step == stepped.step
+
+
+# --- what a guest's own debugger and lazy switching get
+
+DEBUG_ARM64 = """
+	write_sysreg(0, oslar_el1);
+	write_sysreg(read_sysreg(mdscr_el1) | 1 << 15 | 1 << 13, mdscr_el1); /* MDE, KDE */
+"""
+
+
+@pytest.mark.parametrize("budget", [1, 1000, 100_000])
+@pytest.mark.parametrize(
+    ("body", "exception_class", "at"),
+    [
+        (
+            "write_sysreg((uint64_t)&&here, dbgbvr0_el1);\n"
+            "write_sysreg(0xf << 5 | 3 << 1 | 1, dbgbcr0_el1); isb();\n"
+            '__asm__ volatile("msr daifclr, #8");\nout++;\nhere: out++;',
+            0x31,
+            None,
+        ),
+        (
+            "write_sysreg(read_sysreg(mdscr_el1) | 1, mdscr_el1); isb();\n"
+            '__asm__ volatile("mov x0, #0x145\\n\\torr x0, x0, #0x200000\\n\\tmsr spsr_el1, x0\\n\\t"\n'
+            '"adr x0, 1f\\n\\tmsr elr_el1, x0\\n\\teret\\n1:\\tnop\\n\\tnop\\n\\tnop" : : : "x0");',
+            0x33,
+            None,
+        ),
+    ],
+)
+def test_that_arm64_breakpoints_and_software_steps_are_the_guests_own(
+    body, exception_class, at, budget
+):
+    counts = set()
+    for parts in (budget, 1_000_000):
+        vcpu = vm_of("arm64", DEBUG_ARM64 + body).vcpus[0]
+        came = vcpu.run(parts)
+        while isinstance(came, BudgetExit):
+            came = vcpu.run(parts)
+        assert came.cmd == "UNHANDLED" and came.args[1] >> 26 == exception_class
+        counts.add(vcpu.step_count)
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize(
+    "insn",
+    [
+        "fcvt.d.l fa0, a0",
+        "fld fa0, 0(sp)",
+        "fadd.s fa0, fa1, fa2",
+        "frcsr a0",
+        "c.fldsp fa0, 0(sp)",
+    ],
+)
+def test_that_riscv_floating_point_is_illegal_while_it_is_off(insn):
+    body = (
+        "csr_write(sstatus, csr_read(sstatus) & ~(3ul << 13));\n"
+        f'__asm__ volatile(".option push\\n\\t.option arch, +d,+c\\n\\t{insn}\\n\\t.option pop" : : : "a0");'
+    )
+    assert fault(vm_of("riscv64", body))[0] == 2

@@ -528,3 +528,40 @@ def test_that_ring_3_is_refused_behind_an_instruction_that_is_looked_at(guest, t
         and vm.vcpus[0].pc == HANDLERS + 16 * GP + 1
         and frame(vm.vcpus[0], True)["rip"] == CODE + 5
     )
+
+
+END = 1 << 47  # the first address that is not canonical
+
+
+@pytest.mark.parametrize("budget", [1, 100, 10_000])
+@pytest.mark.parametrize(
+    "text, insns", [("nop", 1), ("mov eax,1", 1), ("nop; nop; nop", 3), ("mov ecx,2; rep lodsb", 3)]
+)
+def test_that_code_cannot_run_off_the_last_canonical_address(guest, text, insns, budget):
+    vm = guest("nop")
+    vm.machine.space.map(END - 4096, vm.machine.space.alloc_pages(1, "test"), 1)
+    code = asm(text)
+    vm.write(END - len(code), code)
+    vcpu = vm.vcpus[0]
+    vcpu.regs.rip = END - len(code)
+    came = vcpu.run(budget)
+    while isinstance(came, BudgetExit):
+        came = vcpu.run(budget)
+    assert came == HaltExit() and vcpu.pc == HANDLERS + 16 * GP + 1
+    assert frame(vcpu, True)["rip"] == END
+    assert vcpu.step_count == insns + 2  # the delivery, and HLT
+
+
+FPU = ["fld1", "addps xmm0,xmm1", "paddb mm0,mm1", "pshufb xmm0,xmm1", "movups xmm0,[rsi]", "fxsave [rsi]", "ldmxcsr [rsi]", "fadd dword ptr [rsi]", "cvtsi2sd xmm8,rax", "roundpd xmm1,xmm2,1", "emms"]  # fmt: skip
+NM = 7
+
+
+@only_unicorn
+@pytest.mark.parametrize("before", ["nop", "lock inc dword ptr [rsi]", "xchg eax,[rsi]"])
+@pytest.mark.parametrize("insn", FPU)
+def test_that_lazy_switching_of_the_fpu_faults_once_whatever_stands_before(guest, insn, before):
+    vm = guest(f"mov rax,cr0; or eax,8; mov cr0,rax; {before}; {insn}")
+    vcpu = vm.vcpus[0]
+    vcpu.regs.cr4 |= 0x600
+    assert go(vcpu) == HaltExit() and vcpu.pc == HANDLERS + 16 * NM + 1
+    assert frame(vcpu)["rip"] == CODE + len(asm(f"mov rax,cr0; or eax,8; mov cr0,rax; {before}"))

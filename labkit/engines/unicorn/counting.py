@@ -42,7 +42,9 @@ class Counting:
         self.handle = handle
         self.tally = Tally(arch)
         self.words = self.tally.words
-        self.counter = ctypes.c_uint64.from_address(handle.h + calibrate().counter)
+        counter = handle.h + calibrate().counter
+        self.counter = ctypes.c_uint64.from_address(counter)
+        self._limit = ctypes.c_uint64.from_address(counter + 8)  # its neighbour in `uc_engine`
         self.mode = ""
         # Where the host's processor is another, Unicorn counts everything
         self.by_block = "tally" if stub("tally") else "each"
@@ -67,6 +69,7 @@ class Counting:
 
         self.mode = mode
         self.handle.flush_code()
+        self.tally.forget()
         if mode == "tally":
             self._drop_counter(quirks)
 
@@ -101,6 +104,30 @@ class Counting:
             words = self.words.all
             return words[TOTAL] + self.tally.back(words[BLOCK], pc)
         return max(self.counter.value - 1, 0)
+
+    def before(self, pc: int) -> int:
+        """Instructions that it ran, when an exception came before the one at pc had begun."""
+        if self.mode == "tally":
+            words = self.words.all
+            if pc in self.tally.offsets(words[BLOCK]):
+                return self.finished(pc)
+        return self.begun()
+
+    def begin_anew(self, pc: int) -> None:
+        """The instruction at pc was counted last and did not run: it will now, alone in a block.
+
+        The present run ends behind it, or before it where whole blocks are counted.
+        """
+        if self.mode == "tally":
+            self.words.all[TOTAL] = self.finished(pc)
+            self.tally.doubt(pc)
+        else:
+            self.counter.value -= 1
+            self._limit.value = min(self._limit.value, self.counter.value + 1)
+
+    def ran_out(self) -> bool:
+        """Whether Unicorn's own counter ended the run, before the instruction that it counted."""
+        return self.mode == "each" and self.counter.value > self._limit.value
 
     @property
     def extra(self) -> int:

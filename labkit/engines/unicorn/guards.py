@@ -5,13 +5,24 @@ Hooks at sensitive instructions, found block by block, and at breakpoints.
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, Any
 
 from unicorn import unicorn_const as uc
 
-from labkit.engines.unicorn.native.lib import LIB, STOP, CodeHook, EdgeHook, Handle, Page, Tb
+from labkit.engines.disasm import branch_target, disassemble
+from labkit.engines.unicorn.native.lib import (
+    LIB,
+    READ_REG,
+    STOP,
+    CodeHook,
+    EdgeHook,
+    Handle,
+    Page,
+    Tb,
+)
 from labkit.engines.unicorn.native.stubs import stub
-from labkit.engines.unicorn.native.words import AGAIN, EXTRA, LOCKED, LOCKED_GVA, REP
+from labkit.engines.unicorn.native.words import AGAIN, EXTRA, LOCKED, LOCKED_GVA, RCX, REP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -21,6 +32,7 @@ if TYPE_CHECKING:
     from labkit.engines.unicorn.isa.core import Machine
     from labkit.engines.unicorn.isa.quirks import Quirks
     from labkit.engines.unicorn.isa.traps import Trap
+    from labkit.engines.unicorn.isa.x86_forms import Check
     from labkit.engines.unicorn.memory import GuestMemory
 
 __all__ = ["Guards"]
@@ -52,6 +64,7 @@ class Guards:
         self.breakpoints: frozenset[int] = frozenset()
 
         self._hooked_breakpoints: frozenset[int] = frozenset()
+        self._checks: list[object] = []
         self._hooks: dict[int, tuple[str, int]] = {}  # gva -> (what it does, hook)
         self._mapped: dict[int, int] = {}  # page of gvas -> page of gpas
         # gpa -> the page as it was when a block of it was last translated
@@ -61,7 +74,9 @@ class Guards:
         self._found: Mapping[int, Trap] = {}
         self._stale: list[int] = []  # where hooks are that do not fit any more
         self._remapped = False
-        self._restarted = -1  # where an instruction was begun anew
+        # The last block that was translated, and the count when it has run
+        self._newest = (-1, -1)
+        self.restarted = -1  # where an instruction was begun anew in this native run
         self._strange = ""  # why the CPU's mode is none that we run
 
         self._know_a_block()
@@ -105,9 +120,8 @@ class Guards:
         """A block was translated and has not run: stop when something must be done about it."""
         counting = self.counting
         if tb.icount == 1 and counting.begun() and self._is_restart(tb.pc):
-            self._restarted = tb.pc
-            self._words.all[EXTRA] += counting.begun() - counting.finished(tb.pc)
-            counting.tally.doubt(tb.pc)
+            counting.begin_anew(tb.pc)
+            self.restarted = tb.pc
         if self._look(tb.pc, tb.size, tb.icount):
             self.ending.by = "edge"
             LIB.uc_emu_stop(self.handle.h)
@@ -117,6 +131,8 @@ class Guards:
 
         It was counted, and did not run.
         """
+        if self._was_begun_here(gva):
+            return True
         if self.quirks.wants_short_block():
             return False
         tally = self.counting.tally
@@ -126,6 +142,32 @@ class Guards:
                 if gva in block and block[gva] + 1 < len(block):
                     return True
         return False
+
+    def _was_begun_here(self, gva: int) -> bool:
+        """Whether the last instruction that was counted is the one at gva, which is about to run.
+
+        So it is no other place from which the CPU came here. That can be said of a REP, whose hook
+        saw RCX, of the first instruction of a run, and of the last one of a block that is new.
+        """
+        counting, words = self.counting, self._words.all
+        begun = counting.begun()
+        if counting.last == (gva, begun):
+            return words[RCX] == self.quirks.read("rcx")
+        is_first = begun == 1 and gva == self.handle.started_at
+        if not is_first and not self._ends_newest(gva, begun):
+            return False
+
+        trap = self.traps.get(gva)
+        if trap is not None and trap.kind == "rep":
+            return False
+        arch = self.memory.vm.arch
+        insn = next(disassemble(arch, self.memory.fetch(gva, self.quirks.longest), gva), None)
+        return insn is not None and branch_target(arch, insn) != gva
+
+    def _ends_newest(self, gva: int, begun: int) -> bool:
+        """Whether the newest block has just run, and ends with the instruction at gva."""
+        block, end = self._newest
+        return end == begun and gva == max(self.counting.tally.offsets(block), default=-1)
 
     def _look(self, gva: int, size: int, count: int) -> bool:
         """Look through a block of so many bytes and instructions.
@@ -137,11 +179,12 @@ class Guards:
         for page in range(gva & -4096, gva + size, 4096):
             self._remapped |= self._note(page)
         self.counting.tally.add(gva, count, data)
+        self._newest = gva, self.counting.begun() + count
 
         self._found = self.quirks.scan(data, gva)
         here = [(at, work) for at, (work, _) in self._hooks.items() if gva <= at < gva + size]
         self._stale = [at for at, work in here if work != _work(self._found.get(at))]
-        if self._strange or self._stale or self._remapped or self._restarted >= 0:
+        if self._strange or self._stale or self._remapped:
             return True
         if not self._hooks.keys() >= self._found.keys():
             return True
@@ -179,12 +222,15 @@ class Guards:
             if gva not in self._hooks:
                 self._hook(gva, trap)
         self.traps.update(self._found)
-
-        if self._restarted >= 0:
-            self.handle.forget_code(self._restarted, 1)
-            self.quirks.shorten_block()  # or it would begin anew for ever
-            self._restarted = -1
         return ""
+
+    def forget_restarted(self) -> None:
+        """Drop the block that Unicorn made for an instruction that it began anew.
+
+        It would take that block another time without a word, and the count would be wrong.
+        """
+        self.handle.forget_code(self.restarted, 1)
+        self.restarted = -1
 
     # --- hooks at sensitive instructions
 
@@ -220,6 +266,8 @@ class Guards:
 
         A ctypes callback or the address of a C function, and its data.
         """
+        if trap.check is not None:
+            return self._checked(trap.check)
         if trap.kind == "locked":
             locked = stub("locked") or CodeHook(lambda _h, _a, _s, _d: self._at_locked())
             return locked, self._words.at(LOCKED)
@@ -232,6 +280,27 @@ class Guards:
         if not trap.stops:
             return CodeHook(lambda _h, at, _s, _d: self._count_extra(at)), None
         return STOP, None
+
+    def _checked(self, check: Check) -> tuple[Any, int | None]:
+        """The hook of an instruction that is a trap only at times (`check` of stubs.c)."""
+        code = stub("check")
+        if code is None:
+            return CodeHook(lambda h, _a, _s, _d: self._look_at(check) and LIB.uc_emu_stop(h)), None
+        words = (ctypes.c_uint64 * 8)(
+            READ_REG, STOP, check.base, check.index, check.scale, check.segment,
+            check.displacement, check.mask,
+        )  # fmt: skip
+        self._checks.append(words)  # for as long as translated code may call the hook
+        return code, ctypes.addressof(words)
+
+    def _look_at(self, check: Check) -> bool:
+        """What `check` of stubs.c does."""
+        read = self.handle.read
+        total = check.displacement
+        for register, scale in ((check.base, 1), (check.index, check.scale), (check.segment, 1)):
+            if register:
+                total += scale * read(register)
+        return bool(total & check.mask)
 
     def _unhook(self, gva: int) -> None:
         self.handle.unhook(self._hooks.pop(gva)[1])
@@ -251,8 +320,12 @@ class Guards:
         count = self.counting.begun()
         again = self.counting.last == (gva, count - 1)
         self._words.all[AGAIN] = again
-        if self.is_shadow(gva) or (again and self.quirks.is_drained()):
+        if self.is_shadow(gva):
             self._words.all[EXTRA] += 1
+        else:
+            self._words.all[RCX] = self.quirks.read("rcx")
+            if again and self.quirks.is_drained():
+                self._words.all[EXTRA] += 1
         self.counting.last = gva, count
 
     # --- breakpoints
@@ -268,7 +341,8 @@ class Guards:
     def _at_breakpoint(self, gva: int) -> None:
         trap = self.traps.get(gva)
         # The run loop sees to those that are traps too
-        if gva not in self.breakpoints or (trap is not None and trap.stops):
+        is_trap = trap is not None and trap.stops and trap.check is None
+        if gva not in self.breakpoints or is_trap:
             return
 
         # A REP comes to its own breakpoint once, not at every iteration
@@ -293,4 +367,6 @@ def _work(trap: Trap | None) -> str:
     """What the hook of a trap does."""
     if trap is None:
         return ""
+    if trap.check is not None:
+        return repr(trap.check)
     return "stop" if trap.stops else trap.kind

@@ -94,6 +94,7 @@ class UnicornVcpu:
         # The count behind what may have set the flag RF; None when nothing did
         self.resumed: int | None = None
         self._stale_tlb = self._stale_code = False
+        self._stood_at = (-1, -1)  # (pc, insns) where a native run did nothing the last time
 
         self.handle = Handle(vm.quirks.uc_arch, vm.quirks.uc_mode, vm.quirks.settings)
         self.memory = GuestMemory(vm, self.handle)
@@ -350,10 +351,12 @@ class UnicornVcpu:
 
         if words[LOCKED]:
             self.locked_at = self.vm.retired() + counting.locked()
+        if self.guards.restarted >= 0:
+            self.guards.forget_restarted()
         if ending.by or status or ending.exception is not None:
             return self._ended(status, limit)
-        if mode == "each" and counting.counter.value > limit:
-            return self._between(limit)
+        if mode == "each" and counting.ran_out():
+            return self._between(counting.counter.value - 1)
 
         pc = self.quirks.arrive()
         guards = self.guards
@@ -373,6 +376,8 @@ class UnicornVcpu:
         One that takes one count more than steps is brought to its end.
         """
         words = self._words
+        if not ran and not words[STOPPED]:
+            return self._unexplained()
         self.insns += ran - words[EXTRA]
         if words[COUNT] != ran:
             return None
@@ -390,6 +395,16 @@ class UnicornVcpu:
         exit = self.run_one()
         self.insns = after
         return exit
+
+    def _unexplained(self) -> Exit | None:
+        """Unicorn came back, without a word, before it did anything: it may do so once."""
+        here = self.quirks.pc(), self.insns
+        if self._stood_at == here:
+            return self.refuse(
+                "Unicorn comes back without having run anything, and does not say why"
+            )
+        self._stood_at = here
+        return None
 
     def _ended(self, status: int, limit: int) -> Exit | None:
         """The run was ended by a hook of ours, by an exception, or by a status of libunicorn."""
@@ -410,6 +425,10 @@ class UnicornVcpu:
             return self._misses.walk(mmu, pc, limit)
         if status in FETCHES or quirks.is_fetch_fault(exception):
             return self._misses.fetch(pc, limit)
+
+        if quirks.came_before(exception):
+            self.insns += counting.before(pc) - counting.extra
+            return self._failed(status, pc)
 
         self.insns += counting.finished(pc) - counting.extra
         if counting.last == (pc, counting.begun()) and self.guards.is_shadow(pc):
@@ -450,6 +469,10 @@ class UnicornVcpu:
     def pass_breakpoint(self) -> None:
         """A breakpoint at the program counter has had its turn."""
         self.guards.skip = self.quirks.pc()
+
+    def is_translated(self, gva: int) -> bool:
+        """Whether the instruction there is in a block, so that it began."""
+        return self._counting.tally.holds(gva)
 
     def guard(self, trap: Trap) -> None:
         """One more sensitive instruction, in code that was looked through before."""

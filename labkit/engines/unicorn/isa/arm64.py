@@ -29,6 +29,8 @@ __all__ = ["Arm64"]
 MASK64 = (1 << 64) - 1
 UDEF, PREFETCH_ABORT, DATA_ABORT = 1, 3, 4  # QEMU's EXCP_*
 EC_PC_ALIGNMENT, IL = 0x22, 1 << 25
+# Exception classes of a breakpoint and of a software step, from a lower level and from the same
+_DEBUG = frozenset({0x30, 0x31, 0x32, 0x33})
 NOT_SUPPORTED = -1  # SMCCC
 SYSTEM = {  # op0, op1, CRn, CRm, op2
     "sctlr_el1": (3, 0, 1, 0, 0),
@@ -248,25 +250,33 @@ class Arm64(PlainQuirks):
         """Where the address of the last LDXR is."""
         return _exclusive()
 
+    def _syndrome(self) -> tuple[int, int]:
+        """(ESR, fault address) of the last exception that Unicorn reported."""
+        blob = self.handle.context()
+        syndrome_at, address_at = _offsets()
+        (esr,) = struct.unpack_from("<I", blob, syndrome_at)
+        (gva,) = struct.unpack_from("<Q", blob, address_at)
+        return esr, gva
+
     def is_fetch_fault(self, vector: int | None) -> bool:
         """An instruction that could not be fetched, and so never began."""
-        return vector == PREFETCH_ABORT
+        return vector == PREFETCH_ABORT and self._syndrome()[0] >> 26 not in _DEBUG
+
+    def came_before(self, vector: int | None) -> bool:
+        """A breakpoint or a step of the guest's own: the instruction at the PC never began."""
+        return vector in (UDEF, PREFETCH_ABORT) and self._syndrome()[0] >> 26 in _DEBUG
 
     def exception(self, vector: int) -> Exit | None:
         """An exception that Unicorn reported; its syndrome is in the CPU state."""
         pc = self.pc()
-        if vector == UDEF:
+        esr, gva = self._syndrome()
+        is_named = esr >> 26 != 0
+        if vector == UDEF and (pc & 3 or not is_named):
             return self._undefined(pc)
         if vector == PREFETCH_ABORT and pc & 3:
             return self._deliver(pc, EC_PC_ALIGNMENT << 26 | IL, pc)
-
-        blob = self.handle.context()
-        syndrome_at, address_at = _offsets()
-        (esr,) = struct.unpack_from("<I", blob, syndrome_at)
-        gva = None
-        if vector in (PREFETCH_ABORT, DATA_ABORT):
-            (gva,) = struct.unpack_from("<Q", blob, address_at)
-        return self._deliver(pc, esr, gva)
+        has_address = vector in (PREFETCH_ABORT, DATA_ABORT) and esr >> 26 not in _DEBUG
+        return self._deliver(pc, esr, gva if has_address else None)
 
     def _undefined(self, pc: int) -> Exit | None:
         if pc & 3:

@@ -73,6 +73,7 @@ class Core(Protocol):
     def meet_hole(self) -> Exit | None: ...  # the instruction that touches what no memslot holds
 
     # What changes for the runs that follow
+    def is_translated(self, gva: int) -> bool: ...  # the instruction there is in a block
     def guard(self, trap: Trap) -> None: ...  # one more sensitive instruction
     def unguard(self, gva: int) -> None: ...  # that one may run in Unicorn again
     def resume_here(self) -> None: ...  # the run ends between two iterations of a REP

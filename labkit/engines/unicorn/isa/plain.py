@@ -237,6 +237,10 @@ class PlainQuirks:
         """An instruction that Unicorn does not have, as its status says."""
         return self.core.refuse("Unicorn does not have this instruction")
 
+    def came_before(self, vector: int | None) -> bool:
+        """No exception comes before its instruction."""
+        return False
+
     def forget_exception(self) -> object:
         """Nothing stays behind."""
         return None

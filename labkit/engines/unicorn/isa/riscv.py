@@ -30,7 +30,7 @@ MASK64 = (1 << 64) - 1
 FETCH_FAULTS, ILLEGAL, BREAKPOINT, ECALL_U = (0, 1, 12), 2, 3, 8
 AS_STORE = {4: 6, 5: 7, 13: 15}  # what an AMO or SC that could not load gets
 WITH_ADDRESS = frozenset({0, 1, 4, 5, 6, 7, 12, 13, 15})
-SIE, SPIE, SPP = 1 << 1, 1 << 5, 1 << 8
+SIE, SPIE, SPP, FS = 1 << 1, 1 << 5, 1 << 8, 3 << 13  # of sstatus
 NOT_SUPPORTED = -2  # SBI_ERR_NOT_SUPPORTED
 _CSRS = {
     name: getattr(riscv, f"UC_RISCV_REG_{name.upper()}")
@@ -56,10 +56,11 @@ _PLAIN = {
 _AMO = 0x2F
 # What may be illegal where the guest runs it; anything else that capstone knows Unicorn lacks
 _PRIVILEGED = ("csr", "unimp", "c.unimp", "sret", "mret", "sfence", "wfi", "rd", "h")
+_FLOATING = frozenset({0x07, 0x27, 0x43, 0x47, 0x4B, 0x4F, 0x53})  # major opcodes of F and D
 _KINDS = (  # mask, value, kind
     (0xFFFFFFFF, 0x00000073, "ecall"),
     (0xFFFFFFFF, 0x10500073, "halt"),
-    (0xFFCFF07F, 0xC0002073, "counter"),  # CSRRS rd, time, zero
+    (0xFE0FA07F, 0xC0002073, "counter"),  # a read of a CSR from cycle to hpmcounter31
     (0x0000007F, _AMO, "locked"),  # AMO, SC; LR is taken out
 )
 
@@ -67,6 +68,14 @@ _KINDS = (  # mask, value, kind
 def _is_lr(word: int) -> bool:
     """Whether this is LR, the one load among the atomic instructions."""
     return word & 0xF800007F == 0x1000002F
+
+
+def _is_floating(word: int) -> bool:
+    """Whether this is an instruction of F or D, or accesses their CSRs; Unicorn has all of them."""
+    if word & 3 != 3:
+        return word & 3 in (0, 2) and word >> 13 & 7 in (1, 5)
+    is_csr = word & 0x7F == 0x73 and word >> 12 & 3 and word >> 20 in (1, 2, 3)
+    return bool(word & 0x7F in _FLOATING or is_csr)
 
 
 def _after(insn: int, register: str, gva: int) -> bytes:
@@ -182,7 +191,8 @@ class Riscv64(PlainQuirks):
         if is_compressed:
             data = data[:2]
         insn = next(disassemble("riscv64", data, pc), None)
-        if insn is not None and not insn.mnemonic.startswith(_PRIVILEGED):
+        is_owed = _is_floating(int.from_bytes(data, "little"))  # FS is off, or no such rounding
+        if insn is not None and not is_owed and not insn.mnemonic.startswith(_PRIVILEGED):
             return self.core.refuse("Unicorn does not have this instruction")
         return self._deliver(pc, ILLEGAL, int.from_bytes(data, "little"))
 
@@ -210,18 +220,25 @@ class Riscv64(PlainQuirks):
         """The sensitive instructions of a block."""
         found = {}
         at = 0
-        while at + 4 <= len(data):
-            if data[at] & 3 != 3:  # a compressed one
-                at += 2
-                continue
-
-            insn = data[at : at + 4]
-            word = int.from_bytes(insn, "little")
-            kind = next((kind for mask, value, kind in _KINDS if word & mask == value), None)
-            if kind is not None and not _is_lr(word):
+        while at + 2 <= len(data):
+            size = 2 if data[at] & 3 != 3 else 4
+            insn = data[at : at + size]
+            if len(insn) == size and (kind := self._kind(int.from_bytes(insn, "little"))):
                 found[gva + at] = Trap(kind, gva + at, insn, "", "", kind != "locked")
-            at += 4
+            at += size
         return found
+
+    def _kind(self, word: int) -> str | None:
+        """How the host carries out an instruction; None when Unicorn may."""
+        if _is_floating(word):
+            return "illegal" if not self.read("sstatus") & FS else None
+        if word & 3 != 3 or _is_lr(word):
+            return None
+        return next((kind for mask, value, kind in _KINDS if word & mask == value), None)
+
+    def _do_illegal(self, trap: Trap) -> Exit | None:
+        """Floating point that is off, of which Unicorn carries out some."""
+        return self._deliver(trap.gva, ILLEGAL, int.from_bytes(trap.data, "little"))
 
     def _do_ecall(self, trap: Trap) -> Exit | None:
         _, level, *args, function, extension = self.was
@@ -237,11 +254,18 @@ class Riscv64(PlainQuirks):
         self.retire(trap)
         return HaltExit()
 
-    def _do_counter(self, trap: Trap) -> None:
-        """cycle, time and instret: one tick an instruction."""
+    def _do_counter(self, trap: Trap) -> Exit | None:
+        """cycle, time and instret: one tick an instruction.
+
+        There is no other counter; U-mode needs scounteren (Privileged Architecture 12.1.5).
+        """
         word = int.from_bytes(trap.data, "little")
-        rd = word >> 7 & 31
+        number, rd = word >> 20 & 31, word >> 7 & 31
+        allowed = 7 if self.read("priv") else 7 & self.read("scounteren")
+        if not allowed >> number & 1:
+            return self._deliver(trap.gva, ILLEGAL, word)
         if rd:
             self.retire(trap, **{GPRS[rd]: self.clock()})
         else:
             self.retire(trap)
+        return None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 from labkit.engines.disasm import decoder
+from labkit.engines.unicorn.isa.x86_forms import Check, form
 
 __all__ = ["PREFIXES", "SIZES", "Trap", "pio_form", "scan"]
 
@@ -31,6 +32,7 @@ class Trap:
     mnemonic: str
     op_str: str
     stops: bool = True
+    check: Check | None = None  # it is one only when this is so
 
 
 _KINDS = {
@@ -61,6 +63,7 @@ _KINDS = {
 _BY_MNEMONIC = {mnemonic: kind for kind, names in _KINDS.items() for mnemonic in names.split()}
 PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 SIZES = {"b": 1, "w": 2, "d": 4}  # bytes, by the last letter of a string I/O instruction
+LONGEST = 15  # bytes of an instruction
 _COUNTED = frozenset({"rep", "shadow", "locked", "iret"})
 # Intercepted where registers are encrypted, Unicorn's own business elsewhere
 _SEALED = frozenset({"flush", "dr7"})
@@ -69,15 +72,20 @@ _STRING = frozenset(b"\xa4\xa5\xa6\xa7\xaa\xab\xac\xad\xae\xaf")
 # decoding
 _SUSPECT = re.compile(
     rb"[\xf0\x86\x87\xcf\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xc4\xc5\x62\x8f\xf1]"
+    rb"|[\xd8-\xdf\x9b]|\x0f[\x0d-\x17\x28-\x2f\x38\x3a\x50-\x7f\xb1\xb8\xbc\xbd\xc2\xc4-\xc6\xd0-\xff]"
     rb"|[\xf2\xf3][\x26\x2e\x36\x3e\x40-\x4f\x64-\x67\xf0\xf2\xf3]*[\x90\xa4-\xa7\xaa-\xaf]"
     rb"|\x0f[\x00\x01\x05\x08\x09\x20\x21\x22\x23\x30-\x37\x78\x79\xa2\xaa\xae\xc7]|\x8e[\x10-\x17\x50-\x57\x90-\x97\xd0-\xd7]",
     re.DOTALL,
 )
 
-# Control and debug registers, LGDT and the like in memory at CPL3: Unicorn raises #GP and reads no
-# further
+# Where Unicorn raises an exception and reads no further: control and debug registers, LGDT and the
+# like in memory at CPL3; x87, MMX and SSE with CR0.TS or EM
 _CUT = re.compile(
-    rb"[\x26\x2e\x36\x3e\x64-\x67\xf2\xf3]*[\x40-\x4f]?\x0f([\x20-\x23]|[\x00\x01][\x00-\xbf])"
+    rb"[\x26\x2e\x36\x3e\x64-\x67\xf2\xf3]*[\x40-\x4f]?"
+    rb"([\xd8-\xdf]|\x0f("
+    rb"[\x20-\x23]|[\x00\x01][\x00-\xbf]"
+    rb"|[\x0e\x10-\x17\x28-\x2f\x38\x3a\x50-\x7f\xc2\xc4-\xc6\xd0-\xff]|\xae[\x00-\xbf]))",
+    re.DOTALL,
 )
 
 
@@ -115,8 +123,12 @@ def _opcode(data: bytes) -> int:
 
 
 @lru_cache(1 << 14)
-def scan(data: bytes, gva: int, sealed: bool = False) -> Mapping[int, Trap]:
+def scan(
+    data: bytes, gva: int, sealed: bool = False, absent: frozenset[str] = frozenset()
+) -> Mapping[int, Trap]:
     """The sensitive instructions of one block by gva; sealed: of a guest with encrypted registers.
+
+    `absent` are mnemonics that Unicorn has and the guest's CPU has not.
 
     Blocks come again: in other VMs too. Bytes inside a block that capstone cannot decode though
     Unicorn went on behind them are refused too ("unknown").
@@ -128,11 +140,17 @@ def scan(data: bytes, gva: int, sealed: bool = False) -> Mapping[int, Trap]:
     for at, size, mnemonic, op_str in decoder("x86_64").disasm_lite(data, gva):
         end = at + size
         raw = data[at - gva : end - gva]
-        kind = _kind(raw, mnemonic, op_str)
+        kind, check = _kind(raw, mnemonic, op_str), None
+        if mnemonic in absent:
+            kind = "absent"
+        elif kind is None or kind == "locked":
+            kind, check = form(raw, at, mnemonic) or (kind, None)
         if kind is not None and (sealed or kind not in _SEALED):
-            found[at] = Trap(kind, at, raw, mnemonic, op_str, kind not in _COUNTED)
+            stops = kind not in _COUNTED
+            found[at] = Trap(kind, at, raw, mnemonic, op_str, stops, check)
     rest = data[end - gva :]
-    if rest and not _CUT.fullmatch(rest):
+    is_too_long = len(rest) >= LONGEST and rest[0] in PREFIXES  # Unicorn has #GP for it
+    if rest and not is_too_long and not _CUT.fullmatch(rest):
         kind = "vector" if _is_vector(rest) else "unknown"
         found[end] = Trap(kind, end, rest[:15], ".byte", rest[:15].hex(" "))
     return found

@@ -8,6 +8,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from unicorn import unicorn_const as uc
+from unicorn import x86_const
 
 from labkit.arch.x86_cpu import APIC_BASE, IA32_TSC, IA32_TSC_ADJUST
 from labkit.engines.base import Capability
@@ -17,6 +18,9 @@ from labkit.engines.unicorn.isa.sealed import HANDLERS
 from labkit.engines.unicorn.isa.traps import SIZES, Trap, pio_form, scan
 from labkit.engines.unicorn.isa.x86_control import CONTROL
 from labkit.engines.unicorn.isa.x86_events import DB, GP, UD, VC, X86Events, canonical
+from labkit.engines.unicorn.isa.x86_float import FLOAT
+from labkit.engines.unicorn.isa.x86_forms import ABSENT
+from labkit.engines.unicorn.isa.x86_owed import OWED
 from labkit.engines.unicorn.isa.x86_regs import CODE64, DATA, NATIVE_MSRS, PLAIN, X86Registers
 from labkit.engines.unicorn.native.lib import RegBatch
 
@@ -31,6 +35,9 @@ _OSXSAVE, _TSD = 1 << 18, 1 << 2  # CR4
 _TF, _BS = 1 << 8, 1 << 14  # RFLAGS, DR6
 _BSP = 1 << 8  # IA32_APIC_BASE
 _TSC_AUX = 0xC000_0103
+_PAT, _MTRR_DEF_TYPE = 0x277, 0x2FF
+_FIXED_MTRRS = frozenset({0x250, 0x258, 0x259, *range(0x268, 0x270)})
+_MTRR_TYPES = frozenset({0, 1, 4, 5, 6})
 _MONITOR = 1 << 3  # CPUID 1 ECX
 _NATIVE = {index: name for name, index in NATIVE_MSRS.items()}
 _BASES = {0xC000_0100: "fs_base", 0xC000_0101: "gs_base"}
@@ -44,7 +51,9 @@ class X86(X86Events):
     """The quirks of x86-64, one per vCPU."""
 
     uc_arch, uc_mode = uc.UC_ARCH_X86, uc.UC_MODE_64
-    settings: ClassVar[tuple[tuple[int, int], ...]] = ()
+    settings: ClassVar[tuple[tuple[int, int], ...]] = (
+        (uc.UC_CTL_CPU_MODEL, x86_const.UC_CPU_X86_EPYC_ROME),  # it has SMAP
+    )
     capabilities: ClassVar[tuple[Capability, ...]] = ()
     two_blocks = b"\xeb\x00\xf4"
     pc_name, longest, two_blocks_count = "rip", 15, 0
@@ -53,6 +62,11 @@ class X86(X86Events):
         super().__init__(core)
         self.cpu, self._sealed = core.vm.cpu, core.vm.level > 1
         self._handlers = _HANDLERS | HANDLERS if self._sealed else _HANDLERS
+        self._absent = frozenset(
+            name
+            for name, (leaf, register, at) in ABSENT.items()
+            if not self.cpu.leaf(leaf, 0)[register] >> at & 1
+        )
         self.extra = {"xcr0": 1, "tsc_offset": 0, "tsc_adjust": 0}
         self.regs = X86Registers(core.handle, self.extra, self._host_msr, core.memory.read)
         self.msrs: dict[int, int] = {}  # written so far; reset values are the VM's
@@ -68,6 +82,9 @@ class X86(X86Events):
             partial(core.handle.read, PLAIN["cr2"]),
             partial(core.handle.write, PLAIN["cr2"]),
         )
+        # As FNINIT leaves the x87, and KVM gives it to a guest
+        core.handle.write(x86_const.UC_X86_REG_FPCW, 0x37F)
+        core.handle.write(x86_const.UC_X86_REG_FPTAG, 0xFFFF)
         self.read, self.read_all = self.regs.read, self.regs.read_all
         self.write_many: Callable[[Mapping[str, int]], None] = self.regs.write_many
 
@@ -114,7 +131,7 @@ class X86(X86Events):
 
     def scan(self, data: bytes, gva: int) -> Mapping[int, Trap]:
         """Find the sensitive instructions of a block."""
-        return scan(data, gva, self._sealed)
+        return scan(data, gva, self._sealed, self._absent)
 
     def do(self, trap: Trap) -> Exit | None:
         """Carry out one sensitive instruction as the host of a guest that hides nothing."""
@@ -310,6 +327,8 @@ class X86(X86Events):
         elif index in _NATIVE or index in _BASES:
             self.regs.write(_NATIVE.get(index) or _BASES[index], value)
         elif index in self.cpu.msrs and index not in self.cpu.read_only_msrs:
+            if not _has_memory_types(index, value):
+                return False
             self.msrs[index] = value
         else:
             return False
@@ -450,11 +469,27 @@ class X86(X86Events):
         )
 
 
-_HANDLERS: dict[str, Callable[[X86, Trap], Exit | None]] = {
-    name.removeprefix("_do_"): handler
-    for name, handler in vars(X86).items()
-    if name.startswith("_do_")
-} | CONTROL
+_HANDLERS: dict[str, Callable[[X86, Trap], Exit | None]] = (
+    {
+        name.removeprefix("_do_"): handler
+        for name, handler in vars(X86).items()
+        if name.startswith("_do_")
+    }
+    | CONTROL
+    | FLOAT
+    | OWED
+)
+
+
+def _has_memory_types(index: int, value: int) -> bool:
+    """Whether an MSR of memory types gets types that exist (SDM vol. 3A 12.11, 12.12)."""
+    if index == _PAT:
+        return all(byte in (0, 1, 4, 5, 6, 7) for byte in value.to_bytes(8, "little"))
+    if index in _FIXED_MTRRS:
+        return all(byte in _MTRR_TYPES for byte in value.to_bytes(8, "little"))
+    if index == _MTRR_DEF_TYPE:
+        return not value & ~0xCFF and value & 0xFF in _MTRR_TYPES
+    return True
 
 
 def _wide(name: str) -> tuple[str, int]:

@@ -14,6 +14,7 @@ from unicorn import unicorn_const as uc
 from labkit.engines.base import GuestFault
 from labkit.engines.disasm import disassemble, memory_operands
 from labkit.engines.exits import Exit, MemoryFaultExit, ShutdownExit
+from labkit.engines.unicorn.isa.x86_operands import place
 from labkit.engines.unicorn.mmu import NOT_YOURS
 from labkit.engines.unicorn.native.calibrate import CC_OP_EFLAGS, calibrate
 
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
     from labkit.engines.unicorn.isa.core import Core
     from labkit.engines.unicorn.isa.x86_regs import X86Registers
 
-__all__ = ["DB", "DF", "GP", "PF", "UD", "VC", "X86Events", "canonical"]
+__all__ = [
+    "DB", "DF", "GP", "MF", "NM", "NP", "PF", "SS", "UD", "VC", "XM", "X86Events", "canonical",
+]  # fmt: skip
 
-DE, DB, BP, UD, DF, TS, NP, SS, GP, PF, VC = 0, 1, 3, 6, 8, 10, 11, 12, 13, 14, 29
+DE, DB, BP, UD, NM, DF, TS, NP, SS, GP, PF, MF, XM = 0, 1, 3, 6, 7, 8, 10, 11, 12, 13, 14, 16, 19
+VC = 29
 WITH_ERROR = frozenset({DF, TS, NP, SS, GP, PF, 17, 21})
 CONTRIBUTORY = frozenset({DE, TS, NP, SS, GP, VC})
 MASK64 = (1 << 64) - 1
@@ -83,11 +87,10 @@ class X86Events:
             is_rmw = any(op.reads and op.writes for op in operands)
             return PF, error | 2 if is_rmw else error
 
-        bases = [
-            op.base
-            for op in operands
-            if op.base in ("rsp", "rbp") and op.segment not in ("fs", "gs")
-        ]
+        where = place(data, self.regs.read("rip"))
+        if where is not None and where.is_stack and not canonical(where.gva(self.regs)):
+            return SS, 0
+        bases = []
         insn = next(disassemble("x86_64", data, 0), None)
         if insn and insn.mnemonic.startswith(_STACK):
             bases.append("rbp" if insn.mnemonic == "leave" else "rsp")
@@ -115,7 +118,9 @@ class X86Events:
         return struct.unpack_from("<I", blob, where.error_code)[0], blob[where.is_int] == 1
 
     def is_fetch_fault(self, vector: int | None) -> bool:
-        """A page fault on an instruction, which then never began."""
+        """A fault on the way to an instruction, which then never began."""
+        if vector == GP:
+            return self._is_beyond_canonical()
         if vector != PF:
             return False
         error = self._error_code()[0]
@@ -126,6 +131,19 @@ class X86Events:
         gva, pc = self.regs.read("cr2"), self.regs.read("rip")
         is_next_page = not gva & 4095 and 0 < gva - pc < 4096
         return not error & 2 and (gva == pc or is_next_page)
+
+    def _is_beyond_canonical(self) -> bool:
+        """Whether code ran off the last canonical address of the lower half.
+
+        Unicorn finds that out for a whole block, before its first instruction.
+        """
+        pc = self.regs.read("rip")
+        in_last_page = pc >> 12 == (1 << 47) - 1 >> 12
+        return not canonical(pc) or (in_last_page and not self.core.is_translated(pc))
+
+    def came_before(self, vector: int | None) -> bool:
+        """No exception comes before its instruction but a fetch's."""
+        return False
 
     def restore_flags(self) -> None:
         """Mend the flags after a fault at an instruction with a hook.

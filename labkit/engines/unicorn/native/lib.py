@@ -219,6 +219,11 @@ class Handle:
         self._from.value, self._count.value = gva, count
         return int(self._start())
 
+    @property
+    def started_at(self) -> int:
+        """Where the present run began, or the last one."""
+        return self._from.value
+
     def ctl_write(self, what: int, *args: Any) -> None:
         """`uc_ctl` in its writing form."""
         check(

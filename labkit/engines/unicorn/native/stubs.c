@@ -69,3 +69,31 @@ void rep(void *uc, u64 gva, unsigned size, struct rep *r)
 	r->gva = gva;
 	r->count = count;
 }
+
+struct check {
+	int (*reg_read)(void *uc, int reg, void *value);
+	int (*stop)(void *uc);
+	u64 base, index, scale, segment;	/* numbers of libunicorn's registers, 0 for none */
+	u64 displacement, mask;
+};
+
+/* End the run before an instruction whose operand's address, or a register, has one of the bits in mask. */
+void check(void *uc, u64 gva, unsigned size, const struct check *c)
+{
+	u64 sum = c->displacement, value;
+
+	if (c->base) {
+		c->reg_read(uc, (int)c->base, &value);
+		sum += value;
+	}
+	if (c->index) {
+		c->reg_read(uc, (int)c->index, &value);
+		sum += value * c->scale;
+	}
+	if (c->segment) {
+		c->reg_read(uc, (int)c->segment, &value);
+		sum += value;
+	}
+	if (sum & c->mask)
+		c->stop(uc);
+}

@@ -111,6 +111,13 @@ class Tally:
                 self._offsets[gva][end] = len(insns)
         return self._offsets[gva]
 
+    def holds(self, gva: int) -> bool:
+        """Whether an instruction of a block that was translated is at gva."""
+        return any(
+            start <= gva < start + len(data) and gva in self.offsets(start)
+            for start, (_, data) in self.blocks.items()
+        )
+
     def forget(self) -> None:
         """Every block was dropped.
 

@@ -23,6 +23,7 @@ __all__ = [
     "LOCKED_BLOCK",
     "LOCKED_GVA",
     "NOTHING",
+    "RCX",
     "REP",
     "STOPPED",
     "TALLY",
@@ -34,7 +35,7 @@ __all__ = [
 REP, LOCKED, TALLY, _END = 0, 8, 12, 18
 
 # GVA and COUNT are those of the last instruction that takes more than one count
-_COUNTER, GVA, COUNT, EXTRA, _RCX, AGAIN, _READ_REG, _RCX_NUMBER = range(REP, LOCKED)
+_COUNTER, GVA, COUNT, EXTRA, RCX, AGAIN, _READ_REG, _RCX_NUMBER = range(REP, LOCKED)
 
 # LOCKED itself is the count at the last locked instruction
 _, _LOCKED_COUNTER, LOCKED_GVA, LOCKED_BLOCK = range(LOCKED, TALLY)
