@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.checked import checked
 from labkit.paging.scan import PageTable
 from labkit.shown import mimebundle
 from labkit.ucall.snapshot import PoolSnapshot
@@ -102,6 +103,7 @@ class VcpuBrief:
     state: str  # "running", "done", "aborted", "halted", "shutdown", "not started"
 
 
+@checked
 @dataclass(frozen=True)
 class VcpuSnapshot(VcpuBrief):
     """One vCPU between two instructions."""
@@ -211,6 +213,7 @@ class Said:
     is_now: bool  # nothing ran since
 
 
+@checked
 @dataclass(frozen=True)
 class VmSnapshot:
     """Everything that the dashboard draws, taken at one step."""
