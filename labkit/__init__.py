@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from labkit.arch.x86_cpu import CpuModel
+from labkit.checked import checked
 from labkit.errors import (
     BudgetExceeded,
     Busy,
@@ -72,6 +73,7 @@ __all__ = [
 ]
 
 
+@checked
 def compare(
     program: Program | str | Path | None,
     backends: Sequence[str | Callable[[], Vm]] = ("unicorn", "kvm"),

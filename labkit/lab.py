@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from labkit.checked import checked
 from labkit.hosts.buttons import VmController
 from labkit.look.encryption import EncryptionMap
 from labkit.look.eyes import PageEyes
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Vcpu", "Vm", "VmState"]
 
 
+@checked
 class Vcpu(session_vcpu.Vcpu):
     """One virtual CPU of a VM: run it, step it, look at it."""
 
@@ -45,6 +47,7 @@ class Vcpu(session_vcpu.Vcpu):
         return mimebundle(self.look())
 
 
+@checked
 class Vm(session_vm.Vm):
     """One virtual machine; `Vm.create` makes one with a program, page tables, a pool and vCPUs.
 
@@ -75,13 +78,15 @@ class Vm(session_vm.Vm):
         return look_at_launch(self)
 
     @in_a_pause
-    def eyes(self, gpa: int | None = None, gva: int | None = None) -> PageEyes:
+    def eyes(self, gpa: int | None = None, gva: str | int | None = None) -> PageEyes:
         """One page, by gpa or gva, through two eyes: the host's and the guest's.
 
-        `.since(other)` marks the bytes that changed. Raises InvalidState without exactly one
-        address, PageFault and MemoryFault for one where nothing is.
+        gva: also a place by name, as in `gva_of`. `.since(other)` marks the bytes that changed.
+        Raises InvalidState without exactly one address, PageFault and MemoryFault for one where
+        nothing is.
         """
-        return look_through_both(self, gpa_of(self, gpa, gva))
+        where = None if gva is None else self.gva_of(gva)
+        return look_through_both(self, gpa_of(self, gpa, where))
 
     @in_a_pause
     def memory_map(self) -> MemoryMap:

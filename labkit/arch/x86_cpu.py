@@ -12,6 +12,7 @@ import struct
 from dataclasses import dataclass, field
 
 from labkit.bits import bit
+from labkit.checked import checked
 
 __all__ = ["APIC_BASE", "IA32_TSC", "IA32_TSC_ADJUST", "MAXPHYADDR", "XCR0_SUPPORTED", "CpuModel"]
 
@@ -87,6 +88,7 @@ def _default_msrs() -> dict[int, int]:
     }
 
 
+@checked
 @dataclass
 class CpuModel:
     """What a CPU says of itself.

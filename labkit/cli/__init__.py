@@ -22,6 +22,7 @@ __all__ = ["COMMANDS", "Command", "main", "parser"]
 # a module each, which is a Command
 COMMANDS = ("doctor", "lab", "run", "selftest", "freeze", "bench")
 
+COMPLETING = "_ARGCOMPLETE"  # of the environment, set by a shell that asks for completions
 INTERRUPTED, BROKEN_PIPE = 130, 141  # what a shell gives for SIGINT and SIGPIPE: 128 + the signal
 
 
@@ -64,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A LabError is one line on stderr, with --json one object on stdout, and status 1.
     """
-    args = parser().parse_args(argv)
+    commands = parser()
+    if COMPLETING in os.environ:
+        _complete(commands)
+    args = commands.parse_args(argv)
     _print_every_letter()
     try:
         status = int(args.run(args))
@@ -82,6 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # `labkit doctor | head` is no error; another stdout, or the exit would raise once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+
+
+def _complete(commands: argparse.ArgumentParser) -> None:
+    """The shell asks what could come next: say it, and end."""
+    from argcomplete import autocomplete
+
+    autocomplete(commands)
 
 
 def _print_every_letter() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from labkit.arch.desc import Field
+from labkit.checked import checked
 from labkit.errors import InvalidState
 from labkit.machine.memory import PAGE
 from labkit.paging.walk import Walk, walk
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 
+@checked
 def move_ciphertext(vm: Vm, source: int, target: int, size: int = PAGE) -> None:
     """Copy DRAM from one gpa to another; size in bytes.
 
@@ -39,6 +41,7 @@ def move_ciphertext(vm: Vm, source: int, target: int, size: int = PAGE) -> None:
     vm.changed()
 
 
+@checked
 def replay(vm: Vm, gpa: int, old: bytes) -> None:
     """Put ciphertext back that was read at the same gpa before.
 
@@ -49,6 +52,7 @@ def replay(vm: Vm, gpa: int, old: bytes) -> None:
     vm.changed()
 
 
+@checked
 def flip_ciphertext_bit(vm: Vm, gpa: int, bit: int = 0) -> None:
     """Change one bit (0 to 7) of a byte of DRAM.
 
@@ -63,6 +67,7 @@ def flip_ciphertext_bit(vm: Vm, gpa: int, bit: int = 0) -> None:
     vm.changed()
 
 
+@checked
 def remap(vm: Vm, gpa: int, other: int) -> None:
     """Exchange two pages in the nested page table.
 
@@ -76,6 +81,7 @@ def remap(vm: Vm, gpa: int, other: int) -> None:
     vm.changed()
 
 
+@checked
 def pool_in_private_memory(vm: Vm) -> None:
     """Have the launch encrypt the ucall pool, as a host that gets its list wrong does.
 
@@ -89,7 +95,8 @@ def pool_in_private_memory(vm: Vm) -> None:
     vm.mem_set_private(pool.gpa, pool.nr_pages * PAGE)
 
 
-def flip_c_bit(vm: Vm, gva: int) -> None:
+@checked
+def flip_c_bit(vm: Vm, gva: str | int) -> None:
     """Turn the encryption bit of a leaf around and encrypt nothing.
 
     That is what a guest with a bug does to its own page tables. What was private is then read as
@@ -98,8 +105,10 @@ def flip_c_bit(vm: Vm, gva: int) -> None:
     """
     _need_guest(vm)
     space = vm.machine.space
-    last = space.walk(gva).steps[-1]
-    if last.kind != "leaf":
+    gva = vm.gva_of(gva)
+    steps = space.walk(gva).steps
+    last = steps[-1] if steps else None
+    if last is None or last.kind != "leaf":
         raise InvalidState(f"gva {gva:#x} is not mapped: there is no leaf to change", gva=gva)
 
     entry = last.entry ^ space.mode.flags["c"]
@@ -107,7 +116,8 @@ def flip_c_bit(vm: Vm, gva: int) -> None:
     vm.changed()
 
 
-def walk_without_mask(vm: Vm, gva: int) -> Walk:
+@checked
+def walk_without_mask(vm: Vm, gva: str | int) -> Walk:
     """Walk as a tool that takes the C-bit for part of the frame number ("the one-bit bug").
 
     It ends far outside of memory.
@@ -116,15 +126,16 @@ def walk_without_mask(vm: Vm, gva: int) -> Walk:
     plain = vm.arch.mode
     every_high_bit = Field((1 << 52) - PAGE, plain.pa.shift)
     naive = replace(plain, pa=every_high_bit, reserved=0)
-    return walk(space.eye, naive, space.root_gpa, gva)
+    return walk(space.eye, naive, space.root_gpa, vm.gva_of(gva))
 
 
-def walk_through_dram(vm: Vm, gva: int) -> Walk:
+@checked
+def walk_through_dram(vm: Vm, gva: str | int) -> Walk:
     """Walk as a host that does not know better: through DRAM as it is.
 
     There the tables of an encrypted guest are ciphertext.
     """
-    return vm.machine.space.host_walk(gva)
+    return vm.machine.space.host_walk(vm.gva_of(gva))
 
 
 def _need_guest(vm: Vm) -> ProtectedGuest:

@@ -113,12 +113,7 @@ def compile_guest(
     with tempfile.TemporaryDirectory(prefix="labkit-") as work:
         _write_source(Path(work), name, text)
         command = _command(found, arch, Path(work), options)
-        try:
-            image, output = _run(found, command, Path(work), folders)
-        except CompileError as error:
-            if not RUNTIME_CALL.search(error.output):
-                raise
-            image, output = _run(found, [*command, *_runtime_sources()], Path(work), folders)
+        image, output = _linked(found, command, Path(work), folders)
 
     shown = text.encode("utf-8", ANY_BYTES).decode("utf-8", "replace")
     sources = {name: shown}
@@ -230,6 +225,18 @@ def _library_sources(arch: str) -> list[str]:
     """The files of the guest library: what all architectures share, and this one's own."""
     files = [*LIBRARY.iterdir(), *(LIBRARY / arch).iterdir()]
     return sorted(str(file) for file in files if file.suffix in (".c", ".S"))
+
+
+def _linked(
+    compiler: Compiler, command: list[str], work: Path, folders: Sequence[Path]
+) -> tuple[bytes, str]:
+    """The same as _run, with the compiler's runtime functions where the guest calls any."""
+    try:
+        return _run(compiler, command, work, folders)
+    except CompileError as error:
+        if not RUNTIME_CALL.search(str(error.facts.get("output", ""))):
+            raise
+    return _run(compiler, [*command, *_runtime_sources()], work, folders)
 
 
 def _runtime_sources() -> list[str]:

@@ -8,19 +8,22 @@ needs no VM.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from labkit.errors import InvalidState
+from labkit.guest.places import Variable
 from labkit.guest.program import Program
 from labkit.guest.types import Kind
+from labkit.guest.values import Array, CValue, Number, Record, bits_of, with_bits
 
 __all__ = [
     "GlobalVar",
     "HostGlobals",
     "Value",
     "global_var",
+    "read_global",
     "read_guest_global",
     "write_guest_global",
 ]
@@ -113,10 +116,75 @@ def global_var(program: Program, name: str) -> GlobalVar:
     return GlobalVar(name, symbol.gva, symbol.size, kind != "other", signed, program.byteorder)
 
 
-def write_guest_global(program: Program, name: str, value: object, write: Write) -> None:
-    """Set one VM's copy of a global (write_guest_global() in C)."""
-    var = global_var(program, name)
-    write(var.gva, var.encode(value))
+def write_guest_global(
+    program: Program, name: str, value: object, write: Write, read: Read | None = None
+) -> None:
+    """Set one VM's copy of a global, or of a part of it (write_guest_global() in C).
+
+    A struct takes some or all of its fields by name, if it can be read. Raises SymbolNotFound, and
+    InvalidState for what does not fit.
+    """
+    variable = _variable(program, name)
+    if name in program.symbols and not _is_made_of_parts(variable, value):
+        var = global_var(program, name)
+        write(var.gva, var.encode(value))
+        return
+    write(variable.gva, _encoded(program, variable, value, read))
+
+
+def _is_made_of_parts(variable: Variable, value: object) -> bool:
+    """Whether a value is one that only the type in C can make bytes of."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return False
+    match variable.type:
+        case Number(kind="float"):
+            return True
+        case Array() | Record():
+            return not isinstance(value, int)
+    return False
+
+
+def _encoded(program: Program, variable: Variable, value: object, read: Read | None) -> bytes:
+    order = program.byteorder
+    kind = variable.type
+    if kind is None:
+        return global_var(program, variable.name).encode(value)
+    if variable.bits is None and not (isinstance(kind, Record) and isinstance(value, Mapping)):
+        return kind.encode(value, order, variable.name)
+
+    if read is None:
+        raise InvalidState(f"{variable.name}: a part of it is set by who can read the rest")
+    before = read(variable.gva, variable.size)
+    if variable.bits is not None:
+        return with_bits(variable.bits, kind, before, value, order, variable.name)
+    assert isinstance(kind, Record) and isinstance(value, Mapping)
+    return kind.updated(before, value, order, variable.name)
+
+
+def read_global(program: Program, name: str, read: Read) -> CValue:
+    """One VM's copy of a global, or of a part of one, by its type in C.
+
+    Numbers, pointers and enums are ints, arrays lists, characters bytes, structs have their fields
+    by name. Without debug information a number is an int, all else is bytes. Raises SymbolNotFound
+    and InvalidState.
+    """
+    variable = _variable(program, name)
+    kind = variable.type
+    if kind is None:
+        return read_guest_global(program, name, read)
+    if variable.bits is not None:
+        return bits_of(variable.bits, kind, read(variable.gva, variable.size), program.byteorder)
+    return kind.decode(read(variable.gva, kind.size), program.byteorder)
+
+
+def _variable(program: Program, name: str) -> Variable:
+    """A variable with a size; raises InvalidState for what is none."""
+    variable = program.variable(name)
+    if name in program.symbols and variable.type is None:
+        global_var(program, name)
+    elif variable.type is None:
+        raise InvalidState(f"{name} is no variable: nobody says how large it is", name=name)
+    return variable
 
 
 def read_guest_global(program: Program, name: str, read: Read) -> Value:

@@ -9,13 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from labkit.checked import checked
 from labkit.errors import ElfError, InvalidState, SymbolNotFound
+from labkit.guest.declared import declared_type
 from labkit.guest.elf import Segment, Symbol, read_elf
 from labkit.guest.frames import FrameRule, FrameTable
 from labkit.guest.lines import Line, LineTable
+from labkit.guest.places import Variable, find_variable
 from labkit.guest.sources import SourceFiles, SourcePath, folders_of
 from labkit.guest.symbols import MAX_NAME
 from labkit.guest.types import Kind, kind_of_global
+from labkit.guest.values import CType
 from labkit.outside import plain, printable
 
 __all__ = ["Line", "Program", "Segment", "Symbol"]
@@ -32,6 +36,7 @@ class _ByGva(NamedTuple):
     ends: list[int]
 
 
+@checked
 class Program:
     """A guest that can be loaded into any number of VMs; it never changes.
 
@@ -64,6 +69,7 @@ class Program:
             # The first counts: a global one, else that of the file that was linked first.
             self.symbols.setdefault(symbol.name, symbol)
         self._kinds: dict[int, Kind] = {}
+        self._types: dict[int, CType | None] = {}
         self._files = SourceFiles(sources or {}, path, folders_of(source_path))
 
     @classmethod
@@ -176,6 +182,22 @@ class Program:
             self._kinds[gva] = kind_of_global(self.image, gva)
         return self._kinds[gva]
 
+    def type_at(self, gva: int) -> CType | None:
+        """How the variable at an address is declared; None where debug information does not say."""
+        if gva not in self._types:
+            self._types[gva] = declared_type(self.image, gva)
+        return self._types[gva]
+
+    def variable(self, place: str) -> Variable:
+        """A global, or a part of one: "x", "x.field[3]", "x+0x10".
+
+        Raises SymbolNotFound with the names that come near, InvalidState for an index too large.
+        """
+        found = find_variable(place, self.symbols, self.type_at)
+        if found is None:
+            raise self._no_symbol(place)
+        return found
+
     def describe(self, gva: int) -> str:
         """An address in words: "ucall_alloc+0x2c", or its digits where no symbol is."""
         found = self.symbol_at(gva)
@@ -218,12 +240,14 @@ class Program:
         return self._frames.rule(gva)
 
     def places(self, place: str) -> tuple[int, ...]:
-        """The addresses of a symbol, or of a line as "file.c:12".
+        """The addresses of a symbol, a part of a global ("x.field[3]", "f+0x10"), or "file.c:12".
 
         Raises SymbolNotFound, or InvalidState for a line without code.
         """
+        if place in self.symbols:
+            return (self.symbols[place].gva,)
         if ":" not in place:
-            return (self.symbol(place).gva,)
+            return (self.variable(place).gva,)
         file, _, line = place.rpartition(":")
         found = self.gva_of_line(file, int(line) if line.isdecimal() else -1)
         if not found:

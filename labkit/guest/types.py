@@ -10,7 +10,7 @@ from elftools.dwarf.die import DIE
 from labkit.guest.dies import DieSizes
 from labkit.guest.sections import debug_info
 
-__all__ = ["Kind", "kind_of_global"]
+__all__ = ["ENCODINGS", "MAX_DIES", "Kind", "kind_of_global", "variable_die"]
 
 Kind = Literal["signed", "unsigned", "other", "unknown"]
 
@@ -38,6 +38,7 @@ ENCODINGS: dict[int, Kind] = {  # DW_ATE_*
 # that matches may overlap: the bytes may stand inside something else.
 _MERGED = re.compile(rb"(?=([\x0b-\x0d])\x03(.{8})\x23([\x80-\xff]{0,2}[\0-\x7f]))", re.DOTALL)
 DW_OP_ADDR = b"\x03"
+DW_OP_ADDRX = b"\xa1"
 EXPRLOC_9 = b"\x09"  # an exprloc of nine bytes: DW_OP_addr and its address
 
 
@@ -47,22 +48,26 @@ def kind_of_global(image: bytes, gva: int) -> Kind:
     A pointer is unsigned, an enum as it is stored.
     """
     try:
-        die = _variable(image, gva)
+        die = variable_die(image, gva)
         return "unknown" if die is None else _kind(die)
     except Exception:  # pyelftools on hostile bytes
         return "unknown"
 
 
-def _variable(image: bytes, gva: int) -> DIE | None:
+def variable_die(image: bytes, gva: int) -> DIE | None:
     """The DIE whose location is this address.
 
-    Entries are read one behind the other: links between them may be forged.
+    Entries are read one behind the other: links between them may be forged. Raises what pyelftools
+    does on hostile bytes.
     """
     dwarf = debug_info(image)
     if dwarf is None or dwarf.debug_info_sec is None:
         return None
     stream = dwarf.debug_info_sec.stream
-    at = _location(stream.getvalue(), gva, "big" if image[5] == 2 else "little")
+    order: Literal["little", "big"] = "big" if image[5] == 2 else "little"
+    at = _location(stream.getvalue(), gva, order)
+    if at is None:
+        at = _indexed_location(dwarf, stream.getvalue(), gva, order)
     if at is None:
         return None
     unit = _unit_at(dwarf, at)
@@ -102,6 +107,43 @@ def _location(data: bytes, gva: int, order: Literal["little", "big"]) -> int | N
         if size[0] == 10 + len(uleb) and int.from_bytes(base, order) + offset == gva:
             return found.start()
     return None
+
+
+def _indexed_location(
+    dwarf: Any, data: bytes, gva: int, order: Literal["little", "big"]
+) -> int | None:
+    """Where an exprloc says this address by its index in .debug_addr (DWARF 5, clang), or None.
+
+    It says DW_OP_addrx index; each compilation unit counts from a base of its own.
+    """
+    if dwarf.debug_addr_sec is None:
+        return None
+    table = dwarf.debug_addr_sec.stream.getvalue()
+    entry = gva.to_bytes(8, order)
+    for unit in dwarf.iter_CUs():
+        base = unit.get_top_DIE().attributes.get("DW_AT_addr_base")
+        if base is None:
+            continue
+        place = table.find(entry, base.value)
+        while place >= 0 and (place - base.value) % 8:
+            place = table.find(entry, place + 1)
+        if place < 0:
+            continue
+        operation = DW_OP_ADDRX + _uleb((place - base.value) // 8)
+        end = unit.cu_offset + unit.size
+        at = data.find(bytes([len(operation)]) + operation, unit.cu_offset, end)
+        if at >= 0:
+            return at
+    return None
+
+
+def _uleb(number: int) -> bytes:
+    """A number as DWARF writes it (LEB128, unsigned)."""
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
 
 
 def _kind(die: Any) -> Kind:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from labkit.checked import checked
 from labkit.errors import InvalidState
 from labkit.machine.memory import PAGE
 from labkit.shown import mimebundle
@@ -128,6 +129,7 @@ class EncryptionRange:
         return f"Pages {self.gpa:#x} to {self.end - PAGE:#x}"
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class EncryptionMap:
     """Every range of guest-physical pages, by gpa: what page tables say, what memory is.
@@ -153,7 +155,7 @@ class EncryptionMap:
 
         Columns: gpa, gpa_end, nr_pages, tables, memory, gva, nr_mappings, what, problem, why.
         """
-        import pandas as pd
+        from labkit.hexed import HexFrame
 
         gvas = [min(part.gvas, default=None) for part in self.ranges]  # objects: None is no number
         columns = {
@@ -169,8 +171,8 @@ class EncryptionMap:
             "why": [part.why for part in self.ranges],
         }
         if not self.ranges:
-            return pd.DataFrame(columns, dtype=object)  # no value says which type
-        return pd.DataFrame(columns)
+            return HexFrame(columns, dtype=object)  # no value says which type
+        return HexFrame(columns)
 
     def at(self, gpa: int) -> EncryptionRange | None:
         """The range that holds gpa; None outside of memory."""

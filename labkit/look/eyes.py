@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.checked import checked
 from labkit.errors import InvalidState
 from labkit.machine.memory import PAGE
 from labkit.paging.entries import Bools
@@ -60,6 +61,7 @@ class Eye:
         return len(np.unique(self.blocks, axis=0))
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class PageEyes:
     """A page, or a 16-byte aligned part of one, as host and guest see it now and saw it before.

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from labkit.checked import checked
 from labkit.machine.memory import PAGE
 from labkit.sev.commands import GuestState
 from labkit.sev.policy import Policy, SnpPolicy, Status, policy_api, snp_policy_api
@@ -39,6 +40,7 @@ class LaunchStep:
         return -(-self.size // PAGE)
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class LaunchProgress:
     """How far a launch is: the commands so far, the guest's state, what its owner can check."""

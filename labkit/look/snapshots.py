@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.checked import checked
 from labkit.paging.scan import PageTable
 from labkit.shown import mimebundle
 from labkit.ucall.snapshot import PoolSnapshot
@@ -105,6 +106,7 @@ class VcpuBrief:
     state: str  # "running", "done", "aborted", "halted", "shutdown", "not started"
 
 
+@checked
 @dataclass(frozen=True)
 class VcpuSnapshot(VcpuBrief):
     """One vCPU between two instructions."""
@@ -256,6 +258,7 @@ class Marks(Sequence[EventMark], Generic[T]):
         return f"<{self._count} marks>"
 
 
+@checked
 @dataclass(frozen=True)
 class VmSnapshot:
     """Everything that the dashboard draws, taken at one step."""

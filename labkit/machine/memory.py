@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from labkit.bits import is_aligned
+from labkit.checked import checked, checks_itself, whole
 from labkit.errors import InvalidState, MemoryFault
 from labkit.machine.turns import Alone, Turns
 
@@ -36,6 +37,7 @@ class Memslot:
         return f"<Memslot {where}, {self.size >> 10} KiB at hva {self.hva:#x}>"
 
 
+@checked
 class Memory:
     """The memslots of one VM; gpas and sizes are in bytes.
 
@@ -76,15 +78,22 @@ class Memory:
             if gpa < slot.end and slot.gpa < gpa + size:
                 raise InvalidState(f"{what} overlaps {slot!r}")
 
+    @checks_itself
     def slot(self, gpa: int) -> Memslot | None:
         """The memslot that holds gpa."""
+        if type(gpa) is not int:
+            gpa = whole(gpa, "Memory.slot: gpa")
         for slot in self.slots:
             if slot.gpa <= gpa < slot.gpa + slot.size:
                 return slot
         return None
 
+    @checks_itself
     def read(self, gpa: int, size: int) -> bytes:
         """size bytes from gpa on; raises MemoryFault at the first byte that no memslot holds."""
+        # A walk reads an entry a level here, a scan every table.
+        if type(gpa) is not int or type(size) is not int:
+            gpa, size = whole(gpa, "Memory.read: gpa"), whole(size, "Memory.read: size")
         if not self.on_look:
             return self._read(gpa, size)
         with self.turn.looking:
@@ -133,13 +142,17 @@ class Memory:
             gpa += count
         return parts
 
+    @checks_itself
     def looked_at(self, gpa: int, size: int, is_write: bool) -> None:
         """The host is about to look at these bytes, or to write a part of them."""
         for tell in self.on_look:
             tell(gpa, size, is_write)
 
+    @checks_itself
     def was_written(self, gpa: int, size: int) -> None:
         """These bytes are others now, or mean something else."""
+        if type(gpa) is not int or type(size) is not int:
+            gpa, size = whole(gpa, "Memory.was_written: gpa"), whole(size, "size")
         for tell in self.on_write:
             tell(gpa, size)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from labkit.arch.model import Arch
+from labkit.checked import whole
 from labkit.engines.base import EngineVcpu
 from labkit.errors import InvalidState, KvmError
 from labkit.machine.turns import Turns
@@ -51,13 +52,17 @@ class Registers:
         object.__setattr__(self, "_turn", turn)
 
     def __getitem__(self, name: str) -> int:
+        if not isinstance(name, str):
+            raise InvalidState(f"a register has a name, not {name!r}")
         with self._turn.looking:
             self._check()
             return self._cpu.read_reg(name)
 
     def __setitem__(self, name: str, value: int) -> None:
-        if not isinstance(value, int):
-            raise InvalidState(f"{name} takes a number, not {value!r}", name=name)
+        if not isinstance(name, str):
+            raise InvalidState(f"a register has a name, not {name!r}")
+        if type(value) is not int:
+            value = whole(value, name)
         if -(1 << 63) <= value < 0:
             value &= MASK64
         with self._turn.act(f"a write of {name}"):

@@ -43,7 +43,7 @@ def diff(before: PageTable, after: PageTable) -> pd.DataFrame:
     rights (accessed and dirty count). A page of another size is a "-" and a "+". Raises
     InvalidState between unlike formats.
     """
-    import pandas as pd
+    from labkit.hexed import HexFrame
 
     if before.mode != after.mode:
         raise InvalidState(
@@ -54,7 +54,7 @@ def diff(before: PageTable, after: PageTable) -> pd.DataFrame:
     gva, size, old, new = _changes(before, after)
     sign = np.where(old.there, np.where(new.there, "~", "-"), "+")
     first, last = runs(gva, size, (old.gpa, new.gpa), (old.flags, new.flags, sign))
-    return pd.DataFrame(
+    return HexFrame(
         {
             "sign": sign[first],
             "gva": gva[first],

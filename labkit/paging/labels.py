@@ -21,6 +21,9 @@ class Labels(Protocol):
     def labels(self, gvas: U64, gpas: U64) -> list[str]:
         """The same for many gvas at once; gpas are what a page table maps them to."""
 
+    def gva_of(self, place: str | int) -> int:
+        """The gva that a name means; raises SymbolNotFound and InvalidState."""
+
 
 def range_label(first: str, last: str) -> str:
     """What a range is called whose first and last page are called so."""

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from labkit.arch.desc import PagingMode
-from labkit.errors import MemoryFault
+from labkit.checked import checked
+from labkit.errors import InvalidState, MemoryFault
 from labkit.paging.entries import U64, Bools, Indices, runs
 from labkit.paging.labels import Labels, range_label
 from labkit.paging.leaves import read_tables
@@ -29,6 +30,7 @@ SHOWN_RANGES = 40  # lines of ranges in a terminal
 SHOWN_PROBLEMS = 5
 
 
+@checked
 @dataclass(frozen=True, repr=False, eq=False)
 class PageTable:
     """One address space at one step: every leaf, ordered by gva, and the tables as they were read.
@@ -60,14 +62,26 @@ class PageTable:
 
     # --- one address
 
-    def walk(self, gva: int) -> Walk:
-        """Translate gva in this snapshot, from the saved tables alone; never raises."""
+    def walk(self, gva: str | int) -> Walk:
+        """Translate a gva, or a place by name, in this snapshot, from the saved tables alone.
+
+        Never raises for a gva: a hole is a value. Raises SymbolNotFound for a name that there is
+        not.
+        """
+        gva = self._gva_of(gva)
         found = replace(walk(self._read, self.mode, self.root, gva), page_table=self)
         last = found.steps[-1] if found.steps else None
         if last is None or last.kind != "outside" or last.next_gpa in self.outside:
             return found
         where = f"gpa {last.next_gpa:#x}, a table that this capped scan did not read"
         return replace(found, problem=f"gva {gva:#x}: {last} points to {where}")
+
+    def _gva_of(self, place: str | int) -> int:
+        if isinstance(place, int):
+            return place
+        if self.names is None:
+            raise InvalidState(f"these page tables have no names for their addresses: no {place!r}")
+        return self.names.gva_of(place)
 
     def _read(self, gpa: int, size: int) -> bytes:
         """Memory, as far as it was read for this snapshot."""
@@ -91,14 +105,17 @@ class PageTable:
         hit = offset < self.size
         return [int(gva) for gva in self.gva[hit] + offset[hit]]
 
-    def label(self, gva: int) -> str:
+    def label(self, gva: str | int) -> str:
         """What lies at a gva, in a word; "" when nobody knows."""
-        return "" if self.names is None else self.names.label(gva)
+        return "" if self.names is None else self.names.label(self._gva_of(gva))
 
     # --- rights
 
     def flag(self, name: str) -> Bools:
-        """One effective flag of every leaf."""
+        """One effective flag of every leaf; raises InvalidState for one that the format lacks."""
+        if name not in self.mode.flags:
+            flags = ", ".join(self.mode.flags)
+            raise InvalidState(f"{self.mode.name} has no flag {name!r}, only {flags}")
         says_yes = self.rights ^ np.uint64(self.mode.inverted)
         on: Bools = (says_yes & np.uint64(self.mode.flags[name])) != 0
         return on
@@ -133,7 +150,7 @@ class PageTable:
         gva, gva_end, nr_pages, page_size (bytes), gpa, a bool column per flag, executable, and
         what lies there.
         """
-        import pandas as pd
+        from labkit.hexed import HexFrame
 
         first, last = self.ranges()
         columns: dict[str, object] = {
@@ -145,12 +162,12 @@ class PageTable:
         }
         columns |= self._flag_columns(first)
         columns["what"] = self._range_labels(first, last)
-        return pd.DataFrame(columns)
+        return HexFrame(columns)
 
     @cached_property
     def leaves(self) -> pd.DataFrame:
         """One row per leaf: gva, gpa, page_size (bytes), level, entry, flags, executable."""
-        import pandas as pd
+        from labkit.hexed import HexFrame
 
         level_names = np.array([level.name for level in self.mode.levels])
         columns: dict[str, object] = {
@@ -160,7 +177,7 @@ class PageTable:
             "level": level_names[self.level],
             "entry": self.entry,
         }
-        return pd.DataFrame(columns | self._flag_columns(slice(None)))
+        return HexFrame(columns | self._flag_columns(slice(None)))
 
     def _range_labels(self, first: Indices, last: Indices) -> list[str]:
         """What each range is called, given its first and last leaf."""

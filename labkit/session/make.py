@@ -86,7 +86,7 @@ def make_vm(kind: type[AnyVm], plan: Plan) -> AnyVm:
     """A VM of this class with program, page tables, ucalls and vCPUs; launched if protected."""
     plan.check()
     program = plan.program
-    start = plan.entry if isinstance(plan.entry, int) else program.symbol(plan.entry).gva
+    start = plan.entry if isinstance(plan.entry, int) else program.places(plan.entry)[0]
     size = plan.memory
     if size is None:
         size = memory_for(program, plan.nr_vcpus, HEADER_SIZE)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from labkit.checked import whole
 from labkit.errors import InvalidState
 from labkit.guest.program import Program
 from labkit.machine.memory import PAGE
@@ -15,16 +17,25 @@ from labkit.paging.entries import U64, Indices
 from labkit.ucall.abi import (
     BITMAP_BYTES,
     HEADER_SIZE,
+    NR_SLOTS,
     OFFSET_ARGS,
     OFFSET_BUFFER,
     OFFSET_HVA,
+    UCALL_BUFFER_LEN,
+    UCALL_MAX_ARGS,
     UCALL_SIZE,
 )
 
 if TYPE_CHECKING:
     from labkit.session.vm import Vm
 
-__all__ = ["Names", "pool_field"]
+__all__ = ["Names", "pool_field", "pool_offset"]
+
+_POOL_FIELD = re.compile(
+    r"in_use\[(?P<word>\d+)\]"
+    r"|ucalls\[(?P<slot>\d+)\](\.(?P<field>cmd|buffer|hva|args)(\[(?P<arg>\d+)\])?)?"
+)
+_FIELDS = {"cmd": 0, "args": OFFSET_ARGS, "buffer": OFFSET_BUFFER, "hva": OFFSET_HVA}
 
 
 def pool_field(offset: int) -> str:
@@ -44,6 +55,24 @@ def pool_field(offset: int) -> str:
     else:
         field = "hva"
     return f"ucalls[{index}].{field}"
+
+
+def pool_offset(place: str) -> int | None:
+    """The byte of struct ucall_header that a name of `pool_field` means, or None for none."""
+    found = _POOL_FIELD.fullmatch(place)
+    if found is None:
+        return None
+    if found["word"]:
+        offset = 8 * int(found["word"])
+        return offset if offset < BITMAP_BYTES else None
+
+    slot, argument = int(found["slot"]), int(found["arg"] or 0)
+    is_array = found["field"] in ("args", "buffer")
+    width, count = (8, UCALL_MAX_ARGS) if found["field"] == "args" else (1, UCALL_BUFFER_LEN)
+    if slot >= NR_SLOTS or argument >= count or (found["arg"] and not is_array):
+        return None
+    offset = _FIELDS.get(found["field"], 0) + width * argument
+    return BITMAP_BYTES + UCALL_SIZE * slot + offset
 
 
 class Names:
@@ -127,16 +156,26 @@ class Names:
         return program.describe(gva) + where
 
     def gva_of(self, place: str | int) -> int:
-        """The gva of a symbol, of a "file.c:12" (its first instruction), or the gva itself.
+        """The gva of a symbol, a "file.c:12" (its first instruction), a field, or the gva itself.
 
-        Raises SymbolNotFound with the names that come near, InvalidState for a line without code.
+        Fields are those of globals ("x.field[3]") and of the pool ("ucalls[3].cmd"); "f+0x10" is a
+        place too. Raises SymbolNotFound with the names that come near, InvalidState for a line
+        without code, and for what is neither a number nor text.
         """
         return self.places(place)[0]
 
     def places(self, place: str | int) -> Sequence[int]:
-        """All gvas of a symbol or of a "file.c:12", or the gva itself; raises as `gva_of`."""
-        if isinstance(place, int):
+        """All gvas of a "file.c:12", else the one that `gva_of` gives; raises as it does."""
+        if type(place) is int:
             return (place,)
+        if not isinstance(place, str):
+            return (whole(place, "a place"),)
+        pool = self._vm.host_pool
+        is_symbol = self._vm.program is not None and place in self._vm.program.symbols
+        if pool is not None and not is_symbol:
+            offset = pool_offset(place)
+            if offset is not None:
+                return (pool.gva + offset,)
         return self.program.places(place)
 
     @property

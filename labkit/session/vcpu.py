@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from labkit.checked import checked, checks_itself, whole
 from labkit.engines.base import EngineVcpu, MonitorVcpu
 from labkit.engines.disasm import Decoded
 from labkit.engines.exits import BudgetExit, Exit, VmgexitExit
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Vcpu"]
 
 
+@checked
 class Vcpu:
     """One virtual CPU of a VM.
 
@@ -87,14 +89,17 @@ class Vcpu:
 
     # --- running
 
+    @checks_itself
     def run(self, max_insns: int | None = None) -> Ucall | Exit:
         """Run this vCPU alone until a ucall or another exit; with max_insns at most that far.
 
         The budget's end is a BudgetExit. A VMGEXIT that the host has answered is an event, and the
         run goes on. Raises InvalidState for a guest whose launch is not finished.
         """
-        if max_insns is not None and max_insns < 0:
-            raise InvalidState(f"vCPU {self.index}: cannot run {max_insns} instructions")
+        if max_insns is not None:
+            max_insns = _count(max_insns, "Vcpu.run: max_insns")
+            if max_insns < 0:
+                raise InvalidState(f"vCPU {self.index}: cannot run {max_insns} instructions")
         self.turn.begin("run")
         try:
             if self.vm.shifts.vcpu != self.index:
@@ -125,8 +130,11 @@ class Vcpu:
         with self.turn.run("run_until_done"):
             return collect(coming, self.vm.explain)
 
+    @checks_itself
     def step(self, count: int = 1) -> Ucall | Exit | None:
         """Run count instructions; a ucall or an exit on the way ends it early and is returned."""
+        if type(count) is not int:
+            count = whole(count, "Vcpu.step: count")
         if count < 1:
             raise InvalidState(f"vCPU {self.index}: cannot step {count} instructions")
         came = self.run(count)
@@ -177,10 +185,11 @@ class Vcpu:
         self.vm.changed()
 
     @act
-    def args_set(self, *values: int) -> None:
-        """Set the arguments of the entry function (vcpu_args_set)."""
+    def args_set(self, *values: str | int) -> None:
+        """Set the arguments of the entry function, numbers or places by name (vcpu_args_set)."""
         self._check_registers()
-        self.vm.machine.set_arguments(self.index, values)
+        numbers = tuple(self.vm.gva_of(value) for value in values)
+        self.vm.machine.set_arguments(self.index, numbers)
         self.vm.changed()
 
     @act
@@ -257,19 +266,28 @@ class Vcpu:
     # --- memory and code
 
     @look
-    def read(self, gva: int, size: int) -> bytes:
-        """Guest-virtual memory through this vCPU's page tables; raises PageFault with the walk."""
-        return self.vm.machine.space.read(gva, size, self._root())
+    def read(self, gva: str | int, size: int) -> bytes:
+        """Guest-virtual memory through this vCPU's page tables; raises PageFault with the walk.
+
+        gva: also a place by name, as in `vm.gva_of`. size in bytes.
+        """
+        return self.vm.machine.space.read(self.vm.gva_of(gva), size, self._root())
 
     @look
-    def peek(self, gva: int, size: int) -> bytes:
-        """Guest-virtual memory as the guest itself sees it, encrypted or not; raises PageFault."""
-        return self.vm.machine.space.peek(gva, size, self._root())
+    def peek(self, gva: str | int, size: int) -> bytes:
+        """Guest-virtual memory as the guest itself sees it, encrypted or not; raises PageFault.
+
+        gva: also a place by name, as in `vm.gva_of`. size in bytes.
+        """
+        return self.vm.machine.space.peek(self.vm.gva_of(gva), size, self._root())
 
     @act
-    def write(self, gva: int, data: bytes) -> None:
-        """Write guest-virtual memory as a debugger does, read-only pages too; raises PageFault."""
-        self.vm.machine.space.write(gva, data, self._root())
+    def write(self, gva: str | int, data: bytes) -> None:
+        """Write guest-virtual memory as a debugger does, read-only pages too; raises PageFault.
+
+        gva: also a place by name, as in `vm.gva_of`.
+        """
+        self.vm.machine.space.write(self.vm.gva_of(gva), data, self._root())
         self.vm.changed()
 
     def _root(self) -> int:
@@ -318,3 +336,8 @@ class Vcpu:
             return f"<Vcpu {self.index} {self.state}: {err}>"
         more = "" if self.exact else "+"
         return f"<Vcpu {self.index} {self.state}, step {self.step_count}{more}, at {at}>"
+
+
+def _count(value: object, what: str) -> int:
+    """A number of instructions; every step of a guest comes through here."""
+    return value if type(value) is int else whole(value, what)

@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from labkit.arch.x86_cpu import CpuModel
+from labkit.checked import checked, checks_itself
 from labkit.engines import Capability
 from labkit.engines.exits import Exit
 from labkit.errors import InvalidState
-from labkit.guest.globals import GlobalVar, HostGlobals, write_guest_global
+from labkit.guest.globals import HostGlobals, read_global, write_guest_global
 from labkit.guest.loader import DEFAULT_MEMORY, program_string
 from labkit.guest.program import Program
+from labkit.guest.values import CValue
 from labkit.machine.schedule import Schedule
 from labkit.machine.vm import Machine
 from labkit.outside import plain
 from labkit.paging.scan import PageTable, scan
 from labkit.session.events import Event, EventLog
 from labkit.session.explain import explain
+from labkit.session.handlers import install_handler
 from labkit.session.make import Plan, as_program, make_barebones, make_twin, make_vm
 from labkit.session.names import Names
 from labkit.session.running import collect, run_on, stream
@@ -31,6 +34,7 @@ from labkit.sev.guest import ProtectedGuest
 from labkit.ucall.calls import Ucall
 from labkit.ucall.designs.stack import StackUcalls
 from labkit.ucall.door import UcallDoor
+from labkit.ucall.history import history_frame
 from labkit.ucall.pool import Pool
 from labkit.ucall.snapshot import PoolSnapshot
 
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["Vm"]
 
 
+@checked
 class Vm:
     """One virtual machine; `Vm.create` makes one with a program, page tables, a pool and vCPUs.
 
@@ -290,11 +295,12 @@ class Vm:
     # --- memory
 
     @look
-    def gva2gpa(self, gva: int) -> int:
-        """Translate through the VM's page tables (addr_gva2gpa).
+    def gva2gpa(self, gva: str | int) -> int:
+        """Translate a gva or place (`gva_of`) through the VM's page tables (addr_gva2gpa).
 
         Raises PageFault with who, where and what was found.
         """
+        gva = self.gva_of(gva)
         self.machine.space.check_open(f"translate gva {gva:#x}")
         return self.machine.space.walk(gva).require()
 
@@ -323,14 +329,14 @@ class Vm:
         return gva
 
     @look
-    def read(self, gva: int, size: int) -> bytes:
-        """Guest-virtual memory through the VM's own page tables; raises PageFault."""
-        return self.machine.space.read(gva, size)
+    def read(self, gva: str | int, size: int) -> bytes:
+        """Guest-virtual memory from a gva or place (`gva_of`) on, in bytes; raises PageFault."""
+        return self.machine.space.read(self.gva_of(gva), size)
 
     @act
-    def write(self, gva: int, data: bytes) -> None:
-        """Write guest-virtual memory, read-only pages included, as a debugger does."""
-        self.machine.space.write(gva, data)
+    def write(self, gva: str | int, data: bytes) -> None:
+        """Write at a gva or place (`gva_of`) as a debugger does, read-only pages included."""
+        self.machine.space.write(self.gva_of(gva), data)
         self.changed()
 
     @look
@@ -345,33 +351,63 @@ class Vm:
     @property
     @look
     def pool(self) -> PoolSnapshot:
-        """The ucall pool now; `.since(other)` marks what changed.
-
-        Raises InvalidState for a VM without one.
-        """
-        if self.host_pool is None:
-            raise InvalidState(f"{self.name} was created without a ucall pool")
+        """The ucall pool now; `.since(other)` marks what changed; raises InvalidState for none."""
+        pool = self._need_pool()
         done = frozenset(vcpu.index for vcpu in self.vcpus if vcpu.state == "done")
-        return self.host_pool.snapshot(self.step, done)
+        return pool.snapshot(self.step, done)
+
+    @property
+    @look
+    def pool_history(self) -> pd.DataFrame:
+        """What happened to the slots of the ucall pool, a row each; the last 65 536 of them.
+
+        step, vcpu (<NA>: the host), slot, event ("taken", "ucall", "given back"), cmd, args, text.
+        Raises InvalidState for a VM without a pool.
+        """
+        return history_frame(self._need_pool().history)
+
+    def _need_pool(self) -> Pool:
+        if not isinstance(self.ucalls, Pool):
+            raise InvalidState(f"{self.name} was created without a ucall pool")
+        return self.ucalls
 
     # --- names and globals
 
+    @checks_itself
     def gva_of(self, place: str | int) -> int:
-        """The gva of a symbol or of a "file.c:12", or the gva itself; raises SymbolNotFound."""
+        """The gva of a symbol, a "file.c:12", a field, an "f+0x10", or the gva itself.
+
+        Fields are those of globals ("x.field[3]") and of the pool ("ucalls[3].cmd"). Raises
+        SymbolNotFound with the names that come near.
+        """
         return self.names.gva_of(place)
 
+    @checks_itself
     def places(self, place: str | int) -> Sequence[int]:
-        """All gvas of a symbol or of a "file.c:12", or the gva itself; raises SymbolNotFound."""
+        """All gvas of a "file.c:12", else the one that `gva_of` gives; raises as it does."""
         return self.names.places(place)
 
+    @checks_itself
     def string_at(self, gva: int) -> str | None:
         """A string constant of the program, from its file and not from guest memory, or None."""
         return program_string(self.program, gva)
 
     @act
-    def write_guest_global(self, name: str, value: int | bytes) -> None:
-        """Set this VM's copy of a global in one store (write_guest_global)."""
-        write_guest_global(self.names.program, name, value, self.write)
+    def write_guest_global(self, name: str, value: object) -> None:
+        """Set this VM's copy of a global, or a part of it, in one store (write_guest_global).
+
+        value: what `read_global` gives, or some fields of a struct. Raises as it does.
+        """
+        write_guest_global(self.names.program, name, value, self.write, self.read)
+
+    @look
+    def read_global(self, name: str) -> CValue:
+        """This VM's copy of a global, or of a part of it ("x.field[3]"), by its C type.
+
+        Numbers, pointers and enums are ints, arrays lists, characters bytes; a struct has fields.
+        Without debug information all but numbers is bytes. Raises SymbolNotFound, InvalidState.
+        """
+        return read_global(self.names.program, name, self.read)
 
     @act
     def sync_global_to_guest(self, name: str) -> None:
@@ -399,19 +435,7 @@ class Vm:
 
         vector: the architecture's number of it; handler: a function or a gva.
         """
-        if not 0 <= vector < self.arch.nr_vectors:
-            raise InvalidState(
-                f"{self.arch.name} has no exception {vector}, only 0 to {self.arch.nr_vectors - 1}"
-            )
-        pointer = GlobalVar(
-            name="a handler's address",
-            gva=self.machine.handlers_gva + 8 * vector,
-            size=8,
-            is_int=True,
-            signed=False,
-            byteorder=self.arch.mode.byteorder,
-        )
-        self.write(pointer.gva, pointer.encode(self.gva_of(handler)))
+        install_handler(self, vector, self.gva_of(handler))
 
     # --- what happened, and who wants to know
 

@@ -8,6 +8,7 @@ are nobody's.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from struct import Struct
 
@@ -20,6 +21,7 @@ from labkit.machine.space import AddressSpace
 from labkit.ucall import abi
 from labkit.ucall.abi import BITMAP_BYTES, HEADER_SIZE, NR_SLOTS, UCALL_SIZE
 from labkit.ucall.calls import BadUcallExit, Byteorder, Fields, Strings, Ucall
+from labkit.ucall.history import AGAIN, MAX_HISTORY, PoolEvent
 from labkit.ucall.snapshot import PoolSnapshot, SlotFacts, UsedSlots
 
 __all__ = ["Pool", "PoolState"]
@@ -44,13 +46,15 @@ class PoolState:
     since: tuple[int, ...]
     uses: tuple[int, ...]
     done: tuple[bool, ...]
+    history: tuple[PoolEvent, ...]
 
 
 class Pool:
     """The host's side of one VM's pool: makes it, and looks up what a guest hands over.
 
     It keeps the history of the bits, one element per slot: owner (vCPU, -1: nobody or not known),
-    since (step, -1: free), uses, and done (it holds a DONE ucall).
+    since (step, -1: free), uses, and done (it holds a DONE ucall). `history` has the last events of
+    all slots.
     """
 
     def __init__(self, memory: Memory, gpa: int, gva: int, byteorder: Byteorder = "little") -> None:
@@ -66,6 +70,7 @@ class Pool:
         self.since = [-1] * NR_SLOTS
         self.uses = [0] * NR_SLOTS
         self.done = [False] * NR_SLOTS
+        self.history: deque[PoolEvent] = deque(maxlen=MAX_HISTORY)
 
         slot = memory.slot(gpa)
         assert slot is not None
@@ -127,7 +132,7 @@ class Pool:
             is_taken = index >= 0 and now[index >> 3] >> (index & 7) & 1
             if is_taken and self.owner[index] == vcpu and not self.done[index]:
                 # It gave its last ucall's slot back with a locked instruction, and has it again
-                self._taken(index, vcpu, step)
+                self._taken(index, vcpu, step, AGAIN)
 
         if now != self._seen:
             self._changed(now, vcpu, step)
@@ -148,11 +153,13 @@ class Pool:
             if now[index >> 3] >> (index & 7) & 1:
                 self._taken(index, vcpu, step)
             else:
+                self.history.append((step, vcpu, index, "given back"))
                 self.owner[index] = -1
                 self.since[index] = -1
                 self.done[index] = False
 
-    def _taken(self, index: int, vcpu: int, step: int) -> None:
+    def _taken(self, index: int, vcpu: int, step: int, what: str = "taken") -> None:
+        self.history.append((step, vcpu, index, what))
         self.owner[index] = vcpu
         self.since[index] = step
         self.uses[index] += 1
@@ -195,6 +202,7 @@ class Pool:
 
         at = self._offset + BITMAP_BYTES + UCALL_SIZE * index
         found = self._fields.ucall(self._data, at, vcpu, index, step, strings)
+        self.history.append(found)
         if found.cmd == "DONE":
             self.done[index] = True
         return found
@@ -295,6 +303,7 @@ class Pool:
             since=tuple(self.since),
             uses=tuple(self.uses),
             done=tuple(self.done),
+            history=tuple(self.history),
         )
 
     def set_state(self, state: PoolState) -> None:
@@ -307,6 +316,7 @@ class Pool:
         self.since = list(state.since)
         self.uses = list(state.uses)
         self.done = list(state.done)
+        self.history = deque(state.history, MAX_HISTORY)
 
 
 def _unpacked(bitmap: bytes) -> NDArray[np.bool_]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.checked import checked
 from labkit.errors import InvalidState
 from labkit.outside import printable
 from labkit.shown import mimebundle
@@ -138,6 +139,7 @@ class UsedSlots(Sequence[Slot]):
         return repr(self._slots)
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class PoolSnapshot:
     """What the pool looked like at one step; arrays have one element per slot.
@@ -201,11 +203,11 @@ class PoolSnapshot:
 
         The index is the slot's number; vcpu and since are <NA> where there is none.
         """
-        import pandas as pd
+        from labkit.hexed import HexFrame
 
         used = {slot.index: slot for slot in self.held}
         rows = [used.get(index) or self._never_used(index) for index in range(self.nr_slots)]
-        frame = pd.DataFrame([vars(row) for row in rows], dtype=object).set_index("index")
+        frame = HexFrame([vars(row) for row in rows], dtype=object).set_index("index")
         frame["text"] = [None if row.text is None else printable(row.text) for row in rows]
         frame.insert(3, "uses", self.uses)
         return frame.astype({"vcpu": "Int64", "since": "Int64"})

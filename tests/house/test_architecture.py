@@ -12,6 +12,7 @@ from modules import MODULES, Module, Rule, broken, check, example
 ROOMS = (
     ("outside",),
     ("bits", "errors", "shown"),
+    ("checked", "hexed"),
     ("arch",),
     ("paging", "engines"),
     ("machine",),
@@ -42,7 +43,8 @@ HOMES = {
     "capstone": ("engines",),
     "numba": ("engines/unicorn",),
     "cryptography": ("sev", "bench"),
-    "pandas": ("paging", "ucall", "session", "look", "explore"),
+    "argcomplete": ("cli",),
+    "pandas": ("hexed", "paging", "ucall", "session", "look", "explore"),
     "numpy": (
         "paging",
         "engines",
@@ -63,6 +65,7 @@ HOMES = {
 }
 # These load only when first needed.
 LAZY = {
+    "argcomplete",
     "pandas",
     "matplotlib",
     "numba",
@@ -74,7 +77,11 @@ LAZY = {
     "nbclient",
     "nbformat",
 }
-LAZY_EXEMPT = {"views", "magics"}  # rooms that are themselves loaded only when first needed
+LAZY_EXEMPT = {
+    "hexed",
+    "views",
+    "magics",
+}  # rooms that are themselves loaded only when first needed
 
 ARCH_NAMES = {"x86_64", "x86", "arm64", "aarch64", "riscv", "riscv64", "s390", "s390x"}
 

@@ -57,5 +57,5 @@ def test_that_a_vm_takes_what_a_user_has_in_hand() -> None:
 
 
 def test_that_what_is_no_guest_is_refused_in_words() -> None:
-    with pytest.raises(lk.InvalidState, match="a guest is a Program, a path or C source, not 17"):
+    with pytest.raises(lk.InvalidState, match="program takes a Program or text or a Path, not 17"):
         lk.Vm.create(17)  # type: ignore[arg-type]

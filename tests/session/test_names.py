@@ -65,3 +65,64 @@ def make_every_second_leaf_read_only(memory, table):
     leaves[::2] = False
     entries[leaves] &= ~writable
     memory.write(table, entries.tobytes())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda vm, place: vm.read(place, 8),
+        lambda vm, place: vm.write(place, bytes(8)),
+        lambda vm, place: vm.gva2gpa(place),
+        lambda vm, place: vm.gva_of(place),
+        lambda vm, place: vm.page_table().walk(place).gpa,
+        lambda vm, place: vm.page_table().label(place),
+        lambda vm, place: vm.eyes(gva=place).gpa,
+        lambda vm, place: vm.vcpus[0].read(place, 8),
+        lambda vm, place: vm.vcpus[0].peek(place, 8),
+        lambda vm, place: vm.vcpus[0].write(place, bytes(8)),
+        lambda vm, place: vm.vcpus[0].args_set(place),
+        lambda vm, place: lk.attacks.walk_through_dram(vm, place).gpa,
+    ],
+)
+@pytest.mark.parametrize(
+    "place", ["ucall_pool", "guest_code+0x4", "in_use[0]", "ucalls[3].args[1]", "ucalls[511]"]
+)
+def test_that_a_name_is_taken_wherever_an_address_is(vm, use, place):
+    assert use(vm, place) == use(vm, vm.gva_of(place))
+    with pytest.raises(lk.SymbolNotFound, match="no symbol 'nowhere'"):
+        use(vm, "nowhere")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda vm, place: vm.vcpus[0].disassemble(place, 1)[0].gva,
+        lambda vm, place: vm.vcpus[0].break_at(place) or vm.vcpus[0].breakpoints,
+        lambda vm, place: vm.vcpus[0].set_entry(place) or vm.vcpus[0].pc,
+        lambda vm, place: vm.add_vcpu(place).pc,
+        lambda vm, place: lk.Vm.create(vm.program, place).vcpus[0].pc,
+    ],
+)
+def test_that_code_is_found_by_name_and_line(vm, use):
+    line = vm.program.line_at(vm.gva_of("guest_code"))
+    for place in ("guest_code", f"{line.file}:{line.line}", "guest_code+0"):
+        assert use(vm, place) == use(vm, vm.gva_of(place))
+
+
+@pytest.mark.parametrize("offset", [0, 8, 56, 64, 64 + 8, 64 + 64, 64 + 1088, 64 + 511 * 1096 + 16])
+def test_that_the_name_of_a_field_of_the_pool_leads_back_to_it(vm, offset):
+    gva = vm.pool.gva + offset
+    assert vm.gva_of(vm.names.label(gva)) == gva
+
+
+@pytest.mark.parametrize("place", ["in_use[8]", "ucalls[512]", "ucalls[1].args[7]", "ucalls[0].q"])
+def test_that_a_field_that_the_pool_has_not_is_no_place(vm, place):
+    with pytest.raises(lk.SymbolNotFound):
+        vm.read(place, 8)
+
+
+def test_that_a_page_table_without_names_says_so():
+    with lk.Vm.create_barebones(memory=1 << 20) as vm:
+        vm.alloc(4096)
+        with pytest.raises(lk.InvalidState, match="no program"):
+            vm.page_table().walk("ucall_pool")
