@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import views_sample as sample
@@ -42,6 +43,7 @@ class Run:
             tell()
 
     closed = False
+    looking = nullcontext()
 
     def observe(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call back after every step."""

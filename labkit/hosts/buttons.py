@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from labkit.hosts.worker import Worker
 from labkit.look.selection import select
 from labkit.look.snapshots import Selection, VmSnapshot
 from labkit.look.vm import Looking, look_at_vm
-from labkit.session.running import RUNNABLE, Came, drive, runnable
+from labkit.session.running import RUNNABLE, Came, can, drive, runnable
 from labkit.session.stepping import run_to
 from labkit.session.vcpu import Vcpu
 from labkit.session.vm import Vm
@@ -44,6 +45,11 @@ class VmController:
         self._worker = Worker(self._tell_done)
         self._moved = self._progress()  # as when the views last looked
         self._said = ""  # what came of the last button, where the VM itself does not say it
+
+    @property
+    def looking(self) -> AbstractContextManager[None]:
+        """The VM stands still meanwhile, and nobody else changes it."""
+        return self.vm.turn.looking
 
     @property
     def closed(self) -> bool:
@@ -162,11 +168,11 @@ class VmController:
             case "next_line":
                 return self._vcpu.next_line(RUN_LIMIT)
             case "finish":
-                return self._vcpu.finish(RUN_LIMIT)
+                return self._vcpu.finish(self._limit())
             case "run_to":
                 return self._run_to(**facts)
             case "run":
-                return self._vcpu.run(RUN_LIMIT)
+                return self._vcpu.run(self._limit())
             case "turn":
                 return self._turn()
             case "run_any":
@@ -175,8 +181,8 @@ class VmController:
                 return self._to_the_end()
 
     def _limit(self) -> int | None:
-        """The budget of a run of all; None where instructions are not counted (parallel)."""
-        return None if self.vm.schedule.kind == "parallel" else RUN_LIMIT
+        """The budget of a run; None where counting makes it slow, and a deadline ends it."""
+        return RUN_LIMIT if can(self.vm, "deterministic") else None
 
     def _turn(self) -> Came | None:
         """One turn of the schedule, to its end or to the next ucall."""
@@ -197,7 +203,7 @@ class VmController:
             gva = None if chosen is None else chosen.gva
         places = self._places(gva, line)
         with self.vm.turn.run("run_to"):
-            return run_to(self._vcpu, places, RUN_LIMIT)
+            return run_to(self._vcpu, places, self._limit())
 
     def _entry(self) -> int:
         """Where the vCPU in front began."""

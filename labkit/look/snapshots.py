@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EventMark",
     "FrameRow",
+    "Hold",
     "Insn",
     "Marks",
     "MemoryMap",
@@ -203,6 +204,16 @@ class EventMark:
 
 
 @dataclass(frozen=True)
+class Hold:
+    """One stay of a pool slot with a vCPU, in steps of the VM."""
+
+    slot: int
+    vcpu: int  # -1: nobody knows
+    start: int
+    end: int | None  # None: it is still held
+
+
+@dataclass(frozen=True)
 class Said:
     """The last ucall or exit of any vCPU, in full."""
 
@@ -285,6 +296,7 @@ class VmSnapshot:
     said: Said | None = None  # the last ucall or exit
     shifts: NDArray[np.int64] | None = None  # rows of vCPU, first step, step behind the last
     log_of: int | None = None  # the vCPU whose events the log shows; None for all
+    holds: tuple[Hold, ...] = ()  # of pool slots, the newest ones
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
         return mimebundle(self)

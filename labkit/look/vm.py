@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from labkit.errors import InvalidState
 from labkit.look.encryption import EncryptionMap
+from labkit.look.holds import look_at_holds
 from labkit.look.memory import look_at_memory
 from labkit.look.said import look_at_last, mark
 from labkit.look.secrets import look_at_encryption, look_at_launch, look_through_both
@@ -73,6 +74,7 @@ def look_at_vm(vm: Vm, looking: Looking = FROM_OUTSIDE) -> VmSnapshot:
         said=said,
         shifts=vm.shifts.until(vm.step),
         log_of=looking.log_of,
+        holds=look_at_holds(vm),
     )
     if vm.guest is None:
         return seen

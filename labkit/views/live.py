@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -25,6 +25,10 @@ MAX_PAUSE = 0.5  # seconds
 
 class Controller(Protocol):
     """What the live views need of a VM."""
+
+    @property
+    def looking(self) -> AbstractContextManager[None]:
+        """The VM stands still meanwhile, and nobody else changes it."""
 
     @property
     def closed(self) -> bool:
@@ -132,7 +136,11 @@ class Hub:
         self.closed = False
         self.widgets: weakref.WeakSet[Unseen] = weakref.WeakSet()
         self.publisher = Publisher(self._publish)
-        self._lock = threading.RLock()  # cells and the browser's messages are on two threads
+        # Cells and the browser's messages are on several threads. Who needs both locks takes the
+        # VM's turn first: a thread that looks at the VM may come here (Python closes a widget that
+        # nobody has whenever it likes), and must not wait for one that waits for the VM.
+        self._lock = threading.RLock()
+        self._painters_lock = threading.RLock()  # held for a moment, by who waits for nothing
         controller.observe(self._poke)
         controller.when_done(self._done)
         self._settle_after_cells()
@@ -183,7 +191,7 @@ class Hub:
 
     def settle(self) -> None:
         """A cell or an action ended: show the final state; later changes are marked against it."""
-        with self._lock:
+        with self.controller.looking, self._lock:
             self.publisher.flush()
             if _happened(self.shown, self._settled):
                 self._before_settled = self._settled
@@ -203,13 +211,13 @@ class Hub:
         self.publisher.dirty = True
         self.settle()
         if problem:
-            with self._lock:
+            with self.controller.looking, self._lock:
                 for paint in list(self.painters):
                     paint(1, problem)
 
     def refresh(self) -> None:
         """Look at the VM again."""
-        with self._lock:
+        with self.controller.looking, self._lock:
             if self.controller.closed:
                 self.shown = _closed(self.shown)
             else:
@@ -220,8 +228,8 @@ class Hub:
 
         Each says how many there are, and the browser paints them together when all have come.
         """
-        with self._lock:
-            painters = list(self.painters)
+        with self.controller.looking, self._lock:
+            painters = self.painters
             if painters:
                 self.refresh()
             for paint in painters:
@@ -237,11 +245,12 @@ class Hub:
 
     def watch(self, paint: Painter, watched: bool) -> None:
         """A browser shows the widget that paint belongs to, or none does any longer."""
-        with self._lock:
-            if not watched:
-                self.painters = [other for other in self.painters if other != paint]
-            elif paint not in self.painters:
-                self.painters.append(paint)
+        with self._painters_lock:
+            others = [other for other in self.painters if other != paint]
+            is_new = len(others) == len(self.painters)
+            self.painters = [*others, paint] if watched else others
+        if watched and is_new:
+            with self.controller.looking, self._lock:
                 self.publisher.dirty = True
                 self.publisher.flush()
 

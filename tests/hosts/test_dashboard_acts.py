@@ -250,3 +250,18 @@ def test_that_the_view_of_a_closed_vm_says_so(vm: lk.Vm) -> None:
         press(widget, act, kind="slot", value=0)
     assert "guest is closed" in widget.pane_status
     assert vm.show("pool").pane_status
+
+
+def test_that_slots_have_rows_over_time(vm: lk.Vm) -> None:
+    widget = vm.show()
+    press(widget, "end")
+    assert until(lambda: all(vcpu.state == "done" for vcpu in vm.vcpus))
+    seen = vm.look()
+    history = vm.pool_history
+    assert len(seen.holds) == (history.event == "taken").sum()
+    held = [hold for hold in seen.holds if hold.end is None]
+    assert sorted(hold.slot for hold in held) == sorted(
+        slot.index for slot in vm.pool.held if slot.state != "free"
+    )
+    assert all(hold.end is None or hold.start <= hold.end <= vm.step for hold in seen.holds)
+    assert until(lambda: "Slot 0: held" in widget.pane_timeline)

@@ -16,7 +16,7 @@ import time
 from typing import Protocol
 from weakref import WeakSet
 
-__all__ = ["KICK", "TICKER", "Kicked", "Ticker", "send_kick"]
+__all__ = ["KICK", "TICKER", "Kicked", "Ticker", "handle_kicks", "send_kick"]
 
 TICK = 0.04  # seconds
 IDLE = 25  # ticks without any run after which the thread ends
@@ -32,8 +32,8 @@ class Kicked(Protocol):
     def kick(self) -> None: ...
 
 
-def _handle_kicks() -> None:
-    """Give the signal a handler that does nothing, in C.
+def handle_kicks() -> None:
+    """Give the signal a handler that does nothing, in C; without one a kick ends the process.
 
     Python's own would run on the main thread and need it to be free. abs() does nothing that lasts.
     """
@@ -60,7 +60,6 @@ class Ticker:
         with self._lock:
             if self.alive == os.getpid():
                 return
-            _handle_kicks()
             self.alive = os.getpid()
             threading.Thread(target=self._tick, name="labkit-kvm-ticker", daemon=True).start()
 

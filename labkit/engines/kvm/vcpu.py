@@ -31,7 +31,7 @@ from labkit.engines.kvm.regs import Registers
 from labkit.engines.kvm.repeat import one_iteration
 from labkit.engines.kvm.state import restore, save
 from labkit.engines.kvm.step import HW_BREAKPOINTS, Stepper
-from labkit.engines.kvm.ticker import TICKER, send_kick
+from labkit.engines.kvm.ticker import TICKER, handle_kicks, send_kick
 from labkit.engines.kvm.waiting import AT_PORT, In, Load, Taken, Waiting
 from labkit.errors import InvalidState, LabError
 
@@ -75,6 +75,7 @@ class KvmVcpu:
         self._until = float("inf")  # the present run's deadline
         self._setup()
         self.stepper = Stepper(self)
+        handle_kicks()
         TICKER.vcpus.add(self)
 
     def _setup(self) -> None:

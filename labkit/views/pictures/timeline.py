@@ -10,12 +10,13 @@ from labkit.look.snapshots import EventMark, VmSnapshot
 from labkit.outside import plain
 from labkit.views.drawing.markup import Html, cat, el, num
 from labkit.views.drawing.shapes import path, svg, text
+from labkit.views.pictures.slots import LEFT, draw_slot, slot_rows
 
 __all__ = ["APART", "LANE", "SHAPES", "draw", "exit_mark"]
 
-LEFT = 66  # room for the names of the lanes
 LANE = 20  # height of one
 TOP = 30  # where the lanes begin, under the numbers of the axis
+SLOT = 12  # height of the row of a slot
 APART_RAN = 0.5  # pixels between two stays of a vCPU that are drawn apart
 APART = 13  # pixels between two marks with a letter; what is nearer becomes a tick
 MAX_MARKS = 4000  # the newest ones
@@ -36,7 +37,9 @@ def draw(vm: VmSnapshot, width: float) -> Html:
     """The lanes of all vCPUs up to now."""
     end = _end_of_axis(vm.step)
     scale = (width - 12 - LEFT) / end
-    bottom = TOP + LANE * len(vm.vcpus)
+    lanes_end = TOP + LANE * len(vm.vcpus)
+    rows = slot_rows(vm)
+    bottom = lanes_end + SLOT * len(rows)
     now = LEFT + vm.step * scale
     newest = vm.events[-MAX_MARKS:]
 
@@ -48,6 +51,8 @@ def draw(vm: VmSnapshot, width: float) -> Html:
         out += path(_ran(vm, vcpu.index, y, scale), "c-ran")
         out += _hit(vcpu.index, y, width)
         out += _marks((mark for mark in reversed(newest) if mark.vcpu == vcpu.index), y, scale)
+    for row, slot in enumerate(rows):
+        out += draw_slot(vm, slot, lanes_end + SLOT * (row + 0.5), scale, width)
     out += path(f"M{now:.1f} {TOP - 4}V{bottom}", "c-now")
     out += path(f"M{now - 5.5:.1f} {TOP - 15}h11v6l-5.5 5.5l-5.5 -5.5z", "c-flag")
 
