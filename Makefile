@@ -4,6 +4,7 @@
 #   make tour     set up, then the tour in the terminal     make lint     ruff and mypy
 #   make setup    only the set-up                           make bench    the figures
 #   make clean    remove .venv and all caches               make native   the machine code of C files anew
+#   make stress   a crowd of threads on VMs, 10 minutes an engine
 #
 # PYTHON=/path/to/python chooses the interpreter; PYTEST_ARGS="-k pool" and LAB_ARGS="--no-browser" are passed on.
 
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: lab tour setup setup-dev test lint bench native clean help
+.PHONY: lab tour setup setup-dev test stress lint bench native clean help
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -28,6 +29,9 @@ bench: setup
 
 test: setup-dev
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+stress: setup-dev
+	@LABKIT_STRESS=600 $(BIN)/python -m pytest -o faulthandler_timeout=1200 tests/session/test_crowd.py $(PYTEST_ARGS)
 
 lint: setup-dev
 	@$(BIN)/python -m ruff format --check .

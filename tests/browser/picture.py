@@ -12,13 +12,13 @@ from pathlib import Path
 REPO = Path(__file__).parents[2]
 sys.path[:0] = [str(REPO), str(REPO / "tests"), str(Path(__file__).parent)]
 
-from shoot import ACTIONS, MARGIN, shoot  # noqa: E402
+from shoot import MARGIN, shoot  # noqa: E402
 
 import labkit as lk  # noqa: E402
 from labkit.hosts.buttons import VmController  # noqa: E402
 from labkit.views import dashboard  # noqa: E402
 
-WIDTH, HEIGHT = 1000, 1600
+WIDTH, HEIGHT = 1400, 1760
 PICTURES = REPO / "notebooks" / "pictures"
 
 
@@ -43,7 +43,9 @@ def moment() -> VmController:
 
 def main() -> None:
     """Both themes into notebooks/pictures."""
-    view = dashboard.render(moment().snapshot(), width=WIDTH - MARGIN, actions=ACTIONS)
+    controller = moment()
+    seen, actions = controller.snapshot(), controller.actions
+    view = dashboard.render(seen, width=WIDTH - MARGIN, actions=actions)
     print(view.text)
     PICTURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
