@@ -20,7 +20,7 @@ from labkit.ucall.calls import Ucall
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["EventColumns"]
+__all__ = ["EventColumns", "Row"]
 
 NUMBERS = ("step", "vcpu", "slot")
 OBJECTS = ("kind", "what", "cmd", "args", "text")

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from labkit.look.snapshots import VmSnapshot
 from labkit.views.scene import Memo
 
-__all__ = ["Controller", "Hub", "Publisher"]
+__all__ = ["Controller", "Hub", "Publisher", "Unseen"]
 
 # JupyterLab breaks a notebook off at 1000 messages a second; one per 33 ms is as good to the eye.
 RATE = 30  # messages a second, all widgets of a VM together
