@@ -21,6 +21,7 @@ from labkit.outside import plain, printable
 __all__ = ["Line", "Program", "Segment", "Symbol"]
 
 MAX_IMAGE = 1 << 28  # bytes of an ELF file
+MAX_DIGITS = 9  # of a line number
 MAX_NESTED = 8  # symbols inside another one that symbol_at looks behind
 
 
@@ -225,7 +226,7 @@ class Program:
         if ":" not in place:
             return (self.symbol(place).gva,)
         file, _, line = place.rpartition(":")
-        found = self.gva_of_line(file, int(line) if line.isdecimal() else -1)
+        found = self.gva_of_line(file, int(line) if line.isdecimal() and len(line) <= MAX_DIGITS else -1)
         if not found:
             raise InvalidState(
                 f"no code at {place}; lines with code are those of {', '.join(self.files)}"
