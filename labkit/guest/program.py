@@ -12,7 +12,7 @@ from typing import NamedTuple
 from labkit.errors import ElfError, InvalidState, SymbolNotFound
 from labkit.guest.elf import Segment, Symbol, read_elf
 from labkit.guest.frames import FrameRule, FrameTable
-from labkit.guest.lines import Line, LineTable
+from labkit.guest.lines import Line, LineTable, Row
 from labkit.guest.sources import SourceFiles, SourcePath, folders_of
 from labkit.guest.symbols import MAX_NAME
 from labkit.guest.types import Kind, kind_of_global
@@ -203,6 +203,10 @@ class Program:
             text = source[line - 1]
         return Line(file, line, text)
 
+    def row_at(self, gva: int) -> Row | None:
+        """The code around an instruction that belongs to one source line; None when nobody says."""
+        return self._lines.row(gva)
+
     def gva_of_line(self, file: str, line: int) -> tuple[int, ...]:
         """Where the code of a source line begins, one address for each place it was compiled to.
 
@@ -226,7 +230,9 @@ class Program:
         if ":" not in place:
             return (self.symbol(place).gva,)
         file, _, line = place.rpartition(":")
-        found = self.gva_of_line(file, int(line) if line.isdecimal() and len(line) <= MAX_DIGITS else -1)
+        found = self.gva_of_line(
+            file, int(line) if line.isdecimal() and len(line) <= MAX_DIGITS else -1
+        )
         if not found:
             raise InvalidState(
                 f"no code at {place}; lines with code are those of {', '.join(self.files)}"
