@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     all_frozen = True
     for path in args.notebooks:
         found = notebooks.read(path)
+        if not args.check and notebooks.clean_up(path):
+            say(f"{path}: removed what a freeze that was killed had left", is_error=True)
         result = deepcopy(found)
         if args.execute:
             _execute(path, result)

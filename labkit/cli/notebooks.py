@@ -10,7 +10,7 @@ from labkit.errors import InvalidState, NotAvailable
 if TYPE_CHECKING:
     from nbclient import NotebookClient
 
-__all__ = ["client", "read", "write"]
+__all__ = ["clean_up", "client", "read", "write"]
 
 
 def read(path: Path) -> Any:
@@ -36,7 +36,7 @@ def write(path: Path, notebook: Any) -> None:
     """
     import nbformat
 
-    new = path.with_suffix(".ipynb.new")
+    new = _unfinished(path)
     try:
         nbformat.write(notebook, new)  # type: ignore[no-untyped-call]
         new.replace(path)
@@ -44,6 +44,23 @@ def write(path: Path, notebook: Any) -> None:
         raise NotAvailable(f"{path}: {err.strerror}", path=path) from err
     finally:
         new.unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> Path:
+    """Where a notebook is written before it takes the old one's place."""
+    return path.with_suffix(".ipynb.new")
+
+
+def clean_up(path: Path) -> bool:
+    """Remove what a write of this notebook that was killed had left; whether there was any."""
+    left = _unfinished(path)
+    if not left.is_file() or left.is_symlink():
+        return False
+    try:
+        left.unlink()
+    except OSError as err:
+        raise NotAvailable(f"{left}: {err.strerror}", path=left) from err
+    return True
 
 
 def client(path: Path, notebook: Any) -> NotebookClient:

@@ -1,9 +1,10 @@
 """Ctrl-C while native code runs: engine first, then its state, and only then KeyboardInterrupt.
 
-A KeyboardInterrupt in the middle of an engine's bookkeeping would lose an exit, so while a run is
-on SIGINT only sets a flag and asks the engine to stop. Python runs its own signal handlers between
-bytecodes only; for a native call that does not return, a thread reads what the C-level handler
-writes to the wakeup descriptor, and asks in its stead.
+A KeyboardInterrupt in the middle of somebody's bookkeeping would lose an exit or do a thing twice,
+so while a run or another change of a VM is on, SIGINT only sets a flag and asks the engine to stop;
+it is raised when the outermost of them has closed its books, or where a run says that it may be.
+Python runs its own signal handlers between bytecodes only; for a native call that does not return,
+a thread reads what the C-level handler writes to the wakeup descriptor, and asks in its stead.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, wraps
 from types import FrameType
+from typing import ParamSpec, TypeVar
 
-__all__ = ["Shield", "shield"]
+__all__ = ["Shield", "shield", "whole"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _SIGINT = int(signal.SIGINT)
 AGAIN = 0.02  # seconds until a stop that was not followed is asked for once more
@@ -27,23 +32,24 @@ NO_CALL = 0
 
 
 def _nothing() -> None:
-    """What stops nothing."""
+    """What stops where nothing runs."""
 
 
 class Shield:
-    """Guards the runs of the main thread, of all VMs together: one at a time is on.
+    """Holds Ctrl-C back on the main thread, for all VMs together, as long as anybody holds it.
 
-    Runs on other threads get no SIGINT, and nothing that they do here has an effect.
+    Other threads get no SIGINT, and nothing that they do here has an effect.
     """
 
     def __init__(self) -> None:
-        self.running = False
+        self.depth = 0  # how many hold it, one inside the other
         self.interrupted = False
         self._main = threading.main_thread().ident
         os.register_at_fork(after_in_child=self._follow_fork)
         self._before: object = signal.default_int_handler
         self._stop: Callable[[], object] = _nothing
         self._handler = self._handle  # one object, so that `is` finds it again
+        self._held = _Held(self)
         self._pipe: tuple[int, int] | None = None
         self._old_fd = -1
         self._lock = threading.Lock()
@@ -54,45 +60,53 @@ class Shield:
         """In a forked process the thread that forked is the main one."""
         self._main = threading.main_thread().ident
 
+    # --- around what must not be left half done
+
+    def hold(self) -> None:
+        """Hold Ctrl-C back from here to `let_go`."""
+        if threading.get_ident() != self._main:
+            return
+        if self.depth == 0 and _signal.getsignal(_SIGINT) is not self._handler:
+            self._before = signal.signal(signal.SIGINT, self._handler)
+        self.depth += 1
+
+    def let_go(self) -> None:
+        """The books are closed; raises the KeyboardInterrupt if nobody else holds it."""
+        if threading.get_ident() != self._main:
+            return
+        self.depth -= 1
+        if self.depth == 0 and self.interrupted:
+            self.interrupted = False
+            raise KeyboardInterrupt
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """`hold` and `let_go` around a block."""
+        return self._held
+
+    # --- around an engine's run
+
     def enter(self, stop: Callable[[], object]) -> None:
         """Begin a run; `stop()` is called from any thread to end it, more than once if need be."""
         if threading.get_ident() != self._main:
             return
+        self.hold()
         self._stop = stop
-        if _signal.getsignal(_SIGINT) is not self._handler:
-            self._before = signal.signal(signal.SIGINT, self._handler)
-        self.running = True
 
     def leave(self) -> None:
         """End the run; `check` says whether Ctrl-C came in meanwhile."""
         if threading.get_ident() == self._main:
-            self.running = False
-            self._stop = _nothing  # or the last VM that ran would never go
+            self._stop = _nothing  # or the last VM that ran would be kept
+            self.depth -= 1
 
     def is_due(self) -> bool:
-        """Whether Ctrl-C came in during this run, which must be the main thread's."""
+        """Whether Ctrl-C came in, and this is the main thread, which has to know."""
         return self.interrupted and threading.get_ident() == self._main
 
     def check(self) -> None:
-        """Raise the KeyboardInterrupt that a run held back; called when its exit is recorded."""
+        """Raise the KeyboardInterrupt that was held back; called where books are in order."""
         if self.is_due():
             self.interrupted = False
             raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Around what must not be left half done: Ctrl-C is raised behind it."""
-        if threading.get_ident() != self._main:
-            yield
-            return
-        was_running = self.running
-        self.enter(lambda: None)
-        try:
-            yield
-        finally:
-            self.running = was_running
-        if not was_running:
-            self.check()
 
     @contextlib.contextmanager
     def native(self) -> Iterator[None]:
@@ -107,6 +121,8 @@ class Shield:
         self._calls += 1
         with self._lock:
             self._call = self._calls
+        if self.interrupted:  # it came before anybody listened
+            self._stop()
         try:
             yield
         finally:
@@ -152,12 +168,27 @@ class Shield:
         threading.Timer(AGAIN, signal.pthread_kill, (main, signal.SIGINT)).start()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.running:
+        if self.depth:
             self.interrupted = True
-        elif _in_finalizer(frame):
+            return
+        self.interrupted = False
+        if _in_finalizer(frame):
             self.later()
         elif callable(self._before):
             self._before(signum, frame)
+
+
+class _Held:
+    """`with shield.held():`; one object serves all, as it keeps nothing."""
+
+    def __init__(self, shield: Shield) -> None:
+        self._shield = shield
+
+    def __enter__(self) -> None:
+        self._shield.hold()
+
+    def __exit__(self, *_: object) -> None:
+        self._shield.let_go()
 
 
 def _in_finalizer(frame: FrameType | None) -> bool:
@@ -176,3 +207,14 @@ def shield() -> Shield:
     Two would hand SIGINT to each other for ever.
     """
     return Shield()
+
+
+def whole(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that is not left half done: Ctrl-C is raised behind it."""
+
+    @wraps(function)
+    def held(*args: P.args, **kwargs: P.kwargs) -> R:
+        with shield().held():
+            return function(*args, **kwargs)
+
+    return held

@@ -60,13 +60,18 @@ class LineTable:
 
     def at(self, gva: int) -> tuple[str, int] | None:
         """File and line of an address, None when nobody says."""
+        row = self.row(gva)
+        return None if row is None else (row.file, row.line)
+
+    def row(self, gva: int) -> Row | None:
+        """The row that an address lies in, None when nobody says its line."""
         index = bisect_right(self.gvas, gva) - 1
         if index < 0:
             return None
         row = self.rows[index]
         if gva >= row.end or row.line == 0:
             return None
-        return row.file, row.line
+        return row
 
     def starts(self, file: str, line: int) -> tuple[int, ...]:
         """The addresses at which code of a line begins; `file` is a full name or the end of one."""

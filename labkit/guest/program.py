@@ -14,7 +14,7 @@ from labkit.errors import ElfError, InvalidState, SymbolNotFound
 from labkit.guest.declared import declared_type
 from labkit.guest.elf import Segment, Symbol, read_elf
 from labkit.guest.frames import FrameRule, FrameTable
-from labkit.guest.lines import Line, LineTable
+from labkit.guest.lines import Line, LineTable, Row
 from labkit.guest.places import Variable, find_variable
 from labkit.guest.sources import SourceFiles, SourcePath, folders_of
 from labkit.guest.symbols import MAX_NAME
@@ -25,6 +25,7 @@ from labkit.outside import plain, printable
 __all__ = ["Line", "Program", "Segment", "Symbol"]
 
 MAX_IMAGE = 1 << 28  # bytes of an ELF file
+MAX_DIGITS = 9  # of a line number
 MAX_NESTED = 8  # symbols inside another one that symbol_at looks behind
 
 
@@ -224,6 +225,10 @@ class Program:
             text = source[line - 1]
         return Line(file, line, text)
 
+    def row_at(self, gva: int) -> Row | None:
+        """The code around an instruction that belongs to one source line; None when nobody says."""
+        return self._lines.row(gva)
+
     def gva_of_line(self, file: str, line: int) -> tuple[int, ...]:
         """Where the code of a source line begins, one address for each place it was compiled to.
 
@@ -249,7 +254,9 @@ class Program:
         if ":" not in place:
             return (self.variable(place).gva,)
         file, _, line = place.rpartition(":")
-        found = self.gva_of_line(file, int(line) if line.isdecimal() else -1)
+        found = self.gva_of_line(
+            file, int(line) if line.isdecimal() and len(line) <= MAX_DIGITS else -1
+        )
         if not found:
             raise InvalidState(
                 f"no code at {place}; lines with code are those of {', '.join(self.files)}"

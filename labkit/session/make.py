@@ -11,6 +11,7 @@ from labkit.arch import find_arch
 from labkit.arch.x86_cpu import CpuModel
 from labkit.bits import align_up
 from labkit.engines import open_engine
+from labkit.engines.interrupt import shield
 from labkit.errors import InvalidState, NotAvailable
 from labkit.guest.loader import kernel_globals, load_program, memory_for
 from labkit.guest.program import Program
@@ -85,6 +86,11 @@ def as_program(guest: Program | str | Path, arch: str = "x86_64") -> Program:
 def make_vm(kind: type[AnyVm], plan: Plan) -> AnyVm:
     """A VM of this class with program, page tables, ucalls and vCPUs; launched if protected."""
     plan.check()
+    with shield().held():
+        return _make_vm(kind, plan)
+
+
+def _make_vm(kind: type[AnyVm], plan: Plan) -> AnyVm:
     program = plan.program
     start = plan.entry if isinstance(plan.entry, int) else program.places(plan.entry)[0]
     size = plan.memory
@@ -121,8 +127,9 @@ def make_vm(kind: type[AnyVm], plan: Plan) -> AnyVm:
 def make_barebones(kind: type[AnyVm], arch: str, backend: str, memory: int) -> AnyVm:
     """A VM of this class with memory and nothing else: no program, no tables, no pool."""
     cpu = CpuModel()
-    machine, _ = _open_machine(arch, "", backend, [(0, memory)], cpu, "kernel", None)
-    return kind(machine, None, backend, "barebones", None, cpu, None)
+    with shield().held():
+        machine, _ = _open_machine(arch, "", backend, [(0, memory)], cpu, "kernel", None)
+        return kind(machine, None, backend, "barebones", None, cpu, None)
 
 
 def make_twin(vm: AnyVm) -> AnyVm:

@@ -64,9 +64,11 @@ def run_scheduled(vcpus: Sequence[Vcpu], schedule: Schedule, max_insns: int | No
         vcpu = vcpus[index]
         before = vcpu.cpu.insns
 
-        came = vcpu.run(_smaller(quantum, left))
-        ran = vcpu.cpu.insns - before
-        schedule.ran(ran)
+        try:
+            came = vcpu.run(_smaller(quantum, left))
+        finally:  # Ctrl-C ends a turn that goes on where it was
+            ran = vcpu.cpu.insns - before
+            schedule.ran(ran)
         if not isinstance(came, BudgetExit):
             return came
 

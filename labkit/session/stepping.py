@@ -9,7 +9,6 @@ from labkit.engines.exits import BudgetExit, DebugExit
 from labkit.errors import BudgetExceeded, InvalidState, LabError
 
 if TYPE_CHECKING:
-    from labkit.guest.lines import Line
     from labkit.session.running import Came
     from labkit.session.vcpu import Vcpu
 
@@ -31,18 +30,24 @@ def next_line(vcpu: Vcpu, max_insns: int) -> Came | None:
 
 
 def _to_another_line(vcpu: Vcpu, max_insns: int, over_calls: bool) -> Came | None:
-    begin = _place(vcpu.source_line())
+    program = vcpu.vm.program
+    pc_name = vcpu.vm.arch.pc
+    begin = None if program is None else program.row_at(vcpu.pc)
+    row = begin
     end = vcpu.cpu.insns + max_insns
     while vcpu.cpu.insns < end:
         back = _next_gva(vcpu) if over_calls else None
-        sp = _sp(vcpu)
+        sp = _sp(vcpu) if over_calls else 0
         came = vcpu.step()
         if came is None and back is not None and _was_called_from(vcpu, back):
             came = run_to(vcpu, frozenset({back}), end - vcpu.cpu.insns, least_sp=sp)
         if came is not None:
             return came
-        here = _place(vcpu.source_line())
-        if here is not None and here != begin:
+        pc = vcpu.cpu.read_reg(pc_name)
+        if row is not None and row.gva <= pc < row.end:
+            continue  # as most instructions are, in the code of the one before
+        row = None if program is None else program.row_at(pc)
+        if row is not None and (begin is None or row[2:4] != begin[2:4]):
             return None
     raise _too_long(vcpu, max_insns, "still no other source line")
 
@@ -112,9 +117,3 @@ def _too_long(vcpu: Vcpu, max_insns: int, what: str) -> BudgetExceeded:
         vcpu=vcpu.index,
         insns=max_insns,
     )
-
-
-def _place(line: Line | None) -> tuple[str, int] | None:
-    if line is None:
-        return None
-    return line.file, line.line

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar, cast
 
+from labkit.engines.interrupt import shield
 from labkit.errors import Busy
 
 __all__ = ["Running", "Turn", "act", "look"]
@@ -56,6 +57,7 @@ class Turn:
 
     def __init__(self, name: str, ask: Callable[[], object]) -> None:
         self._name = name
+        self._shield = shield()
         # Makes a guest that runs come out soon; from any thread, and too often if need be.
         self._ask = ask
         self._lock = threading.RLock()
@@ -117,11 +119,12 @@ class Turn:
         Raises Busy while another thread runs the guest.
         """
         # Every step of a guest comes through here: no call that can be spared.
+        self._shield.hold()
         if not self._lock.acquire(False):
-            self.take(what)
+            self._take_held(what)
         elif self._depth and self._runner != threading.get_ident():
             self._lock.release()
-            self.take(what)
+            self._take_held(what)
         if self._depth == 0:
             self._runner = threading.get_ident()
             self._what = what
@@ -132,7 +135,16 @@ class Turn:
             self._stand_still()
 
     def end(self) -> None:
-        """The guest has stopped."""
+        """The guest has stopped.
+
+        Raises the KeyboardInterrupt that came meanwhile and that no run has raised.
+        """
+        try:
+            self._ended()
+        finally:
+            self._shield.let_go()
+
+    def _ended(self) -> None:
         self._depth -= 1
         if self._depth:
             self._lock.release()
@@ -218,7 +230,25 @@ class Turn:
         """Around what changes the VM and is over soon; raises Busy while another thread runs it."""
         return _Acting(self, what)
 
-    def take(self, what: str) -> None:
+    def begin_act(self, what: str) -> None:
+        """The VM is changed from here to `end_act`; Ctrl-C waits until then."""
+        self._shield.hold()
+        self._take_held(what)
+
+    def end_act(self) -> None:
+        """The act is over."""
+        self._lock.release()
+        self._shield.let_go()
+
+    def _take_held(self, what: str) -> None:
+        """`_take` under the shield, which is let go of when it fails."""
+        try:
+            self._take(what)
+        except BaseException:
+            self._shield.let_go()
+            raise
+
+    def _take(self, what: str) -> None:
         """Take the lock for an act: wait for what is over soon, but not for a guest that runs."""
         me = threading.get_ident()
         patience = 0.0
@@ -228,11 +258,8 @@ class Turn:
                     return
                 self._lock.release()  # the runner only stands still for those who look
             self._refuse_if_running(what, me)
+            self._shield.check()
             patience = PATIENCE
-
-    def give_back(self) -> None:
-        """The act is over."""
-        self._lock.release()
 
     def _refuse_if_running(self, what: str, me: int) -> None:
         running = self.running
@@ -246,11 +273,16 @@ class Turn:
 
     def begin_look(self) -> None:
         """Stand between two instructions of the guest, whoever runs it, until `end_look`."""
-        if not self._lock.acquire(blocking=False):
-            self._wait_to_look()
-        elif self._runner and not self._may_look():
-            self._lock.release()
-            self._wait_to_look()
+        self._shield.hold()
+        try:
+            if not self._lock.acquire(blocking=False):
+                self._wait_to_look()
+            elif self._runner and not self._may_look():
+                self._lock.release()
+                self._wait_to_look()
+        except BaseException:
+            self._shield.let_go()
+            raise
 
     def _may_look(self) -> bool:
         """Whether this thread, which has the lock, may look although a guest runs."""
@@ -268,6 +300,7 @@ class Turn:
         self._lookers.append(me)
         try:
             while True:
+                self._shield.check()
                 self._ask()
                 if not self._lock.acquire(timeout=PATIENCE):
                     continue
@@ -283,6 +316,7 @@ class Turn:
         if self._invited:
             self._one_less(threading.get_ident())
         self._lock.release()
+        self._shield.let_go()
 
     def _one_less(self, me: int) -> None:
         depth = self._invited.get(me)
@@ -334,10 +368,10 @@ class _Acting:
         self._what = what
 
     def __enter__(self) -> None:
-        self._turn.take(self._what)
+        self._turn.begin_act(self._what)
 
     def __exit__(self, *_: object) -> None:
-        self._turn.give_back()
+        self._turn.end_act()
 
 
 class _HasTurn(Protocol):

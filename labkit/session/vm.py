@@ -272,9 +272,13 @@ class Vm:
         A budget that is used up is a BudgetExit, which comes last.
         """
         try:
-            yield from stream(partial(run_on, self), self._all_done, lambda: self.step, max_insns)
+            yield from stream(self._run_once, self._all_done, lambda: self.step, max_insns)
         finally:
             self.machine.pause()
+
+    def _run_once(self, max_insns: int | None) -> Ucall | Exit:
+        with self.turn.run("stream"):
+            return run_on(self, max_insns)
 
     def _all_done(self) -> bool:
         return all(vcpu.state == "done" for vcpu in self.vcpus)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from labkit.arch.desc import PagingMode
 from labkit.arch.x86_cpu import CpuModel
+from labkit.engines.interrupt import whole
 from labkit.errors import InvalidState, NotAvailable
 from labkit.machine.memory import PAGE, Memory
 from labkit.machine.sparsebit import Sparsebit
@@ -195,6 +196,7 @@ class ProtectedGuest:
 
     # --- commands
 
+    @whole
     def command(self, name: str, **fields: Value) -> Result:
         """KVM_MEMORY_ENCRYPT_OP: run a command and give what the firmware gives (`Psp.command`).
 
@@ -246,6 +248,7 @@ class ProtectedGuest:
 
     # --- launch
 
+    @whole
     def set_private(self, gpa: int, size: int, private: bool = True) -> None:
         """Which pages the launch will encrypt (vm_mem_set_private, vm_mem_set_shared).
 
@@ -258,17 +261,20 @@ class ProtectedGuest:
             )
         self._pages.set_private(gpa, size, private)
 
+    @whole
     def launch(self) -> bytes:
         """All of it (vm_sev_launch); returns the measurement."""
         self.start()
         self.update()
         return self.finish()
 
+    @whole
     def start(self) -> None:
         """LAUNCH_START: the guest gets its key and its ASID."""
         name = "SNP_LAUNCH_START" if self.kind == "snp" else "LAUNCH_START"
         self.command(name, policy=self.policy)
 
+    @whole
     def update(self) -> None:
         """Encrypt and measure every protected range, lowest first (sev_vm_launch).
 
@@ -282,6 +288,7 @@ class ProtectedGuest:
                 self.command("LAUNCH_UPDATE_DATA", spa=gpa, size=size)
         self._seal()
 
+    @whole
     def finish(self) -> bytes:
         """Measure, and let the guest run; returns the measurement (SNP: the launch digest)."""
         if self.kind == "snp":
@@ -378,6 +385,7 @@ class ProtectedGuest:
         """The engine that runs the guest, which must be told when a page changes hands."""
         self._pages.connect(engine)
 
+    @whole
     def remap(self, gpa: int, other: int) -> None:
         """The host has exchanged two pages in the nested page table."""
         self._pages.remap(gpa, other)

@@ -151,3 +151,17 @@ def test_that_check_and_execute_exclude_each_other(
 ) -> None:
     assert main(["freeze", "--check", "--execute", str(path)]) == 1
     assert "--execute" in capsys.readouterr().err
+
+
+def test_that_what_a_killed_freeze_left_is_removed_and_said(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = path.with_suffix(".ipynb.new")
+    left.write_text("half a note")
+    main(["freeze", "--check", str(path)])
+    assert left.exists()
+    capsys.readouterr()
+    assert main(["freeze", "--json", str(path)]) == 0
+    said = capsys.readouterr()
+    assert "killed" in said.err and not left.exists()
+    assert [json.loads(line)["frozen"] for line in said.out.splitlines()] == [True]

@@ -303,6 +303,8 @@ class KvmVcpu:
         shield = self.vm.shield
         shield.enter(self.kick)
         try:
+            if shield.is_due():
+                return InterruptExit()
             return self.run_here(insns)
         finally:
             shield.leave()

@@ -24,7 +24,6 @@ end of its budget, while a thread waits for SIGINT (interrupt.py) and calls `sto
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
@@ -48,6 +47,11 @@ from labkit.engines.unicorn.memory import GuestMemory
 from labkit.engines.unicorn.misses import Misses
 from labkit.engines.unicorn.mmio import Mmio
 from labkit.engines.unicorn.monitor import clear
+from labkit.engines.unicorn.native.contexts import (
+    pack_state,
+    unpack_state,
+    with_own_pointers,
+)
 from labkit.engines.unicorn.native.lib import LIB, Handle, IntrHook
 from labkit.engines.unicorn.native.tally import MAX_LIMIT
 from labkit.engines.unicorn.native.words import COUNT, EXTRA, GVA, LOCKED, NOTHING, STOPPED
@@ -66,7 +70,6 @@ FIRST_LOOK = 1 << 18
 # translation
 BY_EACH = 4096
 RF = 1 << 16  # RFLAGS
-_HEADER = struct.Struct("<4sI")
 
 
 @cache
@@ -138,23 +141,38 @@ class UnicornVcpu:
     def save(self) -> bytes:
         """The whole CPU state: Unicorn's, and what labkit keeps beside it."""
         facts = {
+            "arch": self.vm.arch,
             "insns": self.insns,
             "mmio": self._mmio.state(),
             "extra": self.quirks.extra_state(),
         }
         text = json.dumps(facts).encode()
-        return _HEADER.pack(b"LKU1", len(text)) + text + self.handle.context()
+        return pack_state(text, self.handle.context())
 
     def restore(self, state: bytes) -> None:
         """Put a saved state back, bit for bit; raises InvalidState for bytes that are none."""
-        if len(state) < _HEADER.size or state[:4] != b"LKU1":
-            raise InvalidState("not a CPU state of the unicorn engine")
-        size = _HEADER.unpack_from(state)[1]
-        facts = json.loads(state[_HEADER.size : _HEADER.size + size])
+        text, context = unpack_state(state)
+        before = self.save()
+        try:
+            self._put(text, context)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            self._put(*unpack_state(before))
+            raise InvalidState(f"not a CPU state of the unicorn engine: {error!r}") from error
 
-        self.handle.set_context(state[_HEADER.size + size :])
+    def _put(self, text: bytes, context: bytes) -> None:
+        """Put both parts of a saved state back."""
+        facts = json.loads(text)
+        if facts["arch"] != self.vm.arch:
+            raise InvalidState(f"a CPU state of {facts['arch']} for a vCPU of {self.vm.arch}")
+        kind = (self.vm.quirks.uc_arch, self.vm.quirks.uc_mode)
+        context = with_own_pointers(self.handle, kind, context)
+        strange = self.quirks.strange_state(context)
+        if strange:
+            raise InvalidState(f"a CPU state that no guest can have: {strange}")
+
+        self.handle.set_context(context)
         self.quirks.leave()
-        self.insns = facts["insns"]
+        self.insns = int(facts["insns"])
         self._mmio.set_state(facts["mmio"])
         self.quirks.set_extra_state(facts["extra"])
 

@@ -184,15 +184,18 @@ class Handle:
     """One `uc_engine`, with the hooks and buffers that must live as long as it does."""
 
     def __init__(self, arch: int, mode: int, settings: tuple[tuple[int, int], ...] = ()) -> None:
+        # What close() needs, before there is anything to close: whoever makes an engine may be
+        # interrupted, or refused, at any point.
+        self._context = c_void_p()
+        self._callbacks: dict[int, object] = {}
+        self.batches: list[RegBatch] = []
         handle = c_void_p()
         check(LIB.uc_open(arch, mode, byref(handle)), "uc_open")
         assert handle.value is not None
         self.h: int = handle.value
         for what, value in settings:  # CPU model, page size: before anything else
             self.ctl_write(what, c_int(value))
-        self._callbacks: dict[int, object] = {}
         self._removed: list[object] = []  # callbacks that translated code may still call
-        self.batches: list[RegBatch] = []
         self._from, self._count = c_uint64(), c_size_t()
         self._start = partial(
             LIB["uc_emu_start"],
@@ -210,7 +213,6 @@ class Handle:
         self.ctl_write(uc.UC_CTL_UC_USE_EXITS, c_int(1))
         self.ctl_write(uc.UC_CTL_UC_EXITS, c_void_p(None), c_size_t(0))
         self.ctl_write(uc.UC_CTL_TCG_BUFFER_SIZE, c_uint32(8 << 20))
-        self._context = c_void_p()
         check(LIB.uc_context_alloc(self.h, byref(self._context)), "uc_context_alloc")
         self.context_size: int = LIB.uc_context_size(self.h)
 
@@ -339,9 +341,13 @@ class Handle:
     def close(self) -> None:
         """Free the engine; a second call does nothing."""
         if "h" in self.__dict__:
-            LIB.uc_context_free(self._context)
-            LIB.uc_close(self.h)
-            del self.h
+            engine = self.h
+            context = self._context
+            del self.h  # first: nothing is freed twice, whoever comes in between
+            self._context = c_void_p()
+            if context:
+                LIB.uc_context_free(context)
+            LIB.uc_close(engine)
             self._callbacks.clear()
             self._start = self._read = self._write = partial(_closed)
             for batch in self.batches:
