@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
     from labkit.engines.unicorn.counting import Counting
     from labkit.engines.unicorn.ending import Ending
+    from labkit.engines.unicorn.isa.check import Check
     from labkit.engines.unicorn.isa.core import Machine
     from labkit.engines.unicorn.isa.quirks import Quirks
     from labkit.engines.unicorn.isa.traps import Trap
-    from labkit.engines.unicorn.isa.x86_forms import Check
     from labkit.engines.unicorn.memory import GuestMemory
 
 __all__ = ["Guards"]

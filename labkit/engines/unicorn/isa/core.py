@@ -77,7 +77,9 @@ class Core(Protocol):
     def guard(self, trap: Trap) -> None: ...  # one more sensitive instruction
     def unguard(self, gva: int) -> None: ...  # that one may run in Unicorn again
     def resume_here(self) -> None: ...  # the run ends between two iterations of a REP
-    def forget_translations(self) -> None: ...  # page tables, or where they are, have changed
+    def forget_translations(
+        self, code: bool = False
+    ) -> None: ...  # page tables, or where they are, have changed
     def sync(self) -> None: ...  # and do so at once
 
     def refuse(self, why: str) -> InternalErrorExit: ...  # the exit for what cannot be run

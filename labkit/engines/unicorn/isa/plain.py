@@ -192,6 +192,13 @@ class PlainQuirks:
             self.write(name, value & MASK64)
         self.set_pc(trap.gva + len(trap.data))
 
+    def natively(self, trap: Trap) -> Exit | None:
+        """Let Unicorn run the instruction after all: it faults, or is not as bad as it may be."""
+        self.core.unguard(trap.gva)
+        exit = self.core.run_one()
+        self.core.guard(trap)
+        return exit
+
     def _do_pause(self, trap: Trap) -> None:
         """Let nothing happen: Unicorn would leave its loop there.
 

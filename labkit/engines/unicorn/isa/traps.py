@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 from labkit.engines.disasm import decoder
-from labkit.engines.unicorn.isa.x86_forms import Check, form
+from labkit.engines.unicorn.isa.check import Check
+from labkit.engines.unicorn.isa.x86_forms import form
 
 __all__ = ["PREFIXES", "SIZES", "Trap", "pio_form", "scan"]
 
