@@ -52,7 +52,7 @@ def look_at_vm(vm: Vm, front: int = 0, selection: Selection | None = None) -> Vm
         vcpu=front,
         vcpus=vcpus,
         pool=_pool(vm, None if in_front is None else in_front.next_slot),
-        page_table=vm.page_table(),
+        page_table=vm.page_table(vm.vcpus[front] if vm.vcpus else None),
         memory=look_at_memory(vm),
         selection=selection,
         events=tuple(_mark(happened) for happened in vm.log),

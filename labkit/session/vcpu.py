@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from labkit.arch.translation import PAGING, Translation, as_levels
 from labkit.engines.base import EngineVcpu, MonitorVcpu
 from labkit.engines.disasm import Decoded
 from labkit.engines.exits import BudgetExit, Exit, VmgexitExit
@@ -20,6 +22,7 @@ from labkit.ucall.calls import Ucall
 
 if TYPE_CHECKING:
     from labkit.guest.lines import Line
+    from labkit.paging.scan import PageTable
     from labkit.session.vm import Vm
     from labkit.sev.guest import ProtectedGuest
 
@@ -212,22 +215,43 @@ class Vcpu:
     @look
     def read(self, gva: int, size: int) -> bytes:
         """Guest-virtual memory through this vCPU's page tables; raises PageFault with the walk."""
-        return self.vm.machine.space.read(gva, size, self._root())
+        return self.vm.machine.space.read(gva, size, self.translation())
 
     @look
     def peek(self, gva: int, size: int) -> bytes:
         """Guest-virtual memory as the guest itself sees it, encrypted or not; raises PageFault."""
-        return self.vm.machine.space.peek(gva, size, self._root())
+        return self.vm.machine.space.peek(gva, size, self.translation())
 
     @act
     def write(self, gva: int, data: bytes) -> None:
         """Write guest-virtual memory as a debugger does, read-only pages too; raises PageFault."""
-        self.vm.machine.space.write(gva, data, self._root())
+        self.vm.machine.space.write(gva, data, self.translation())
         self.vm.changed()
 
-    def _root(self) -> int:
-        """The gpa of the root of its page tables."""
-        return self.vm.arch.root_field.get(self.cpu.read_reg(self.vm.arch.root))
+    @look
+    def translation(self) -> Translation:
+        """The page tables that this vCPU has loaded: their format, their root, what says so.
+
+        While its paging is off, the VM's own. Raises NotAvailable for a format that labkit does not
+        know.
+        """
+        arch, space = self.vm.arch, self.vm.machine.space
+        paging = PAGING[arch.name](self.cpu.read_reg)
+        if paging is None:
+            return Translation(space.mode, space.root_gpa, f"vCPU {self.index} has no paging on")
+        said_by = f"{paging.said_by} of vCPU {self.index}"
+        if paging.levels is None:
+            raise NotAvailable(f"page tables of a format that is not known here: {said_by}")
+        mode = as_levels(space.mode, paging)
+        if mode is not space.mode and mode.c_bit is None:
+            names = [known.name for known in arch.modes if known.levels == mode.levels]
+            mode = replace(mode, name=names[0] if names else mode.name)
+        return Translation(mode, mode.root(paging.root), said_by)
+
+    @look
+    def page_table(self) -> PageTable:
+        """This vCPU's whole address space as it is mapped now, through the guest's own eye."""
+        return self.vm.page_table(self)
 
     @look
     def disassemble(self, gva: int | str | None = None, count: int = 12) -> Listing:

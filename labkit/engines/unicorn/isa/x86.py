@@ -20,6 +20,7 @@ from labkit.engines.unicorn.isa.x86_control import CONTROL
 from labkit.engines.unicorn.isa.x86_events import DB, GP, UD, VC, X86Events, canonical
 from labkit.engines.unicorn.isa.x86_float import FLOAT
 from labkit.engines.unicorn.isa.x86_forms import ABSENT
+from labkit.engines.unicorn.isa.x86_msrs import has_memory_types
 from labkit.engines.unicorn.isa.x86_owed import OWED
 from labkit.engines.unicorn.isa.x86_regs import CODE64, DATA, NATIVE_MSRS, PLAIN, X86Registers
 from labkit.engines.unicorn.native.lib import RegBatch
@@ -35,9 +36,6 @@ _OSXSAVE, _TSD = 1 << 18, 1 << 2  # CR4
 _TF, _BS = 1 << 8, 1 << 14  # RFLAGS, DR6
 _BSP = 1 << 8  # IA32_APIC_BASE
 _TSC_AUX = 0xC000_0103
-_PAT, _MTRR_DEF_TYPE = 0x277, 0x2FF
-_FIXED_MTRRS = frozenset({0x250, 0x258, 0x259, *range(0x268, 0x270)})
-_MTRR_TYPES = frozenset({0, 1, 4, 5, 6})
 _MONITOR = 1 << 3  # CPUID 1 ECX
 _NATIVE = {index: name for name, index in NATIVE_MSRS.items()}
 _BASES = {0xC000_0100: "fs_base", 0xC000_0101: "gs_base"}
@@ -327,7 +325,7 @@ class X86(X86Events):
         elif index in _NATIVE or index in _BASES:
             self.regs.write(_NATIVE.get(index) or _BASES[index], value)
         elif index in self.cpu.msrs and index not in self.cpu.read_only_msrs:
-            if not _has_memory_types(index, value):
+            if not has_memory_types(index, value):
                 return False
             self.msrs[index] = value
         else:
@@ -479,17 +477,6 @@ _HANDLERS: dict[str, Callable[[X86, Trap], Exit | None]] = (
     | FLOAT
     | OWED
 )
-
-
-def _has_memory_types(index: int, value: int) -> bool:
-    """Whether an MSR of memory types gets types that exist (SDM vol. 3A 12.11, 12.12)."""
-    if index == _PAT:
-        return all(byte in (0, 1, 4, 5, 6, 7) for byte in value.to_bytes(8, "little"))
-    if index in _FIXED_MTRRS:
-        return all(byte in _MTRR_TYPES for byte in value.to_bytes(8, "little"))
-    if index == _MTRR_DEF_TYPE:
-        return not value & ~0xCFF and value & 0xFF in _MTRR_TYPES
-    return True
 
 
 def _wide(name: str) -> tuple[str, int]:
