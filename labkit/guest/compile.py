@@ -93,7 +93,7 @@ def compile_guest(
         try:
             image, output = _run(found, command, Path(work))
         except CompileError as error:
-            if not RUNTIME_CALL.search(error.output):
+            if not RUNTIME_CALL.search(str(error)):
                 raise
             image, output = _run(found, [*command, *_runtime_sources()], Path(work))
 

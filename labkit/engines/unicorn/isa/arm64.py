@@ -429,7 +429,11 @@ class Arm64(PlainQuirks):
         choose = min if word >> 12 & 1 else max
         new = choose(old, other, key=lambda value: value - (value >> bits - 1 << bits))
         self.core.memory.write(gva, new.to_bytes(size, "little"))
-        return self.retire(trap, **({} if target == 31 else {f"x{target}": old}))
+        if target == 31:  # XZR
+            self.retire(trap)
+        else:
+            self.retire(trap, **{f"x{target}": old})
+        return None
 
     def _do_call(self, trap: Trap) -> Exit:
         """HVC and SMC, which KVM takes for SMCCC calls.

@@ -6,7 +6,7 @@ and the stack pointer with SA or SA0 (D1.3.8).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from unicorn import arm64_const as arm
 
@@ -26,7 +26,8 @@ _ORDERED = (  # mask, value: acquire and release without exclusives
 )
 
 
-class Access(NamedTuple):
+@dataclass(frozen=True)
+class Access:
     """Where an instruction accesses memory, and by how many bytes at a time."""
 
     size: int

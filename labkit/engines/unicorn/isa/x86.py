@@ -80,7 +80,8 @@ class X86(X86Events):
             partial(core.handle.read, PLAIN["cr2"]),
             partial(core.handle.write, PLAIN["cr2"]),
         )
-        # As FNINIT leaves the x87, and KVM gives it to a guest
+        # As reset and FNINIT leave them, and KVM gives them to a guest
+        core.handle.write(x86_const.UC_X86_REG_MXCSR, 0x1F80)
         core.handle.write(x86_const.UC_X86_REG_FPCW, 0x37F)
         core.handle.write(x86_const.UC_X86_REG_FPTAG, 0xFFFF)
         self.read, self.read_all = self.regs.read, self.regs.read_all

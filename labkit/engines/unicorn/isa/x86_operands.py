@@ -11,7 +11,7 @@ from labkit.engines.disasm import X86_OP_MEM, decoder
 if TYPE_CHECKING:
     from labkit.engines.unicorn.isa.x86_regs import X86Registers
 
-__all__ = ["Place", "place", "registers"]
+__all__ = ["Place", "place", "registers", "wide"]
 
 MASK64 = (1 << 64) - 1
 X86_OP_REG = 1  # capstone's x86_op_type
