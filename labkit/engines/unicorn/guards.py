@@ -321,6 +321,10 @@ class Guards:
         again = self.counting.last == (gva, count - 1)
         self._words.all[AGAIN] = again
         if self.is_shadow(gva):
+            if self.quirks.refuses(self.traps[gva]):
+                self.ending.by = "refused"
+                LIB.uc_emu_stop(self.handle.h)
+                return
             self._words.all[EXTRA] += 1
         else:
             self._words.all[RCX] = self.quirks.read("rcx")

@@ -330,7 +330,7 @@ class Arm64(PlainQuirks):
             kind, check = ("device" if at in self._devices else _kind(word)), None
             if kind is None and (access := _access(word, at)) is not None:
                 kind, check = aligned(access, sctlr, level) or (None, None)
-            if kind is not None:
+            if kind is not None and at != self.passes:
                 insn, stops = data[4 * i : 4 * i + 4], kind != "locked"
                 found[at] = Trap(kind, at, insn, "", "", stops, check)
         return found

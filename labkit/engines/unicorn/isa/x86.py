@@ -17,11 +17,13 @@ from labkit.engines.unicorn.isa.quirks import FaultTrace
 from labkit.engines.unicorn.isa.sealed import HANDLERS
 from labkit.engines.unicorn.isa.traps import SIZES, Trap, pio_form, scan
 from labkit.engines.unicorn.isa.x86_control import CONTROL
+from labkit.engines.unicorn.isa.x86_debug import DEBUG, Watch
 from labkit.engines.unicorn.isa.x86_events import DB, GP, UD, VC, X86Events, canonical
 from labkit.engines.unicorn.isa.x86_float import FLOAT
 from labkit.engines.unicorn.isa.x86_forms import ABSENT
 from labkit.engines.unicorn.isa.x86_msrs import has_memory_types
 from labkit.engines.unicorn.isa.x86_owed import OWED
+from labkit.engines.unicorn.isa.x86_random import RANDOM
 from labkit.engines.unicorn.isa.x86_regs import CODE64, DATA, NATIVE_MSRS, PLAIN, X86Registers
 from labkit.engines.unicorn.native.lib import RegBatch
 
@@ -36,7 +38,6 @@ _OSXSAVE, _TSD = 1 << 18, 1 << 2  # CR4
 _TF, _BS = 1 << 8, 1 << 14  # RFLAGS, DR6
 _BSP = 1 << 8  # IA32_APIC_BASE
 _TSC_AUX = 0xC000_0103
-_MONITOR = 1 << 3  # CPUID 1 ECX
 _NATIVE = {index: name for name, index in NATIVE_MSRS.items()}
 _BASES = {0xC000_0100: "fs_base", 0xC000_0101: "gs_base"}
 # MSRs that hold a gva
@@ -85,9 +86,26 @@ class X86(X86Events):
         core.handle.write(x86_const.UC_X86_REG_FPCW, 0x37F)
         core.handle.write(x86_const.UC_X86_REG_FPTAG, 0xFFFF)
         self.read, self.read_all = self.regs.read, self.regs.read_all
-        self.write_many: Callable[[Mapping[str, int]], None] = self.regs.write_many
+        self.passes = -1  # the trap that is Unicorn's for once
+        self.owed = 0  # bits of DR6 that the instruction before has earned
+        self.watch = Watch(self)
 
     # --- what the run loop asks
+
+    def write_many(self, regs: Mapping[str, int]) -> None:
+        """Set several registers."""
+        self.regs.write_many(regs)
+        if any(name.startswith("dr") for name in regs):
+            self.watch.arm()
+
+    def deliver_owed(self) -> Exit | None:
+        """The trap for a data breakpoint of the guest that was hit."""
+        return self.watch.deliver()
+
+    def exception(self, vector: int) -> Exit | None:
+        """An exception that Unicorn reported; its instruction has hit no breakpoint."""
+        self.owed = 0
+        return super().exception(vector)
 
     def pc(self) -> int:
         """RIP."""
@@ -130,7 +148,19 @@ class X86(X86Events):
 
     def scan(self, data: bytes, gva: int) -> Mapping[int, Trap]:
         """Find the sensitive instructions of a block."""
-        return scan(data, gva, self._sealed, self._absent)
+        found = scan(data, gva, self._sealed, self._absent)
+        if self.passes not in found:
+            return found
+        return {at: trap for at, trap in found.items() if at != self.passes}
+
+    def natively(self, trap: Trap) -> Exit | None:
+        """Let Unicorn run the instruction after all."""
+        self.passes = trap.gva
+        self.core.unguard(trap.gva)
+        exit: Exit | None = self.core.run_one()
+        self.passes = -1
+        self.core.guard(trap)
+        return exit
 
     def do(self, trap: Trap) -> Exit | None:
         """Carry out one sensitive instruction as the host of a guest that hides nothing."""
@@ -155,6 +185,7 @@ class X86(X86Events):
             "random": list(self.random.getstate()[1]),
             "pending": list(self.pending),
             "awaits": self.awaits,
+            "hits": self.owed,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -164,6 +195,8 @@ class X86(X86Events):
         self.random.setstate((3, tuple(state["random"]), None))
         self.pending = list(state["pending"])
         self.awaits = state["awaits"]
+        self.owed = state["hits"]
+        self.watch.arm()
 
     def complete(self, value: int) -> bool:
         """Give the value that the last IN, INS or hypercall returns; False when there was none."""
@@ -382,18 +415,6 @@ class X86(X86Events):
         self.awaits = [8]
         return HypercallExit(nr, tuple(args))
 
-    def _do_random(self, trap: Trap) -> Exit | None:
-        """RDRAND and RDSEED from a seeded generator, so that runs repeat.
-
-        CF says that there was a number.
-        """
-        wide, bits = _wide(trap.op_str)
-        value = self.random.getrandbits(bits)
-        if bits == 16:  # the rest of the register stays
-            value |= self.regs.read(wide) & ~0xFFFF
-        flags = self.regs.read("rflags") & ~0x8D5 | 1
-        return self.retire(trap, **{wide: value}, rflags=flags)
-
     def _do_syscall(self, trap: Trap) -> Exit | None:
         """SYSCALL in long mode (SDM vol. 2B): Unicorn alone would only step over it."""
         if not self.regs.read("efer") & 1:
@@ -420,17 +441,6 @@ class X86(X86Events):
     def _do_icebp(self, trap: Trap) -> Exit | None:
         self.set_pc(trap.gva + len(trap.data))
         return self.deliver(DB)
-
-    def _do_monitor(self, trap: Trap) -> Exit | None:
-        """MONITOR and MWAIT as KVM has them where they are announced.
-
-        Nothing is waited for (SDM vol. 2B).
-        """
-        if not self.cpu.leaf(1, 0)[2] & _MONITOR or not self.privileged():
-            return self.deliver(UD)
-        if self.regs.read("rcx"):  # no extension or hint is announced
-            return self.deliver(GP, 0)
-        return self.retire(trap)
 
     def _do_pause(self, trap: Trap) -> Exit | None:
         """Let nothing happen: Unicorn would leave its loop at PAUSE.
@@ -475,23 +485,11 @@ _HANDLERS: dict[str, Callable[[X86, Trap], Exit | None]] = (
         if name.startswith("_do_")
     }
     | CONTROL
+    | DEBUG
     | FLOAT
     | OWED
+    | RANDOM
 )
-
-
-def _wide(name: str) -> tuple[str, int]:
-    """The 64-bit register behind a name, and the bits that are meant: ("rax", 16) for ax."""
-    if name.endswith("d") or name[0] == "e":
-        bits = 32
-    elif name[0] == "r" and not name.endswith("w"):
-        bits = 64
-    else:
-        bits = 16
-
-    if name[1:2].isdigit():  # r8d, r10w
-        return name.rstrip("dw"), bits
-    return "r" + (name if bits == 16 else name[1:]), bits
 
 
 @cache

@@ -9,11 +9,10 @@ vectors:
 	.irp vector, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
 	.balign 128
 	sub sp, sp, #272
-	add sp, sp, x0		/* x0 and the stack pointer change places: nothing is accessed through */
-	sub x0, sp, x0		/* it, which may be what the exception is about (SCTLR_EL1.SA) */
-	sub sp, sp, x0
+	msr tpidrro_el0, x0	/* nothing is accessed through a stack pointer that may be */
+	mov x0, sp		/* what the exception is about (SCTLR_EL1.SA) */
 	str x1, [x0, #8]
-	mov x1, sp
+	mrs x1, tpidrro_el0
 	str x1, [x0]
 	and sp, x0, #~15
 	mov x1, #\vector
