@@ -55,8 +55,8 @@ ENTRY_MISSING = re.compile(r"^.*(cannot find entry symbol|entry symbol).*\n?", r
 
 # A linker that misses one of the functions of lib/runtime, which most guests can do without.
 RUNTIME_CALL = re.compile(
-    r"undefined (symbol|reference)[^\n]*\b__(u?div|u?mod|u?divmod|mul|mulo|popcount|parity|clz|ctz|ffs"
-    r"|clrsb|bswap|ashl|ashr|lshr|neg|u?cmp|addv|subv|mulv|negv|absv)[sdt]i[234]\b"
+    r"undefined (symbol|reference)[^\n]*\b__(u?div|u?mod|u?divmod|mul|mulo|popcount|parity|clz|ctz"
+    r"|ffs|clrsb|bswap|ashl|ashr|lshr|neg|u?cmp|addv|subv|mulv|negv|absv)[sdt]i[234]\b"
 )
 
 # (what a compiler says, one word of ours for the mistakes that everybody makes once)

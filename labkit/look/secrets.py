@@ -158,7 +158,7 @@ def gpa_of(vm: Vm, gpa: int | None, gva: int | None) -> int:
     if gpa is not None and gva is not None:
         raise InvalidState("eyes() takes a gpa or a gva, not both")
     if gva is not None:
-        gpa = vm.machine.space.walk(gva).require()
+        gpa = vm.machine.space.walk(gva, vm.translation()).require()
     if gpa is None:
         raise InvalidState("eyes() takes a gpa or a gva, not neither")
     vm.memory.hva(gpa)

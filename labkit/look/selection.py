@@ -66,7 +66,7 @@ def _path(
     """The selection of a gva, or of a gpa that no gva maps."""
     path: tuple[str, ...] = ()
     if gva is not None:
-        walk = vm.machine.space.walk(gva)
+        walk = vm.machine.space.walk(gva, vm.translation())
         path = tuple(str(step) for step in walk.steps)
         gpa = walk.gpa
     return Selection(kind, label, gva, gpa, _hva(vm, gpa), size, path, slot)

@@ -54,7 +54,7 @@ def look_at_vcpu(vm: Vm, vcpu: Vcpu, frame: int = 0) -> VcpuSnapshot:
         disassembly=tuple(_insn(vm, vcpu, listing, insn, ops) for insn in listing.insns),
         registers=tuple(_register(vm, vcpu, name, regs[name]) for name in vm.arch.shown),
         stack=_stack(vm, vcpu, regs[vm.arch.sp]),
-        touches=_touches(vm, ops),
+        touches=_touches(vcpu, ops),
         outlook=_outlook(vm, ops),
         next_slot=_next_slot(vm, ops),
         pc_name=vm.arch.pc,
@@ -236,10 +236,11 @@ def _comment(vm: Vm, vcpu: Vcpu, insn: Decoded, data: bytes) -> str:
 # --- what the next instruction does
 
 
-def _touches(vm: Vm, ops: Operands) -> tuple[Touch, ...]:
-    touches = []
+def _touches(vcpu: Vcpu, ops: Operands) -> tuple[Touch, ...]:
+    vm, touches = vcpu.vm, []
+    translation = vcpu.translation()
     for access in ops.accesses:
-        gpa = vm.machine.space.walk(access.gva).gpa
+        gpa = vm.machine.space.walk(access.gva, translation).gpa
         note = "not mapped" if gpa is None else vm.names.label(access.gva)
         before = access.before or 0
         if access.reads:

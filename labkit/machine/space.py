@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from labkit.arch.desc import PagingMode
+from labkit.arch.translation import Translation
 from labkit.bits import align_up
 from labkit.errors import InvalidState, OutOfMemory, PageFault
 from labkit.machine.memory import PAGE, Memory
@@ -217,9 +218,14 @@ class AddressSpace:
 
     # --- translating
 
-    def walk(self, gva: int, root_gpa: int | None = None) -> Walk:
-        """How gva is translated now, as the guest's own walker sees it; never raises."""
-        return walk(self.eye, self.mode, self.root_gpa if root_gpa is None else root_gpa, gva)
+    def walk(self, gva: int, through: Translation | None = None) -> Walk:
+        """How gva is translated now, as the guest's own walker sees it; never raises.
+
+        Through the VM's own tables, or those that a vCPU has loaded.
+        """
+        if through is None:
+            return walk(self.eye, self.mode, self.root_gpa, gva)
+        return walk(self.eye, through.mode, through.root, gva)
 
     def host_walk(self, gva: int) -> Walk:
         """The walk of a host that does not know better; never raises.
@@ -228,7 +234,7 @@ class AddressSpace:
         """
         return walk(self.memory.read, self.mode, self.root_gpa, gva)
 
-    def pieces(self, gva: int, size: int, root_gpa: int | None) -> list[tuple[int, int]]:
+    def pieces(self, gva: int, size: int, through: Translation | None) -> list[tuple[int, int]]:
         """(gpa, bytes) of a virtual range, page by page.
 
         Raises PageFault at the first page that is not there, InvalidState when page tables are
@@ -238,7 +244,7 @@ class AddressSpace:
         parts: list[tuple[int, int]] = []
         end = gva + size
         while gva < end:
-            found = self.walk(gva, root_gpa)
+            found = self.walk(gva, through)
             gpa = found.require()
             if self.memory.slot(gpa) is None:
                 raise _no_memslot(gva, found)
@@ -247,33 +253,33 @@ class AddressSpace:
             gva += count
         return parts
 
-    def read(self, gva: int, size: int, root_gpa: int | None = None) -> bytes:
+    def read(self, gva: int, size: int, through: Translation | None = None) -> bytes:
         """Guest-virtual memory; raises PageFault with the walk when a page is not there."""
         return b"".join(
-            self.memory.read(gpa, count) for gpa, count in self.pieces(gva, size, root_gpa)
+            self.memory.read(gpa, count) for gpa, count in self.pieces(gva, size, through)
         )
 
-    def write(self, gva: int, data: bytes, root_gpa: int | None = None) -> None:
+    def write(self, gva: int, data: bytes, through: Translation | None = None) -> None:
         """Write guest-virtual memory, read-only pages included, as a debugger does.
 
         Raises PageFault, with nothing written, when a page is not there.
         """
         done = 0
-        for gpa, count in self.pieces(gva, len(data), root_gpa):
+        for gpa, count in self.pieces(gva, len(data), through):
             self.memory.write(gpa, data[done : done + count])
             done += count
 
-    def peek(self, gva: int, size: int, root_gpa: int | None = None) -> bytes:
+    def peek(self, gva: int, size: int, through: Translation | None = None) -> bytes:
         """Guest-virtual memory as the guest itself sees it, encrypted or not.
 
         For pictures, where a host could not look. Raises PageFault when a page is not there.
         """
         if not self.sealed:
-            return self.read(gva, size, root_gpa)
+            return self.read(gva, size, through)
         data = b""
         while len(data) < size:
             at = gva + len(data)
-            found = self.walk(at, root_gpa)
+            found = self.walk(at, through)
             is_encrypted = found.flags.get("c", False)
             read = self.eye if is_encrypted else self.memory.read
             count = min(size - len(data), PAGE - at % PAGE)

@@ -56,6 +56,7 @@ class PageTable:
     outside: frozenset[int]  # gpas of tables that no memslot holds
     truncated: bool
     names: Labels | None = None  # who says what lies where
+    found_by: str = ""  # the registers that say which root and format these are
 
     def __len__(self) -> int:
         return len(self.gva)
@@ -218,6 +219,8 @@ class PageTable:
         traces = tuple(name for name in ("accessed", "dirty") if name in self.mode.flags)
         first, last = self.ranges(ignore=traces)
         lines = [f"{self.mode.name}, root {self.root:#x}", self.status]
+        if self.found_by:
+            lines.insert(1, f"as {self.found_by} says")
         for low, high in zip(first[:SHOWN_RANGES], last[:SHOWN_RANGES], strict=True):
             lines.append(self._range_line(int(low), int(high), traces))
         if len(first) > SHOWN_RANGES:

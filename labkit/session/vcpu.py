@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from labkit.arch.translation import PAGING, Translation, as_levels
 from labkit.checked import checked, checks_itself, whole
 from labkit.engines.base import EngineVcpu, MonitorVcpu
 from labkit.engines.disasm import Decoded
@@ -23,6 +25,7 @@ from labkit.ucall.calls import Ucall
 
 if TYPE_CHECKING:
     from labkit.guest.lines import Line
+    from labkit.paging.scan import PageTable
     from labkit.session.vm import Vm
     from labkit.sev.guest import ProtectedGuest
 
@@ -271,7 +274,7 @@ class Vcpu:
 
         gva: also a place by name, as in `vm.gva_of`. size in bytes.
         """
-        return self.vm.machine.space.read(self.vm.gva_of(gva), size, self._root())
+        return self.vm.machine.space.read(self.vm.gva_of(gva), size, self.translation())
 
     @look
     def peek(self, gva: str | int, size: int) -> bytes:
@@ -279,7 +282,7 @@ class Vcpu:
 
         gva: also a place by name, as in `vm.gva_of`. size in bytes.
         """
-        return self.vm.machine.space.peek(self.vm.gva_of(gva), size, self._root())
+        return self.vm.machine.space.peek(self.vm.gva_of(gva), size, self.translation())
 
     @act
     def write(self, gva: str | int, data: bytes) -> None:
@@ -287,12 +290,33 @@ class Vcpu:
 
         gva: also a place by name, as in `vm.gva_of`.
         """
-        self.vm.machine.space.write(self.vm.gva_of(gva), data, self._root())
+        self.vm.machine.space.write(self.vm.gva_of(gva), data, self.translation())
         self.vm.changed()
 
-    def _root(self) -> int:
-        """The gpa of the root of its page tables."""
-        return self.vm.arch.root_field.get(self.cpu.read_reg(self.vm.arch.root))
+    @look
+    def translation(self) -> Translation:
+        """The page tables that this vCPU has loaded: their format, their root, what says so.
+
+        While its paging is off, the VM's own. Raises NotAvailable for a format that labkit does not
+        know.
+        """
+        arch, space = self.vm.arch, self.vm.machine.space
+        paging = PAGING[arch.name](self.cpu.read_reg)
+        if paging is None:
+            return Translation(space.mode, space.root_gpa, f"vCPU {self.index} has no paging on")
+        said_by = f"{paging.said_by} of vCPU {self.index}"
+        if paging.levels is None:
+            raise NotAvailable(f"page tables of a format that is not known here: {said_by}")
+        mode = as_levels(space.mode, paging)
+        if mode is not space.mode and mode.c_bit is None:
+            names = [known.name for known in arch.modes if known.levels == mode.levels]
+            mode = replace(mode, name=names[0] if names else mode.name)
+        return Translation(mode, mode.root(paging.root), said_by)
+
+    @look
+    def page_table(self) -> PageTable:
+        """This vCPU's whole address space as it is mapped now, through the guest's own eye."""
+        return self.vm.page_table(self)
 
     @look
     def disassemble(self, gva: int | str | None = None, count: int = 12) -> Listing:

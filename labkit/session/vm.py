@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from labkit.arch.translation import Translation
 from labkit.arch.x86_cpu import CpuModel
 from labkit.checked import checked, checks_itself
 from labkit.engines import Capability
@@ -343,14 +345,26 @@ class Vm:
         self.machine.space.write(self.gva_of(gva), data)
         self.changed()
 
-    @look
-    def page_table(self) -> PageTable:
-        """The whole address space as it is mapped now, through the guest's own eye.
+    def translation(self) -> Translation | None:
+        """The page tables that the first vCPU has loaded; None for a VM without vCPU."""
+        return self.vcpus[0].translation() if self.vcpus else None
 
-        It has df, walk(gva), maps(gpa) and diff(other).
+    @look
+    def page_table(self, vcpu: Vcpu | None = None, root: int | None = None) -> PageTable:
+        """A whole address space as it is mapped now, through the guest's own eye.
+
+        That of a vCPU, as its registers say (the first one's by default), or with root, a gpa, the
+        one below that table, in the format that the vCPU uses. It has df, walk(gva), maps(gpa) and
+        diff(other); found_by says where root and format come from.
         """
         space = self.machine.space
-        return scan(space.eye, space.mode, space.root_gpa, self.step, self.names)
+        found = self.translation() if vcpu is None else vcpu.translation()
+        if found is None:
+            found = Translation(space.mode, space.root_gpa, "the VM has no vCPU")
+        if root is not None:
+            found = Translation(found.mode, found.mode.root(root), f"asked for; {found.said_by}")
+        table = scan(space.eye, found.mode, found.root, self.step, self.names)
+        return replace(table, found_by=found.said_by)
 
     @property
     @look

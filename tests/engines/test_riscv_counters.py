@@ -25,8 +25,7 @@ void guest_code(void)
 	csr_write(scounteren, allowed);
 	((volatile uint32_t *)page)[0] = insn;
 	((volatile uint32_t *)page)[1] = 0x73; /* ecall */
-	__asm__ volatile("fence.i\n\tla t0, 1f\n\tsd t0, %0\n\tli t0, 0x100\n\tcsrc sstatus, t0\n\tcsrw sepc, %1\n\tsret\n1:"
-			 : "=m"(back) : "r"(page) : "t0", "a0", "memory");
+	__asm__ volatile("fence.i\n\tla t0, 1f\n\tsd t0, %0\n\tli t0, 0x100\n\tcsrc sstatus, t0\n\tcsrw sepc, %1\n\tsret\n1:" : "=m"(back) : "r"(page) : "t0", "a0", "memory");
 	GUEST_SYNC(cause);
 	GUEST_DONE();
 }

@@ -1,4 +1,4 @@
-"""Operations for which a compiler calls its own runtime library: with each compiler, on each architecture."""
+"""Operations for which a compiler calls its runtime library: each compiler and architecture."""
 
 from __future__ import annotations
 

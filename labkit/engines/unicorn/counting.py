@@ -47,8 +47,17 @@ class Counting:
         self._limit = ctypes.c_uint64.from_address(counter + 8)  # its neighbour in `uc_engine`
         self.mode = ""
         # Where the host's processor is another, Unicorn counts everything
-        self.by_block = "tally" if stub("tally") else "each"
+        self._usual = "tally" if stub("tally") else "each"
+        self.by_block = self._usual
         self._hook = 0
+
+    def count_each(self, on: bool) -> None:
+        """Let Unicorn count each instruction, however many there are."""
+        self.by_block = "each" if on else self._usual
+
+    def end_behind_this(self) -> None:
+        """Let the present run end behind the instruction that is under way (of "each")."""
+        self._limit.value = min(self._limit.value, self.counter.value)
 
     def stop(self) -> None:
         """End a run that is counted by blocks at the next one, from any thread."""

@@ -7,6 +7,7 @@ Ended by us, status 0, `Ending.by` says by whom:
 
   "edge"        a block was translated that needs hooks; nothing of it has run (guards.py)
   "breakpoint"  the instruction at the program counter has one, and has not run (guards.py)
+  "refused"     an instruction that only corrects the count would load what it may not (guards.py)
   "hole"        an instruction that is carried out with pages of ours touched another (mmio.py)
 
 Ended by the guest:

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
     from labkit.engines.unicorn.counting import Counting
     from labkit.engines.unicorn.ending import Ending
+    from labkit.engines.unicorn.isa.check import Check
     from labkit.engines.unicorn.isa.core import Machine
     from labkit.engines.unicorn.isa.quirks import Quirks
     from labkit.engines.unicorn.isa.traps import Trap
-    from labkit.engines.unicorn.isa.x86_forms import Check
     from labkit.engines.unicorn.memory import GuestMemory
 
 __all__ = ["Guards"]
@@ -321,6 +321,10 @@ class Guards:
         again = self.counting.last == (gva, count - 1)
         self._words.all[AGAIN] = again
         if self.is_shadow(gva):
+            if self.quirks.refuses(self.traps[gva]):
+                self.ending.by = "refused"
+                LIB.uc_emu_stop(self.handle.h)
+                return
             self._words.all[EXTRA] += 1
         else:
             self._words.all[RCX] = self.quirks.read("rcx")

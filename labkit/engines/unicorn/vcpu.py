@@ -105,14 +105,14 @@ class UnicornVcpu:
         self.memory.quirks = self.quirks
 
         self._ending = Ending()
-        self._counting = Counting(self.handle, vm.arch)
-        self._words = self._counting.words.all
-        self._begin = self._counting.words.begin
+        self.counting = Counting(self.handle, vm.arch)
+        self._words = self.counting.words.all
+        self._begin = self.counting.words.begin
         self.guards = Guards(
-            self.handle, self.quirks, self.memory, self._counting, self._ending, self._at_iret
+            self.handle, self.quirks, self.memory, self.counting, self._ending, self._at_iret
         )
         self._mmio = Mmio(self, self.quirks, self._ending)
-        self._misses = Misses(self, self.quirks, self._counting, self._ending)
+        self._misses = Misses(self, self.quirks, self.counting, self._ending)
         self._stop = self.stop  # one object: to bind a method takes time
 
         self.handle.hook(uc.UC_HOOK_INTR, IntrHook(lambda _h, vector, _d: self._intr(vector)))
@@ -253,7 +253,7 @@ class UnicornVcpu:
         The caller repeats it until the run is over. Where Unicorn counts each instruction nothing
         is done: such a run is over after FIRST_LOOK of them.
         """
-        self._counting.stop()
+        self.counting.stop()
 
     def run(self, insns: int | None = None) -> Exit:
         """Run until an exit; with `insns`, until that many instructions retired (BudgetExit)."""
@@ -320,7 +320,9 @@ class UnicornVcpu:
 
         None when the run goes on behind it.
         """
-        counting = self._counting
+        if self.quirks.owed:
+            return self.quirks.deliver_owed()
+        counting = self.counting
         if left <= BY_EACH or counting.by_block == "each":
             return self._native("each", left if left < FIRST_LOOK else FIRST_LOOK)
 
@@ -354,7 +356,7 @@ class UnicornVcpu:
         None when the run goes on.
         """
         # Stepping comes here for every instruction: words are read without asking `counting`
-        counting, ending, words = self._counting, self._ending, self._words
+        counting, ending, words = self.counting, self._ending, self._words
         if mode != counting.mode:
             counting.change_over(mode, self.quirks)
         ending.by, ending.exception = "", None
@@ -426,7 +428,7 @@ class UnicornVcpu:
 
     def _ended(self, status: int, limit: int) -> Exit | None:
         """The run was ended by a hook of ours, by an exception, or by a status of libunicorn."""
-        counting, ending, quirks = self._counting, self._ending, self.quirks
+        counting, ending, quirks = self.counting, self._ending, self.quirks
         if ending.by == "edge":
             self.insns += counting.begun() - counting.extra
             strange = self.guards.install()
@@ -451,6 +453,8 @@ class UnicornVcpu:
         self.insns += counting.finished(pc) - counting.extra
         if counting.last == (pc, counting.begun()) and self.guards.is_shadow(pc):
             self.insns += 1
+        if ending.by == "refused":
+            return quirks.refused()
         if ending.by:
             return DebugExit(pc) if ending.by == "breakpoint" else None
         return self._failed(status, pc)
@@ -471,7 +475,7 @@ class UnicornVcpu:
 
     def _at_iret(self, gva: int) -> None:
         """An IRET at gva is about to run, and may set RF."""
-        self.resumed = self.insns + self._counting.finished(gva) + 1 - self._counting.extra
+        self.resumed = self.insns + self.counting.finished(gva) + 1 - self.counting.extra
 
     # --- what the architecture asks for
 
@@ -487,10 +491,6 @@ class UnicornVcpu:
     def pass_breakpoint(self) -> None:
         """A breakpoint at the program counter has had its turn."""
         self.guards.skip = self.quirks.pc()
-
-    def is_translated(self, gva: int) -> bool:
-        """Whether the instruction there is in a block, so that it began."""
-        return self._counting.tally.holds(gva)
 
     def guard(self, trap: Trap) -> None:
         """One more sensitive instruction, in code that was looked through before."""

@@ -16,6 +16,9 @@ from unicorn import unicorn_const as uc
 
 from labkit.engines.disasm import disassemble
 from labkit.engines.exits import Exit, HaltExit, HypercallExit, MmioExit
+from labkit.engines.unicorn.isa.arm64_align import SA, SA0, A, Access
+from labkit.engines.unicorn.isa.arm64_align import access as _access
+from labkit.engines.unicorn.isa.arm64_align import check as aligned
 from labkit.engines.unicorn.isa.plain import PlainQuirks, common_words, probe
 from labkit.engines.unicorn.isa.traps import Trap
 from labkit.engines.unicorn.native.lib import Handle, RegBatch, check
@@ -28,7 +31,7 @@ __all__ = ["Arm64"]
 
 MASK64 = (1 << 64) - 1
 UDEF, PREFETCH_ABORT, DATA_ABORT = 1, 3, 4  # QEMU's EXCP_*
-EC_PC_ALIGNMENT, IL = 0x22, 1 << 25
+EC_PC_ALIGNMENT, EC_DATA_ABORT, EC_SP_ALIGNMENT, IL = 0x22, 0x24, 0x26, 1 << 25
 # Exception classes of a breakpoint and of a software step, from a lower level and from the same
 _DEBUG = frozenset({0x30, 0x31, 0x32, 0x33})
 NOT_SUPPORTED = -1  # SMCCC
@@ -73,7 +76,8 @@ _KINDS = (  # mask, value, kind; the first that fits
     (0x3FA07C00, 0x08A07C00, "locked"),  # CAS
     (0xBFA07C00, 0x08207C00, "locked"),  # CASP
     (0xFF20EC00, 0xF8204000, "locked"),  # LDSMAX, LDSMIN of 64 bits
-    (0x3F20EC00, 0x38204000, "refused"),  # of fewer
+    (0x3F20EC00, 0x38204000, "signed"),  # of fewer, which Unicorn compares without a sign
+    (0xFFFFFFE0, 0xD5181000, "sctlr"),  # MSR SCTLR_EL1
     (0x3B200C00, 0x38200000, "locked"),  # LDADD to SWP
 )
 _STORE = (0x3FC00000, 0x39000000)  # STR, STRH, STRB with an unsigned offset
@@ -194,6 +198,8 @@ _mmio_exit = lru_cache(256)(MmioExit)
 
 def _kind(word: int) -> str | None:
     """How the host carries out an instruction; None when Unicorn may."""
+    if word & 0x3FFFFC00 == 0x38BFC000:  # LDAPR, among the atomics
+        return None
     for mask, value, kind in _KINDS:
         if word & mask == value:
             if kind != "exclusive":
@@ -318,11 +324,15 @@ class Arm64(PlainQuirks):
     def scan(self, data: bytes, gva: int) -> dict[int, Trap]:
         """The sensitive instructions of a block."""
         found = {}
+        sctlr, level = self.read("sctlr_el1"), self.read("pstate") >> 2 & 3
         for i, (word,) in enumerate(struct.iter_unpack("<I", data[: len(data) & -4])):
             at = gva + 4 * i
-            kind = "device" if at in self._devices else _kind(word)
-            if kind is not None:
-                found[at] = Trap(kind, at, data[4 * i : 4 * i + 4], "", "", kind != "locked")
+            kind, check = ("device" if at in self._devices else _kind(word)), None
+            if kind is None and (access := _access(word, at)) is not None:
+                kind, check = aligned(access, sctlr, level) or (None, None)
+            if kind is not None and at != self.passes:
+                insn, stops = data[4 * i : 4 * i + 4], kind != "locked"
+                found[at] = Trap(kind, at, insn, "", "", stops, check)
         return found
 
     def hole(self, pc: int) -> Exit | None:
@@ -365,8 +375,65 @@ class Arm64(PlainQuirks):
         self.retire(trap)
         return HaltExit()
 
-    def _do_refused(self, trap: Trap) -> Exit:
-        return self.core.refuse("Unicorn compares these as numbers without a sign")
+    def _do_sctlr(self, trap: Trap) -> Exit | None:
+        """Alignment checks may begin or end: code is looked through anew."""
+        if not self.read("pstate") >> 2 & 3:
+            return self.natively(trap)
+        target = trap.data[0] & 31
+        value = 0 if target == 31 else self.read(f"x{target}")
+        changed = (value ^ self.read("sctlr_el1")) & (A | SA | SA0)
+        self.retire(trap, sctlr_el1=value)
+        self.core.forget_translations(code=bool(changed))
+        self.core.sync()
+        return None
+
+    def _access_of(self, trap: Trap) -> tuple[Access, int]:
+        """The memory access of a trap, and where it goes now."""
+        access = _access(int.from_bytes(trap.data, "little"), trap.gva)
+        assert access is not None, "it was one when the trap was made"
+        values = {
+            number: self.read("sp" if number == 31 else f"x{number}")
+            for number in (access.base, access.index)
+            if number >= 0
+        }
+        return access, access.gva(values)
+
+    def _do_unaligned(self, trap: Trap) -> Exit | None:
+        """An alignment fault (Arm ARM D17.2.40: DFSC 0b100001)."""
+        access, gva = self._access_of(trap)
+        return self._abort(trap.gva, 0x21 | access.is_write << 6, gva)
+
+    def _do_stack(self, trap: Trap) -> Exit | None:
+        """The stack pointer is not at a multiple of 16."""
+        return self._deliver(trap.gva, EC_SP_ALIGNMENT << 26 | IL, None)
+
+    def _abort(self, pc: int, iss: int, gva: int) -> Exit | None:
+        """A data abort from the present level."""
+        level = self.read("pstate") >> 2 & 3
+        return self._deliver(pc, (EC_DATA_ABORT + (level > 0)) << 26 | IL | iss, gva)
+
+    def _do_signed(self, trap: Trap) -> Exit | None:
+        """LDSMAX and LDSMIN of 8, 16 and 32 bits."""
+        word = int.from_bytes(trap.data, "little")
+        size, source, base, target = 1 << (word >> 30), word >> 16 & 31, word >> 5 & 31, word & 31
+        gva = self.read("sp" if base == 31 else f"x{base}")
+        if gva & size - 1:
+            return self._abort(trap.gva, 0x21, gva)
+        gpa = self.core.memory.translate(gva, uc.UC_PROT_WRITE)
+        if gpa is None or not self.core.vm.overlaps(gpa, size):
+            return self.natively(trap)
+
+        bits = 8 * size
+        old = int.from_bytes(self.core.memory.read(gva, size) or b"", "little")
+        other = 0 if source == 31 else self.read(f"x{source}") & (1 << bits) - 1
+        choose = min if word >> 12 & 1 else max
+        new = choose(old, other, key=lambda value: value - (value >> bits - 1 << bits))
+        self.core.memory.write(gva, new.to_bytes(size, "little"))
+        if target == 31:  # XZR
+            self.retire(trap)
+        else:
+            self.retire(trap, **{f"x{target}": old})
+        return None
 
     def _do_call(self, trap: Trap) -> Exit:
         """HVC and SMC, which KVM takes for SMCCC calls.

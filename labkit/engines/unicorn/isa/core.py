@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from labkit.arch.x86_cpu import CpuModel
     from labkit.engines.base import Trace
     from labkit.engines.exits import Exit, InternalErrorExit
+    from labkit.engines.unicorn.counting import Counting
     from labkit.engines.unicorn.isa.traps import Trap
     from labkit.engines.unicorn.mmu import Mmu
     from labkit.engines.unicorn.native.lib import Handle
@@ -51,6 +52,7 @@ class Core(Protocol):
 
     index: int
     handle: Handle
+    counting: Counting
     trace: Trace
     insns: int  # retired so far; only `retire`, `unretire` and `recount` change it
     resumed: int | None  # `insns` behind what may have set the flag RF
@@ -73,11 +75,12 @@ class Core(Protocol):
     def meet_hole(self) -> Exit | None: ...  # the instruction that touches what no memslot holds
 
     # What changes for the runs that follow
-    def is_translated(self, gva: int) -> bool: ...  # the instruction there is in a block
     def guard(self, trap: Trap) -> None: ...  # one more sensitive instruction
     def unguard(self, gva: int) -> None: ...  # that one may run in Unicorn again
     def resume_here(self) -> None: ...  # the run ends between two iterations of a REP
-    def forget_translations(self) -> None: ...  # page tables, or where they are, have changed
+    def forget_translations(
+        self, code: bool = False
+    ) -> None: ...  # page tables, or where they are, have changed
     def sync(self) -> None: ...  # and do so at once
 
     def refuse(self, why: str) -> InternalErrorExit: ...  # the exit for what cannot be run

@@ -85,11 +85,13 @@ class PlainQuirks:
     capabilities: ClassVar[tuple[Capability, ...]] = ()
     fault_trace: FaultTrace | None = None
     two_blocks_count = 0
+    owed = 0
     longest = 4  # bytes of an instruction
 
     def __init__(self, core: Core) -> None:
         self.core, self.handle = core, core.handle
         self.awaits: list[int] | None = None  # [number of the register that `complete` sets]
+        self.passes = -1  # the trap that is Unicorn's for once
         self._pc = -1  # as last read; -1 when it may have changed since
         self._pc_id = self.plain[self.pc_name]
         self._batch = RegBatch(core.handle, (self._pc_id, *(self.plain[name] for name in self.hot)))
@@ -178,6 +180,14 @@ class PlainQuirks:
         """Carry out one sensitive instruction; None when the run goes on."""
         return self._handlers[trap.kind](trap)
 
+    def refuses(self, trap: Trap) -> bool:
+        """Every instruction is carried out."""
+        return False
+
+    def refused(self) -> Exit | None:
+        """See `refuses`."""
+        return None
+
     def complete(self, value: int) -> bool:
         """Give the value that the last exit returns; False when it returns none."""
         if self.awaits is None:
@@ -191,6 +201,15 @@ class PlainQuirks:
         for name, value in regs.items():
             self.write(name, value & MASK64)
         self.set_pc(trap.gva + len(trap.data))
+
+    def natively(self, trap: Trap) -> Exit | None:
+        """Let Unicorn run the instruction after all: it faults, or is not as bad as it may be."""
+        self.passes = trap.gva
+        self.core.unguard(trap.gva)
+        exit = self.core.run_one()
+        self.passes = -1
+        self.core.guard(trap)
+        return exit
 
     def _do_pause(self, trap: Trap) -> None:
         """Let nothing happen: Unicorn would leave its loop there.
@@ -240,6 +259,10 @@ class PlainQuirks:
     def came_before(self, vector: int | None) -> bool:
         """No exception comes before its instruction."""
         return False
+
+    def deliver_owed(self) -> Exit | None:
+        """No trap comes behind its instruction."""
+        return None
 
     def forget_exception(self) -> object:
         """Nothing stays behind."""

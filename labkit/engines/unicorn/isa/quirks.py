@@ -42,6 +42,7 @@ class Quirks(Protocol):
     two_blocks: bytes  # code of two blocks that do nothing and end the run
     two_blocks_count: int  # or that many instructions of them do (0: the code itself)
     fault_trace: FaultTrace | None  # where looks leave a trace
+    owed: int  # a trap for what ran before is due (0: none)
     pc_name: str
     longest: int  # bytes of an instruction
 
@@ -56,6 +57,8 @@ class Quirks(Protocol):
     def scan(self, data: bytes, gva: int) -> Mapping[int, Trap]: ...
     def trap(self, trap: Trap) -> Exit | None: ...
     def complete(self, value: int) -> bool: ...
+    def refuses(self, trap: Trap) -> bool: ...  # one that only corrects the count
+    def refused(self) -> Exit | None: ...  # and what comes of that
 
     # What Unicorn reported: an exception by its number, an instruction that it does not have,
     # one at pc that wants what no memslot holds
@@ -64,6 +67,7 @@ class Quirks(Protocol):
     def hole(self, pc: int) -> Exit | None: ...
     def is_fetch_fault(self, vector: int | None) -> bool: ...
     def came_before(self, vector: int | None) -> bool: ...  # the instruction there never began
+    def deliver_owed(self) -> Exit | None: ...  # the trap for what ran before
     def forget_exception(self) -> object: ...
 
     # What labkit's own walker found: a page fault at gva (no error: it is no address); a page with

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 from labkit.engines.disasm import decoder
-from labkit.engines.unicorn.isa.x86_forms import Check, form
+from labkit.engines.unicorn.isa.check import Check
+from labkit.engines.unicorn.isa.x86_forms import form
 
 __all__ = ["PREFIXES", "SIZES", "Trap", "pio_form", "scan"]
 
@@ -67,6 +68,7 @@ LONGEST = 15  # bytes of an instruction
 _COUNTED = frozenset({"rep", "shadow", "locked", "iret"})
 # Intercepted where registers are encrypted, Unicorn's own business elsewhere
 _SEALED = frozenset({"flush", "dr7"})
+_DEBUG_REGISTER = re.compile(r"\bdr\d")
 _STRING = frozenset(b"\xa4\xa5\xa6\xa7\xaa\xab\xac\xad\xae\xaf")
 # Every byte sequence that can begin or be part of one of them; a block without a match needs no
 # decoding
@@ -104,8 +106,8 @@ def _kind(data: bytes, mnemonic: str, op_str: str) -> str | None:
         return "shadow"
     if words[-1] == "mov" and (op_str.startswith("cr") or op_str.endswith("cr8")):
         return "control"
-    if words[-1] == "mov" and "dr7" in op_str:
-        return "dr7"
+    if words[-1] == "mov" and _DEBUG_REGISTER.search(op_str):
+        return "dr7" if "dr7" in op_str else "debug"
     return "vector" if _is_vector(data) else None
 
 
@@ -145,6 +147,8 @@ def scan(
             kind = "absent"
         elif kind is None or kind == "locked":
             kind, check = form(raw, at, mnemonic) or (kind, None)
+        if kind == "dr7" and not sealed:
+            kind = "debug"
         if kind is not None and (sealed or kind not in _SEALED):
             stops = kind not in _COUNTED
             found[at] = Trap(kind, at, raw, mnemonic, op_str, stops, check)

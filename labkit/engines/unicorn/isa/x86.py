@@ -18,10 +18,13 @@ from labkit.engines.unicorn.isa.quirks import FaultTrace
 from labkit.engines.unicorn.isa.sealed import HANDLERS
 from labkit.engines.unicorn.isa.traps import SIZES, Trap, pio_form, scan
 from labkit.engines.unicorn.isa.x86_control import CONTROL
+from labkit.engines.unicorn.isa.x86_debug import DEBUG, Watch
 from labkit.engines.unicorn.isa.x86_events import DB, GP, UD, VC, X86Events, canonical
 from labkit.engines.unicorn.isa.x86_float import FLOAT
 from labkit.engines.unicorn.isa.x86_forms import ABSENT
+from labkit.engines.unicorn.isa.x86_msrs import has_memory_types
 from labkit.engines.unicorn.isa.x86_owed import OWED
+from labkit.engines.unicorn.isa.x86_random import RANDOM
 from labkit.engines.unicorn.isa.x86_regs import CODE64, DATA, NATIVE_MSRS, PLAIN, X86Registers
 from labkit.engines.unicorn.native.calibrate import calibrate
 from labkit.engines.unicorn.native.lib import RegBatch
@@ -39,10 +42,6 @@ _TF, _BS = 1 << 8, 1 << 14  # RFLAGS, DR6
 _NO_GUESTS_HFLAGS = 0b111 << 19 | 0x7F << 25
 _BSP = 1 << 8  # IA32_APIC_BASE
 _TSC_AUX = 0xC000_0103
-_PAT, _MTRR_DEF_TYPE = 0x277, 0x2FF
-_FIXED_MTRRS = frozenset({0x250, 0x258, 0x259, *range(0x268, 0x270)})
-_MTRR_TYPES = frozenset({0, 1, 4, 5, 6})
-_MONITOR = 1 << 3  # CPUID 1 ECX
 _NATIVE = {index: name for name, index in NATIVE_MSRS.items()}
 _BASES = {0xC000_0100: "fs_base", 0xC000_0101: "gs_base"}
 # MSRs that hold a gva
@@ -86,13 +85,31 @@ class X86(X86Events):
             partial(core.handle.read, PLAIN["cr2"]),
             partial(core.handle.write, PLAIN["cr2"]),
         )
-        # As FNINIT leaves the x87, and KVM gives it to a guest
+        # As reset and FNINIT leave them, and KVM gives them to a guest
+        core.handle.write(x86_const.UC_X86_REG_MXCSR, 0x1F80)
         core.handle.write(x86_const.UC_X86_REG_FPCW, 0x37F)
         core.handle.write(x86_const.UC_X86_REG_FPTAG, 0xFFFF)
         self.read, self.read_all = self.regs.read, self.regs.read_all
-        self.write_many: Callable[[Mapping[str, int]], None] = self.regs.write_many
+        self.passes = -1  # the trap that is Unicorn's for once
+        self.owed = 0  # bits of DR6 that the instruction before has earned
+        self.watch = Watch(self)
 
     # --- what the run loop asks
+
+    def write_many(self, regs: Mapping[str, int]) -> None:
+        """Set several registers."""
+        self.regs.write_many(regs)
+        if any(name.startswith("dr") for name in regs):
+            self.watch.arm()
+
+    def deliver_owed(self) -> Exit | None:
+        """The trap for a data breakpoint of the guest that was hit."""
+        return self.watch.deliver()
+
+    def exception(self, vector: int) -> Exit | None:
+        """An exception that Unicorn reported; its instruction has hit no breakpoint."""
+        self.owed = 0
+        return super().exception(vector)
 
     def pc(self) -> int:
         """RIP."""
@@ -135,7 +152,19 @@ class X86(X86Events):
 
     def scan(self, data: bytes, gva: int) -> Mapping[int, Trap]:
         """Find the sensitive instructions of a block."""
-        return scan(data, gva, self._sealed, self._absent)
+        found = scan(data, gva, self._sealed, self._absent)
+        if self.passes not in found:
+            return found
+        return {at: trap for at, trap in found.items() if at != self.passes}
+
+    def natively(self, trap: Trap) -> Exit | None:
+        """Let Unicorn run the instruction after all."""
+        self.passes = trap.gva
+        self.core.unguard(trap.gva)
+        exit: Exit | None = self.core.run_one()
+        self.passes = -1
+        self.core.guard(trap)
+        return exit
 
     def do(self, trap: Trap) -> Exit | None:
         """Carry out one sensitive instruction as the host of a guest that hides nothing."""
@@ -168,6 +197,7 @@ class X86(X86Events):
             "random": list(self.random.getstate()[1]),
             "pending": list(self.pending),
             "awaits": self.awaits,
+            "hits": self.owed,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -177,6 +207,8 @@ class X86(X86Events):
         self.random.setstate((3, tuple(state["random"]), None))
         self.pending = list(state["pending"])
         self.awaits = state["awaits"]
+        self.owed = state["hits"]
+        self.watch.arm()
 
     def complete(self, value: int) -> bool:
         """Give the value that the last IN, INS or hypercall returns; False when there was none."""
@@ -339,7 +371,7 @@ class X86(X86Events):
         elif index in _NATIVE or index in _BASES:
             self.regs.write(_NATIVE.get(index) or _BASES[index], value)
         elif index in self.cpu.msrs and index not in self.cpu.read_only_msrs:
-            if not _has_memory_types(index, value):
+            if not has_memory_types(index, value):
                 return False
             self.msrs[index] = value
         else:
@@ -395,18 +427,6 @@ class X86(X86Events):
         self.awaits = [8]
         return HypercallExit(nr, tuple(args))
 
-    def _do_random(self, trap: Trap) -> Exit | None:
-        """RDRAND and RDSEED from a seeded generator, so that runs repeat.
-
-        CF says that there was a number.
-        """
-        wide, bits = _wide(trap.op_str)
-        value = self.random.getrandbits(bits)
-        if bits == 16:  # the rest of the register stays
-            value |= self.regs.read(wide) & ~0xFFFF
-        flags = self.regs.read("rflags") & ~0x8D5 | 1
-        return self.retire(trap, **{wide: value}, rflags=flags)
-
     def _do_syscall(self, trap: Trap) -> Exit | None:
         """SYSCALL in long mode (SDM vol. 2B): Unicorn alone would only step over it."""
         if not self.regs.read("efer") & 1:
@@ -433,17 +453,6 @@ class X86(X86Events):
     def _do_icebp(self, trap: Trap) -> Exit | None:
         self.set_pc(trap.gva + len(trap.data))
         return self.deliver(DB)
-
-    def _do_monitor(self, trap: Trap) -> Exit | None:
-        """MONITOR and MWAIT as KVM has them where they are announced.
-
-        Nothing is waited for (SDM vol. 2B).
-        """
-        if not self.cpu.leaf(1, 0)[2] & _MONITOR or not self.privileged():
-            return self.deliver(UD)
-        if self.regs.read("rcx"):  # no extension or hint is announced
-            return self.deliver(GP, 0)
-        return self.retire(trap)
 
     def _do_pause(self, trap: Trap) -> Exit | None:
         """Let nothing happen: Unicorn would leave its loop at PAUSE.
@@ -488,34 +497,11 @@ _HANDLERS: dict[str, Callable[[X86, Trap], Exit | None]] = (
         if name.startswith("_do_")
     }
     | CONTROL
+    | DEBUG
     | FLOAT
     | OWED
+    | RANDOM
 )
-
-
-def _has_memory_types(index: int, value: int) -> bool:
-    """Whether an MSR of memory types gets types that exist (SDM vol. 3A 12.11, 12.12)."""
-    if index == _PAT:
-        return all(byte in (0, 1, 4, 5, 6, 7) for byte in value.to_bytes(8, "little"))
-    if index in _FIXED_MTRRS:
-        return all(byte in _MTRR_TYPES for byte in value.to_bytes(8, "little"))
-    if index == _MTRR_DEF_TYPE:
-        return not value & ~0xCFF and value & 0xFF in _MTRR_TYPES
-    return True
-
-
-def _wide(name: str) -> tuple[str, int]:
-    """The 64-bit register behind a name, and the bits that are meant: ("rax", 16) for ax."""
-    if name.endswith("d") or name[0] == "e":
-        bits = 32
-    elif name[0] == "r" and not name.endswith("w"):
-        bits = 64
-    else:
-        bits = 16
-
-    if name[1:2].isdigit():  # r8d, r10w
-        return name.rstrip("dw"), bits
-    return "r" + (name if bits == 16 else name[1:]), bits
 
 
 @cache

@@ -14,12 +14,13 @@ from unicorn import unicorn_const as uc
 from labkit.engines.base import GuestFault
 from labkit.engines.disasm import disassemble, memory_operands
 from labkit.engines.exits import Exit, MemoryFaultExit, ShutdownExit
-from labkit.engines.unicorn.isa.x86_operands import place
+from labkit.engines.unicorn.isa.x86_operands import place, registers, whole
 from labkit.engines.unicorn.mmu import NOT_YOURS
 from labkit.engines.unicorn.native.calibrate import CC_OP_EFLAGS, calibrate
 
 if TYPE_CHECKING:
     from labkit.engines.unicorn.isa.core import Core
+    from labkit.engines.unicorn.isa.traps import Trap
     from labkit.engines.unicorn.isa.x86_regs import X86Registers
 
 __all__ = [
@@ -139,7 +140,22 @@ class X86Events:
         """
         pc = self.regs.read("rip")
         in_last_page = pc >> 12 == (1 << 47) - 1 >> 12
-        return not canonical(pc) or (in_last_page and not self.core.is_translated(pc))
+        return not canonical(pc) or (in_last_page and not self.core.counting.tally.holds(pc))
+
+    def refuses(self, trap: Trap) -> bool:
+        """Whether a MOV to SS loads a null selector that is not of the present level (SDM vol. 2B).
+
+        At CPL3 none is allowed, and Unicorn says so.
+        """
+        names = registers(trap.data)
+        if len(names) < 2 or self.regs.read("cs") & 3:
+            return False
+        value = self.regs.read(whole(names[1][0])) & 0xFFFF
+        return 0 < value < 4
+
+    def refused(self) -> Exit | None:
+        """#GP for it."""
+        return self.deliver(GP, 0)
 
     def came_before(self, vector: int | None) -> bool:
         """No exception comes before its instruction but a fetch's."""

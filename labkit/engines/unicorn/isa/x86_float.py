@@ -109,8 +109,6 @@ class _Operand:
         if not canonical(self.gva) or not canonical(last):
             vector = 12 if self.where.is_stack else GP
             return True, self.cpu.deliver(vector, 0)
-        if self.where.size == 16 and self.gva & 15 and is_write is None:
-            return True, self.cpu.deliver(GP, 0)
         memory = self.cpu.core.memory
         access = 2 if is_write else 1  # UC_PROT_WRITE, UC_PROT_READ
         for at in (self.gva, last):
@@ -224,7 +222,7 @@ def _carry_out_x87(cpu: X86, host: Borrowed, trap: Trap, name: str, area: bytear
     busy = _ES | _BUSY if status & ~control & _FLAGS else 0
     if is_store and written:
         cpu.core.memory.write(operand.gva, written)
-    _put_x87(cpu, after, busy)
+    _put_x87(cpu, bytes(after), busy)
     return cpu.retire(trap, **_changed(cpu, gprs, flags))
 
 
@@ -286,10 +284,10 @@ def _carry_out_sse(cpu: X86, host: Borrowed, trap: Trap, data: bytes) -> Exit | 
         if unmasked & _BEFORE:
             cpu.regs.write("mxcsr", mxcsr | raised & _BEFORE)
         return cpu.deliver(XM if cpu.regs.read("cr4") & _OSXMMEXCPT else UD)
-    _put_sse(cpu, before, after)
+    _put_sse(cpu, before, bytes(after))
     if uses_mmx:
         struct.pack_into("<H", after, 0, struct.unpack_from("<H", before, 0)[0])
-        _put_x87(cpu, after)
+        _put_x87(cpu, bytes(after))
     return cpu.retire(trap, **_changed(cpu, gprs, flags))
 
 

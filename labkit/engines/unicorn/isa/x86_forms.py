@@ -6,13 +6,12 @@ address or a register has certain bits: a hook in machine code looks (`Check`, s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from unicorn import x86_const as x86
 
+from labkit.engines.unicorn.isa.check import Check
 from labkit.engines.unicorn.isa.x86_operands import Place, place, registers, wide
 
-__all__ = ["ABSENT", "FLOATS", "Check", "form"]
+__all__ = ["ABSENT", "FLOATS", "form"]
 
 HIGH = 0xFFFF_FFFF_0000_0000
 NOT_CANONICAL = 0xFFFF_0000_0000_0000  # bits of an address to which 1 << 47 was added
@@ -64,21 +63,6 @@ ABSENT = {
     for name in names.split()
 }
 # fmt: on
-
-
-@dataclass(frozen=True)
-class Check:
-    """A trap only when the sum has one of the bits in mask.
-
-    The sum is of a displacement and of up to three registers, libunicorn's numbers, 0 for none.
-    """
-
-    base: int
-    index: int
-    scale: int
-    segment: int
-    displacement: int
-    mask: int
 
 
 def _number(name: str) -> int:

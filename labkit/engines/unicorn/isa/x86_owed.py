@@ -13,7 +13,7 @@ from unicorn import unicorn_const as uc
 from labkit.engines.exits import Exit
 from labkit.engines.unicorn.isa.traps import Trap
 from labkit.engines.unicorn.isa.x86_events import GP, NP, SS, UD, canonical
-from labkit.engines.unicorn.isa.x86_operands import place, registers, wide
+from labkit.engines.unicorn.isa.x86_operands import place, registers, whole, wide
 
 if TYPE_CHECKING:
     from labkit.engines.unicorn.isa.x86 import X86
@@ -23,6 +23,7 @@ __all__ = ["OWED"]
 MASK32, MASK64 = (1 << 32) - 1, (1 << 64) - 1
 _FSGSBASE = 1 << 16  # CR4
 _ARITHMETIC = 0x8D5
+_MONITOR = 1 << 3  # CPUID 1 ECX
 _AVAILABLE_TSS, _BUSY = 0x9, 0x2  # types of a 64-bit system segment
 
 
@@ -96,7 +97,7 @@ def _do_ltr(cpu: X86, trap: Trap) -> Exit | None:
         return cpu.deliver(GP, 0)
     where = place(trap.data, trap.gva)
     if where is None:
-        selector = cpu.regs.read(_register64(registers(trap.data)[0][0])) & 0xFFFF
+        selector = cpu.regs.read(whole(registers(trap.data)[0][0])) & 0xFFFF
     else:
         gva = where.gva(cpu.regs)
         if not canonical(gva):
@@ -122,16 +123,21 @@ def _do_ltr(cpu: X86, trap: Trap) -> Exit | None:
     return cpu.retire(trap, tr=selector, tr_base=tss_base, tr_limit=found[1])
 
 
-def _register64(name: str) -> str:
-    """The 64-bit register that any part of one belongs to."""
-    if name[1:2].isdigit():
-        return name.rstrip("dwb")
-    return name if name[0] == "r" else "r" + name.removeprefix("e")
-
-
 def _do_absent(cpu: X86, trap: Trap) -> Exit | None:
     """What CPUID does not announce is undefined, though Unicorn has it."""
     return cpu.deliver(UD)
+
+
+def _do_monitor(cpu: X86, trap: Trap) -> Exit | None:
+    """MONITOR and MWAIT as KVM has them where they are announced.
+
+    Nothing is waited for (SDM vol. 2B).
+    """
+    if not cpu.cpu.leaf(1, 0)[2] & _MONITOR or not cpu.privileged():
+        return cpu.deliver(UD)
+    if cpu.regs.read("rcx"):  # no extension or hint is announced
+        return cpu.deliver(GP, 0)
+    return cpu.retire(trap)
 
 
 OWED: dict[str, Callable[[X86, Trap], Exit | None]] = {
@@ -141,5 +147,6 @@ OWED: dict[str, Callable[[X86, Trap], Exit | None]] = {
     "wrbase": _do_wrbase,
     "ltr": _do_ltr,
     "absent": _do_absent,
+    "monitor": _do_monitor,
 }
 """By the kind of trap."""

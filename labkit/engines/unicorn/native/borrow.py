@@ -28,7 +28,7 @@ PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf2\xf3")
 PUSHES, POPS = bytes.fromhex("5355415441554156 4157"), bytes.fromhex("415f415e415d415c5d5b")
 
 
-def modrm_at(data: bytes) -> int:
+def _modrm_at(data: bytes) -> int:
     """Where the ModRM byte of an instruction is."""
     at = 0
     while data[at] in PREFIXES:
@@ -72,7 +72,7 @@ class Borrowed:
 
     def _relocated(self, code: bytes, insn: bytes) -> bytes:
         """The instruction with our buffer as its memory operand."""
-        at = modrm_at(insn)
+        at = _modrm_at(insn)
         modrm = insn[at]
         if modrm >> 6 == 3:
             return code + insn
