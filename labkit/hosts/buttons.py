@@ -195,7 +195,8 @@ class VmController:
 
     def _to_the_end(self) -> Came | None:
         """All vCPUs under the schedule, until all are done or one cannot go on."""
-        return drive(self.vm, self._limit())
+        with self.vm.turn.run("run_until_done"):  # one run, or a stop between two would be lost
+            return drive(self.vm, self._limit())
 
     def _run_to(self, gva: int | None = None, line: int | None = None) -> Came | None:
         if gva is None and line is None:

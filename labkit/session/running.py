@@ -33,6 +33,7 @@ __all__ = [
     "run_scheduled",
     "runnable",
     "stream",
+    "stream_of",
 ]
 
 Came = Ucall | Exit
@@ -136,6 +137,22 @@ def stream(
         yield came
         if not goes_on(came):
             return
+
+
+def stream_of(vm: Vm, max_insns: int | None) -> Iterator[Came]:
+    """What `vm.stream` gives: all vCPUs under the schedule."""
+
+    def run_once(left: int | None) -> Came:
+        with vm.turn.run("stream"):
+            return run_on(vm, left)
+
+    def all_done() -> bool:
+        return all(vcpu.state == "done" for vcpu in vm.vcpus)
+
+    try:
+        yield from stream(run_once, all_done, lambda: vm.step, max_insns)
+    finally:
+        vm.machine.pause()
 
 
 def drive(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from labkit.arch.translation import Translation
 from labkit.arch.x86_cpu import CpuModel
 from labkit.checked import checked, checks_itself
 from labkit.engines import Capability
@@ -21,15 +19,16 @@ from labkit.guest.values import CValue
 from labkit.machine.schedule import Schedule
 from labkit.machine.vm import Machine
 from labkit.outside import plain
-from labkit.paging.scan import PageTable, scan
+from labkit.paging.scan import PageTable
 from labkit.session.events import Event, EventLog
 from labkit.session.explain import explain
 from labkit.session.handlers import install_handler
 from labkit.session.make import Plan, as_program, make_barebones, make_twin, make_vm
 from labkit.session.names import Names
-from labkit.session.running import collect, run_on, stream
+from labkit.session.running import collect, run_on, stream_of
 from labkit.session.shifts import Shifts
 from labkit.session.state import VmState, put_state, take_state
+from labkit.session.tables import page_table_of
 from labkit.session.turn import Running, Turn, act, look
 from labkit.session.vcpu import Vcpu
 from labkit.sev.guest import ProtectedGuest
@@ -44,6 +43,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     import pandas as pd
+
+    from labkit.arch.translation import Translation
 
 __all__ = ["Vm"]
 
@@ -248,13 +249,10 @@ class Vm:
         With max_insns at most that many instructions in all (then BudgetExit).
         """
         with self.turn.run("run"):
-            return self._run(max_insns)
-
-    def _run(self, max_insns: int | None) -> Ucall | Exit:
-        try:
-            return run_on(self, max_insns)
-        finally:
-            self.machine.pause()
+            try:
+                return run_on(self, max_insns)
+            finally:
+                self.machine.pause()
 
     def stop(self) -> bool:
         """Have the run that is on end within 100 ms, its state intact (StopExit); from any thread.
@@ -273,17 +271,7 @@ class Vm:
 
         A budget that is used up is a BudgetExit, which comes last.
         """
-        try:
-            yield from stream(self._run_once, self._all_done, lambda: self.step, max_insns)
-        finally:
-            self.machine.pause()
-
-    def _run_once(self, max_insns: int | None) -> Ucall | Exit:
-        with self.turn.run("stream"):
-            return run_on(self, max_insns)
-
-    def _all_done(self) -> bool:
-        return all(vcpu.state == "done" for vcpu in self.vcpus)
+        return stream_of(self, max_insns)
 
     def run_until_done(self, max_insns: int | None = None) -> list[Ucall]:
         """Run all vCPUs to their DONE under the schedule; returns every ucall.
@@ -357,14 +345,7 @@ class Vm:
         one below that table, in the format that the vCPU uses. It has df, walk(gva), maps(gpa) and
         diff(other); found_by says where root and format come from.
         """
-        space = self.machine.space
-        found = self.translation() if vcpu is None else vcpu.translation()
-        if found is None:
-            found = Translation(space.mode, space.root_gpa, "the VM has no vCPU")
-        if root is not None:
-            found = Translation(found.mode, found.mode.root(root), f"asked for; {found.said_by}")
-        table = scan(space.eye, found.mode, found.root, self.step, self.names)
-        return replace(table, found_by=found.said_by)
+        return page_table_of(self, vcpu, root)
 
     @property
     @look
