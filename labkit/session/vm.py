@@ -27,6 +27,7 @@ from labkit.session.explain import explain
 from labkit.session.handlers import install_handler
 from labkit.session.make import Plan, as_program, make_barebones, make_twin, make_vm
 from labkit.session.names import Names
+from labkit.session.progress import watch
 from labkit.session.running import collect, run_on, stream
 from labkit.session.shifts import Shifts
 from labkit.session.state import VmState, put_state, take_state
@@ -98,6 +99,7 @@ class Vm:
         self.closed = False
         self.observers: list[Callable[[], None]] = []
         self._host_globals = HostGlobals(program) if program is not None else None
+        watch(self)
 
     # --- making VMs
 
@@ -247,7 +249,7 @@ class Vm:
 
         With max_insns at most that many instructions in all (then BudgetExit).
         """
-        with self.turn.run("run"):
+        with self.turn.run("run", max_insns, self.step):
             return self._run(max_insns)
 
     def _run(self, max_insns: int | None) -> Ucall | Exit:
@@ -290,7 +292,7 @@ class Vm:
 
         Raises as Vcpu.run_until_done does.
         """
-        with self.turn.run("run_until_done"):
+        with self.turn.run("run_until_done", max_insns, self.step):
             return collect(self.stream(max_insns), self.explain)
 
     @look
@@ -326,10 +328,7 @@ class Vm:
 
     @act
     def alloc_shared(self, size: int, min_gva: int = 0x2000, kind: str = "shared") -> int:
-        """The same, but never encrypted (vm_vaddr_alloc_shared).
-
-        Without protection there is no difference.
-        """
+        """The same, but never encrypted where others would be (vm_vaddr_alloc_shared)."""
         gva = self.machine.space.alloc(size, kind, min_gva, protected=False)
         self.changed()
         return gva

@@ -44,6 +44,7 @@ HOMES = {
     "numba": ("engines/unicorn",),
     "cryptography": ("sev", "bench"),
     "argcomplete": ("cli",),
+    "tqdm": ("session/progress",),
     "pandas": ("hexed", "paging", "ucall", "session", "look", "explore"),
     "numpy": (
         "paging",
@@ -65,6 +66,7 @@ HOMES = {
 }
 # These load only when first needed.
 LAZY = {
+    "tqdm",
     "argcomplete",
     "pandas",
     "matplotlib",
