@@ -19,11 +19,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from labkit.session.turn import Running
+from labkit.shown import is_notebook
 
 if TYPE_CHECKING:
     from labkit.session.vm import Vm
 
-__all__ = ["DISABLE", "LATE", "Line", "is_notebook", "is_shown", "quiet", "watch"]
+__all__ = ["DISABLE", "LATE", "Line", "is_shown", "quiet", "watch"]
 
 LATE = 1.0  # seconds from which on a run is one that people want to be told of
 INSNS = " insns"
@@ -34,13 +35,6 @@ _lock = threading.Lock()
 _lines: weakref.WeakKeyDictionary[Vm, _Line] = weakref.WeakKeyDictionary()
 _watcher: list[threading.Thread] = []  # one at most
 _quiet: list[None] = []  # as many as there are `quiet` blocks
-
-
-def is_notebook() -> bool:
-    """Whether this is a notebook's kernel."""
-    if "IPython" not in sys.modules:
-        return False
-    return hasattr(sys.modules["IPython"].get_ipython(), "kernel")
 
 
 def is_shown() -> bool:
