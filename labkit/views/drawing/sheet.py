@@ -49,9 +49,9 @@ class _Page:
     def text(self, words: str, height: int, classes: str, letter: float) -> None:
         """One line of text."""
         self.bottom += height
-        self.parts.append(
-            f'<text x="{EDGE}" y="{self.bottom - 4:g}" class="{classes}">{esc(plain(words, MAX_WORDS))}</text>'
-        )
+        said = esc(plain(words, MAX_WORDS))
+        place = f'x="{EDGE}" y="{self.bottom - 4:g}"'
+        self.parts.append(f'<text {place} class="{classes}">{said}</text>')
         self.right = max(self.right, EDGE + letter * len(words))
 
     def drawing(self, drawing: str, said: str) -> None:
