@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labkit.checked import checked
@@ -130,4 +131,9 @@ def _draw(snapshot: object) -> Any:
     return import_module("labkit.views.dashboard").bundle(snapshot)
 
 
-draw_with(_draw)
+def _save(snapshot: object, path: Path, theme: str) -> None:
+    """Its picture as a file."""
+    import_module("labkit.views.dashboard").draw(snapshot).save(path, theme)
+
+
+draw_with(_draw, _save)

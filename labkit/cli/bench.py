@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from labkit.cli.output import print_json
+from labkit.cli.waiting import told
 from labkit.errors import NotAvailable
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     kept = True
     for group in args.groups or GROUPS:
         try:
-            for result in _results(group):
+            for result in told(_results(group), f"bench {group}"):
                 kept = kept and result.ok
                 _show(result, args.json)
         except NotAvailable as err:

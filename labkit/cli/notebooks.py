@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labkit.errors import InvalidState, NotAvailable
+from labkit.session.progress import DISABLE
 
 if TYPE_CHECKING:
     from nbclient import NotebookClient
@@ -64,8 +66,13 @@ def clean_up(path: Path) -> bool:
 
 
 def client(path: Path, notebook: Any) -> NotebookClient:
-    """What runs its cells: a kernel of this Python, in the notebook's own directory."""
+    """What runs its cells: a kernel of this Python, in the notebook's own directory.
+
+    Long runs show no line of progress in it: nobody waits there, and it would stay in the outputs.
+    """
     from nbclient import NotebookClient
+
+    os.environ.setdefault(DISABLE, "1")  # the kernel inherits it
 
     return NotebookClient(
         notebook,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from labkit.cli.output import print_json, say
+from labkit.cli.waiting import told
 
 if TYPE_CHECKING:
     from labkit.hosts.hosting import Verdict
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     backends = args.backend.split(",")
     counts = Counter[str]()
-    for verdict in survey(args.folder, backends, HOSTED):
+    for verdict in told(survey(args.folder, backends, HOSTED), "selftests"):
         counts[verdict.verdict] += 1
         if args.json:
             print_json(asdict(verdict))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from labkit.shown import mimebundle
+from labkit.shown import mimebundle, save
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -141,6 +141,8 @@ class Comparison:
 
     def __repr__(self) -> str:
         return f"<Comparison {self.status}>"
+
+    save = save
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
         return mimebundle(self)

@@ -15,6 +15,7 @@ from elftools.dwarf.die import DIE
 
 from labkit.guest.types import ENCODINGS, MAX_DIES, variable_die
 from labkit.guest.values import Array, CType, Field, Number, Opaque, Order, Record
+from labkit.outside import plain
 
 __all__ = ["declared_type"]
 
@@ -194,7 +195,9 @@ def _base(die: DIE) -> CType:
 
 def _name(die: DIE) -> str:
     attribute = die.attributes.get("DW_AT_name")
-    return attribute.value.decode("utf-8", "replace") if attribute is not None else ""
+    if attribute is None:
+        return ""
+    return plain(attribute.value.decode("utf-8", "replace"))
 
 
 def _size(die: DIE, otherwise: int | None = None) -> int:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from labkit.checked import checked
 from labkit.errors import InvalidState
 from labkit.machine.memory import PAGE
-from labkit.shown import mimebundle
+from labkit.shown import mimebundle, save
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -206,6 +206,8 @@ class EncryptionMap:
 
     def __repr__(self) -> str:
         return f"<EncryptionMap {self.protection}: {self.status}>"
+
+    save = save
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
         return mimebundle(self)

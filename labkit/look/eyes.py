@@ -13,7 +13,7 @@ from labkit.checked import checked
 from labkit.errors import InvalidState
 from labkit.machine.memory import PAGE
 from labkit.paging.entries import Bools
-from labkit.shown import mimebundle
+from labkit.shown import mimebundle, save
 
 __all__ = ["BLOCK", "Eye", "PageEyes"]
 
@@ -144,6 +144,8 @@ class PageEyes:
 
     def __repr__(self) -> str:
         return f"<PageEyes gpa {self.gpa:#x}: {self.status}>"
+
+    save = save
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
         return mimebundle(self)

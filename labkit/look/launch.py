@@ -12,7 +12,7 @@ from labkit.sev.commands import GuestState
 from labkit.sev.policy import Policy, SnpPolicy, Status, policy_api, snp_policy_api
 from labkit.sev.psp_guest import Measured
 from labkit.sev.snp import SnpMeasured, SnpState
-from labkit.shown import mimebundle
+from labkit.shown import mimebundle, save
 
 __all__ = ["LaunchProgress", "LaunchStep", "launch_steps", "policy_text"]
 
@@ -112,6 +112,8 @@ class LaunchProgress:
 
     def __repr__(self) -> str:
         return f"<LaunchProgress {self.protection}: {self.status}>"
+
+    save = save
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
         return mimebundle(self)

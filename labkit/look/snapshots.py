@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from labkit.checked import checked
 from labkit.paging.scan import PageTable
-from labkit.shown import mimebundle
+from labkit.shown import mimebundle, save
 from labkit.ucall.snapshot import PoolSnapshot
 
 if TYPE_CHECKING:
@@ -145,6 +145,8 @@ class VcpuSnapshot(VcpuBrief):
             rows.append(replace(row, changed=not same))
         return replace(self, registers=tuple(rows))
 
+    save = save
+
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
         return mimebundle(self)
 
@@ -171,6 +173,8 @@ class MemoryMap:
     slots: tuple[tuple[int, int], ...]  # (gpa, size in bytes)
     ranges: tuple[MemoryRange, ...]
     step: int
+
+    save = save
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
         return mimebundle(self)
@@ -297,6 +301,8 @@ class VmSnapshot:
     shifts: NDArray[np.int64] | None = None  # rows of vCPU, first step, step behind the last
     log_of: int | None = None  # the vCPU whose events the log shows; None for all
     holds: tuple[Hold, ...] = ()  # of pool slots, the newest ones
+
+    save = save
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
         return mimebundle(self)

@@ -17,7 +17,7 @@ from labkit.paging.entries import U64, Bools, Indices, runs
 from labkit.paging.labels import Labels, range_label
 from labkit.paging.leaves import read_tables
 from labkit.paging.walk import Read, Walk, walk
-from labkit.shown import Bundle, mimebundle
+from labkit.shown import Bundle, mimebundle, save
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -257,6 +257,8 @@ class PageTable:
 
     def __repr__(self) -> str:
         return f"<PageTable {self.mode.name} root {self.root:#x}: {self.status}>"
+
+    save = save
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Bundle:
         return mimebundle(self)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from labkit.arch.desc import LAST, NONE, Level, PagingMode
 from labkit.errors import MemoryFault, PageFault
-from labkit.shown import Bundle, mimebundle
+from labkit.shown import Bundle, mimebundle, save
 
 if TYPE_CHECKING:
     from labkit.paging.scan import PageTable
@@ -96,6 +96,8 @@ class Walk:
 
     def __repr__(self) -> str:
         return f"<Walk {self.mode.name}: {self.status}>"
+
+    save = save
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Bundle:
         return mimebundle(self)

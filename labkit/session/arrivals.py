@@ -60,6 +60,7 @@ def _through_door(vm: Vm, vcpu: Vcpu, came: Exit, value: int | None) -> Ucall | 
     Zero is what ucall() hands over for no command at all: a ucall NONE, without a slot.
     """
     ucalls, step = vm.ucalls, vm.machine.engine.retired()
+    vm.turn.came_at = step
     if value is None:
         if ucalls is not None:
             ucalls.saw(vcpu.index, vcpu.cpu.locked_at, step)

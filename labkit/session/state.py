@@ -79,6 +79,7 @@ def put_state(vm: Vm, state: VmState) -> None:
         vm.host_pool.set_state(state.pool)
     vm.schedule = Schedule.restored(state.schedule)
     vm.log.replace(state.events)
+    vm.turn.came_at = state.step
     vm.shifts.set_state(state.shifts)
     for vcpu, was in zip(vm.vcpus, state.states, strict=True):
         vcpu.state = was

@@ -32,11 +32,16 @@ TICK = 0.1  # seconds between two times that those who follow a long run are tol
 
 @dataclass(frozen=True)
 class Running:
-    """A run that is on: what was called, on which thread, since when (time.monotonic())."""
+    """A run that is on: what was called, on which thread, since when (time.monotonic()).
+
+    budget: the most instructions that it may take, None without end; start: the VM's clock then.
+    """
 
     what: str
     thread: str
     since: float
+    budget: int | None = None
+    start: int = 0
 
     @property
     def seconds(self) -> float:
@@ -68,6 +73,9 @@ class Turn:
         self._runner = 0  # the thread that runs the guest, and how deep it is in runs; 0: nobody
         self._depth = 0
         self._what = ""
+        self._budget: int | None = None
+        self._start = 0
+        self.came_at = 0  # the VM's clock when a vCPU last came back
         self._since = 0.0
         self._next_tick = 0.0
         self._ticked = False  # the run that is on is so long that followers were told
@@ -83,7 +91,13 @@ class Turn:
         if not runner:
             return None
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        return Running(what, names.get(runner, f"{runner:#x}"), since)
+        who = names.get(runner, f"{runner:#x}")
+        return Running(what, who, since, self._budget, self._start)
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether somebody is told of long runs."""
+        return bool(self._followers)
 
     def follow(self, tell: Callable[[], object]) -> Callable[[], None]:
         """Call back every 0.1 s while a guest runs, on its thread, and when a long run has ended.
@@ -113,10 +127,11 @@ class Turn:
 
     # --- running
 
-    def begin(self, what: str) -> None:
+    def begin(self, what: str, budget: int | None = None, start: int | None = None) -> None:
         """The guest runs from here to `end`; a run inside a run of the same thread is part of it.
 
-        Raises Busy while another thread runs the guest.
+        budget and start are what Running says; without start it is `came_at`. Raises Busy while
+        another thread runs the guest.
         """
         # Every step of a guest comes through here: no call that can be spared.
         self._shield.hold()
@@ -128,6 +143,8 @@ class Turn:
         if self._depth == 0:
             self._runner = threading.get_ident()
             self._what = what
+            self._budget = budget
+            self._start = self.came_at if start is None else start
             self._since = time.monotonic()
             self._stop_asked = False
         self._depth += 1
@@ -157,9 +174,9 @@ class Turn:
             self._tell()
 
     @contextmanager
-    def run(self, what: str) -> Iterator[None]:
+    def run(self, what: str, budget: int | None = None, start: int | None = None) -> Iterator[None]:
         """`begin` and `end` around runs that belong together."""
-        self.begin(what)
+        self.begin(what, budget, start)
         try:
             yield
         finally:

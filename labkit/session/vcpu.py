@@ -103,7 +103,7 @@ class Vcpu:
             max_insns = _count(max_insns, "Vcpu.run: max_insns")
             if max_insns < 0:
                 raise InvalidState(f"vCPU {self.index}: cannot run {max_insns} instructions")
-        self.turn.begin("run")
+        self.turn.begin("run", max_insns)
         try:
             if self.vm.shifts.vcpu != self.index:
                 self.vm.shifts.change(self.index, self.vm.machine.engine.retired())
@@ -130,7 +130,7 @@ class Vcpu:
         ends a guest.
         """
         coming = stream(self.run, lambda: self.state == "done", lambda: self.step_count, max_insns)
-        with self.turn.run("run_until_done"):
+        with self.turn.run("run_until_done", max_insns, self.vm.step):
             return collect(coming, self.vm.explain)
 
     @checks_itself
@@ -149,7 +149,7 @@ class Vcpu:
         A ucall or an exit on the way ends it early and is returned. Raises BudgetExceeded when no
         other line comes.
         """
-        with self.turn.run("step_line"):
+        with self.turn.run("step_line", max_insns):
             return step_line(self, max_insns)
 
     def next_line(self, max_insns: int = 1_000_000) -> Ucall | Exit | None:
@@ -157,7 +157,7 @@ class Vcpu:
 
         Otherwise as step_line.
         """
-        with self.turn.run("next_line"):
+        with self.turn.run("next_line", max_insns):
             return next_line(self, max_insns)
 
     def finish(self, max_insns: int | None = None) -> Ucall | Exit | None:
@@ -166,7 +166,7 @@ class Vcpu:
         A ucall or an exit on the way ends it early and is returned. Raises InvalidState where no
         caller is known, BudgetExceeded after max_insns instructions.
         """
-        with self.turn.run("finish"):
+        with self.turn.run("finish", max_insns):
             return finish(self, max_insns)
 
     def run_to(self, place: str | int, max_insns: int | None = None) -> Ucall | Exit | None:
@@ -176,7 +176,7 @@ class Vcpu:
         `vm.places` and, after max_insns instructions, BudgetExceeded.
         """
         gvas = frozenset(self.vm.places(place))
-        with self.turn.run("run_to"):
+        with self.turn.run("run_to", max_insns):
             return run_to(self, gvas, max_insns)
 
     @act

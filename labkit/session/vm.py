@@ -25,6 +25,7 @@ from labkit.session.explain import explain
 from labkit.session.handlers import install_handler
 from labkit.session.make import Plan, as_program, make_barebones, make_twin, make_vm
 from labkit.session.names import Names
+from labkit.session.progress import watch
 from labkit.session.running import collect, run_on, stream_of
 from labkit.session.shifts import Shifts
 from labkit.session.state import VmState, put_state, take_state
@@ -99,6 +100,7 @@ class Vm:
         self.closed = False
         self.observers: list[Callable[[], None]] = []
         self._host_globals = HostGlobals(program) if program is not None else None
+        watch(self)
 
     # --- making VMs
 
@@ -248,7 +250,7 @@ class Vm:
 
         With max_insns at most that many instructions in all (then BudgetExit).
         """
-        with self.turn.run("run"):
+        with self.turn.run("run", max_insns, self.step):
             try:
                 return run_on(self, max_insns)
             finally:
@@ -278,7 +280,7 @@ class Vm:
 
         Raises as Vcpu.run_until_done does.
         """
-        with self.turn.run("run_until_done"):
+        with self.turn.run("run_until_done", max_insns, self.step):
             return collect(self.stream(max_insns), self.explain)
 
     @look
@@ -314,10 +316,7 @@ class Vm:
 
     @act
     def alloc_shared(self, size: int, min_gva: int = 0x2000, kind: str = "shared") -> int:
-        """The same, but never encrypted (vm_vaddr_alloc_shared).
-
-        Without protection there is no difference.
-        """
+        """The same, but never encrypted where others would be (vm_vaddr_alloc_shared)."""
         gva = self.machine.space.alloc(size, kind, min_gva, protected=False)
         self.changed()
         return gva

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from labkit.checked import checked
 from labkit.errors import InvalidState
 from labkit.outside import printable
-from labkit.shown import mimebundle
+from labkit.shown import mimebundle, save
 from labkit.ucall.abi import UCALL_MAX_ARGS, UCALL_SIZE, cmd_name, decode_text, has_text
 
 if TYPE_CHECKING:
@@ -234,6 +234,8 @@ class PoolSnapshot:
             f"<PoolSnapshot step {self.step}: {in_use} of {self.nr_slots} slots in use, "
             f"{leaked} leaked>"
         )
+
+    save = save
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
         return mimebundle(self)

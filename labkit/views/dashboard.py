@@ -21,7 +21,7 @@ from labkit.views.pictures import timeline
 from labkit.views.scene import Memo, Scene
 from labkit.views.show import FRAME, Bundle, View, columns, header, mimebundle, pane, status_line
 
-__all__ = ["PANES", "SECRETS", "VIEWS", "bundle", "render"]
+__all__ = ["PANES", "SECRETS", "VIEWS", "bundle", "draw", "render"]
 
 # Of all kinds of widget: each is a trait of its own, so that only what changed is sent.
 # fmt: off
@@ -177,12 +177,17 @@ DRAWN_BY: dict[type, Callable[..., View]] = {
 }
 
 
+def draw(snapshot: object) -> View:
+    """The view of a snapshot of any kind; raises TypeError for what is no snapshot."""
+    found = DRAWN_BY.get(type(snapshot))
+    if found is None:
+        raise TypeError(f"{type(snapshot).__name__} is no snapshot")
+    return found(snapshot)
+
+
 def bundle(snapshot: object) -> Bundle:
     """What a snapshot of any kind shows of itself: pictures in a notebook, text in a terminal.
 
     Raises TypeError for what is no snapshot.
     """
-    draw = DRAWN_BY.get(type(snapshot))
-    if draw is None:
-        raise TypeError(f"{type(snapshot).__name__} is no snapshot")
     return mimebundle(draw(snapshot))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import anywidget
 import traitlets
 
+from labkit.checked import checked
 from labkit.errors import InvalidState, LabError
 from labkit.look.eyes import BLOCK
 from labkit.machine.memory import PAGE
@@ -125,6 +127,15 @@ class LabWidget(_Panes):
             later.start()
             return
         self.close()
+
+    @checked
+    def save(self, path: str | Path, theme: str = "light") -> None:
+        """Save what it shows now as a file that ends in .svg, .png or .pdf.
+
+        theme: "light" or "dark". Raises InvalidState for another ending or theme, NotAvailable for
+        a file that cannot be written.
+        """
+        self.view().save(path, theme)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.view().title}>"

@@ -12,7 +12,7 @@ import re
 from labkit.views.drawing.markup import Html, esc
 from labkit.views.drawing.style import inline_styles, svg_css
 
-__all__ = ["SVG", "alone", "document"]
+__all__ = ["FOR_THE_SCRIPT", "SVG", "alone", "document"]
 
 SVG = re.compile(r'<svg class="lk-d".*?</svg>', re.DOTALL)
 BUTTONS = re.compile(r'<div class="tp".*?</div></div>|<div class="flts".*?</div>')
@@ -22,6 +22,9 @@ LABEL = re.compile(r'aria-label="([^"]*)"')
 EMPTY = re.compile(r"<div[^>]*></div>")
 NOT_STATIC = re.compile(r' (?:class|tabindex|data-[\w-]+)="[^"]*"')  # of an element of the page
 FOR_THE_SCRIPT = re.compile(r' (?:data-[\w-]+|tabindex)="[^"]*"')  # of an element of a drawing
+CELL = re.compile(r"(<td[^>]*>)(.*?)(?=</td>)", re.DOTALL)
+INDENT = re.compile(r"(?:(?<=>)|^)(?:[ \t]+(?=<)|[ \t]{2,})")  # in front of text, or alone in a tag
+HARD_SPACE = "\N{NO-BREAK SPACE}"
 MARGIN = 3  # pixels around a drawing: outlines reach over its edge
 
 
@@ -42,9 +45,22 @@ def alone(page: str, status: str) -> Html:
     """A view's HTML without what only a live page can use; the first picture is named by status."""
     page = BUTTONS.sub("", page)
     page = _with_images(page, status)
+    page = CELL.sub(_with_hard_spaces, page)
     for _ in range(2):  # panes that hold nothing, then columns that hold only such panes
         page = EMPTY.sub("", page)
     return Html(TAG.sub(_styled, page))
+
+
+def _with_hard_spaces(cell: re.Match[str]) -> str:
+    """A table's cell whose indentation survives programs that tidy HTML up.
+
+    nbconvert drops text that is nothing but spaces: the indentation in front of a keyword.
+    """
+    return cell[1] + INDENT.sub(lambda hit: _hard(hit[0]), cell[2])
+
+
+def _hard(spaces: str) -> str:
+    return spaces.replace("\t", 8 * HARD_SPACE).replace(" ", HARD_SPACE)
 
 
 def _with_images(page: str, status: str) -> str:

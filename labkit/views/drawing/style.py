@@ -6,7 +6,7 @@ import re
 from functools import cache
 from importlib.resources import files
 
-__all__ = ["DARK", "LIGHT", "css", "inline_styles", "svg_css"]
+__all__ = ["DARK", "LIGHT", "css", "inline_styles", "sheet_css", "svg_css"]
 
 LIGHT = {
     "bg": "#ffffff",
@@ -130,6 +130,17 @@ def css() -> str:
 def svg_css() -> str:
     """The style sheet inside a picture that stands alone: light theme, nothing from outside."""
     return f".lk-d{{{_variables(LIGHT, jupyter=False)}}}" + _compact(_file("drawing.css"))
+
+
+@cache
+def sheet_css(theme: str) -> str:
+    """The style sheet of a picture in a file: "light" or "dark", values in place of variables.
+
+    Programs that draw SVG without a browser know no variables.
+    """
+    values = {**(DARK if theme == "dark" else LIGHT), **FONTS}
+    sheet = _compact(_file("drawing.css"))
+    return re.sub(r"var\(--([\w-]+)\)", lambda hit: values[hit[1]], sheet)
 
 
 @cache
