@@ -88,6 +88,7 @@ class UnicornVcpu:
     """
 
     exact = True  # every instruction is counted
+    is_made = True  # it has an engine; see late.py
 
     def __init__(self, vm: UnicornVm, index: int, trace: Trace) -> None:
         self.vm, self.index, self.trace = vm, index, trace
