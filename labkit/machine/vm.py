@@ -77,7 +77,7 @@ class Machine:
 
         self.vcpus: list[EngineVcpu] = []
         self.entries: list[int] = []
-        self._entries: set[int] = set()  # with which some vCPU has begun
+        self._accepted: set[int] = set()  # entries with which some vCPU has begun
         self.stacks: list[int] = []
         self.tasks: list[int] = []
         self.areas: list[int] = []
@@ -241,11 +241,11 @@ class Machine:
         registers[arch.arguments[0]] = index
         vcpu = self.vcpus[index]
         # The first one shows whether the engine takes an entry; then the others need not.
-        if entry in self._entries and isinstance(vcpu, PatientVcpu):
+        if entry in self._accepted and isinstance(vcpu, PatientVcpu):
             vcpu.begin_with(registers)
         else:
             vcpu.set_regs(registers)
-            self._entries.add(entry)
+            self._accepted.add(entry)
 
     def _boot_tables(self, index: int) -> BootTables:
         """Where one vCPU finds the tables that it begins with."""

@@ -16,15 +16,14 @@ from labkit.engines.unicorn.isa.arm64 import Arm64
 from labkit.engines.unicorn.isa.riscv import Riscv64
 from labkit.engines.unicorn.isa.s390 import S390x
 from labkit.engines.unicorn.isa.x86 import X86
-from labkit.engines.unicorn.late import LateVcpu
 from labkit.engines.unicorn.monitor import Monitors
+from labkit.engines.unicorn.vcpu import UnicornVcpu
 from labkit.errors import InvalidState, NotAvailable
 
 if TYPE_CHECKING:
     from labkit.arch.desc import PagingMode
     from labkit.engines.unicorn.isa.quirks import QuirksOf
     from labkit.engines.unicorn.mmu import Mmu
-    from labkit.engines.unicorn.vcpu import UnicornVcpu
 
 __all__ = ["CAPABILITIES", "UnicornVm"]
 
@@ -114,7 +113,7 @@ class UnicornVm:
     def create_vcpu(self, index: int, trace: Trace) -> UnicornVcpu:
         """Make one vCPU in its reset state."""
         self.check_open()
-        vcpu = LateVcpu(self, index, trace)
+        vcpu = UnicornVcpu(self, index, trace)
         self.vcpus.append(vcpu)
         return vcpu
 
