@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: lab tour setup setup-dev test stress lint bench native clean help
+.PHONY: lab tour setup setup-dev test stress torture lint bench native clean help
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -32,6 +32,10 @@ test: setup-dev
 
 stress: setup-dev
 	@LABKIT_STRESS=600 $(BIN)/python -m pytest -o faulthandler_timeout=1200 tests/session/test_crowd.py $(PYTEST_ARGS)
+
+# Hostile programs, forged states, and Ctrl-C at every call of every operation: an hour or more.
+torture: setup-dev
+	@LABKIT_TORTURE=1 $(BIN)/python -m pytest tests/session/test_interrupted_calls.py tests/engines/test_saved_states.py tests/guest/test_elf_fuzz.py tests/guest/test_sources.py tests/look/test_hostile_text.py $(PYTEST_ARGS)
 
 lint: setup-dev
 	@$(BIN)/python -m ruff format --check .

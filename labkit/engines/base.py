@@ -24,6 +24,7 @@ __all__ = [
     "MonitorVcpu",
     "Ownership",
     "ParallelVm",
+    "PatientVcpu",
     "ProtectingVm",
     "Regs",
     "Trace",
@@ -117,6 +118,14 @@ class EngineVcpu(Protocol):
 
     def close(self) -> None:
         """Release what the engine holds."""
+
+
+@runtime_checkable
+class PatientVcpu(Protocol):
+    """The vCPU of an engine that can put off what has to be done before it first runs."""
+
+    def begin_with(self, regs: Regs) -> None:
+        """As `set_regs`, with names and values that this engine is known to take."""
 
 
 @runtime_checkable

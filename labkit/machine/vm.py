@@ -15,6 +15,7 @@ from labkit.engines.base import (
     EngineVm,
     LoggingVm,
     ParallelVm,
+    PatientVcpu,
     ProtectingVm,
     Trace,
 )
@@ -76,6 +77,7 @@ class Machine:
 
         self.vcpus: list[EngineVcpu] = []
         self.entries: list[int] = []
+        self._accepted: set[int] = set()  # entries with which some vCPU has begun
         self.stacks: list[int] = []
         self.tasks: list[int] = []
         self.areas: list[int] = []
@@ -237,7 +239,13 @@ class Machine:
         registers[arch.pc] = entry
         registers[arch.sp] = self.stacks[index] + STACK_SIZE - arch.stack_bias
         registers[arch.arguments[0]] = index
-        self.vcpus[index].set_regs(registers)
+        vcpu = self.vcpus[index]
+        # The first one shows whether the engine takes an entry; then the others need not.
+        if entry in self._accepted and isinstance(vcpu, PatientVcpu):
+            vcpu.begin_with(registers)
+        else:
+            vcpu.set_regs(registers)
+            self._accepted.add(entry)
 
     def _boot_tables(self, index: int) -> BootTables:
         """Where one vCPU finds the tables that it begins with."""

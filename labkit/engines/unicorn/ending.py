@@ -33,9 +33,14 @@ What comes back with status 0 and none of this has run to the end of a block, an
 
 from __future__ import annotations
 
+from functools import cache
+
 from unicorn import unicorn_const as uc
 
-__all__ = ["FETCHES", "HOLES", "Ending"]
+from labkit.engines.disasm import disassemble
+from labkit.engines.exits import BudgetExit, InternalErrorExit
+
+__all__ = ["FETCHES", "HOLES", "Ending", "budget_exit", "refusal"]
 
 FETCHES = (uc.UC_ERR_FETCH_UNMAPPED, uc.UC_ERR_FETCH_PROT)
 HOLES = (
@@ -53,3 +58,17 @@ class Ending:
     def __init__(self) -> None:
         self.by = ""  # "edge", "breakpoint", "hole", or nobody of ours
         self.exception: int | None = None  # the number that Unicorn gave it
+
+
+@cache
+def budget_exit(insns: int) -> BudgetExit:
+    """The one exit object for a budget: stepping makes one a step."""
+    return BudgetExit(insns)
+
+
+def refusal(arch: str, why: str, pc: int, data: bytes) -> InternalErrorExit:
+    """The exit for an instruction that is not run; data are the bytes at pc, as many as it has."""
+    insn = next(disassemble(arch, data, pc), None)
+    if insn is None:
+        return InternalErrorExit(why, pc, data)
+    return InternalErrorExit(why, pc, data[: insn.size], insn.text)

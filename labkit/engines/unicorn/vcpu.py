@@ -1,57 +1,31 @@
 """One vCPU on Unicorn: its state, and the run loop.
 
 The life of a run. `run` takes a budget, or none. It is made of native runs, calls of
-`uc_emu_start`, each of which somebody ends:
-
-- the guest, with an exception, a hole in its memory, an instruction that Unicorn does not have;
-- a hook that is C's own `uc_emu_stop`, before a sensitive instruction (a trap), which the host then
-  carries out;
-- a hook of ours: new code must be looked through, a breakpoint was reached;
-- the count, at the budget or when it is time to look up;
-- another thread, by `stop`.
-
+`uc_emu_start`, each of which somebody ends: the guest, a hook, the count, or another thread.
 ending.py lists them all and says how they are told apart; `_native` and `_ended` do it. Behind each
 the instructions that retired are added to `insns`, which has no other owner, and then there is an
 Exit for the caller, or the run goes on with the next native run.
-
-How far a native run may go is decided by `_slice`. Up to BY_EACH instructions Unicorn counts each
-of them. Beyond, whole blocks are counted, and the run stops before the block in which the budget
-ends: what is left then is less than BY_EACH. The first native run looks up after FIRST_LOOK
-instructions, so that a short run pays nothing for Ctrl-C; whoever goes on from there runs to the
-end of its budget, while a thread waits for SIGINT (interrupt.py) and calls `stop`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cache
 from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc
 
 from labkit.engines.base import Regs, Trace
-from labkit.engines.disasm import disassemble
-from labkit.engines.exits import (
-    BudgetExit,
-    DebugExit,
-    Exit,
-    InternalErrorExit,
-    InterruptExit,
-    StopExit,
-)
+from labkit.engines.exits import DebugExit, Exit, InternalErrorExit, InterruptExit, StopExit
 from labkit.engines.unicorn.counting import Counting
-from labkit.engines.unicorn.ending import FETCHES, HOLES, Ending
+from labkit.engines.unicorn.ending import FETCHES, HOLES, Ending, budget_exit, refusal
 from labkit.engines.unicorn.guards import Guards
+from labkit.engines.unicorn.late import needs_engine
 from labkit.engines.unicorn.memory import GuestMemory
 from labkit.engines.unicorn.misses import Misses
 from labkit.engines.unicorn.mmio import Mmio
 from labkit.engines.unicorn.monitor import clear
-from labkit.engines.unicorn.native.contexts import (
-    pack_state,
-    unpack_state,
-    with_own_pointers,
-)
+from labkit.engines.unicorn.native import contexts
 from labkit.engines.unicorn.native.lib import LIB, Handle, IntrHook
 from labkit.engines.unicorn.native.tally import MAX_LIMIT
 from labkit.engines.unicorn.native.words import COUNT, EXTRA, GVA, LOCKED, NOTHING, STOPPED
@@ -61,21 +35,14 @@ if TYPE_CHECKING:
     from labkit.engines.unicorn.isa.traps import Trap
     from labkit.engines.unicorn.vm import UnicornVm
 
-__all__ = ["UnicornVcpu", "budget_exit"]
+__all__ = ["UnicornVcpu"]
 
 # Instructions after which a run looks up for the first time. The slowest code does some 5 M/s, so
 # that Ctrl-C is answered within 60 ms
 FIRST_LOOK = 1 << 18
-# Budgets up to this are counted by Unicorn, an instruction at a time: changing over costs a
-# translation
+# Budgets up to this are counted by Unicorn, one by one: changing over costs a translation
 BY_EACH = 4096
 RF = 1 << 16  # RFLAGS
-
-
-@cache
-def budget_exit(insns: int) -> BudgetExit:
-    """The one exit object for a budget: stepping makes one a step."""
-    return BudgetExit(insns)
 
 
 class UnicornVcpu:
@@ -98,8 +65,15 @@ class UnicornVcpu:
         self.resumed: int | None = None
         self._stale_tlb = self._stale_code = False
         self._stood_at = (-1, -1)  # (pc, insns) where a native run did nothing the last time
+        self.is_made = False  # its engine; see late.py
+        self._first: dict[str, int] = {}  # registers
 
+    def make(self) -> None:
+        """Make the engine, with the registers that were given before."""
+        vm = self.vm
+        vm.check_open()
         self.handle = Handle(vm.quirks.uc_arch, vm.quirks.uc_mode, vm.quirks.settings)
+        self.is_made = True
         self.memory = GuestMemory(vm, self.handle)
         self.quirks = vm.quirks(self)
         self.memory.quirks = self.quirks
@@ -120,13 +94,24 @@ class UnicornVcpu:
             self.map(gpa, hva, size)
         if vm.mmu is not None:
             vm.mmu.attach(self.handle)
+        if self._first:
+            self.set_regs(self._first)
+
+    def begin_with(self, regs: Mapping[str, int]) -> None:
+        """`set_regs` with values that are known to fit, which may wait for the engine."""
+        if self.is_made:
+            self.set_regs(regs)
+        else:
+            self._first.update(regs)
 
     # --- registers and state
 
+    @needs_engine
     def get_regs(self) -> Regs:
         """All registers by their architectural names."""
         return self.quirks.read_all()
 
+    @needs_engine
     def set_regs(self, regs: Mapping[str, int]) -> None:
         """Set the named registers; raises InvalidState for a name or a value that does not fit."""
         if self.quirks.pc_name in regs:
@@ -136,8 +121,11 @@ class UnicornVcpu:
 
     def read_reg(self, name: str) -> int:
         """One register."""
+        if not self.is_made:
+            self.make()
         return self.quirks.read(name)
 
+    @needs_engine
     def save(self) -> bytes:
         """The whole CPU state: Unicorn's, and what labkit keeps beside it."""
         facts = {
@@ -147,29 +135,24 @@ class UnicornVcpu:
             "extra": self.quirks.extra_state(),
         }
         text = json.dumps(facts).encode()
-        return pack_state(text, self.handle.context())
+        return contexts.pack_state(text, self.handle.context())
 
+    @needs_engine
     def restore(self, state: bytes) -> None:
         """Put a saved state back, bit for bit; raises InvalidState for bytes that are none."""
-        text, context = unpack_state(state)
+        text, context = contexts.unpack_state(state)
         before = self.save()
         try:
             self._put(text, context)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            self._put(*unpack_state(before))
+            self._put(*contexts.unpack_state(before))
             raise InvalidState(f"not a CPU state of the unicorn engine: {error!r}") from error
 
     def _put(self, text: bytes, context: bytes) -> None:
         """Put both parts of a saved state back."""
         facts = json.loads(text)
-        if facts["arch"] != self.vm.arch:
-            raise InvalidState(f"a CPU state of {facts['arch']} for a vCPU of {self.vm.arch}")
         kind = (self.vm.quirks.uc_arch, self.vm.quirks.uc_mode)
-        context = with_own_pointers(self.handle, kind, context)
-        strange = self.quirks.strange_state(context)
-        if strange:
-            raise InvalidState(f"a CPU state that no guest can have: {strange}")
-
+        context = contexts.checked(self.handle, self.vm.arch, kind, self.quirks, facts, context)
         self.handle.set_context(context)
         self.quirks.leave()
         self.insns = int(facts["insns"])
@@ -183,7 +166,8 @@ class UnicornVcpu:
 
     def close(self) -> None:
         """Release the engine; a second call does nothing."""
-        self.handle.close()
+        if self.is_made:
+            self.handle.close()
 
     # --- memory
 
@@ -235,11 +219,13 @@ class UnicornVcpu:
 
     # --- running
 
+    @needs_engine
     def set_breakpoints(self, gvas: frozenset[int]) -> None:
         """Stop with DebugExit before the instructions at these addresses."""
         self.guards.set_breakpoints(gvas)
         self._stale_code = True
 
+    @needs_engine
     def complete(self, value: int) -> None:
         """Give the value that the last IN, MMIO read or hypercall returns."""
         if not self._mmio.complete(value) and not self.quirks.complete(value):
@@ -257,6 +243,8 @@ class UnicornVcpu:
 
     def run(self, insns: int | None = None) -> Exit:
         """Run until an exit; with `insns`, until that many instructions retired (BudgetExit)."""
+        if not self.is_made:
+            self.make()
         shield = self.vm.shield
         shield.enter(self._stop)
         try:
@@ -507,8 +495,4 @@ class UnicornVcpu:
     def refuse(self, why: str) -> InternalErrorExit:
         """The exit for what this engine will not run, with the bytes at the program counter."""
         pc = self.quirks.pc()
-        data = self.memory.fetch(pc, self.quirks.longest)
-        insn = next(disassemble(self.vm.arch, data, pc), None)
-        if insn is None:
-            return InternalErrorExit(why, pc, data)
-        return InternalErrorExit(why, pc, data[: insn.size], insn.text)
+        return refusal(self.vm.arch, why, pc, self.memory.fetch(pc, self.quirks.longest))

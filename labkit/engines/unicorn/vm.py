@@ -98,7 +98,7 @@ class UnicornVm:
     def ask(self) -> None:
         """Have `between` called soon by the run that is on, if one is; from any thread."""
         self.asked = True
-        for vcpu in self.vcpus:
+        for vcpu in self.made:
             vcpu.stop()
 
     def add_memslot(self, gpa: int, hva: int, size: int) -> None:
@@ -107,24 +107,34 @@ class UnicornVm:
         self._end = max(self._end, gpa + size)
         if self.mmu is not None:
             self.mmu.add(gpa, hva, size)
-        for vcpu in self.vcpus:
+        for vcpu in self.made:
             vcpu.map(gpa, hva, size)
 
     def create_vcpu(self, index: int, trace: Trace) -> UnicornVcpu:
         """Make one vCPU in its reset state."""
-        if self.closed:
-            raise InvalidState("this VM is closed")
+        self.check_open()
         vcpu = UnicornVcpu(self, index, trace)
         self.vcpus.append(vcpu)
         return vcpu
+
+    def check_open(self) -> None:
+        """Raise InvalidState for a VM that is closed."""
+        if self.closed:
+            raise InvalidState("this VM is closed")
+
+    @property
+    def made(self) -> list[UnicornVcpu]:
+        """The vCPUs that have an engine: what others miss, they find when theirs is made."""
+        return [vcpu for vcpu in self.vcpus if vcpu.is_made]
 
     def memory_written(self, gpa: int, size: int) -> None:
         """The host wrote guest memory: translations may be stale, and code if it lay there."""
         if self.mmu is not None:
             self.mmu.host_wrote(gpa, size)
-        if self.vcpus and self.vcpus[0].quirks.monitor_offset():
+        made = self.made
+        if made and made[0].quirks.monitor_offset():
             self.monitors.host_wrote(self.runner, gpa, size)
-        for vcpu in self.vcpus:
+        for vcpu in made:
             vcpu.memory_written(gpa, size)
 
     def memory_needed(self, gpa: int, size: int, is_write: bool) -> None:
@@ -181,7 +191,7 @@ class UnicornVm:
 
     def forget_translations(self, code: bool = False) -> None:
         """No vCPU may go on with what it knows of page tables, nor (code) of instructions."""
-        for vcpu in self.vcpus:
+        for vcpu in self.made:
             vcpu.forget_translations(code)
 
     def read(self, gpa: int, size: int) -> bytes:

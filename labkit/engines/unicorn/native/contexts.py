@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from struct import Struct
+from typing import Protocol
 
 from labkit.engines.unicorn.native.lib import Handle
 from labkit.errors import InvalidState
 
-__all__ = ["pack_state", "unpack_state", "with_own_pointers"]
+__all__ = ["checked", "pack_state", "unpack_state", "with_own_pointers"]
 
 MAGIC = b"LKU2"
 DIGEST = 16  # bytes
@@ -52,6 +53,33 @@ def _digest(facts: bytes, context: bytes) -> bytes:
     found = hashlib.blake2b(facts, digest_size=DIGEST)
     found.update(context)
     return found.digest()
+
+
+class _Judge(Protocol):
+    """What an instruction set knows of its contexts."""
+
+    def strange_state(self, context: bytes) -> str: ...
+
+
+def checked(
+    handle: Handle,
+    arch: str,
+    kind: tuple[int, int],
+    judge: _Judge,
+    facts: Mapping[str, object],
+    context: bytes,
+) -> bytes:
+    """The context as this engine may take it; raises InvalidState for one that it may not.
+
+    kind is the (arch, mode) of libunicorn.
+    """
+    if facts["arch"] != arch:
+        raise InvalidState(f"a CPU state of {facts['arch']} for a vCPU of {arch}")
+    context = with_own_pointers(handle, kind, context)
+    strange = judge.strange_state(context)
+    if strange:
+        raise InvalidState(f"a CPU state that no guest can have: {strange}")
+    return context
 
 
 def with_own_pointers(handle: Handle, kind: tuple[int, int], context: bytes) -> bytes:

@@ -9,6 +9,7 @@ run in 1 us, and the counter of a counted run.
 from __future__ import annotations
 
 import ctypes
+import resource
 import struct
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint16, c_uint32, c_uint64, c_void_p
@@ -117,10 +118,34 @@ STOP: int = ctypes.cast(LIB.uc_emu_stop, c_void_p).value or 0
 READ_REG: int = ctypes.cast(LIB.uc_reg_read, c_void_p).value or 0
 
 
+ROOM = 64 << 20  # bytes of address space that an engine and what lies around it may take
+TRANSLATIONS = 8 << 20  # bytes for translated code, of which what is used takes memory
+
+
 def check(status: int, what: str) -> None:
     """Raise LabError when libunicorn refused a call that labkit believes to be right."""
     if status:
         raise LabError(f"unicorn: {what}: {LIB.uc_strerror(status).decode()}", status=status)
+
+
+def _check_room() -> None:
+    """Raise NotAvailable where a limit leaves no address space for an engine (ulimit -v).
+
+    libunicorn would print one line and end the process.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return
+    with open("/proc/self/statm") as statm:
+        used = int(statm.read().split()[0]) * resource.getpagesize()
+    if used + ROOM > limit:
+        raise NotAvailable(
+            f"one more engine needs {ROOM >> 20} MiB of address space; this process has "
+            f"{used >> 20} of the {limit >> 20} MiB that ulimit -v allows",
+            needed=ROOM,
+            used=used,
+            limit=limit,
+        )
 
 
 class Page:
@@ -189,10 +214,13 @@ class Handle:
         self._context = c_void_p()
         self._callbacks: dict[int, object] = {}
         self.batches: list[RegBatch] = []
+        _check_room()
         handle = c_void_p()
         check(LIB.uc_open(arch, mode, byref(handle)), "uc_open")
         assert handle.value is not None
         self.h: int = handle.value
+        # Before all that makes the machine, or it has reserved a GiB of address space already.
+        self.ctl_write(uc.UC_CTL_TCG_BUFFER_SIZE, c_uint32(TRANSLATIONS))
         for what, value in settings:  # CPU model, page size: before anything else
             self.ctl_write(what, c_int(value))
         self._removed: list[object] = []  # callbacks that translated code may still call
@@ -212,7 +240,6 @@ class Handle:
         )
         self.ctl_write(uc.UC_CTL_UC_USE_EXITS, c_int(1))
         self.ctl_write(uc.UC_CTL_UC_EXITS, c_void_p(None), c_size_t(0))
-        self.ctl_write(uc.UC_CTL_TCG_BUFFER_SIZE, c_uint32(8 << 20))
         check(LIB.uc_context_alloc(self.h, byref(self._context)), "uc_context_alloc")
         self.context_size: int = LIB.uc_context_size(self.h)
 
