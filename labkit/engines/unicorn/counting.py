@@ -8,10 +8,12 @@ translated, so a change from one to the other drops them all.
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc
 
+from labkit.engines.exits import BudgetExit
 from labkit.engines.unicorn.native.calibrate import calibrate
 from labkit.engines.unicorn.native.stubs import stub
 from labkit.engines.unicorn.native.tally import Tally
@@ -32,7 +34,13 @@ if TYPE_CHECKING:
     from labkit.engines.unicorn.isa.quirks import Quirks
     from labkit.engines.unicorn.native.lib import Handle
 
-__all__ = ["Counting"]
+__all__ = ["Counting", "budget_exit"]
+
+
+@cache
+def budget_exit(insns: int) -> BudgetExit:
+    """The one exit object for a budget: stepping makes one a step."""
+    return BudgetExit(insns)
 
 
 class Counting:

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cache
 from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc
@@ -33,14 +32,13 @@ from unicorn import unicorn_const as uc
 from labkit.engines.base import Regs, Trace
 from labkit.engines.disasm import disassemble
 from labkit.engines.exits import (
-    BudgetExit,
     DebugExit,
     Exit,
     InternalErrorExit,
     InterruptExit,
     StopExit,
 )
-from labkit.engines.unicorn.counting import Counting
+from labkit.engines.unicorn.counting import Counting, budget_exit
 from labkit.engines.unicorn.ending import FETCHES, HOLES, Ending
 from labkit.engines.unicorn.guards import Guards
 from labkit.engines.unicorn.memory import GuestMemory
@@ -61,7 +59,7 @@ if TYPE_CHECKING:
     from labkit.engines.unicorn.isa.traps import Trap
     from labkit.engines.unicorn.vm import UnicornVm
 
-__all__ = ["UnicornVcpu", "budget_exit"]
+__all__ = ["UnicornVcpu"]
 
 # Instructions after which a run looks up for the first time. The slowest code does some 5 M/s, so
 # that Ctrl-C is answered within 60 ms
@@ -70,12 +68,6 @@ FIRST_LOOK = 1 << 18
 # translation
 BY_EACH = 4096
 RF = 1 << 16  # RFLAGS
-
-
-@cache
-def budget_exit(insns: int) -> BudgetExit:
-    """The one exit object for a budget: stepping makes one a step."""
-    return BudgetExit(insns)
 
 
 class UnicornVcpu:
@@ -97,7 +89,6 @@ class UnicornVcpu:
         # The count behind what may have set the flag RF; None when nothing did
         self.resumed: int | None = None
         self._stale_tlb = self._stale_code = False
-        self._stood_at = (-1, -1)  # (pc, insns) where a native run did nothing the last time
 
         self.handle = Handle(vm.quirks.uc_arch, vm.quirks.uc_mode, vm.quirks.settings)
         self.memory = GuestMemory(vm, self.handle)
@@ -397,7 +388,7 @@ class UnicornVcpu:
         """
         words = self._words
         if not ran and not words[STOPPED]:
-            return self._unexplained()
+            return self._misses.unexplained()
         self.insns += ran - words[EXTRA]
         if words[COUNT] != ran:
             return None
@@ -415,16 +406,6 @@ class UnicornVcpu:
         exit = self.run_one()
         self.insns = after
         return exit
-
-    def _unexplained(self) -> Exit | None:
-        """Unicorn came back, without a word, before it did anything: it may do so once."""
-        here = self.quirks.pc(), self.insns
-        if self._stood_at == here:
-            return self.refuse(
-                "Unicorn comes back without having run anything, and does not say why"
-            )
-        self._stood_at = here
-        return None
 
     def _ended(self, status: int, limit: int) -> Exit | None:
         """The run was ended by a hook of ours, by an exception, or by a status of libunicorn."""
@@ -484,13 +465,14 @@ class UnicornVcpu:
         """Who of ours ended the last native run, see ending.py."""
         return self._ending.by
 
+    def end_refused(self) -> None:
+        """The present run ends at the instruction under way, which is refused (ending.py)."""
+        self._ending.by = "refused"
+        LIB.uc_emu_stop(self.handle.h)
+
     def meet_hole(self) -> Exit | None:
         """Carry out the instruction at the program counter, which touches what no memslot holds."""
         return self._mmio.meet()
-
-    def pass_breakpoint(self) -> None:
-        """A breakpoint at the program counter has had its turn."""
-        self.guards.skip = self.quirks.pc()
 
     def guard(self, trap: Trap) -> None:
         """One more sensitive instruction, in code that was looked through before."""
@@ -508,7 +490,6 @@ class UnicornVcpu:
         """The exit for what this engine will not run, with the bytes at the program counter."""
         pc = self.quirks.pc()
         data = self.memory.fetch(pc, self.quirks.longest)
-        insn = next(disassemble(self.vm.arch, data, pc), None)
-        if insn is None:
+        if (insn := next(disassemble(self.vm.arch, data, pc), None)) is None:
             return InternalErrorExit(why, pc, data)
         return InternalErrorExit(why, pc, data[: insn.size], insn.text)
