@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: lab tour setup setup-dev test stress torture lint bench native clean help
+.PHONY: lab tour setup setup-dev test stress torture lint bench native clean help semantics
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -41,6 +41,10 @@ lint: setup-dev
 	@$(BIN)/python -m ruff format --check .
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m mypy
+
+# Every form of an instruction in many states against the processor: minutes, where `make test` takes one state.
+semantics: setup-dev
+	@LABKIT_SEMANTICS=40 $(BIN)/python -m pytest tests/engines/test_semantics.py $(PYTEST_ARGS)
 
 native: setup-dev
 	@$(BIN)/python tests/build_native.py

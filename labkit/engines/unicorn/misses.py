@@ -34,7 +34,16 @@ class Misses:
         self, vcpu: UnicornVcpu, quirks: Quirks, counting: Counting, ending: Ending
     ) -> None:
         self.vcpu, self.quirks, self.counting, self.ending = vcpu, quirks, counting, ending
+        self._stood_at = (-1, -1)  # (pc, insns) where a native run did nothing the last time
         self._shortened = (-1, -1)  # (pc, insns) where a block was made short the last time
+
+    def unexplained(self) -> Exit | None:
+        """Unicorn came back, without a word, before it did anything: it may do so once."""
+        here = self.quirks.pc(), self.vcpu.insns
+        if self._stood_at == here:
+            return self.vcpu.refuse("Unicorn comes back without a run, and does not say why")
+        self._stood_at = here
+        return None
 
     def fetch(self, pc: int, limit: int) -> Exit | None:
         """Code ends here, or further on; the instruction at pc was never begun."""

@@ -81,7 +81,7 @@ class Mmio:
         pages = {page for read in self.reads for page in _pages(read.gpa, read.size)}
         before = vcpu.handle.context()
         while True:
-            vcpu.pass_breakpoint()
+            vcpu.guards.skip = self.quirks.pc()  # a breakpoint here has had its turn
             exit = self._attempt(pages)
             if self._met is None:
                 self.reads = []

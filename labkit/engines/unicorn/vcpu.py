@@ -64,7 +64,6 @@ class UnicornVcpu:
         # The count behind what may have set the flag RF; None when nothing did
         self.resumed: int | None = None
         self._stale_tlb = self._stale_code = False
-        self._stood_at = (-1, -1)  # (pc, insns) where a native run did nothing the last time
         self.is_made = False  # its engine; see late.py
         self._first: dict[str, int] = {}  # registers
 
@@ -385,7 +384,7 @@ class UnicornVcpu:
         """
         words = self._words
         if not ran and not words[STOPPED]:
-            return self._unexplained()
+            return self._misses.unexplained()
         self.insns += ran - words[EXTRA]
         if words[COUNT] != ran:
             return None
@@ -403,16 +402,6 @@ class UnicornVcpu:
         exit = self.run_one()
         self.insns = after
         return exit
-
-    def _unexplained(self) -> Exit | None:
-        """Unicorn came back, without a word, before it did anything: it may do so once."""
-        here = self.quirks.pc(), self.insns
-        if self._stood_at == here:
-            return self.refuse(
-                "Unicorn comes back without having run anything, and does not say why"
-            )
-        self._stood_at = here
-        return None
 
     def _ended(self, status: int, limit: int) -> Exit | None:
         """The run was ended by a hook of ours, by an exception, or by a status of libunicorn."""
@@ -472,13 +461,14 @@ class UnicornVcpu:
         """Who of ours ended the last native run, see ending.py."""
         return self._ending.by
 
+    def end_refused(self) -> None:
+        """The present run ends at the instruction under way, which is refused (ending.py)."""
+        self._ending.by = "refused"
+        LIB.uc_emu_stop(self.handle.h)
+
     def meet_hole(self) -> Exit | None:
         """Carry out the instruction at the program counter, which touches what no memslot holds."""
         return self._mmio.meet()
-
-    def pass_breakpoint(self) -> None:
-        """A breakpoint at the program counter has had its turn."""
-        self.guards.skip = self.quirks.pc()
 
     def guard(self, trap: Trap) -> None:
         """One more sensitive instruction, in code that was looked through before."""

@@ -19,6 +19,7 @@ from labkit.engines.exits import Exit, HaltExit, HypercallExit, MmioExit
 from labkit.engines.unicorn.isa.arm64_align import SA, SA0, A, Access
 from labkit.engines.unicorn.isa.arm64_align import access as _access
 from labkit.engines.unicorn.isa.arm64_align import check as aligned
+from labkit.engines.unicorn.isa.arm64_watch import Watch
 from labkit.engines.unicorn.isa.plain import PlainQuirks, common_words, probe
 from labkit.engines.unicorn.isa.traps import Trap
 from labkit.engines.unicorn.native.lib import Handle, RegBatch, check
@@ -31,7 +32,8 @@ __all__ = ["Arm64"]
 
 MASK64 = (1 << 64) - 1
 UDEF, PREFETCH_ABORT, DATA_ABORT = 1, 3, 4  # QEMU's EXCP_*
-EC_PC_ALIGNMENT, EC_DATA_ABORT, EC_SP_ALIGNMENT, IL = 0x22, 0x24, 0x26, 1 << 25
+EC_PC_ALIGNMENT, EC_DATA_ABORT, EC_SP_ALIGNMENT, EC_WATCHPOINT = 0x22, 0x24, 0x26, 0x34
+IL = 1 << 25
 # Exception classes of a breakpoint and of a software step, from a lower level and from the same
 _DEBUG = frozenset({0x30, 0x31, 0x32, 0x33})
 NOT_SUPPORTED = -1  # SMCCC
@@ -77,6 +79,7 @@ _KINDS = (  # mask, value, kind; the first that fits
     (0xBFA07C00, 0x08207C00, "locked"),  # CASP
     (0xFF20EC00, 0xF8204000, "locked"),  # LDSMAX, LDSMIN of 64 bits
     (0x3F20EC00, 0x38204000, "signed"),  # of fewer, which Unicorn compares without a sign
+    (0xFFF8F000, 0xD5100000, "debug"),  # MSR of a debug register
     (0xFFFFFFE0, 0xD5181000, "sctlr"),  # MSR SCTLR_EL1
     (0x3B200C00, 0x38200000, "locked"),  # LDADD to SWP
 )
@@ -226,6 +229,7 @@ class Arm64(PlainQuirks):
         super().__init__(core)
         _open(self.handle)
         self._operands: dict[bytes, RegBatch] = {}  # of such stores
+        self.watch = Watch(self)
         self._devices: set[int] = set()  # stores that went to where no memslot is
 
     # --- registers
@@ -375,6 +379,21 @@ class Arm64(PlainQuirks):
         self.retire(trap)
         return HaltExit()
 
+    def _do_debug(self, trap: Trap) -> Exit | None:
+        """Watchpoints may begin or end."""
+        exit = self.natively(trap)
+        self.watch.arm()
+        return exit
+
+    def refused(self) -> Exit | None:
+        """A watchpoint was hit; its instruction has not run (Arm ARM D17.2.37)."""
+        hit = self.watch.take()
+        assert hit is not None, "only watchpoints refuse"
+        gva, is_store = hit
+        level = self.read("pstate") >> 2 & 3
+        esr = (EC_WATCHPOINT + (level > 0)) << 26 | IL | is_store << 6 | 0x22
+        return self._deliver(self.pc(), esr, gva)
+
     def _do_sctlr(self, trap: Trap) -> Exit | None:
         """Alignment checks may begin or end: code is looked through anew."""
         if not self.read("pstate") >> 2 & 3:
@@ -469,3 +488,4 @@ class Arm64(PlainQuirks):
         """Put `extra_state` back."""
         super().set_extra_state(state)
         self._devices = set(state["devices"])
+        self.watch.arm()

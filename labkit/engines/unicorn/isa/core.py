@@ -72,6 +72,7 @@ class Core(Protocol):
     # Runs within a run: None when nothing ended them early
     def run_one(self) -> Exit | None: ...  # until one instruction more has retired
     def run_each(self, insns: int) -> Exit | None: ...  # one native run, counted by Unicorn
+    def end_refused(self) -> None: ...  # the run, at the instruction under way, which is refused
     def meet_hole(self) -> Exit | None: ...  # the instruction that touches what no memslot holds
 
     # What changes for the runs that follow

@@ -25,7 +25,8 @@ from labkit.engines.unicorn.isa.x86_forms import ABSENT
 from labkit.engines.unicorn.isa.x86_msrs import has_memory_types
 from labkit.engines.unicorn.isa.x86_owed import OWED
 from labkit.engines.unicorn.isa.x86_random import RANDOM
-from labkit.engines.unicorn.isa.x86_regs import CODE64, DATA, NATIVE_MSRS, PLAIN, X86Registers
+from labkit.engines.unicorn.isa.x86_regs import NATIVE_MSRS, PLAIN, X86Registers
+from labkit.engines.unicorn.native.borrow import borrowed
 from labkit.engines.unicorn.native.calibrate import calibrate
 from labkit.engines.unicorn.native.lib import RegBatch
 
@@ -50,6 +51,11 @@ _POINTERS = frozenset(
 )
 
 
+_NO_SIMD = Capability(
+    "simd", False, "x87 and SSE arithmetic run on an x86-64 host; on another they are refused"
+)
+
+
 class X86(X86Events):
     """The quirks of x86-64, one per vCPU."""
 
@@ -57,7 +63,7 @@ class X86(X86Events):
     settings: ClassVar[tuple[tuple[int, int], ...]] = (
         (uc.UC_CTL_CPU_MODEL, x86_const.UC_CPU_X86_EPYC_ROME),  # it has SMAP
     )
-    capabilities: ClassVar[tuple[Capability, ...]] = ()
+    capabilities: ClassVar[tuple[Capability, ...]] = () if borrowed() else (_NO_SIMD,)
     two_blocks = b"\xeb\x00\xf4"
     pc_name, longest, two_blocks_count = "rip", 15, 0
 
@@ -337,7 +343,7 @@ class X86(X86Events):
         return (self.core.vm.retired() + self.extra["tsc_offset"]) & MASK64
 
     def _do_rdtsc(self, trap: Trap) -> Exit | None:
-        """RDTSC and RDTSCP under the virtual clock: one cycle an instruction of the whole VM."""
+        """RDTSC and RDTSCP: one cycle an instruction of the whole VM."""
         if self.regs.read("cr4") & _TSD and not self.privileged():
             return self.deliver(GP, 0)
         tsc = self._tsc()
@@ -427,29 +433,6 @@ class X86(X86Events):
         self.awaits = [8]
         return HypercallExit(nr, tuple(args))
 
-    def _do_syscall(self, trap: Trap) -> Exit | None:
-        """SYSCALL in long mode (SDM vol. 2B): Unicorn alone would only step over it."""
-        if not self.regs.read("efer") & 1:
-            return self.deliver(UD)
-        star, flags = self.regs.read("star"), self.regs.read("rflags") & ~(1 << 16)  # RF
-        selector = star >> 32 & 0xFFFC
-        self.retire(
-            trap,
-            rcx=trap.gva + len(trap.data),
-            r11=flags,
-            rflags=flags & ~self.regs.read("sfmask") | 2,
-        )
-        self.regs.set_segment("cs", selector, CODE64)  # no descriptor table is asked
-        self.regs.set_segment("ss", selector + 8, DATA)
-        self.regs.set_ring(0)
-        self.set_pc(self.regs.read("lstar"))
-        return None
-
-    def _do_sysenter(self, trap: Trap) -> Exit | None:
-        return self.core.refuse(
-            "SYSENTER and SYSEXIT are not modelled (AMD CPUs have none in long mode)"
-        )
-
     def _do_icebp(self, trap: Trap) -> Exit | None:
         self.set_pc(trap.gva + len(trap.data))
         return self.deliver(DB)
@@ -460,13 +443,6 @@ class X86(X86Events):
         At a place of our own choosing that can be told from other reasons.
         """
         return self.retire(trap)
-
-    def _do_rdpmc(self, trap: Trap) -> Exit | None:
-        """RDPMC always exists.
-
-        Without performance counters every number is one too many (SDM vol. 2B).
-        """
-        return self.deliver(GP, 0)
 
     def _do_undefined(self, trap: Trap) -> Exit | None:
         return self.deliver(UD)

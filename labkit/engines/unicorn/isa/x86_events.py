@@ -158,8 +158,15 @@ class X86Events:
         return self.deliver(GP, 0)
 
     def came_before(self, vector: int | None) -> bool:
-        """No exception comes before its instruction but a fetch's."""
-        return False
+        """A breakpoint of the guest's own on execution: the instruction there never began."""
+        if vector != DB:
+            return False
+        read = self.regs.read
+        pc, dr6, dr7 = read("rip"), read("dr6"), read("dr7")
+        return any(
+            dr7 >> 2 * i & 3 and not dr7 >> 16 + 4 * i & 3 and dr6 >> i & 1 and read(f"dr{i}") == pc
+            for i in range(4)
+        )
 
     def restore_flags(self) -> None:
         """Mend the flags after a fault at an instruction with a hook.

@@ -14,6 +14,7 @@ from labkit.engines.exits import Exit
 from labkit.engines.unicorn.isa.traps import Trap
 from labkit.engines.unicorn.isa.x86_events import GP, NP, SS, UD, canonical
 from labkit.engines.unicorn.isa.x86_operands import place, registers, whole, wide
+from labkit.engines.unicorn.isa.x86_regs import CODE64, DATA
 
 if TYPE_CHECKING:
     from labkit.engines.unicorn.isa.x86 import X86
@@ -140,6 +141,39 @@ def _do_monitor(cpu: X86, trap: Trap) -> Exit | None:
     return cpu.retire(trap)
 
 
+def _do_rdpmc(cpu: X86, trap: Trap) -> Exit | None:
+    """RDPMC always exists.
+
+    Without performance counters every number is one too many (SDM vol. 2B).
+    """
+    return cpu.deliver(GP, 0)
+
+
+def _do_syscall(cpu: X86, trap: Trap) -> Exit | None:
+    """SYSCALL in long mode (SDM vol. 2B): Unicorn alone would only step over it."""
+    if not cpu.regs.read("efer") & 1:
+        return cpu.deliver(UD)
+    star, flags = cpu.regs.read("star"), cpu.regs.read("rflags") & ~(1 << 16)  # RF
+    selector = star >> 32 & 0xFFFC
+    cpu.retire(
+        trap,
+        rcx=trap.gva + len(trap.data),
+        r11=flags,
+        rflags=flags & ~cpu.regs.read("sfmask") | 2,
+    )
+    cpu.regs.set_segment("cs", selector, CODE64)  # no descriptor table is asked
+    cpu.regs.set_segment("ss", selector + 8, DATA)
+    cpu.regs.set_ring(0)
+    cpu.set_pc(cpu.regs.read("lstar"))
+    return None
+
+
+def _do_sysenter(cpu: X86, trap: Trap) -> Exit | None:
+    return cpu.core.refuse(
+        "SYSENTER and SYSEXIT are not modelled (AMD CPUs have none in long mode)"
+    )
+
+
 OWED: dict[str, Callable[[X86, Trap], Exit | None]] = {
     "unaligned": _do_unaligned,
     "cmpxchg32": _do_cmpxchg32,
@@ -147,6 +181,9 @@ OWED: dict[str, Callable[[X86, Trap], Exit | None]] = {
     "wrbase": _do_wrbase,
     "ltr": _do_ltr,
     "absent": _do_absent,
+    "syscall": _do_syscall,
+    "sysenter": _do_sysenter,
     "monitor": _do_monitor,
+    "rdpmc": _do_rdpmc,
 }
 """By the kind of trap."""
