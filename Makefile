@@ -4,7 +4,8 @@
 #   make tour     set up, then the tour in the terminal     make lint     ruff and mypy
 #   make setup    only the set-up                           make bench    the figures
 #   make clean    remove .venv and all caches               make native   the machine code of C files anew
-#   make stress   a crowd of threads on VMs, 10 minutes an engine
+#   make stress   a crowd of threads on VMs, 10 minutes     make semantics  instructions against the processor
+#   make torture  hostile files, Ctrl-C at every call
 #
 # PYTHON=/path/to/python chooses the interpreter; PYTEST_ARGS="-k pool" and LAB_ARGS="--no-browser" are passed on.
 
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: lab tour setup setup-dev test stress torture lint bench native clean semantics help
+.PHONY: lab tour setup setup-dev test stress torture lint bench native clean help semantics
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile

@@ -181,7 +181,7 @@ def two_spaces(one: bytes, two: bytes) -> tuple[lk.Vm, int]:
             for word in words
         ]
         vm.memory.write(copy, b"".join(word.to_bytes(8, "little") for word in moved))
-    entry = vm.machine.space.walk(CODE + 0x1000, copies[first]).steps[-1]
+    entry = vm.page_table(root=copies[first]).walk(CODE + 0x1000).steps[-1]
     page = space.alloc_pages(1, "test")
     vm.memory.write(page, two)
     vm.memory.write(entry.entry_gpa, (entry.entry & 0xFFF | page).to_bytes(8, "little"))

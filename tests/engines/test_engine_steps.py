@@ -69,7 +69,7 @@ SEQUENCES = {
     "wide": "mul rbx; imul rdx,rbx,77; xor edx,edx; div rbx; cqo; cdqe; neg rax; bsf rdx,rbx; bsr rcx,rbx; popcnt rdx,rbx; bswap rax",
     "shifts": "mov ecx,3; shl rbx,cl; sar r9,1; ror rbx,5; rcl rdx,1; shld rbx,rdx,9; shrd rdx,rbx,cl; bt rbx,rdx; btc rbx,3",
     "sse": "movd xmm0,ebx; pshufd xmm1,xmm0,0; movq rax,xmm1; movups [rdi],xmm1; cvtsi2sd xmm2,rdx; cvttsd2si rcx,xmm2; nop",
-    "x87": "fld1; fldpi; faddp; fistp qword ptr [rdi]; mov rax,[rdi]; fninit; fnstcw [rdi]; fldcw [rdi]; fnstcw [rdi]; nop",
+    "x87": "fninit; fld1; fldpi; faddp; fistp qword ptr [rdi]; mov rax,[rdi]; fninit; fnstcw [rdi]; fldcw [rdi]; fnstcw [rdi]; nop",
 }
 UNDEFINED = {
     "mul": 0xD4,
