@@ -37,7 +37,7 @@ def results() -> Iterator[Result]:
     yield _grown("vm.alloc of pages", partial(_alloc, program), 256, 1 << 15)
     yield _grown("page_table().df of pages", partial(_pages, program), 1024, 1 << 15)
     yield _grown("vCPUs of a VM", partial(_vcpus, program), 8, 512)
-    yield _constant("vm.look() after ucalls", partial(_look, program), 1000, 1 << 15)
+    yield _constant("10 x vm.look() after ucalls", partial(_look, program), 1000, 1 << 15)
 
 
 def _ucalls(program: lk.Program, size: int) -> Callable[[], object]:
@@ -58,7 +58,9 @@ def _events(program: lk.Program, size: int) -> Callable[[], object]:
 
 
 def _look(program: lk.Program, size: int) -> Callable[[], object]:
-    return _said(program, size).look
+    vm = _said(program, size)
+    vm.look()  # the first one reads the program's lines
+    return lambda: [vm.look() for _ in range(10)]
 
 
 def _alloc(program: lk.Program, size: int) -> Callable[[], object]:
