@@ -31,12 +31,15 @@ def declare(parser: argparse.ArgumentParser) -> None:
         metavar="GROUP",
         help=f"of {', '.join(GROUPS)}",
     )
+    parser.add_argument(
+        "--scale", action="store_true", help="how time grows with size, and nothing else"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure; status 0 when every promise is kept. What cannot be measured here breaks none."""
     kept = True
-    for group in args.groups or GROUPS:
+    for group in ["scale"] if args.scale else args.groups or GROUPS:
         try:
             for result in told(_results(group), f"bench {group}"):
                 kept = kept and result.ok

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import struct
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,7 +26,6 @@ from labkit.engines.unicorn.isa.x86_owed import OWED
 from labkit.engines.unicorn.isa.x86_random import RANDOM
 from labkit.engines.unicorn.isa.x86_regs import NATIVE_MSRS, PLAIN, X86Registers
 from labkit.engines.unicorn.native.borrow import borrowed
-from labkit.engines.unicorn.native.calibrate import calibrate
 from labkit.engines.unicorn.native.lib import RegBatch
 
 if TYPE_CHECKING:
@@ -39,8 +37,6 @@ MASK64 = (1 << 64) - 1
 KVM_ENOSYS = -1000  # include/uapi/linux/kvm_para.h
 _OSXSAVE, _TSD = 1 << 18, 1 << 2  # CR4
 _TF, _BS = 1 << 8, 1 << 14  # RFLAGS, DR6
-# QEMU's hflags of what there is none of here: SMM (19), SVM (20, 21), MPX (25, 26), reserved.
-_NO_GUESTS_HFLAGS = 0b111 << 19 | 0x7F << 25
 _BSP = 1 << 8  # IA32_APIC_BASE
 _TSC_AUX = 0xC000_0103
 _NATIVE = {index: name for name, index in NATIVE_MSRS.items()}
@@ -186,14 +182,6 @@ class X86(X86Events):
             self.core.unretire()
             return self.deliver(DB) or exit
         return exit
-
-    def strange_state(self, context: bytes) -> str:
-        """Why a context is no state of a guest here: it would be one inside SVM or SMM."""
-        hflags, hflags2 = struct.unpack_from("<II", context, calibrate().hflags)
-        (own,) = struct.unpack_from("<I", self.handle.context(), calibrate().hflags + 4)
-        if hflags & _NO_GUESTS_HFLAGS or hflags2 != own:
-            return f"hflags {hflags:#x}, hflags2 {hflags2:#x}"
-        return ""
 
     def extra_state(self) -> dict[str, object]:
         """What save() must keep beside Unicorn's own state."""

@@ -54,6 +54,10 @@ def canonical(gva: int) -> bool:
     return gva >> 47 in (0, 0x1FFFF)
 
 
+# QEMU's hflags of what there is none of here: SMM (19), SVM (20, 21), MPX (25, 26), reserved.
+_NO_GUESTS_HFLAGS = 0b111 << 19 | 0x7F << 25
+
+
 class X86Events:
     """Delivery of exceptions and software interrupts; the base of the x86 quirks."""
 
@@ -228,6 +232,14 @@ class X86Events:
 
     def _hflags(self) -> int:
         return int(struct.unpack_from("<I", self.handle.context(), calibrate().hflags)[0])
+
+    def strange_state(self, context: bytes) -> str:
+        """Why a context is no state of a guest here: it would be one inside SVM or SMM."""
+        hflags, hflags2 = struct.unpack_from("<II", context, calibrate().hflags)
+        (own,) = struct.unpack_from("<I", self.handle.context(), calibrate().hflags + 4)
+        if hflags & _NO_GUESTS_HFLAGS or hflags2 != own:
+            return f"hflags {hflags:#x}, hflags2 {hflags2:#x}"
+        return ""
 
     def shorten_block(self) -> None:
         """Let the next block be one instruction.
