@@ -144,7 +144,8 @@ class Line:
 
         # tqdm's own thread would look after lines that are not drawn often enough: these are.
         kind = type("Line", (tqdm,), {"monitor_interval": 0})
-        options = {"display": False} if is_notebook() else {}
+        # The first drawing is ours too: one of tqdm's own would have no count yet.
+        options: dict[str, Any] = {"display": False} if is_notebook() else {"delay": 1e-9}
         self._bar = kind(
             desc=words,
             unit=unit,

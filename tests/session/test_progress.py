@@ -60,7 +60,7 @@ def lines(written: str) -> list[str]:
     [
         ("vm.run()", "run"),
         ("vcpu.run()", "run"),
-        ("next(vm.stream())", "run"),
+        ("next(vm.stream())", "stream"),
         ("vcpu.step_line(10**9)", "step_line"),
         ("[c.breakpoints for c in [vcpu] if c.run_to('guest_code')]", "run_to"),
     ],
