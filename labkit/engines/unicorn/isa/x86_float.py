@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from unicorn import x86_const as x86
@@ -27,6 +28,8 @@ __all__ = ["FLOAT", "MXCSR_MASK"]
 MXCSR_MASK = 0xFFFF
 _MP, _EM, _TS, _NE = 1 << 1, 1 << 2, 1 << 3, 1 << 5  # CR0
 _OSFXSR, _OSXMMEXCPT = 1 << 9, 1 << 10  # CR4
+_FNINIT = 0x37F  # the x87's control word then
+_XMM = tuple((f"xmm{i}", 160 + 16 * i) for i in range(16))  # and where they lie in an FXSAVE area
 _FLAGS, _ARITHMETIC = 0x3F, 0x8D5
 _ES, _BUSY, _TOP = 1 << 7, 1 << 15, 7 << 11  # of the x87 status word
 _BEFORE = 0b111  # invalid, denormal, divide by zero: found before anything is computed
@@ -43,6 +46,21 @@ class _Float80(ctypes.Structure):
     _fields_ = [("mantissa", ctypes.c_uint64), ("sign", ctypes.c_uint16)]
 
 
+def _sse_alone(cpu: X86) -> bytearray:
+    """The guest's SSE registers in an FXSAVE area; the x87, which costs more, as after FNINIT."""
+    area = bytearray(512)
+    struct.pack_into("<H", area, 0, _FNINIT)
+    struct.pack_into("<II", area, 24, cpu.regs.read("mxcsr"), MXCSR_MASK)
+    _get_sse(cpu, area)
+    return area
+
+
+def _get_sse(cpu: X86, area: bytearray) -> None:
+    read = cpu.regs.read
+    for name, at in _XMM:
+        area[at : at + 16] = read(name).to_bytes(16, "little")
+
+
 def _fxsave(cpu: X86) -> bytearray:
     """The guest's x87 and SSE registers as FXSAVE64 lays them out (SDM vol. 1 10.5.1)."""
     read, handle = cpu.handle.read, cpu.handle
@@ -55,8 +73,7 @@ def _fxsave(cpu: X86) -> bytearray:
     for i in range(8):
         register = handle.read_struct(x86.UC_X86_REG_FP0 + (top + i & 7), _Float80())
         struct.pack_into("<QH", area, 32 + 16 * i, register.mantissa, register.sign)
-    for i in range(16):
-        area[160 + 16 * i : 176 + 16 * i] = cpu.regs.read(f"xmm{i}").to_bytes(16, "little")
+    _get_sse(cpu, area)
     return area
 
 
@@ -130,25 +147,29 @@ class _Operand:
 
 def _execute(
     cpu: X86, host: Borrowed, trap: Trap, area: bytearray, operand: bytes
-) -> tuple[bytearray, list[int], int, bytes]:
-    gprs = [cpu.regs.read(name) for name in NAMES]
-    flags = cpu.regs.read("rflags") & _ARITHMETIC | 2
-    after, gprs_after, flags, operand = host.run(trap.data, bytes(area), gprs, flags, operand)
-    return bytearray(after), gprs_after, flags, operand
-
-
-def _changed(cpu: X86, gprs: list[int], flags: int) -> dict[str, int]:
-    """The registers that an instruction changed."""
+) -> tuple[bytearray, dict[str, int], bytes]:
+    """The FXSAVE area, the other registers that it changed, and the operand, as it leaves them."""
+    read = cpu.regs.read
+    gprs = [read(name) for name in NAMES]
+    all_flags = read("rflags")
+    after, gprs_after, flags, operand = host.run(
+        trap.data, bytes(area), gprs, all_flags & _ARITHMETIC | 2, operand
+    )
     changed = {}
-    for name, value in zip(NAMES, gprs, strict=True):
-        if name != "rsp" and cpu.regs.read(name) != value:
+    for name, before, value in zip(NAMES, gprs, gprs_after, strict=True):
+        if name != "rsp" and before != value:
             changed[name] = value
-    before = cpu.regs.read("rflags")
-    if (before ^ flags) & _ARITHMETIC:
-        changed["rflags"] = before & ~_ARITHMETIC | flags & _ARITHMETIC
-    return changed
+    if (all_flags ^ flags) & _ARITHMETIC:
+        changed["rflags"] = all_flags & ~_ARITHMETIC | flags & _ARITHMETIC
+    return bytearray(after), changed, operand
 
 
+@lru_cache(maxsize=4096)
+def _uses_mmx(data: bytes) -> bool:
+    return any(name.startswith("mm") for name, _ in registers(data))
+
+
+@lru_cache(maxsize=4096)
 def _uses_stack_pointer(data: bytes) -> bool:
     return any(name in ("rsp", "esp", "sp", "spl") for name, _ in registers(data))
 
@@ -201,7 +222,7 @@ def _carry_out_x87(cpu: X86, host: Borrowed, trap: Trap, name: str, area: bytear
     else:
         struct.pack_into("<HH", area, 0, control, status)
     data = operand.data or bytes(size if where is not None else 0)
-    after, gprs, flags, written = _execute(cpu, host, trap, area, data)
+    after, changed, written = _execute(cpu, host, trap, area, data)
     if not is_control:
         raised = struct.unpack_from("<H", after, 2)[0] & _FLAGS
         unmasked = raised & ~control
@@ -213,7 +234,7 @@ def _carry_out_x87(cpu: X86, host: Borrowed, trap: Trap, name: str, area: bytear
         if unmasked & _BEFORE:
             after = bytearray(before)
             new_status = status & ~(1 << 9) | new_status & (1 << 9 | 1 << 6)
-            written, gprs, flags = b"", [cpu.regs.read(n) for n in NAMES], cpu.regs.read("rflags")
+            written, changed = b"", {}
         new_status = (
             new_status & ~_FLAGS | status & (_FLAGS | 1 << 6) | raised | new_status & 1 << 6
         )
@@ -223,7 +244,7 @@ def _carry_out_x87(cpu: X86, host: Borrowed, trap: Trap, name: str, area: bytear
     if is_store and written:
         cpu.core.memory.write(operand.gva, written)
     _put_x87(cpu, bytes(after), busy)
-    return cpu.retire(trap, **_changed(cpu, gprs, flags))
+    return cpu.retire(trap, **changed)
 
 
 def _x87_size(name: str, where: Place | None) -> int:
@@ -266,16 +287,14 @@ def _beyond(where: Place | None) -> tuple[int, int]:
 
 
 def _carry_out_sse(cpu: X86, host: Borrowed, trap: Trap, data: bytes) -> Exit | None:
-    area = _fxsave(cpu)
+    uses_mmx = _uses_mmx(trap.data) or "pi" in trap.mnemonic
+    area = _fxsave(cpu) if uses_mmx else _sse_alone(cpu)
     mxcsr = cpu.regs.read("mxcsr")
     before = bytes(area)
     struct.pack_into("<I", area, 24, mxcsr & ~_FLAGS | _FLAGS << 7)
-    uses_mmx = (
-        any(name.startswith("mm") for name, _ in registers(trap.data)) or "pi" in trap.mnemonic
-    )
     if uses_mmx and struct.unpack_from("<H", before, 2)[0] & ~before[0] & _FLAGS:
         return cpu.deliver(MF)
-    after, gprs, flags, _ = _execute(cpu, host, trap, area, data)
+    after, changed, _ = _execute(cpu, host, trap, area, data)
 
     raised = struct.unpack_from("<I", after, 24)[0] & _FLAGS
     unmasked = raised & ~(mxcsr >> 7)
@@ -288,7 +307,7 @@ def _carry_out_sse(cpu: X86, host: Borrowed, trap: Trap, data: bytes) -> Exit | 
     if uses_mmx:
         struct.pack_into("<H", after, 0, struct.unpack_from("<H", before, 0)[0])
         _put_x87(cpu, bytes(after))
-    return cpu.retire(trap, **_changed(cpu, gprs, flags))
+    return cpu.retire(trap, **changed)
 
 
 def _do_ldmxcsr(cpu: X86, trap: Trap) -> Exit | None:

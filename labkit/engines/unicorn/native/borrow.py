@@ -23,6 +23,7 @@ PAGE = 4096
 GUEST, HOST, GPRS, FLAGS, OPERAND = 0, 512, 1024, 1152, 1280
 OPERAND_SIZE = 512
 RSP = 4
+MAX_CODES = 4096  # instructions that are kept ready
 NAMES = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{i}" for i in range(8, 16)))
 PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf2\xf3")
 PUSHES, POPS = bytes.fromhex("5355415441554156 4157"), bytes.fromhex("415f415e415d415c5d5b")
@@ -62,6 +63,7 @@ class Borrowed:
         )
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._call = ctypes.PYFUNCTYPE(None)(self._address)  # no other thread between
+        self._codes: dict[bytes, bytes] = {}  # by instruction
 
     def _at(self, code: bytes, size: int, word: int) -> bytes:
         """The displacement of an instruction's RIP-relative operand; size of it to its end."""
@@ -110,7 +112,11 @@ class Borrowed:
 
         Returns the same four as it left them. RSP is not the guest's.
         """
-        code = self._code(insn)
+        code = self._codes.get(insn)
+        if code is None:
+            if len(self._codes) >= MAX_CODES:
+                self._codes.clear()
+            code = self._codes[insn] = self._code(insn)
         memory = self._memory
         memory[: len(code)] = code
         memory[PAGE + GUEST : PAGE + GUEST + 512] = state
