@@ -143,6 +143,9 @@ def _gate(handler: int) -> bytes:
     return struct.pack("<HHBBHII", low, KERNEL_CS, 0, 0x8E, middle, high, 0)
 
 
+MXCSR = 0x1F80  # after reset (SDM vol. 3A table 10-1); some KVM leave it at 0
+
+
 def _reset(tables: BootTables) -> dict[str, int]:
     code = USER_CS if tables.user else KERNEL_CS
     data = USER_DS if tables.user else KERNEL_DS
@@ -163,6 +166,7 @@ def _reset(tables: BootTables) -> dict[str, int]:
         "tr_base": tables.tss,
         "tr_limit": TSS_LIMIT + io_bitmap,
         "rflags": 2,
+        "mxcsr": MXCSR,
     }
 
 

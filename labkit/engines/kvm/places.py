@@ -15,6 +15,8 @@ __all__ = ["GPR", "NAMED_MSRS", "NAMES", "PLACES", "SAVED_MSRS", "SEGMENTS", "WI
 GPR = {field[0]: i for i, field in enumerate(STRUCTS["kvm_regs"]._fields_)}
 SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
 XMM = tuple(f"xmm{i}" for i in range(16))
+MXCSR_WORD, XSTATE_BV_WORD = 24 // 4, 512 // 4  # in an XSAVE area
+SSE_STATE = 1 << 1
 XMM_SIZE = 16  # bytes
 NAMED_MSRS = {
     "star": 0xC000_0081,
@@ -78,6 +80,19 @@ def _xcr0() -> Place:
     return Place("XCRS", lambda state: int(state.xcrs[0].value), put)
 
 
+def _mxcsr() -> Place:
+    """MXCSR lies in the XSAVE area alone: KVM_GET_FPU and KVM_SET_FPU leave it out.
+
+    (kvm_arch_vcpu_ioctl_set_fpu in arch/x86/kvm/x86.c; SDM vol. 1 table 13-1.)
+    """
+
+    def put(state: Any, value: int) -> None:
+        state.region[MXCSR_WORD] = value
+        state.region[XSTATE_BV_WORD] |= SSE_STATE
+
+    return Place("XSAVE", lambda state: int(state.region[MXCSR_WORD]), put)
+
+
 # All but the general registers, which lie in the run page, and the MSRs
 PLACES = {
     **{name: _member("SREGS", f"{name}.selector") for name in SEGMENTS},
@@ -87,7 +102,7 @@ PLACES = {
     "dr7": _member("DEBUGREGS", "dr7"),
     "fs_base": _member("SREGS", "fs.base"),
     "gs_base": _member("SREGS", "gs.base"),
-    "mxcsr": _member("FPU", "mxcsr"),
+    "mxcsr": _mxcsr(),
     "gdt_base": _member("SREGS", "gdt.base"),
     "gdt_limit": _member("SREGS", "gdt.limit"),
     "idt_base": _member("SREGS", "idt.base"),

@@ -24,7 +24,8 @@ __all__ = ["Registers"]
 
 # In the order in which they are written: tables and paging first, then segments, which are looked
 # up in them.
-GROUPS = ("SREGS", "segments", "DEBUGREGS", "FPU", "XCRS", "GPR", "MSR")
+GROUPS = ("SREGS", "segments", "DEBUGREGS", "FPU", "XSAVE", "XCRS", "GPR", "MSR")
+SAME = {"FPU": "XSAVE", "XSAVE": "FPU"}  # structures that hold the same registers
 
 
 class Registers:
@@ -36,7 +37,7 @@ class Registers:
         self.kept: dict[str, Any] = {}
 
     def get(self, what: str) -> Any:
-        """The structure that KVM_GET_... gives: "SREGS", "DEBUGREGS", "FPU", "XCRS"."""
+        """The structure that KVM_GET_... gives: "SREGS", "DEBUGREGS", "FPU", "XSAVE", "XCRS"."""
         if what not in self.kept:
             self.kept[what] = struct(f"kvm_{what.lower()}")
             call(self.fd, f"KVM_GET_{what}", self.kept[what])
@@ -52,6 +53,7 @@ class Registers:
             ) from err
         finally:
             del self.kept[what]
+            self.kept.pop(SAME.get(what, ""), None)
 
     # --- reading
 
