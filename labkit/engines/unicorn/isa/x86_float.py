@@ -113,8 +113,8 @@ def _blocked(cpu: X86, is_sse: bool) -> Exit | bool | None:
 class _Operand:
     """The memory operand of one instruction: read before, written behind it."""
 
-    def __init__(self, cpu: X86, where: Place | None, size: int) -> None:
-        self.cpu, self.where, self.size = cpu, where, size
+    def __init__(self, cpu: X86, trap: Trap, where: Place | None, size: int) -> None:
+        self.cpu, self.trap, self.where, self.size = cpu, trap, where, size
         self.gva = where.gva(cpu.regs) if where is not None else 0
         self.data = b""
 
@@ -129,20 +129,17 @@ class _Operand:
         memory = self.cpu.core.memory
         access = 2 if is_write else 1  # UC_PROT_WRITE, UC_PROT_READ
         for at in (self.gva, last):
-            if memory.translate(at, access) is None:
-                return True, self.cpu.page_fault(
-                    at if at == self.gva else at & -4096, write=is_write
-                )
+            if memory.translate(at, access) is None or not self._is_memory(at):
+                # Nothing is computed where it faults, and a device answers Unicorn's own access
+                return True, self.cpu.natively(self.trap)
         if not is_write:
             self.data = memory.read(self.gva, self.size) or b""
         return False, None
 
-    def in_hole(self) -> bool:
-        """Whether it lies where no memslot is."""
-        if self.where is None:
-            return False
-        gpa = self.cpu.core.memory.translate(self.gva)
-        return gpa is not None and not self.cpu.core.vm.overlaps(gpa, 1)
+    def _is_memory(self, gva: int) -> bool:
+        """Whether a memslot lies there."""
+        gpa = self.cpu.core.memory.translate(gva)
+        return gpa is None or self.cpu.core.vm.overlaps(gpa, 1)
 
 
 def _execute(
@@ -203,13 +200,11 @@ def _do_x87(cpu: X86, trap: Trap) -> Exit | None:
 def _carry_out_x87(cpu: X86, host: Borrowed, trap: Trap, name: str, area: bytearray) -> Exit | None:
     where = place(trap.data, trap.gva)
     size = _x87_size(name, where)
-    operand = _Operand(cpu, where, size)
+    operand = _Operand(cpu, trap, where, size)
     is_store = name.startswith(_STORES)
     failed, exit = operand.fault(is_store)
     if failed:
         return exit
-    if operand.in_hole():
-        return cpu.core.refuse("an x87 access to a device is not modelled")
 
     control, status = struct.unpack_from("<HH", area, 0)
     before = bytes(area)
@@ -270,15 +265,13 @@ def _do_sse(cpu: X86, trap: Trap) -> Exit | None:
         return cpu.core.refuse("SSE arithmetic with RSP as a register operand is not modelled")
 
     where = place(trap.data, trap.gva)
-    operand = _Operand(cpu, where, where.size if where is not None else 0)
+    operand = _Operand(cpu, trap, where, where.size if where is not None else 0)
     is_aligned = where is None or where.size != 16 or trap.mnemonic.startswith("pcmp")
     if not is_aligned and operand.gva & 15:
         return cpu.deliver(GP, 0) if canonical(operand.gva) else cpu.deliver(*_beyond(where))
     failed, exit = operand.fault(is_write=False)
     if failed:
         return exit
-    if operand.in_hole():
-        return cpu.core.refuse("SSE arithmetic on a device's memory is not modelled")
     return _carry_out_sse(cpu, host, trap, operand.data)
 
 
@@ -313,7 +306,7 @@ def _carry_out_sse(cpu: X86, host: Borrowed, trap: Trap, data: bytes) -> Exit | 
 def _do_ldmxcsr(cpu: X86, trap: Trap) -> Exit | None:
     if (came := _blocked(cpu, is_sse=True)) is not False:
         return came  # type: ignore[return-value]
-    operand = _Operand(cpu, place(trap.data, trap.gva), 4)
+    operand = _Operand(cpu, trap, place(trap.data, trap.gva), 4)
     failed, exit = operand.fault(is_write=False)
     if failed:
         return exit
@@ -328,7 +321,7 @@ def _do_fxrstor(cpu: X86, trap: Trap) -> Exit | None:
     cr0 = cpu.regs.read("cr0")
     if cr0 & (_TS | _EM):
         return cpu.deliver(NM)
-    operand = _Operand(cpu, place(trap.data, trap.gva), 512)
+    operand = _Operand(cpu, trap, place(trap.data, trap.gva), 512)
     if operand.gva & 15 and canonical(operand.gva):
         return cpu.deliver(GP, 0)
     failed, exit = operand.fault(is_write=False)
