@@ -15,6 +15,8 @@ import pytest
 from lab_page import ADD_CELL, LAST_OUTPUT, READY, SOON, lab
 from paths import REPO
 
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
 OUT = REPO / "tests" / "out"
 pytestmark = pytest.mark.slow
 
@@ -83,8 +85,14 @@ class Desk:
         page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.goto(self.address)
-        page.wait_for_function("window.jupyterapp")
-        page.evaluate(READY)
+        for attempt in range(3):
+            try:
+                page.wait_for_function("window.jupyterapp")
+                page.evaluate(READY)
+                break
+            except sync_api.Error as error:  # a second window moves on to a workspace of its own
+                if "navigation" not in str(error) or attempt == 2:
+                    raise
         return page
 
     def cell(self, source: str, wait: bool = True) -> str:
@@ -180,6 +188,9 @@ def test_that_the_interrupt_button_ends_a_run_with_two_vms_on_show(desk: Desk) -
     desk.page.evaluate(CLICK_ALL)
     assert desk.usable()
     desk.settle()
+    # A click was on "end", and its guest talks without end.
+    desk.cell("""import time
+while vm.stop(): time.sleep(0.1)""")
     assert "SYNC" in desk.cell("vm.vcpus[0].set_entry('guest_code'); vm.vcpus[0].run()")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from labkit.look.snapshots import EventMark, VmSnapshot
 from labkit.outside import plain
-from labkit.views.drawing.markup import Html, cat, el, num
+from labkit.views.drawing.markup import Html, cat, el, num, plural
 from labkit.views.drawing.shapes import path, svg, text
 from labkit.views.pictures.slots import LEFT, draw_slot, slot_rows
 
@@ -56,7 +56,9 @@ def draw(vm: VmSnapshot, width: float) -> Html:
     out += path(f"M{now:.1f} {TOP - 4}V{bottom}", "c-now")
     out += path(f"M{now - 5.5:.1f} {TOP - 15}h11v6l-5.5 5.5l-5.5 -5.5z", "c-flag")
 
-    words = f"Timeline up to step {vm.step}: {len(vm.events)} exits on {len(vm.vcpus)} vCPUs"
+    nr_exits, nr_vcpus = len(vm.events), len(vm.vcpus)
+    words = f"Timeline up to step {num(vm.step)}: {num(nr_exits)} {plural('exit', nr_exits)}"
+    words += f" on {nr_vcpus} {plural('vCPU', nr_vcpus)}"
     return svg(width, bottom + 2, out, words)
 
 
