@@ -72,7 +72,7 @@ def _execute(path: Path, notebook: Any) -> None:
     from nbclient.exceptions import CellExecutionError, DeadKernelError
 
     try:
-        notebooks.client(path, notebook).execute()
+        notebooks.client(path, notebook).execute(env=notebooks.environment())
     except CellExecutionError as err:
         raise InvalidState(
             f"{path}: a cell failed, nothing is written: {err.ename}: {err.evalue}", path=path

@@ -63,7 +63,7 @@ def _in_terminal(path: Path, as_json: bool) -> int:
     notebook = notebooks.read(path)
     client = notebooks.client(path, notebook)
     failed = ""
-    with client.setup_kernel():
+    with client.setup_kernel(env=notebooks.environment()):
         for index, cell in enumerate(notebook.cells):
             try:
                 client.execute_cell(cell, index)

@@ -12,7 +12,7 @@ from labkit.session.progress import DISABLE
 if TYPE_CHECKING:
     from nbclient import NotebookClient
 
-__all__ = ["clean_up", "client", "read", "write"]
+__all__ = ["clean_up", "client", "environment", "read", "write"]
 
 
 def read(path: Path) -> Any:
@@ -72,8 +72,6 @@ def client(path: Path, notebook: Any) -> NotebookClient:
     """
     from nbclient import NotebookClient
 
-    os.environ.setdefault(DISABLE, "1")  # the kernel inherits it
-
     return NotebookClient(
         notebook,
         timeout=600,  # seconds a cell
@@ -83,3 +81,8 @@ def client(path: Path, notebook: Any) -> NotebookClient:
         # without this the kernel warns about its TCP ports
         extra_arguments=["--IPKernelApp.log_level=ERROR"],
     )
+
+
+def environment() -> dict[str, str]:
+    """What the kernel of such a client is started with: no line of progress stays in outputs."""
+    return {DISABLE: "1", **os.environ}

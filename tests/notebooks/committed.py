@@ -94,7 +94,8 @@ def run(path: Path, seed: int | None = None, **env: str) -> Run:
         coalesce_streams=True,
     )
     start = time.monotonic()
-    client.execute(env={**os.environ, "PATH": "", "PYTHONPATH": str(REPO), **env})
+    quiet = {"TQDM_DISABLE": "1"}  # as labkit freeze has it: no line of progress in outputs
+    client.execute(env={**os.environ, **quiet, "PATH": "", "PYTHONPATH": str(REPO), **env})
     return Run(notebook, time.monotonic() - start)
 
 
