@@ -125,6 +125,20 @@ def kvm() -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def native() -> Iterator[Any]:
+    """A child process to step instructions in, with the areas of a bare guest."""
+    from guests import CODE, DATA, STACKS
+    from native import SIZE, Native
+
+    try:
+        child = Native((CODE, SIZE), (DATA, SIZE), (STACKS, SIZE))
+    except OSError as error:
+        pytest.skip(f"no native single steps here: {error}")
+    yield child
+    child.close()
+
+
 @pytest.fixture(params=["unicorn", pytest.param("kvm", marks=pytest.mark.kvm)])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every engine in turn: what a test says of one, it says of all."""

@@ -43,6 +43,7 @@ NAMES = (
     "gs",
 )
 PUSHF = b"\x9c"
+SIZE = 4 * 4096  # bytes of each area of memory that the tests share with it
 GPRS = tuple(name for name in NAMES if name[0] == "r")
 CHILD = """
 import ctypes, os, signal, sys

@@ -143,7 +143,7 @@ def _gate(handler: int) -> bytes:
     return struct.pack("<HHBBHII", low, KERNEL_CS, 0, 0x8E, middle, high, 0)
 
 
-MXCSR = 0x1F80  # after reset (SDM vol. 3A table 10-1); some KVM leave it at 0
+MXCSR = 0x1F80  # after reset (SDM vol. 3A table 10-1)
 
 
 def _reset(tables: BootTables) -> dict[str, int]:

@@ -21,7 +21,7 @@ from functools import cache, wraps
 from types import FrameType
 from typing import ParamSpec, TypeVar
 
-__all__ = ["Shield", "shield", "whole"]
+__all__ = ["Shield", "shield", "undivided"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -209,7 +209,7 @@ def shield() -> Shield:
     return Shield()
 
 
-def whole(function: Callable[P, R]) -> Callable[P, R]:
+def undivided(function: Callable[P, R]) -> Callable[P, R]:
     """A function that is not left half done: Ctrl-C is raised behind it."""
 
     @wraps(function)

@@ -73,7 +73,8 @@ class DieSizes:
                 at = self._data.index(b"\0", at) + 1
             else:
                 size, at = _leb128(self._data, at)
-                at += size if part == BLOCK else 0
+                if part == BLOCK:
+                    at += size
         return at - offset
 
     def _parts_of(self, code: int) -> tuple[int, ...] | None:

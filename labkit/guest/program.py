@@ -254,9 +254,8 @@ class Program:
         if ":" not in place:
             return (self.variable(place).gva,)
         file, _, line = place.rpartition(":")
-        found = self.gva_of_line(
-            file, int(line) if line.isdecimal() and len(line) <= MAX_DIGITS else -1
-        )
+        is_number = line.isdecimal() and len(line) <= MAX_DIGITS
+        found = self.gva_of_line(file, int(line)) if is_number else ()
         if not found:
             raise InvalidState(
                 f"no code at {place}; lines with code are those of {', '.join(self.files)}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from labkit.engines.exits import BudgetExit, StopExit
 from labkit.errors import InvalidState
-from labkit.hosts.worker import Worker
+from labkit.hosts.worker import begin
 from labkit.look.selection import select
 from labkit.look.snapshots import Selection, VmSnapshot
 from labkit.look.vm import Looking, look_at_vm
@@ -18,6 +18,7 @@ from labkit.session.running import RUNNABLE, Came, can, drive, runnable
 from labkit.session.stepping import run_to
 from labkit.session.vcpu import Vcpu
 from labkit.session.vm import Vm
+from labkit.words import num
 
 __all__ = ["VmController"]
 
@@ -42,7 +43,6 @@ class VmController:
         self.log_of: int | None = None
         self.chosen: tuple[str, int] | None = None
         self._done: list[Callable[[str], None]] = []
-        self._worker = Worker(self._tell_done)
         self._moved = self._progress()  # as when the views last looked
         self._said = ""  # what came of the last button, where the VM itself does not say it
 
@@ -120,7 +120,8 @@ class VmController:
         if self.chosen is None:
             return None
         kind, value = self.chosen
-        return select(self.vm, kind, value)
+        vcpu = self.vm.vcpus[self.front] if self.vm.vcpus else None
+        return select(self.vm, kind, value, vcpu)
 
     def act(self, name: str, **facts: Any) -> None:
         """Do it; raises InvalidState for what is no action, and whatever the VM raises.
@@ -130,11 +131,11 @@ class VmController:
         a place to run to; kind and value of a selection.
         """
         if name in RUNNING | TOGETHER:
-            self._worker.do(name, partial(self._run, name, facts))
+            begin(name, partial(self._run, name, facts), self._tell_done)
         elif name == "stop":
             self.vm.stop()
         elif name == "restart":
-            self._vcpu.set_entry(self._entry())
+            self._vcpu.set_entry(self.vm.machine.entries[self.front])
         elif name == "vcpu":
             self._bring_to_front(facts["index"])
         elif name == "frame":
@@ -152,10 +153,10 @@ class VmController:
         """Run as a button says, on the worker's thread."""
         self._said = ""
         came = self._ran(name, facts)
-        self._bring_the_runner_to_front()
+        with self.vm.turn.looking:
+            self._follow()  # now: what it would forget of the button before this one is gone
         if isinstance(came, BudgetExit):
-            told = f"{came.insns:,}".replace(",", "\u2009")
-            self._said = f"No ucall in {told} instructions: run on?"
+            self._said = f"No ucall in {num(came.insns)} instructions: run on?"
         elif isinstance(came, StopExit):
             self._said = "Stopped."
 
@@ -189,7 +190,7 @@ class VmController:
         if self.vm.schedule.kind == "parallel":
             return self.vm.run()
         _, quantum = self.vm.schedule.pick(runnable(self.vm.vcpus))
-        came = self.vm.run(quantum or RUN_LIMIT)
+        came = self.vm.run(quantum or self._limit())
         is_whole_turn = quantum is not None and isinstance(came, BudgetExit)
         return None if is_whole_turn else came
 
@@ -205,14 +206,6 @@ class VmController:
         places = self._places(gva, line)
         with self.vm.turn.run("run_to"):
             return run_to(self._vcpu, places, self._limit())
-
-    def _entry(self) -> int:
-        """Where the vCPU in front began."""
-        return self.vm.machine.entries[self.front]
-
-    def _bring_the_runner_to_front(self) -> None:
-        with self.vm.turn.looking:
-            self._follow()
 
     def when_done(self, tell: Callable[[str], None]) -> None:
         """Call tell(problem) when what a button began ends after its click has returned."""

@@ -1,4 +1,8 @@
-"""What a button begins runs on a thread of its own, so that the next click is heard meanwhile."""
+"""What a button begins runs on a thread of its own, so that the next click is heard meanwhile.
+
+ipykernel delivers the clicks of a page one after the other, on one thread: a run on it would keep a
+click on "stop" waiting until there is nothing to stop any longer.
+"""
 
 from __future__ import annotations
 
@@ -7,56 +11,30 @@ from collections.abc import Callable
 
 from labkit.errors import LabError
 
-__all__ = ["SHORT", "Worker"]
+__all__ = ["SHORT", "begin"]
 
 SHORT = 0.15  # seconds for which a click waits for what it began
 
 
-class Worker:
-    """Does one thing after the other for the buttons of one VM, each on a thread of its own.
+def begin(name: str, work: Callable[[], object], late: Callable[[str], None]) -> None:
+    """Begin it on a thread of its own, and wait a short time for its end.
 
-    ipykernel delivers the clicks of a page one after the other, on one thread: a run on it would
-    keep a click on "stop" waiting until there is nothing to stop any longer.
+    Raises what it ended with by then. If it takes longer, late(problem) is called on its thread
+    when it is over; the problem is "" when there was none.
     """
-
-    def __init__(self, done: Callable[[str], None]) -> None:
-        """done(problem) is called on that thread after each thing that took longer than SHORT."""
-        self._done = done
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-
-    def do(self, name: str, work: Callable[[], object]) -> bool:
-        """Begin it, and wait a short time for its end; returns whether it ended by then.
-
-        Raises the LabError that it ended with by then.
-        """
-        job = _Job(work, self._done)
-        with self._lock:
-            thread = threading.Thread(target=job.run, name=f"button {name}", daemon=True)
-            self._thread = thread
-            thread.start()
-        job.ended.wait(SHORT)
-        if not job.claim():
-            return False
-        if job.error is not None:
-            raise job.error
-        return True
-
-    def join(self, seconds: float) -> bool:
-        """Wait for what was begun last; returns whether it is over."""
-        thread = self._thread
-        if thread is None or thread is threading.current_thread():
-            return True
-        thread.join(seconds)
-        return not thread.is_alive()
+    job = _Job(work, late)
+    threading.Thread(target=job.run, name=f"button {name}", daemon=True).start()
+    job.ended.wait(SHORT)
+    if job.claim() and job.error is not None:
+        raise job.error
 
 
 class _Job:
-    """One thing to do; its end is told either to who waits, or to `done`."""
+    """One thing to do; its end is told either to who waits, or to `late`."""
 
-    def __init__(self, work: Callable[[], object], done: Callable[[str], None]) -> None:
+    def __init__(self, work: Callable[[], object], late: Callable[[str], None]) -> None:
         self._work = work
-        self._done = done
+        self._late = late
         self._lock = threading.Lock()
         self._left_alone = False  # nobody waits any longer
         self.error: BaseException | None = None
@@ -69,9 +47,9 @@ class _Job:
             self.error = error
         with self._lock:
             self.ended.set()
-            told_here = self._left_alone
-        if told_here:
-            self._done(_sentence(self.error))
+            is_late = self._left_alone
+        if is_late:
+            self._late(_sentence(self.error))
 
     def claim(self) -> bool:
         """Who waited goes on: returns whether the end is his to tell."""

@@ -50,15 +50,12 @@ def _is_said(happened: Happened) -> bool:
 
 def _ucall(vm: Vm, last: Ucall, is_now: bool) -> Said:
     is_end = not goes_on(last)
-    nr_args = len(last.args)
-    while nr_args and not last.args[nr_args - 1]:
-        nr_args -= 1
     words = vm.explain(last) if is_end and is_now else ""
     return Said(
         step=last.step,
         vcpu=last.vcpu,
         kind=last.cmd,
-        args=last.args[:nr_args],
+        args=last.given_args,
         text=last.text,
         slot=last.slot,
         words=words,

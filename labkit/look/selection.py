@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from labkit.arch.translation import Translation
 from labkit.errors import LabError
 from labkit.look.eyes import BLOCK
 from labkit.look.snapshots import Selection
 from labkit.machine.memory import PAGE
+from labkit.session.vcpu import Vcpu
 from labkit.session.vm import Vm
 from labkit.ucall.abi import BITMAP_BYTES, NR_SLOTS, UCALL_SIZE
 from labkit.ucall.pool import Pool
@@ -13,29 +15,34 @@ from labkit.ucall.pool import Pool
 __all__ = ["select"]
 
 
-def select(vm: Vm, kind: str, value: int) -> Selection | None:
+def select(vm: Vm, kind: str, value: int, vcpu: Vcpu | None = None) -> Selection | None:
     """The selection of a slot by its index, of an address, or of the page or block at a gpa.
 
-    kind: "slot"; "gva", "register", "byte", "entry"; "page", "block". None for any other, and for
-    a slot that is none.
+    kind: "slot"; "gva", "register", "byte", "entry"; "page", "block". vcpu is the one whose page
+    tables count (None: the first). None for any other kind, and for a slot that is none.
     """
+    translation = vm.translation() if vcpu is None else vcpu.translation()
     if kind == "slot":
-        return _slot(vm, value)
+        return _slot(vm, value, translation)
     if kind in ("gva", "register", "byte", "entry"):
-        return _path(vm, kind, vm.names.label(value), gva=value, gpa=None, size=1)
+        label = vm.names.label(value)
+        return _path(vm, kind, label, translation, gva=value, gpa=None, size=1)
     if kind in ("page", "block"):
         size = PAGE if kind == "page" else BLOCK
-        return _piece(vm, kind, value & -size, size)
+        # By way of the lowest gva that maps it
+        gva = next(iter(vm.page_table(vcpu).maps(value & -size)), None)
+        label = "" if gva is None else vm.names.label(gva)
+        return _path(vm, kind, label, translation, gva=gva, gpa=value & -size, size=size)
     return None
 
 
-def _slot(vm: Vm, index: int) -> Selection | None:
+def _slot(vm: Vm, index: int, translation: Translation | None) -> Selection | None:
     pool = vm.host_pool
     if pool is None or not 0 <= index < NR_SLOTS:
         return None
     gva = pool.gva + BITMAP_BYTES + UCALL_SIZE * index
     label = _holder(vm, pool, index)
-    return _path(vm, "slot", label, gva=gva, gpa=None, size=UCALL_SIZE, slot=index)
+    return _path(vm, "slot", label, translation, gva=gva, gpa=None, size=UCALL_SIZE, slot=index)
 
 
 def _holder(vm: Vm, pool: Pool, index: int) -> str:
@@ -47,17 +54,11 @@ def _holder(vm: Vm, pool: Pool, index: int) -> str:
     return "free"
 
 
-def _piece(vm: Vm, kind: str, gpa: int, size: int) -> Selection:
-    """A page or a cipher block, by way of the lowest gva that maps it."""
-    gva = next(iter(vm.page_table().maps(gpa)), None)
-    label = "" if gva is None else vm.names.label(gva)
-    return _path(vm, kind, label, gva=gva, gpa=gpa, size=size)
-
-
 def _path(
     vm: Vm,
     kind: str,
     label: str,
+    translation: Translation | None,
     gva: int | None,
     gpa: int | None,
     size: int,
@@ -66,7 +67,7 @@ def _path(
     """The selection of a gva, or of a gpa that no gva maps."""
     path: tuple[str, ...] = ()
     if gva is not None:
-        walk = vm.machine.space.walk(gva, vm.translation())
+        walk = vm.machine.space.walk(gva, translation)
         path = tuple(str(step) for step in walk.steps)
         gpa = walk.gpa
     return Selection(kind, label, gva, gpa, _hva(vm, gpa), size, path, slot)

@@ -24,22 +24,58 @@ from labkit.shown import is_notebook
 if TYPE_CHECKING:
     from labkit.session.vm import Vm
 
-__all__ = ["DISABLE", "LATE", "Line", "is_shown", "quiet", "watch"]
+__all__ = ["DISABLE", "LATE", "WATCH", "Line", "Watch", "is_shown", "quiet", "watch"]
 
 LATE = 1.0  # seconds from which on a run is one that people want to be told of
 INSNS = " insns"
 POLL = 0.25  # seconds between two looks
 DISABLE = "TQDM_DISABLE"  # of the environment: no lines at all, as for every user of tqdm
 
-_lock = threading.Lock()
-_lines: weakref.WeakKeyDictionary[Vm, _Line] = weakref.WeakKeyDictionary()
-_watcher: list[threading.Thread] = []  # one at most
-_quiet: list[None] = []  # as many as there are `quiet` blocks
+
+class Watch:
+    """The VMs of this process, and the thread that looks at them: it is there while they are."""
+
+    def __init__(self) -> None:
+        self.lines: weakref.WeakKeyDictionary[Vm, _Line] = weakref.WeakKeyDictionary()
+        self.quiet = 0  # `quiet` blocks that are open
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def add(self, vm: Vm) -> None:
+        """Look at this VM from now on."""
+        with self._lock:
+            self.lines[vm] = _Line(vm)
+            if self._thread is None or not self._thread.is_alive():  # a fork leaves it behind
+                self._thread = threading.Thread(
+                    target=self._look, name="labkit-progress", daemon=True
+                )
+                self._thread.start()
+
+    def hush(self, by: int) -> None:
+        """One `quiet` block more, or one less."""
+        with self._lock:
+            self.quiet += by
+
+    def _look(self) -> None:
+        """Begin to follow what has been running for long, as long as there are VMs at all."""
+        while True:
+            time.sleep(POLL)
+            with self._lock:
+                lines = list(self.lines.values())
+                if not lines:
+                    self._thread = None
+                    return
+            for line in lines:
+                line.look()
+            del lines
+
+
+WATCH = Watch()
 
 
 def is_shown() -> bool:
     """Whether somebody can see a line: stderr is a terminal, or this is a notebook."""
-    if _quiet or os.environ.get(DISABLE):
+    if WATCH.quiet or os.environ.get(DISABLE):
         return False
     try:
         return is_notebook() or sys.stderr.isatty()
@@ -49,37 +85,18 @@ def is_shown() -> bool:
 
 def watch(vm: Vm) -> None:
     """Show a line for each long run of a VM from now on, where somebody can see one."""
-    if not is_shown():
-        return
-    with _lock:
-        _lines[vm] = _Line(vm)
-        if not _watcher or not _watcher[0].is_alive():
-            _watcher[:] = [threading.Thread(target=_look, name="labkit-progress", daemon=True)]
-            _watcher[0].start()
+    if is_shown():
+        WATCH.add(vm)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """No line for VMs that are made in this block: who makes them has a line of his own."""
-    _quiet.append(None)
+    WATCH.hush(1)
     try:
         yield
     finally:
-        _quiet.pop()
-
-
-def _look() -> None:
-    """Begin to follow what has been running for long, as long as there are VMs at all."""
-    while True:
-        time.sleep(POLL)
-        with _lock:
-            lines = list(_lines.values())
-            if not lines:
-                _watcher.clear()
-                return
-        for line in lines:
-            line.look()
-        del lines
+        WATCH.hush(-1)
 
 
 class _Line:

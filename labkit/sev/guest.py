@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from labkit.arch.desc import PagingMode
 from labkit.arch.x86_cpu import CpuModel
-from labkit.engines.interrupt import whole
+from labkit.engines.interrupt import undivided
 from labkit.errors import InvalidState, NotAvailable
 from labkit.machine.memory import PAGE, Memory
 from labkit.machine.sparsebit import Sparsebit
@@ -196,7 +196,7 @@ class ProtectedGuest:
 
     # --- commands
 
-    @whole
+    @undivided
     def command(self, name: str, **fields: Value) -> Result:
         """KVM_MEMORY_ENCRYPT_OP: run a command and give what the firmware gives (`Psp.command`).
 
@@ -248,7 +248,7 @@ class ProtectedGuest:
 
     # --- launch
 
-    @whole
+    @undivided
     def set_private(self, gpa: int, size: int, private: bool = True) -> None:
         """Which pages the launch will encrypt (vm_mem_set_private, vm_mem_set_shared).
 
@@ -261,20 +261,20 @@ class ProtectedGuest:
             )
         self._pages.set_private(gpa, size, private)
 
-    @whole
+    @undivided
     def launch(self) -> bytes:
         """All of it (vm_sev_launch); returns the measurement."""
         self.start()
         self.update()
         return self.finish()
 
-    @whole
+    @undivided
     def start(self) -> None:
         """LAUNCH_START: the guest gets its key and its ASID."""
         name = "SNP_LAUNCH_START" if self.kind == "snp" else "LAUNCH_START"
         self.command(name, policy=self.policy)
 
-    @whole
+    @undivided
     def update(self) -> None:
         """Encrypt and measure every protected range, lowest first (sev_vm_launch).
 
@@ -288,7 +288,7 @@ class ProtectedGuest:
                 self.command("LAUNCH_UPDATE_DATA", spa=gpa, size=size)
         self._seal()
 
-    @whole
+    @undivided
     def finish(self) -> bytes:
         """Measure, and let the guest run; returns the measurement (SNP: the launch digest)."""
         if self.kind == "snp":
@@ -385,7 +385,7 @@ class ProtectedGuest:
         """The engine that runs the guest, which must be told when a page changes hands."""
         self._pages.connect(engine)
 
-    @whole
+    @undivided
     def remap(self, gpa: int, other: int) -> None:
         """The host has exchanged two pages in the nested page table."""
         self._pages.remap(gpa, other)

@@ -54,14 +54,19 @@ class Ucall(NamedTuple):
         return "ucall"
 
     @property
-    def what(self) -> str:
-        """One line for a person, for a table that has a column for the vCPU."""
+    def given_args(self) -> tuple[int, ...]:
+        """The arguments without the zeros at their end, which nobody gave."""
         nr_args = len(self.args)
         while nr_args and not self.args[nr_args - 1]:
             nr_args -= 1
+        return self.args[:nr_args]
+
+    @property
+    def what(self) -> str:
+        """One line for a person, for a table that has a column for the vCPU."""
         said = "" if self.text is None else f" {self.text!r}"
         where = f" at {self.file}:{self.line}: {self.expr}" if self.file else ""
-        args = ", ".join(map(hex, self.args[:nr_args]))
+        args = ", ".join(map(hex, self.given_args))
         return f"{self.cmd}{said}{where} args [{args}] slot {self.slot}"
 
     def __repr__(self) -> str:

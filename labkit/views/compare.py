@@ -9,10 +9,11 @@ from typing import NamedTuple
 from labkit.explore.comparison import Comparison, Difference
 from labkit.explore.comparison import Row as Event
 from labkit.outside import plain
-from labkit.views.drawing.markup import Html, cat, num
+from labkit.views.drawing.markup import Html, cat
 from labkit.views.drawing.tables import Cell, Row, aligned, boxed, label, table
 from labkit.views.pictures.lanes import counts, draw_lanes, lanes_key, sign
 from labkit.views.show import FRAME, View, header, pane, status_line
+from labkit.words import num
 
 __all__ = ["render"]
 

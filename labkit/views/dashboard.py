@@ -15,11 +15,12 @@ from labkit.paging.scan import PageTable
 from labkit.paging.walk import Walk
 from labkit.ucall.snapshot import PoolSnapshot
 from labkit.views import compare, encryption, eyes, launch, memory, pages, pool, said, stepper
-from labkit.views.drawing.markup import Html, cat, num, plural
+from labkit.views.drawing.markup import Html, cat
 from labkit.views.drawing.tables import label
 from labkit.views.pictures import timeline
 from labkit.views.scene import Memo, Scene
 from labkit.views.show import FRAME, Bundle, View, columns, header, mimebundle, pane, status_line
+from labkit.words import num, plural
 
 __all__ = ["PANES", "SECRETS", "VIEWS", "bundle", "draw", "render"]
 

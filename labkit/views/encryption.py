@@ -6,7 +6,7 @@ from labkit.look.encryption import EncryptionMap, EncryptionRange, PageState
 from labkit.look.snapshots import Selection
 from labkit.machine.memory import PAGE
 from labkit.outside import plain
-from labkit.views.drawing.markup import Html, cat, el, hx, num
+from labkit.views.drawing.markup import Html, cat, el, hx
 from labkit.views.drawing.tables import (
     Cell,
     Row,
@@ -19,6 +19,7 @@ from labkit.views.drawing.tables import (
 )
 from labkit.views.pictures.encryption import MEMORY_WORDS, draw_strip, says, strip_key
 from labkit.views.show import FRAME, View, header, pane, rail, selected_gpa, status_line
+from labkit.words import num
 
 __all__ = ["render", "status", "title"]
 

@@ -9,11 +9,12 @@ import numpy as np
 from labkit.look.eyes import BLOCK, Eye, PageEyes
 from labkit.look.snapshots import Selection
 from labkit.outside import plain
-from labkit.views.drawing.markup import Html, cat, el, hx, num, plural
+from labkit.views.drawing.markup import Html, cat, el, hx
 from labkit.views.drawing.shapes import NARROW, WIDE
 from labkit.views.drawing.tables import Cell, Row, boxed, label, select, swatch
 from labkit.views.pictures.blocks import about, draw_maps, map_key
 from labkit.views.show import View, columns, header, pane, rail, status_line
+from labkit.words import num, plural
 
 __all__ = ["ROWS", "SIDES", "render"]
 

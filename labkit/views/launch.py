@@ -7,11 +7,12 @@ from labkit.look.snapshots import Selection
 from labkit.machine.memory import PAGE
 from labkit.outside import plain
 from labkit.sev.snp import SnpState
-from labkit.views.drawing.markup import Attribute, Html, cat, el, hx, num
+from labkit.views.drawing.markup import Attribute, Html, cat, el, hx
 from labkit.views.drawing.shapes import NARROW, WIDE
 from labkit.views.drawing.tables import Cell, Row, aligned, boxed, label, select, table
 from labkit.views.pictures.launch import draw_pages, draw_states, pages_key
 from labkit.views.show import FRAME, View, header, pane, status_line
+from labkit.words import num
 
 __all__ = ["render"]
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 from labkit.machine.memory import PAGE
 from labkit.outside import plain
 from labkit.paging.scan import PageTable
-from labkit.views.drawing.markup import Html, hx, num
+from labkit.views.drawing.markup import Html, hx
 from labkit.views.drawing.tables import Cell, Row, boxed, label, select, swatch
 from labkit.views.pictures.walk_plan import size_name
+from labkit.words import num
 
 __all__ = ["MAX_ROWS", "Change", "change_table", "changes_between", "range_table", "summary"]
 

@@ -8,11 +8,12 @@ from labkit.look.snapshots import MemoryMap, MemoryRange, Selection
 from labkit.machine.memory import PAGE
 from labkit.outside import plain
 from labkit.views.drawing.cells import grid
-from labkit.views.drawing.markup import Html, cat, hx, num, plural
+from labkit.views.drawing.markup import Html, cat, hx
 from labkit.views.drawing.shapes import svg
 from labkit.views.drawing.strip import Painter, lay, outline
 from labkit.views.drawing.tables import aligned, key, label
 from labkit.views.show import FRAME, View, header, pane, rail, selected_gpa, status_line
+from labkit.words import num, plural
 
 __all__ = ["render", "status"]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from labkit.look.snapshots import Selection
 from labkit.outside import plain
 from labkit.ucall.snapshot import PoolSnapshot, Slot
-from labkit.views.drawing.markup import Html, cat, el, esc, hx, num
+from labkit.views.drawing.markup import Html, cat, el, esc, hx
 from labkit.views.drawing.tables import Row, aligned, boxed, key, label, select, table
 from labkit.views.pictures.pool import draw_pool, is_big, rows_used
 from labkit.views.pool_words import STATE, counts, marks, owner, slot_at, status, taken
 from labkit.views.show import FRAME, View, columns, header, pane, rail, status_line
+from labkit.words import num
 
 __all__ = ["render"]
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from labkit.outside import plain
 from labkit.ucall.snapshot import PoolSnapshot, Slot
-from labkit.views.drawing.markup import num
+from labkit.words import num
 
 __all__ = ["DIGITS", "STATE", "about", "counts", "marks", "owner", "slot_at", "status", "taken"]
 

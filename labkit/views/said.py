@@ -6,8 +6,9 @@ from itertools import islice
 
 from labkit.look.snapshots import EventMark, FrameRow, Said, VcpuSnapshot, VmSnapshot
 from labkit.outside import plain
-from labkit.views.drawing.markup import Attribute, Html, el, hx, num
+from labkit.views.drawing.markup import Attribute, Html, el, hx
 from labkit.views.drawing.tables import Row, classes, label, select, table
+from labkit.words import num
 
 __all__ = ["card", "card_text", "frames", "log", "log_text"]
 

@@ -15,12 +15,13 @@ from labkit.errors import InvalidState
 from labkit.look.snapshots import Selection
 from labkit.outside import plain, printable
 from labkit.shown import is_notebook
-from labkit.views.drawing.markup import Html, el, esc, hx, num
+from labkit.views.drawing.markup import Html, el, esc, hx
 from labkit.views.drawing.sheet import Sheet, sheet
 from labkit.views.drawing.static import SVG, alone, document
 from labkit.views.drawing.style import css
 from labkit.views.drawing.tables import swatch
 from labkit.views.picture import IN_OUTPUTS, THEMES, png, write
+from labkit.words import num
 
 __all__ = [
     "FRAME",

@@ -7,10 +7,11 @@ import textwrap
 from labkit.look.snapshots import Insn, Selection, Touch, VcpuSnapshot
 from labkit.outside import plain
 from labkit.views import code, said
-from labkit.views.drawing.markup import Attribute, Html, cat, el, esc, hx, num
+from labkit.views.drawing.markup import Attribute, Html, cat, el, esc, hx
 from labkit.views.drawing.shapes import path, rect, svg, text
 from labkit.views.drawing.tables import Row, classes, label, select, table
 from labkit.views.show import View, columns, header, pane, status_line
+from labkit.words import num
 
 __all__ = ["render", "status"]
 

@@ -22,13 +22,12 @@ from guests import (
 )
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from native import GPRS, Native
+from native import GPRS, SIZE, Native
 
 import labkit as lk
 from labkit.engines.disasm import Decoded, disassemble
 from labkit.engines.exits import BudgetExit
 
-SIZE = 4 * 4096
 DATA_AT_START = bytes(range(256)) * 2
 FLAGS = 0xCD5  # CF PF AF ZF SF DF OF
 ARITHMETIC = 0x8D5  # of a REP CMPS or SCAS under way: some CPUs show each iteration's, others those before it (SDM vol. 2 REP)
@@ -89,16 +88,6 @@ UNDEFINED = {
     "lock bts": 0x894,
 }
 DEFINED = {"add", "adc", "sub", "sbb", "cmp", "neg", "popf", "popfq"}
-
-
-@pytest.fixture(scope="module")
-def native():
-    try:
-        child = Native((CODE, SIZE), (DATA, SIZE), (STACKS, SIZE))
-    except OSError as error:
-        pytest.skip(f"no native single steps here: {error}")
-    yield child
-    child.close()
 
 
 @pytest.fixture(scope="module", params=["unicorn", pytest.param("kvm", marks=pytest.mark.kvm)])

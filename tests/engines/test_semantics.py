@@ -10,29 +10,18 @@ import random
 import struct
 
 import pytest
-from guests import CODE, DATA, HANDLERS, STACK_TOP, STACKS, asm_all, bare, start
-from native import GPRS, Native
+from guests import CODE, DATA, HANDLERS, STACK_TOP, asm_all, bare, start
+from native import GPRS, SIZE, Native
 from semantics import TOLERATED, forms, tolerated
 
 import labkit as lk
 from labkit.engines.disasm import disassemble
 from labkit.engines.exits import BudgetExit
 
-SIZE = 4 * 4096
 FLAGS = 0x8D5  # the arithmetic ones
 NR_STATES = int(os.environ.get("LABKIT_SEMANTICS", "1"))
 EDGES = (0, 1, (1 << 64) - 1, 1 << 63, 0x7FFF_FFFF, 0x8000_0000, 0x80, 0xFF00, 1 << 31 << 32)
 DOUBLES = (0.0, -0.0, 1.0, -1.5, 3.75, 1e300, 5e-324, float("inf"), float("nan"), 1e-310, 2.0**63)
-
-
-@pytest.fixture(scope="module")
-def native():
-    try:
-        child = Native((CODE, SIZE), (DATA, SIZE), (STACKS, SIZE))
-    except OSError as error:
-        pytest.skip(f"no native single steps here: {error}")
-    yield child
-    child.close()
 
 
 @pytest.fixture(scope="module")

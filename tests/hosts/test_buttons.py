@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import pytest
+from moments import until
 
 import labkit as lk
 
@@ -27,15 +27,6 @@ def spin() -> lk.Program:
 def vm(backend: str) -> Iterator[lk.Vm]:
     with lk.Vm.create(spin(), backend=backend, privilege="kernel") as vm:
         yield vm
-
-
-def until(condition: Any, seconds: float = 10) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
 
 
 @pytest.fixture

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import pytest
+from moments import until
 
 import labkit as lk
 
@@ -36,15 +37,6 @@ def program() -> lk.Program:
 def vm() -> Iterator[lk.Vm]:
     with lk.Vm.create(program(), nr_vcpus=3, schedule="round_robin:30") as vm:
         yield vm
-
-
-def until(condition: Callable[[], bool], seconds: float = 10) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def press(widget: Any, act: str, **facts: object) -> float:

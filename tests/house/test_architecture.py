@@ -11,6 +11,7 @@ from modules import MODULES, Module, Rule, broken, check, example
 # Lowest first; a room imports from lower lines only, neighbours on a line not from each other.
 ROOMS = (
     ("outside",),
+    ("words",),
     ("bits", "errors"),
     ("checked", "hexed"),
     ("shown",),

@@ -11,6 +11,7 @@ import capstone
 import pytest
 from capstone import x86
 from guests import CODE, DATA, STACK_TOP, asm_all, bare
+from semantics import CONDITIONS
 
 import labkit as lk
 from labkit.engines.disasm import disassemble
@@ -72,24 +73,6 @@ BITS = (
 LOADS = ("mov rax, [rsi]", "movzx eax, byte ptr [rsi + r9]", "cmp [rsi], al", "test [rsi], rax")
 POPS = {"pop rax": 8, "pop ax": 2, "ret": 8}  # with the bytes they take from the stack
 NOTHING = ("lea rax, [rsi]", "nop dword ptr [rax]", "mov rax, rbx")
-CONDITIONS = (
-    "o",
-    "no",
-    "b",
-    "ae",
-    "e",
-    "ne",
-    "be",
-    "a",
-    "s",
-    "ns",
-    "p",
-    "np",
-    "l",
-    "ge",
-    "le",
-    "g",
-)
 JUMPS = tuple(f"j{condition} 1f; .skip 18, 0x90; 1:" for condition in CONDITIONS)
 FLAGS = (0x1, 0x4, 0x40, 0x80, 0x800, 0x880, 0x8C5, 0)
 MOVES = {"push qword ptr [rsi]": 8, "push word ptr [rsi]": 2}  # with the bytes they copy

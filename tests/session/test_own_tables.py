@@ -6,6 +6,7 @@ import pytest
 
 import labkit as lk
 from labkit.errors import NotAvailable
+from labkit.look.selection import select
 
 SOURCE = '#include "labkit.h"\nvoid guest_code(void)\n{\n\tGUEST_SYNC(1);\n\tGUEST_DONE();\n}\n'
 HIGH = 0xFFFF_0000_0000_0000 | 300 << 39 | 5 << 30  # 1 GiB of its own
@@ -60,6 +61,16 @@ def test_that_each_vcpu_is_shown_through_its_own_tables():
         one, other = vm.vcpus
         assert (one.page_table().root, other.page_table().root) == (own, root)
         assert vm.page_table(other).walk(HIGH).gpa is None
+
+
+def test_that_a_selection_goes_through_the_tables_of_the_vcpu_in_front():
+    guest = lk.Program.compile(SOURCE)
+    with lk.Vm.create(guest, nr_vcpus=2) as vm:
+        own_cr3(vm)
+        found = [select(vm, "gva", HIGH + 0x4000, vcpu) for vcpu in vm.vcpus]
+        assert [one.gpa for one in found] == [0x4000, None]
+        assert vm.look(0).page_table.walk(HIGH).gpa == 0
+        assert vm.look(1).page_table.walk(HIGH).gpa is None
 
 
 def test_that_five_levels_are_walked_when_the_cpu_has_them():

@@ -104,7 +104,7 @@ def test_that_nothing_is_shown_for(script, env):
 
 
 def test_that_nothing_is_shown_where_nobody_sees_it():
-    script = SPIN + "stop_after(2); vm.run(); print(len(progress._lines))"
+    script = SPIN + "stop_after(2); vm.run(); print(len(progress.WATCH.lines))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 

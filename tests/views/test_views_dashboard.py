@@ -10,9 +10,9 @@ import views_sample as sample
 
 from labkit.look.snapshots import MemoryMap, MemoryRange
 from labkit.views import dashboard, memory, stepper
-from labkit.views.drawing.markup import num
 from labkit.views.scene import Memo
 from labkit.views.transport import transport
+from labkit.words import num
 
 
 def test_that_source_and_disassembly_mark_the_same_instruction() -> None:

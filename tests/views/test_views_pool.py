@@ -11,8 +11,8 @@ import views_sample as sample
 
 from labkit.ucall.snapshot import PoolSnapshot
 from labkit.views import pool
-from labkit.views.drawing.markup import num
 from labkit.views.pool_words import marks
+from labkit.words import num
 
 
 def test_that_pool_marks_say_state_and_owner() -> None:

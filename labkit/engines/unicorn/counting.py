@@ -4,11 +4,12 @@ Two ways, of which one is on: "each" is Unicorn's own counter, a hook at every i
 adds whole blocks (native/tally.py). Blocks carry the hooks that were there when they were
 translated, so a change from one to the other drops them all.
 
-How far a native run may go is decided by `_slice`. Up to BY_EACH instructions Unicorn counts each
-of them. Beyond, whole blocks are counted, and the run stops before the block in which the budget
-ends: what is left then is less than BY_EACH. The first native run looks up after FIRST_LOOK
-instructions, so that a short run pays nothing for Ctrl-C; whoever goes on from there runs to the
-end of its budget, while a thread waits for SIGINT (interrupt.py) and calls `stop`.
+How far a native run may go is decided by the run loop (`_slice` of vcpu.py). Up to BY_EACH
+instructions Unicorn counts each of them. Beyond, whole blocks are counted, and the run stops before
+the block in which the budget ends: what is left then is less than BY_EACH. The first native run
+looks up after FIRST_LOOK instructions, so that a short run pays nothing for Ctrl-C; whoever goes on
+from there runs to the end of its budget, while a thread waits for SIGINT (interrupt.py) and calls
+`stop`.
 """
 
 from __future__ import annotations

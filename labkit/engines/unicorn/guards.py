@@ -6,6 +6,7 @@ Hooks at sensitive instructions, found block by block, and at breakpoints.
 from __future__ import annotations
 
 import ctypes
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from unicorn import unicorn_const as uc
@@ -25,7 +26,7 @@ from labkit.engines.unicorn.native.stubs import stub
 from labkit.engines.unicorn.native.words import AGAIN, EXTRA, LOCKED, LOCKED_GVA, RCX, REP
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from labkit.engines.unicorn.counting import Counting
     from labkit.engines.unicorn.ending import Ending
@@ -61,6 +62,7 @@ class Guards:
         self._words = counting.words
         self.traps: dict[int, Trap] = {}
         self.skip = -1  # the breakpoint that the run begins at
+        self._passes = -1  # the sensitive instruction that is Unicorn's for once
         self.breakpoints: frozenset[int] = frozenset()
 
         self._hooked_breakpoints: frozenset[int] = frozenset()
@@ -181,7 +183,10 @@ class Guards:
         self.counting.tally.add(gva, count, data)
         self._newest = gva, self.counting.begun() + count
 
-        self._found = self.quirks.scan(data, gva)
+        found = self.quirks.scan(data, gva)
+        if self._passes in found:
+            found = {at: trap for at, trap in found.items() if at != self._passes}
+        self._found = found
         here = [(at, work) for at, (work, _) in self._hooks.items() if gva <= at < gva + size]
         self._stale = [at for at, work in here if work != _work(self._found.get(at))]
         if self._strange or self._stale or self._remapped:
@@ -246,6 +251,17 @@ class Guards:
         self._unhook(gva)
         self.handle.flush_code()
 
+    @contextmanager
+    def passing(self, trap: Trap) -> Iterator[None]:
+        """In this block the instruction is Unicorn's, in code that is new meanwhile too."""
+        self._passes = trap.gva
+        self.remove(trap.gva)
+        try:
+            yield
+        finally:
+            self._passes = -1
+            self.add(trap)
+
     def has_hook(self, gva: int) -> bool:
         """Whether Unicorn leaves its code at this instruction to call one of ours."""
         return gva in self._hooks or gva in self._hooked_breakpoints
@@ -286,10 +302,16 @@ class Guards:
         code = stub("check")
         if code is None:
             return CodeHook(lambda h, _a, _s, _d: self._look_at(check) and LIB.uc_emu_stop(h)), None
-        words = (ctypes.c_uint64 * 8)(
-            READ_REG, STOP, check.base, check.index, check.scale, check.segment,
-            check.displacement, check.mask,
-        )  # fmt: skip
+        words = (ctypes.c_uint64 * 8)(  # struct check of stubs.c
+            READ_REG,
+            STOP,
+            check.base,
+            check.index,
+            check.scale,
+            check.segment,
+            check.displacement,
+            check.mask,
+        )
         self._checks.append(words)  # for as long as translated code may call the hook
         return code, ctypes.addressof(words)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc
@@ -151,7 +152,7 @@ class UnicornVcpu:
         """Put both parts of a saved state back."""
         facts = json.loads(text)
         kind = (self.vm.quirks.uc_arch, self.vm.quirks.uc_mode)
-        context = contexts.checked(self.handle, self.vm.arch, kind, self.quirks, facts, context)
+        context = contexts.accepted(self.handle, self.vm.arch, kind, self.quirks, facts, context)
         self.handle.set_context(context)
         self.quirks.leave()
         self.insns = int(facts["insns"])
@@ -335,6 +336,11 @@ class UnicornVcpu:
             if exit is not None or self.insns != before or self._ending.by == "hole":
                 return exit
 
+    def run_natively(self, trap: Trap) -> Exit | None:
+        """Let Unicorn run a trap after all: it faults, or is not as bad as it may be."""
+        with self.guards.passing(trap):
+            return self.run_one()
+
     # --- one native run
 
     def _native(self, mode: str, limit: int) -> Exit | None:
@@ -477,6 +483,10 @@ class UnicornVcpu:
     def unguard(self, gva: int) -> None:
         """That instruction may run in Unicorn again."""
         self.guards.remove(gva)
+
+    def passing(self, trap: Trap) -> AbstractContextManager[None]:
+        """See `Guards.passing`."""
+        return self.guards.passing(trap)
 
     def resume_here(self) -> None:
         """The run ends between two iterations of a REP: RF is set (SDM vol. 3B 17.3.1.1)."""

@@ -6,9 +6,9 @@ import html
 import re
 from collections.abc import Iterable
 
-from labkit.outside import THIN, plain
+from labkit.outside import plain
 
-__all__ = ["Attribute", "Html", "cat", "coordinate", "el", "esc", "hx", "num", "plural"]
+__all__ = ["Attribute", "Html", "cat", "coordinate", "el", "esc", "hx"]
 
 SPECIAL = re.compile("[&<>\"']")
 
@@ -35,16 +35,6 @@ def esc(what: object, limit: int = 4000) -> Html:
 def cat(parts: Iterable[str]) -> Html:
     """Pieces of markup (or text, which is escaped) in a row."""
     return Html("".join(map(esc, parts)))
-
-
-def num(number: int) -> str:
-    """1277 as people read it: thousands apart by a thin space."""
-    return f"{number:,}".replace(",", THIN)
-
-
-def plural(noun: str, number: int) -> str:
-    """The noun for so many of it: "slot" or "slots"."""
-    return noun if number == 1 else f"{noun}s"
 
 
 def hx(number: int, digits: int = 0) -> str:

@@ -10,8 +10,9 @@ from typing import NamedTuple
 from labkit.machine.memory import PAGE
 from labkit.outside import plain
 from labkit.views.drawing.cells import Rows, dashes
-from labkit.views.drawing.markup import Html, cat, hx, num
+from labkit.views.drawing.markup import Html, cat, hx
 from labkit.views.drawing.shapes import NARROW, WIDE, path, rect, text
+from labkit.words import num
 
 __all__ = ["Bracket", "Named", "Painter", "Strip", "box", "joined", "lay", "outline"]
 

@@ -9,9 +9,10 @@ import numpy as np
 from labkit.look.eyes import BLOCK, Eye, PageEyes
 from labkit.outside import plain
 from labkit.views.drawing.cells import Lattice, grid
-from labkit.views.drawing.markup import Html, num
+from labkit.views.drawing.markup import Html
 from labkit.views.drawing.shapes import bar, path, rect, squares, svg, text
 from labkit.views.drawing.tables import key
+from labkit.words import num
 
 __all__ = ["about", "draw_maps", "map_key"]
 

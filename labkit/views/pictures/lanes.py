@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from labkit.explore.comparison import Comparison, Row
 from labkit.outside import plain
-from labkit.views.drawing.markup import Html, num
+from labkit.views.drawing.markup import Html
 from labkit.views.drawing.shapes import cross, path, squares, svg, text
 from labkit.views.drawing.tables import key
 from labkit.views.pictures.timeline import exit_mark
+from labkit.words import num
 
 __all__ = ["counts", "draw_lanes", "lanes_key", "sign"]
 

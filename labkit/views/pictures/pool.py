@@ -8,9 +8,10 @@ import numpy as np
 
 from labkit.ucall.snapshot import PoolSnapshot
 from labkit.views.drawing.cells import Lattice, dashes, grid
-from labkit.views.drawing.markup import Html, cat, num
+from labkit.views.drawing.markup import Html, cat
 from labkit.views.drawing.shapes import NARROW, bar, cross, path, rect, squares, svg, text
 from labkit.views.pool_words import DIGITS, about, counts, marks, owner, taken
+from labkit.words import num
 
 __all__ = ["draw_pool", "is_big", "rows_used"]
 

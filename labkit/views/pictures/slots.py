@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from labkit.look.snapshots import Hold, VmSnapshot
-from labkit.views.drawing.markup import Attribute, Html, el, num
+from labkit.views.drawing.markup import Attribute, Html, el
 from labkit.views.drawing.shapes import path, text
+from labkit.words import num
 
 __all__ = ["LEFT", "draw_slot", "slot_rows"]
 

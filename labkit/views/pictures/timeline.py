@@ -8,9 +8,10 @@ import numpy as np
 
 from labkit.look.snapshots import EventMark, VmSnapshot
 from labkit.outside import plain
-from labkit.views.drawing.markup import Html, cat, el, num, plural
+from labkit.views.drawing.markup import Html, cat, el
 from labkit.views.drawing.shapes import path, svg, text
 from labkit.views.pictures.slots import LEFT, draw_slot, slot_rows
+from labkit.words import num, plural
 
 __all__ = ["APART", "LANE", "SHAPES", "draw", "exit_mark"]
 

@@ -13,11 +13,12 @@ from labkit.arch.desc import Level
 from labkit.outside import plain
 from labkit.paging.scan import PageTable
 from labkit.paging.walk import Walk, WalkStep
-from labkit.views.drawing.markup import Html, cat, hx, num
+from labkit.views.drawing.markup import Html, cat, hx
 from labkit.views.drawing.shapes import path, rect, svg, text
 from labkit.views.drawing.tables import key
 from labkit.views.pictures.walk_plan import TOP, Plan, ramp
 from labkit.views.pictures.walk_table import TableSeen, draw_table
+from labkit.words import num
 
 __all__ = ["PageObject", "draw_walk", "walk_key"]
 

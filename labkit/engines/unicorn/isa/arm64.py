@@ -16,9 +16,8 @@ from unicorn import unicorn_const as uc
 
 from labkit.engines.disasm import disassemble
 from labkit.engines.exits import Exit, HaltExit, HypercallExit, MmioExit
+from labkit.engines.unicorn.isa import arm64_align
 from labkit.engines.unicorn.isa.arm64_align import SA, SA0, A, Access
-from labkit.engines.unicorn.isa.arm64_align import access as _access
-from labkit.engines.unicorn.isa.arm64_align import check as aligned
 from labkit.engines.unicorn.isa.arm64_watch import Watch
 from labkit.engines.unicorn.isa.plain import PlainQuirks, common_words, probe
 from labkit.engines.unicorn.isa.traps import Trap
@@ -331,12 +330,16 @@ class Arm64(PlainQuirks):
         sctlr, level = self.read("sctlr_el1"), self.read("pstate") >> 2 & 3
         for i, (word,) in enumerate(struct.iter_unpack("<I", data[: len(data) & -4])):
             at = gva + 4 * i
-            kind, check = ("device" if at in self._devices else _kind(word)), None
-            if kind is None and (access := _access(word, at)) is not None:
-                kind, check = aligned(access, sctlr, level) or (None, None)
-            if kind is not None and at != self.passes:
-                insn, stops = data[4 * i : 4 * i + 4], kind != "locked"
-                found[at] = Trap(kind, at, insn, "", "", stops, check)
+            kind = "device" if at in self._devices else _kind(word)
+            check = None
+            if kind is None:
+                access = arm64_align.access(word, at)
+                unaligned = access and arm64_align.check(access, sctlr, level)
+                if unaligned:
+                    kind, check = unaligned
+            if kind is not None:
+                insn = data[4 * i : 4 * i + 4]
+                found[at] = Trap(kind, at, insn, "", "", kind != "locked", check)
         return found
 
     def hole(self, pc: int) -> Exit | None:
@@ -381,7 +384,7 @@ class Arm64(PlainQuirks):
 
     def _do_debug(self, trap: Trap) -> Exit | None:
         """Watchpoints may begin or end."""
-        exit = self.natively(trap)
+        exit = self.core.run_natively(trap)
         self.watch.arm()
         return exit
 
@@ -397,7 +400,7 @@ class Arm64(PlainQuirks):
     def _do_sctlr(self, trap: Trap) -> Exit | None:
         """Alignment checks may begin or end: code is looked through anew."""
         if not self.read("pstate") >> 2 & 3:
-            return self.natively(trap)
+            return self.core.run_natively(trap)
         target = trap.data[0] & 31
         value = 0 if target == 31 else self.read(f"x{target}")
         changed = (value ^ self.read("sctlr_el1")) & (A | SA | SA0)
@@ -408,7 +411,7 @@ class Arm64(PlainQuirks):
 
     def _access_of(self, trap: Trap) -> tuple[Access, int]:
         """The memory access of a trap, and where it goes now."""
-        access = _access(int.from_bytes(trap.data, "little"), trap.gva)
+        access = arm64_align.access(int.from_bytes(trap.data, "little"), trap.gva)
         assert access is not None, "it was one when the trap was made"
         values = {
             number: self.read("sp" if number == 31 else f"x{number}")
@@ -440,7 +443,7 @@ class Arm64(PlainQuirks):
             return self._abort(trap.gva, 0x21, gva)
         gpa = self.core.memory.translate(gva, uc.UC_PROT_WRITE)
         if gpa is None or not self.core.vm.overlaps(gpa, size):
-            return self.natively(trap)
+            return self.core.run_natively(trap)
 
         bits = 8 * size
         old = int.from_bytes(self.core.memory.read(gva, size) or b"", "little")

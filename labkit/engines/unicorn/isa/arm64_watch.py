@@ -61,9 +61,11 @@ class Watch:
         if gpa is None:
             return
 
-        what = (uc.UC_HOOK_MEM_READ if control & _LOADS else 0) | (
-            uc.UC_HOOK_MEM_WRITE if control & _STORES else 0
-        )
+        what = 0
+        if control & _LOADS:
+            what |= uc.UC_HOOK_MEM_READ
+        if control & _STORES:
+            what |= uc.UC_HOOK_MEM_WRITE
 
         def seen(_h: int, kind: int, at: int, length: int, _value: int, _d: int) -> bool:
             if at < gpa + size and gpa < at + length and self._is_taken(control):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from unicorn import unicorn_const as uc
@@ -71,6 +72,7 @@ class Core(Protocol):
 
     # Runs within a run: None when nothing ended them early
     def run_one(self) -> Exit | None: ...  # until one instruction more has retired
+    def run_natively(self, trap: Trap) -> Exit | None: ...  # that trap, by Unicorn after all
     def run_each(self, insns: int) -> Exit | None: ...  # one native run, counted by Unicorn
     def end_refused(self) -> None: ...  # the run, at the instruction under way, which is refused
     def meet_hole(self) -> Exit | None: ...  # the instruction that touches what no memslot holds
@@ -78,10 +80,10 @@ class Core(Protocol):
     # What changes for the runs that follow
     def guard(self, trap: Trap) -> None: ...  # one more sensitive instruction
     def unguard(self, gva: int) -> None: ...  # that one may run in Unicorn again
+    def passing(self, trap: Trap) -> AbstractContextManager[None]: ...  # and that one, for once
     def resume_here(self) -> None: ...  # the run ends between two iterations of a REP
-    def forget_translations(
-        self, code: bool = False
-    ) -> None: ...  # page tables, or where they are, have changed
+    # page tables, or where they are, have changed; (code) and what an instruction does
+    def forget_translations(self, code: bool = False) -> None: ...
     def sync(self) -> None: ...  # and do so at once
 
     def refuse(self, why: str) -> InternalErrorExit: ...  # the exit for what cannot be run

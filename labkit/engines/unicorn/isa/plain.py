@@ -91,7 +91,6 @@ class PlainQuirks:
     def __init__(self, core: Core) -> None:
         self.core, self.handle = core, core.handle
         self.awaits: list[int] | None = None  # [number of the register that `complete` sets]
-        self.passes = -1  # the trap that is Unicorn's for once
         self._pc = -1  # as last read; -1 when it may have changed since
         self._pc_id = self.plain[self.pc_name]
         self._batch = RegBatch(core.handle, (self._pc_id, *(self.plain[name] for name in self.hot)))
@@ -201,15 +200,6 @@ class PlainQuirks:
         for name, value in regs.items():
             self.write(name, value & MASK64)
         self.set_pc(trap.gva + len(trap.data))
-
-    def natively(self, trap: Trap) -> Exit | None:
-        """Let Unicorn run the instruction after all: it faults, or is not as bad as it may be."""
-        self.passes = trap.gva
-        self.core.unguard(trap.gva)
-        exit = self.core.run_one()
-        self.passes = -1
-        self.core.guard(trap)
-        return exit
 
     def _do_pause(self, trap: Trap) -> None:
         """Let nothing happen: Unicorn would leave its loop there.

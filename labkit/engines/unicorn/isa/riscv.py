@@ -74,8 +74,10 @@ def _is_floating(word: int) -> bool:
     """Whether this is an instruction of F or D, or accesses their CSRs; Unicorn has all of them."""
     if word & 3 != 3:
         return word & 3 in (0, 2) and word >> 13 & 7 in (1, 5)
-    is_csr = word & 0x7F == 0x73 and word >> 12 & 3 and word >> 20 in (1, 2, 3)
-    return bool(word & 0x7F in _FLOATING or is_csr)
+    if word & 0x7F in _FLOATING:
+        return True
+    is_csr = word & 0x7F == 0x73 and word >> 12 & 3 != 0
+    return is_csr and word >> 20 in (1, 2, 3)  # fflags, frm, fcsr
 
 
 def _after(insn: int, register: str, gva: int) -> bytes:

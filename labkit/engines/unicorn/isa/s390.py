@@ -250,7 +250,7 @@ class S390x(HostInsns):
         while at < len(data):
             insn = data[at : at + size_of(data[at])]
             kind = self._kind(insn) or host_kind(data, at)
-            if kind and gva + at != self._executing:
+            if kind:
                 found[gva + at] = Trap(kind, gva + at, insn, "", "", kind != "locked")
             at += len(insn)
         return found
@@ -329,12 +329,8 @@ class S390x(HostInsns):
                 f"EXECUTE of an instruction at gva {gva:#x} that Unicorn does not carry out"
             )
 
-        self._executing = trap.gva
-        core.unguard(trap.gva)
-        exit = self._execute(trap, 1 if not target or target[0] in _IN_HELPER else 2)
-        self._executing = -1
-        core.guard(trap)
-        return exit
+        with core.passing(trap):
+            return self._execute(trap, 1 if not target or target[0] in _IN_HELPER else 2)
 
     def _is_the_hosts(self, insn: bytes) -> bool:
         """Whether Unicorn must not carry out this target of an EXECUTE."""

@@ -192,8 +192,6 @@ def _mask(insn: bytes) -> int:
 class HostInsns(PlainQuirks):
     """What those instructions do."""
 
-    _executing = -1  # a trap that Unicorn is let carry out
-
     def _set(self, trap: Trap, cc: int, **regs: int) -> None:
         self.retire(trap, pswm=self.was[1] & ~CC | cc << 44, **regs)
 
@@ -213,15 +211,12 @@ class HostInsns(PlainQuirks):
     def _do_unicorns(self, trap: Trap) -> Exit | None:
         """Let Unicorn carry it out."""
         core = self.core
-        self._executing = trap.gva
-        core.unguard(trap.gva)
-        exit = core.run_one()
-        if exit is None and self.pc() == trap.gva:
-            after = core.insns
+        with core.passing(trap):
             exit = core.run_one()
-            core.recount(after)
-        self._executing = -1
-        core.guard(trap)
+            if exit is None and self.pc() == trap.gva:
+                after = core.insns
+                exit = core.run_one()
+                core.recount(after)
         return exit
 
     def _do_insert(self, trap: Trap) -> None:

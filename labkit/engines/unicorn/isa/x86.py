@@ -92,7 +92,6 @@ class X86(X86Events):
         core.handle.write(x86_const.UC_X86_REG_FPCW, 0x37F)
         core.handle.write(x86_const.UC_X86_REG_FPTAG, 0xFFFF)
         self.read, self.read_all = self.regs.read, self.regs.read_all
-        self.passes = -1  # the trap that is Unicorn's for once
         self.owed = 0  # bits of DR6 that the instruction before has earned
         self.watch = Watch(self)
 
@@ -154,19 +153,7 @@ class X86(X86Events):
 
     def scan(self, data: bytes, gva: int) -> Mapping[int, Trap]:
         """Find the sensitive instructions of a block."""
-        found = scan(data, gva, self._sealed, self._absent)
-        if self.passes not in found:
-            return found
-        return {at: trap for at, trap in found.items() if at != self.passes}
-
-    def natively(self, trap: Trap) -> Exit | None:
-        """Let Unicorn run the instruction after all."""
-        self.passes = trap.gva
-        self.core.unguard(trap.gva)
-        exit: Exit | None = self.core.run_one()
-        self.passes = -1
-        self.core.guard(trap)
-        return exit
+        return scan(data, gva, self._sealed, self._absent)
 
     def do(self, trap: Trap) -> Exit | None:
         """Carry out one sensitive instruction as the host of a guest that hides nothing."""

@@ -110,7 +110,7 @@ def _write(cpu: X86, trap: Trap, number: int, value: int) -> Exit | None:
     if number != 7:
         return cpu.retire(trap, **{f"dr{number}": value})
     # Unicorn sets its own breakpoints on execution only when the instruction itself runs
-    exit = cpu.natively(trap)
+    exit = cpu.core.run_natively(trap)
     cpu.watch.arm()
     return exit
 

@@ -14,7 +14,7 @@ from unicorn import unicorn_const as uc
 from labkit.engines.base import GuestFault
 from labkit.engines.disasm import disassemble, memory_operands
 from labkit.engines.exits import Exit, MemoryFaultExit, ShutdownExit
-from labkit.engines.unicorn.isa.x86_operands import place, registers, whole
+from labkit.engines.unicorn.isa.x86_operands import place, registers, wide
 from labkit.engines.unicorn.mmu import NOT_YOURS
 from labkit.engines.unicorn.native.calibrate import CC_OP_EFLAGS, calibrate
 
@@ -24,8 +24,20 @@ if TYPE_CHECKING:
     from labkit.engines.unicorn.isa.x86_regs import X86Registers
 
 __all__ = [
-    "DB", "DF", "GP", "MF", "NM", "NP", "PF", "SS", "UD", "VC", "XM", "X86Events", "canonical",
-]  # fmt: skip
+    "DB",
+    "DF",
+    "GP",
+    "MF",
+    "NM",
+    "NP",
+    "PF",
+    "SS",
+    "UD",
+    "VC",
+    "XM",
+    "X86Events",
+    "canonical",
+]
 
 DE, DB, BP, UD, NM, DF, TS, NP, SS, GP, PF, MF, XM = 0, 1, 3, 6, 7, 8, 10, 11, 12, 13, 14, 16, 19
 VC = 29
@@ -154,7 +166,7 @@ class X86Events:
         names = registers(trap.data)
         if len(names) < 2 or self.regs.read("cs") & 3:
             return False
-        value = self.regs.read(whole(names[1][0])) & 0xFFFF
+        value = self.regs.read(wide(names[1][0])) & 0xFFFF
         return 0 < value < 4
 
     def refused(self) -> Exit | None:

@@ -100,14 +100,15 @@ def _put_sse(cpu: X86, before: bytes, after: bytes) -> None:
             cpu.regs.write(f"xmm{i}", int.from_bytes(after[part], "little"))
 
 
-def _blocked(cpu: X86, is_sse: bool) -> Exit | bool | None:
-    """Whether CR0 and CR4 let the FPU be used: False when they do, or what came of it."""
+def _blocked(cpu: X86, is_sse: bool) -> tuple[bool, Exit | None]:
+    """(whether CR0 and CR4 keep the guest from the FPU, what came of that)."""
     cr0 = cpu.regs.read("cr0")
     if is_sse and (cr0 & _EM or not cpu.regs.read("cr4") & _OSFXSR):
-        return cpu.deliver(UD)
-    if cr0 & (_TS | (0 if is_sse else _EM)):
-        return cpu.deliver(NM)
-    return False
+        return True, cpu.deliver(UD)
+    not_available = _TS if is_sse else _TS | _EM
+    if cr0 & not_available:
+        return True, cpu.deliver(NM)
+    return False, None
 
 
 class _Operand:
@@ -131,7 +132,7 @@ class _Operand:
         for at in (self.gva, last):
             if memory.translate(at, access) is None or not self._is_memory(at):
                 # Nothing is computed where it faults, and a device answers Unicorn's own access
-                return True, self.cpu.natively(self.trap)
+                return True, self.cpu.core.run_natively(self.trap)
         if not is_write:
             self.data = memory.read(self.gva, self.size) or b""
         return False, None
@@ -179,8 +180,10 @@ def _do_x87(cpu: X86, trap: Trap) -> Exit | None:
         cr0 = cpu.regs.read("cr0")
         if cr0 & _MP and cr0 & _TS:
             return cpu.deliver(NM)
-    elif (came := _blocked(cpu, is_sse=False)) is not False:
-        return came  # type: ignore[return-value]
+    else:
+        blocked, exit = _blocked(cpu, is_sse=False)
+        if blocked:
+            return exit
 
     area = _fxsave(cpu)
     control, status = struct.unpack_from("<HH", area, 0)
@@ -256,8 +259,9 @@ def _x87_size(name: str, where: Place | None) -> int:
 
 def _do_sse(cpu: X86, trap: Trap) -> Exit | None:
     """SSE arithmetic, or a comparison of strings (SDM vol. 1 11.5)."""
-    if (came := _blocked(cpu, is_sse=True)) is not False:
-        return came  # type: ignore[return-value]
+    blocked, exit = _blocked(cpu, is_sse=True)
+    if blocked:
+        return exit
     host = borrowed()
     if host is None:
         return cpu.core.refuse("SSE arithmetic needs a host of the same architecture")
@@ -304,8 +308,9 @@ def _carry_out_sse(cpu: X86, host: Borrowed, trap: Trap, data: bytes) -> Exit | 
 
 
 def _do_ldmxcsr(cpu: X86, trap: Trap) -> Exit | None:
-    if (came := _blocked(cpu, is_sse=True)) is not False:
-        return came  # type: ignore[return-value]
+    blocked, exit = _blocked(cpu, is_sse=True)
+    if blocked:
+        return exit
     operand = _Operand(cpu, trap, place(trap.data, trap.gva), 4)
     failed, exit = operand.fault(is_write=False)
     if failed:

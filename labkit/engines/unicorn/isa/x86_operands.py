@@ -11,7 +11,7 @@ from labkit.engines.disasm import X86_OP_MEM, decoder
 if TYPE_CHECKING:
     from labkit.engines.unicorn.isa.x86_regs import X86Registers
 
-__all__ = ["Place", "place", "registers", "whole", "wide"]
+__all__ = ["Place", "place", "registers", "wide"]
 
 MASK64 = (1 << 64) - 1
 X86_OP_REG = 1  # capstone's x86_op_type
@@ -48,15 +48,8 @@ class Place:
 
 
 def wide(name: str) -> str:
-    """The 64-bit register that an address register is part of."""
-    if name[1:2].isdigit():
-        return name.rstrip("d")
-    return "r" + name[1:]
-
-
-def whole(name: str) -> str:
     """The 64-bit register of which one of 16 bits or more is a part."""
-    if name[1:2].isdigit():
+    if name[1:2].isdigit():  # r8d, r10w
         return name.rstrip("dw")
     return name if name[0] == "r" else "r" + name.removeprefix("e")
 

@@ -13,7 +13,7 @@ from unicorn import unicorn_const as uc
 from labkit.engines.exits import Exit
 from labkit.engines.unicorn.isa.traps import Trap
 from labkit.engines.unicorn.isa.x86_events import GP, NP, SS, UD, canonical
-from labkit.engines.unicorn.isa.x86_operands import place, registers, whole, wide
+from labkit.engines.unicorn.isa.x86_operands import place, registers, wide
 from labkit.engines.unicorn.isa.x86_regs import CODE64, DATA
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _do_ltr(cpu: X86, trap: Trap) -> Exit | None:
         return cpu.deliver(GP, 0)
     where = place(trap.data, trap.gva)
     if where is None:
-        selector = cpu.regs.read(whole(registers(trap.data)[0][0])) & 0xFFFF
+        selector = cpu.regs.read(wide(registers(trap.data)[0][0])) & 0xFFFF
     else:
         gva = where.gva(cpu.regs)
         if not canonical(gva):

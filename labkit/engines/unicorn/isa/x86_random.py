@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from labkit.engines.exits import Exit
 from labkit.engines.unicorn.isa.traps import Trap
+from labkit.engines.unicorn.isa.x86_operands import registers, wide
 
 if TYPE_CHECKING:
     from labkit.engines.unicorn.isa.x86 import X86
@@ -19,26 +20,12 @@ def _do_random(cpu: X86, trap: Trap) -> Exit | None:
 
     CF says that there was a number.
     """
-    wide, bits = _wide(trap.op_str)
-    value = cpu.random.getrandbits(bits)
-    if bits == 16:  # the rest of the register stays
-        value |= cpu.regs.read(wide) & ~0xFFFF
+    name, size = registers(trap.data)[0]
+    value = cpu.random.getrandbits(8 * size)
+    if size == 2:  # the rest of the register stays
+        value |= cpu.regs.read(wide(name)) & ~0xFFFF
     flags = cpu.regs.read("rflags") & ~0x8D5 | 1
-    return cpu.retire(trap, **{wide: value}, rflags=flags)
-
-
-def _wide(name: str) -> tuple[str, int]:
-    """The 64-bit register behind a name, and the bits that are meant: ("rax", 16) for ax."""
-    if name.endswith("d") or name[0] == "e":
-        bits = 32
-    elif name[0] == "r" and not name.endswith("w"):
-        bits = 64
-    else:
-        bits = 16
-
-    if name[1:2].isdigit():  # r8d, r10w
-        return name.rstrip("dw"), bits
-    return "r" + (name if bits == 16 else name[1:]), bits
+    return cpu.retire(trap, **{wide(name): value}, rflags=flags)
 
 
 RANDOM: dict[str, Callable[[X86, Trap], Exit | None]] = {"random": _do_random}

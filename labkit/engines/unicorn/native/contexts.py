@@ -19,7 +19,7 @@ from typing import Protocol
 from labkit.engines.unicorn.native.lib import Handle
 from labkit.errors import InvalidState
 
-__all__ = ["checked", "pack_state", "unpack_state", "with_own_pointers"]
+__all__ = ["accepted", "pack_state", "unpack_state", "with_own_pointers"]
 
 MAGIC = b"LKU2"
 DIGEST = 16  # bytes
@@ -61,7 +61,7 @@ class _Judge(Protocol):
     def strange_state(self, context: bytes) -> str: ...
 
 
-def checked(
+def accepted(
     handle: Handle,
     arch: str,
     kind: tuple[int, int],
