@@ -83,11 +83,8 @@ LAZY = {
     "nbclient",
     "nbformat",
 }
-LAZY_EXEMPT = {
-    "hexed",
-    "views",
-    "magics",
-}  # rooms that are themselves loaded only when first needed
+# Rooms that are themselves loaded only when first needed
+LAZY_EXEMPT = {"hexed", "views", "magics"}
 
 ARCH_NAMES = {"x86_64", "x86", "arm64", "aarch64", "riscv", "riscv64", "s390", "s390x"}
 
