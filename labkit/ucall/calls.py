@@ -13,7 +13,7 @@ from labkit.outside import plain
 from labkit.ucall import abi
 from labkit.ucall.abi import CMD_NAMES, CMDS_WITH_TEXT, UcallCmd, cmd_name, decode_text
 
-__all__ = ["BadUcallExit", "Byteorder", "Fields", "Strings", "Ucall"]
+__all__ = ["BadUcallExit", "Byteorder", "Fields", "Strings", "Ucall", "given"]
 
 Byteorder = Literal["little", "big"]
 
@@ -24,6 +24,14 @@ Strings = Callable[[int], str | None]
 
 # A NamedTuple's own constructor is a Python function, which costs more than the tuple
 _new_tuple = tuple.__new__
+
+
+def given(args: tuple[int, ...]) -> tuple[int, ...]:
+    """The arguments without the zeros at their end, which nobody gave."""
+    nr_args = len(args)
+    while nr_args and not args[nr_args - 1]:
+        nr_args -= 1
+    return args[:nr_args]
 
 
 class Ucall(NamedTuple):
@@ -55,11 +63,8 @@ class Ucall(NamedTuple):
 
     @property
     def given_args(self) -> tuple[int, ...]:
-        """The arguments without the zeros at their end, which nobody gave."""
-        nr_args = len(self.args)
-        while nr_args and not self.args[nr_args - 1]:
-            nr_args -= 1
-        return self.args[:nr_args]
+        """See `given`."""
+        return given(self.args)
 
     @property
     def what(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from labkit.look.snapshots import Selection
 from labkit.outside import plain
+from labkit.ucall.calls import given
 from labkit.ucall.snapshot import PoolSnapshot, Slot
 from labkit.views.drawing.markup import Html, cat, el, esc, hx
 from labkit.views.drawing.tables import Row, aligned, boxed, key, label, select, table
@@ -140,13 +141,13 @@ def _held(pool: PoolSnapshot) -> tuple[list[list[str]], str]:
 
 
 def _held_row(slot: Slot) -> list[str]:
-    """A slot in the columns of HEAD; where all arguments but the first are zero, only that one."""
+    """A slot in the columns of HEAD."""
     return [
         str(slot.index),
         "?" if slot.vcpu is None else str(slot.vcpu),
         "" if slot.since is None else num(slot.since),
         plain(slot.cmd, 20),
-        ", ".join(map(hx, slot.args)).removesuffix(", 0x0" * 6),
+        ", ".join(map(hx, given(slot.args))),
         plain(slot.text or "", 60),
         STATE[slot.state],
     ]

@@ -164,7 +164,7 @@ def frames(vcpu: VcpuSnapshot) -> Html:
             "tabindex": 0,
         }
         rows.append((cells, attributes))
-    said = "a click shows the call"
+    said = "the innermost function first"
     if vcpu.frames_end:
         said = f"ends early: {plain(vcpu.frames_end, 80)}"
     return label("Backtrace", said) + table("backtrace", rows, cls="regs")

@@ -398,6 +398,24 @@ def test_that_a_saved_view_has_the_columns_that_fit(
     assert right["x"] + right["width"] <= width
 
 
+@pytest.mark.parametrize("width", [700, 980, 1060, 1180, 1500])
+def test_that_a_saved_view_has_room_for_what_is_said_of_an_instruction(
+    page: Any, width: int
+) -> None:
+    page.set_viewport_size({"width": width, "height": 1000})
+    page.set_content(str(stepper.render(sample.vcpu()).img_html))
+    cut = """() => {
+      const rows = [...document.querySelectorAll('table[aria-label=disassembly] tr')];
+      const notes = rows.map((row) => row.lastElementChild).filter((note) => note.textContent);
+      const right = (note) => note.closest('table').getBoundingClientRect().right;
+      return notes.map((note) => [note.textContent, note.clientWidth, right(note)]);
+    }"""
+    notes = page.evaluate(cut)
+    assert notes
+    for said, room, right in notes:
+        assert room >= 96 and right <= width, (said, room, right)
+
+
 # --- a protected VM
 
 

@@ -20,7 +20,8 @@ TAG = re.compile(r"<(\w+)((?: [^<>]*)?)>")
 CLASS = re.compile(r'class="([^"]*)"')
 LABEL = re.compile(r'aria-label="([^"]*)"')
 EMPTY = re.compile(r"<div[^>]*></div>")
-NOT_STATIC = re.compile(r' (?:class|tabindex|data-[\w-]+)="[^"]*"')  # of an element of the page
+# Of an element of the page; what a click does is no button here
+NOT_STATIC = re.compile(r' (?:(?:class|tabindex|data-[\w-]+)="[^"]*"|role="button")')
 FOR_THE_SCRIPT = re.compile(r' (?:data-[\w-]+|tabindex)="[^"]*"')  # of an element of a drawing
 CELL = re.compile(r"(<td[^>]*>)(.*?)(?=</td>)", re.DOTALL)
 INDENT = re.compile(r"(?:(?<=>)|^)(?:[ \t]+(?=<)|[ \t]{2,})")  # in front of text, or alone in a tag
